@@ -2,6 +2,7 @@
 
     python3 benchmarks/llm.py [--model llama-3-8b] [--batch 1,64] [--repeats 3] [--output .out]
     python3 benchmarks/llm.py --tp 4      # the model split over four GPUs, beside torch and NCCL
+    python3 benchmarks/llm.py --load --rate 0,16       # nano-vllm's load instead, by the same sides
     python3 benchmarks/llm.py --host      # what a step costs the host; needs no GPU
 
 Needs a GPU, nvmath-python and what examples/llm needs; for the peer (llm_torch.py) torch,
@@ -14,6 +15,10 @@ process on the same weights and take turns, a batch each; figures are medians, a
 of each to warm up.  Decoding is timed from when the host has the first token of all requests
 to when it has the last.  First their logits and greedy tokens are compared: where they are
 not the same within rounding there is no figure, and the exit status is 1.
+
+The load of --load is that of serve_load.py, in this process: 256 requests of 100 to 1,024 tokens
+that get 100 to 1,024, all at once or by Poisson arrivals.  In each round every side gets the same
+one.  Latencies are of all rounds, tokens a second their median.
 
 The share of time that the GPU is idle is from 30 steps under torch.profiler, after all that
 is timed ("idle there"); and, as that slows launches, from the same busy time and what a step
@@ -40,6 +45,7 @@ from marks import Missing, Wrong, llm_host
 from marks.about import about
 from marks.llm_check import compare
 from marks.llm_idle import Idle, idle, profiled
+from marks.llm_load import Load, Round, add_arguments, drawn, offered, shortened, summed, table
 from marks.llm_models import MODELS, RandomWeights, config_of
 from marks.llm_sides import Ours, RandomPrompts, Side, Timing, timed
 from marks.peers import Peers
@@ -85,6 +91,8 @@ class Bench:
         self.arguments, self.rng = arguments, np.random.default_rng()
         self.raw = MODELS[arguments.model]
         self.most, self.length = max(arguments.batch), arguments.prompt + arguments.tokens
+        if arguments.load:
+            self.most, self.length = arguments.requests, arguments.input[1] + arguments.answer[1]
         self.is_gpu = arguments.device != "cpu"
         # Before fi_ffi loads anything: there is to be one libtvm_ffi.
         self.peers = Peers() if self.is_gpu else None
@@ -121,7 +129,8 @@ class Bench:
         from marks.llm_peer import is_wide, peers
         from marks.llm_ranks import peers as ranked_peers
 
-        sizes, engine = tuple(self.arguments.batch), self.engine
+        engine = self.engine
+        sizes = tuple(engine.steps.sizes if self.arguments.load else self.arguments.batch)
         if self.arguments.tp == 1:
             self.sides += peers(engine, self.length, sizes, self.arguments.cuda_cores)
             return
@@ -141,9 +150,12 @@ class Bench:
     def check(self) -> None:
         """Every side against ours."""
         for other in self.sides[1:]:
+            sizes = {self.arguments.batch[0], min(16, self.most)}
+            if self.arguments.load:
+                sizes.add(min(13, self.most))  # which is padded
             same = {
                 str(batch): compare(self.sides[0], other, self.prompts(batch))
-                for batch in sorted({self.arguments.batch[0], min(16, self.most)})
+                for batch in sorted(sizes)
             }
             self.about[f"same as {other.name}"] = same
             print(f"{other.name}: {same}", flush=True)
@@ -156,17 +168,34 @@ class Bench:
         return rows
 
     def measure(self, row: Row) -> None:
-        """The sides take turns, beginning with another one each time."""
+        """The sides take turns."""
         sampling = self.sampling(**row.filters)
         repeats = self.arguments.repeats or (5 if row.batch <= 16 else 3)
         for side in self.sides:
             timed(side, self.prompts(row.batch), sampling)
             row.timings[side.name] = []
         for turn in range(repeats):
-            first = turn % len(self.sides)
-            for side in self.sides[first:] + self.sides[:first]:
+            for side in self.in_turn(turn):
                 timing = timed(side, self.prompts(row.batch), sampling)
                 row.timings[side.name].append(timing)
+
+    def in_turn(self, turn: int) -> list[Side]:
+        """The sides, beginning with another one each time."""
+        first = turn % len(self.sides)
+        return self.sides[first:] + self.sides[:first]
+
+    def load(self, rate: float) -> Load:
+        seed = int(self.rng.integers(2**31))
+        return drawn(self.arguments, rate, self.raw["vocab_size"], seed)
+
+    def measure_load(self, rate: float) -> dict[str, list[Round]]:
+        """The rounds of each side, which takes its turn with the same requests."""
+        found = {side.name: list[Round]() for side in self.sides}
+        for turn in range(self.arguments.repeats or 3):
+            load = self.load(rate)
+            for side in self.in_turn(turn):
+                found[side.name].append(offered(side, load, self.arguments.temperature))
+        return found
 
     def measure_idle(self, row: Row) -> None:
         assert self.peers is not None
@@ -256,6 +285,8 @@ def measured(bench: Bench, arguments: argparse.Namespace) -> int:
     except Wrong as wrong:
         print(f"FAILED: {wrong}")
         return 1
+    if arguments.load:
+        return loads(bench, told | bench.about)
     names, rows = [side.name for side in bench.sides], bench.rows()
     for row in rows:
         bench.measure(row)
@@ -264,7 +295,7 @@ def measured(bench: Bench, arguments: argparse.Namespace) -> int:
     for row in rows:
         rate = bench.weight_bytes() / row.median("fi_ffi", "step_ms") / 1e6
         print(f"batch {row.name}: each GPU reads its weights at {rate:,.0f} GB/s", flush=True)
-    write(arguments, told | bench.about, rows)
+    write(arguments, told | bench.about, [asdict(row) for row in rows])
     if bench.is_gpu and arguments.idle and bench.peers.has("torch"):
         profiled(bench.peers.need("torch"), lambda: None)  # which takes seconds the first time
         for row in rows:
@@ -272,16 +303,30 @@ def measured(bench: Bench, arguments: argparse.Namespace) -> int:
         print(f"\nThe GPU in a step of decoding\n\n{idleness(rows, names)}", flush=True)
         for row in rows:
             print(f"\n{shares(row)}", flush=True)
-        write(arguments, told | bench.about, rows)
+        write(arguments, told | bench.about, [asdict(row) for row in rows])
     return status
 
 
-def write(arguments: argparse.Namespace, told: dict[str, Any], rows: list[Row]) -> None:
+def loads(bench: Bench, told: dict[str, Any]) -> int:
+    """The tables of --load."""
+    for side in bench.sides:  # to warm up
+        offered(side, shortened(bench.load(0)), bench.arguments.temperature)
+    rows: list[dict[str, Any]] = []
+    for rate in bench.arguments.rate:
+        for name, rounds in bench.measure_load(rate).items():
+            rows.append({"side": name, "rate": rate, **summed(rounds)})
+        print(table((row["side"], bench.most, row["rate"], row) for row in rows), flush=True)
+        write(bench.arguments, told, rows)
+    return 0
+
+
+def write(arguments: argparse.Namespace, told: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     """Everything that was measured so far."""
     arguments.output.mkdir(parents=True, exist_ok=True)
     over = f"-tp{arguments.tp}" if arguments.tp > 1 else ""
-    path = arguments.output / f"llm-{arguments.model}{over}.json"
-    path.write_text(json.dumps({"about": told, "rows": [asdict(row) for row in rows]}, indent=1))
+    kind = "load" if arguments.load else "llm"
+    path = arguments.output / f"{kind}-{arguments.model}{over}.json"
+    path.write_text(json.dumps({"about": told, "rows": rows}, indent=1))
 
 
 def host(arguments: argparse.Namespace) -> int:
@@ -299,6 +344,10 @@ def batches(text: str) -> list[int]:
     return sizes
 
 
+def rates(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
+
+
 def parsed(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -310,6 +359,10 @@ def parsed(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=128, help="tokens of each prompt")
     parser.add_argument("--tokens", type=int, default=128, help="tokens that each request gets")
     parser.add_argument("--device", choices=("cuda:0", "cpu"), default="cuda:0")
+    parser.add_argument("--load", action="store_true", help="a load instead of batches")
+    parser.add_argument("--rate", type=rates, default=[0.0], metavar="R,R",
+                        help="of a load: requests a second; 0: all at once")  # fmt: skip
+    add_arguments(parser)
     parser.add_argument("--host", action="store_true", help="only what a step costs the host")
     parser.add_argument("--cuda-cores", action="store_true", help=_CUDA_CORES)
     parser.add_argument(

@@ -1,13 +1,14 @@
 """The loop of examples/llm once more, with torch and flashinfer-python: the peer of llm.py.
 
-Dense Llama 3 and Qwen3.  Weights are shared with the engine it is compared with; caches and
-everything else are its own.  All prompts first, in steps of at most `max_tokens`, with those
-that decode already in the same batch; the host reads the tokens of each step before it
-queues the next.  What a step needs goes to the GPU in one copy from page-locked memory, and
-the planners are given the host's arrays: neither waits for the GPU.
+Dense Llama 3 and Qwen3.  Weights are shared with the engine it is compared with, and so are caches
+where both have one GPU: the sides take turns.  Everything else is its own.  All prompts first, in
+steps of at most `max_tokens`, with those that decode already in the same batch; the host reads the
+tokens of each step before it queues the next.  What a step needs goes to the GPU in one copy from
+page-locked memory, and the planners are given the host's arrays: neither waits for the GPU.
 
 `eager` launches every kernel from Python; `graph` replays a CUDA graph of the model for the
-sizes of batch it was told of, planned by FlashInfer's wrappers for graphs.
+sizes of batch it was told of, planned by FlashInfer's wrappers for graphs; other batches are padded
+to the next size.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ ARRAYS = ("tokens", "positions", "requests", "indptr", "last_page_len", "last", 
 class Request:
     prompt: list[int]
     row: int  # of the page table
+    length: int  # tokens that it gets; 0: padding
     tokens: list[int] = field(default_factory=list)
     computed: int = 0
 
@@ -52,15 +54,17 @@ class Loop:
     def __init__(
         self, config: Any, weights: Weights, page_size: int, max_batch: int, max_length: int,
         max_tokens: int, use_tensor_cores: bool = False, graph_sizes: tuple[int, ...] = (),
-        ranks: int = 1,
+        ranks: int = 1, caches: list[torch.Tensor] | None = None,
     ) -> None:  # fmt: skip
         self.config, self.weights, self.max_tokens = config, weights, max_tokens
         self.ranks = ranks  # each with a part of the weights: llm_ranks.py
         self.device, self.dtype = weights.embed.device, weights.embed.dtype
         self.page_size, each = page_size, -(-max_length // page_size)
-        self.table = np.arange(max_batch * each, dtype=np.int32).reshape(max_batch, each)
-        shape = (self.table.size, 2, page_size, config.kv_heads, config.head_dim)
-        self.caches = [self.zeros(*shape, dtype=self.dtype) for _ in config.layers]
+        # Page 0 belongs to nobody: the last row pads batches, with a token each.
+        self.table = np.zeros((max_batch + 1, each), np.int32)
+        self.table[:-1] = 1 + np.arange(max_batch * each).reshape(max_batch, each)
+        shape = (1 + max_batch * each, 2, page_size, config.kv_heads, config.head_dim)
+        self.caches = caches or [self.zeros(*shape, dtype=self.dtype) for _ in config.layers]
         room = 3 * max_tokens + 4 * max_batch + self.table.size + 64
         self.staging = torch.zeros(room, dtype=torch.int32, pin_memory=self.device.type == "cuda")
         self.prefill = flashinfer.BatchPrefillWithPagedKVCacheWrapper(self.workspace(), "NHD")
@@ -71,6 +75,7 @@ class Loop:
         self.graph_workspace = self.workspace() if graph_sizes else None
         self.graph_sizes, self.graphs, self.kind = graph_sizes, dict[int, Graph](), "eager"
         self.running: list[Request] = []
+        self.rows = [*range(max_batch)][::-1]  # that no request has
         self.on_logits: Callable[[list[Request], np.ndarray], None] | None = None
         self.is_greedy, self.is_filtered = False, False
         self.temperature = self.zeros(max_batch, dtype=torch.float32)
@@ -83,16 +88,17 @@ class Loop:
     def workspace(self) -> torch.Tensor:
         return self.zeros(WORKSPACE, dtype=torch.uint8)
 
-    def start(self, prompts: list[list[int]], sampling: Sampling) -> list[Request]:
-        """All prompts of a batch, sampled alike."""
-        self.is_greedy = sampling.temperature == 0
-        self.is_filtered = sampling.top_p < 1 or sampling.top_k > 0
-        self.length = sampling.max_tokens
-        self.temperature.fill_(sampling.temperature or 1)
-        self.top_k.fill_(sampling.top_k or self.config.vocab)
-        self.top_p.fill_(sampling.top_p)
-        self.running = [Request(prompt, row) for row, prompt in enumerate(prompts)]
-        return [*self.running]
+    def submit(self, prompt: list[int], sampling: Sampling) -> Request:
+        """Take in a prompt; all that run at a time are sampled alike, but for their lengths."""
+        if not self.running:
+            self.is_greedy = sampling.temperature == 0
+            self.is_filtered = sampling.top_p < 1 or sampling.top_k > 0
+            self.temperature.fill_(sampling.temperature or 1)
+            self.top_k.fill_(sampling.top_k or self.config.vocab)
+            self.top_p.fill_(sampling.top_p)
+        request = Request(prompt, self.rows.pop(), sampling.max_tokens)
+        self.running.append(request)
+        return request
 
     @torch.inference_mode()
     def step(self) -> bool:
@@ -101,8 +107,8 @@ class Loop:
         is_decode = all(request.tokens for request in self.running)
         work = self.decoding() if is_decode else self.mixed()
         host = self.arrays(work)
-        sampled = [request for request, _, is_last in work if is_last]
-        logits = self.logits(host, is_decode)
+        sampled = [request for request, _, is_last in work if is_last and request.length]
+        logits = self.logits(host, is_decode)[: len(sampled)]
         if self.on_logits:
             self.on_logits(sampled, logits.float().cpu().numpy())
         if sampled:
@@ -111,13 +117,19 @@ class Loop:
                 request.tokens.append(token)
         else:
             torch.cuda.synchronize()  # before the page-locked memory is written again
-        if len(self.running[0].tokens) >= self.length:  # prompts are done in order
-            self.running = [r for r in self.running if len(r.tokens) < self.length]
+        ended = [request for request in sampled if len(request.tokens) == request.length]
+        if ended:
+            self.rows += [request.row for request in ended]
+            self.running = [request for request in self.running if request not in ended]
         return True
 
     def decoding(self) -> list[tuple[Request, list[int], bool]]:
-        """One token of each."""
-        return [(request, request.tokens[-1:], True) for request in self.running]
+        """One token of each, padded to a size that has a graph."""
+        work = [(request, request.tokens[-1:], True) for request in self.running]
+        sizes = self.graph_sizes if self.kind == "graph" else ()
+        size = next((size for size in sizes if size >= len(work)), 0)
+        padding = [Request([], len(self.table) - 1, 0) for _ in range(len(work), size)]
+        return work + [(request, [0], True) for request in padding]
 
     def mixed(self) -> list[tuple[Request, list[int], bool]]:
         """(request, tokens, whether the last of the prompt is among them)."""
@@ -195,7 +207,7 @@ class Loop:
         return self.forward(given, self.prefill, False)
 
     def forward(self, given: dict[str, Any], attention: Any, is_decode: bool) -> torch.Tensor:
-        """Logits of the last token of each request, in the model's dtype."""
+        """Logits of the last token of each request, in the model's dtype; padding last."""
         weights, eps = self.weights, self.config.eps
         residual = F.embedding(given["tokens"], weights.embed)
         x = flashinfer.rmsnorm(residual, weights.layers[0]["input_norm"], eps)

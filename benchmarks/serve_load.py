@@ -20,9 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -31,6 +29,7 @@ import numpy as np
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples/llm"))
 
 from marks.about import about
+from marks.llm_load import Load, Round, add_arguments, drawn, summed, table
 from marks.llm_models import MODELS, RandomWeights
 from safetensors.numpy import save_file
 from tiny import byte_tokenizer
@@ -39,37 +38,6 @@ from tokenizers import Tokenizer
 ROOT = Path(__file__).resolve().parent.parent
 STARTS_S = 600  # a large model takes long to be written and loaded
 SERVER = ("--max-batch", "256", "--num-pages", "34000", "--max-step", "8192", "--max-queue", "4096")
-
-
-@dataclass
-class Load:
-    """Lengths and times of requests, the same for a seed."""
-
-    prompts: list[list[int]]
-    lengths: list[int]
-    arrivals: list[float]  # seconds from the start
-
-
-@dataclass
-class Round:
-    """What came of a load."""
-
-    seconds: float = 0.0
-    prompt_tokens: int = 0
-    tokens: int = 0
-    first: list[float] = field(default_factory=list)
-    each: list[float] = field(default_factory=list)
-    failed: int = 0
-
-
-def drawn(given: argparse.Namespace, vocab: int, seed: int) -> Load:
-    rng = np.random.default_rng(seed)
-    low, high = given.input
-    sizes = rng.integers(low, high + 1, given.requests)
-    lengths = rng.integers(given.answer[0], given.answer[1] + 1, given.requests)
-    gaps = rng.exponential(1 / given.rate, given.requests) if given.rate else [0.0] * given.requests
-    prompts = [rng.integers(0, vocab, size).tolist() for size in sizes]
-    return Load(prompts, lengths.tolist(), np.cumsum(gaps).tolist())
 
 
 async def ask(at: Any, body: bytes, length: int, to: Round) -> None:
@@ -166,40 +134,6 @@ class Server:
             self.child.kill()
 
 
-def milliseconds(values: list[float], share: float) -> float:
-    return float(np.percentile(values, share) * 1000) if values else float("nan")
-
-
-def summed(rounds: list[Round]) -> dict[str, Any]:
-    """The figures of a load."""
-    rates = [one.tokens / one.seconds for one in rounds]
-    first = [x for one in rounds for x in one.first]
-    each = [x for one in rounds for x in one.each]
-    return {
-        "tokens_a_second": median(rates), "slowest": min(rates), "fastest": max(rates),
-        "prompt_tokens_a_second": median(one.prompt_tokens / one.seconds for one in rounds),
-        "first_ms_50": milliseconds(first, 50), "first_ms_99": milliseconds(first, 99),
-        "token_ms_50": milliseconds(each, 50), "token_ms_99": milliseconds(each, 99),
-        "seconds": [one.seconds for one in rounds], "tokens": [one.tokens for one in rounds],
-        "failed": sum(one.failed for one in rounds),
-    }  # fmt: skip
-
-
-HEAD = ("| requests | arrivals | tokens/s (least, most) | first token, 50 % | 99 % | a token, 50 % "
-        "| 99 % | failed |\n|---|---|---|---|---|---|---|---|")  # fmt: skip
-
-
-def row(given: argparse.Namespace, found: dict[str, Any]) -> str:
-    rate = f"{given.rate:g} a second" if given.rate else "all at once"
-    most = f"{found['slowest']:,.0f}, {found['fastest']:,.0f}"
-    first = f"{found['first_ms_50']:,.1f} ms | {found['first_ms_99']:,.1f} ms"
-    each = f"{found['token_ms_50']:.2f} ms | {found['token_ms_99']:.2f} ms"
-    return (
-        f"| {given.requests} | {rate} | {found['tokens_a_second']:,.0f} ({most}) | {first} "
-        f"| {each} | {found['failed']} |"
-    )
-
-
 def run(given: argparse.Namespace) -> int:
     vocab, server = given.vocab or MODELS[given.model]["vocab_size"], None
     with tempfile.TemporaryDirectory() as folder:
@@ -210,13 +144,13 @@ def run(given: argparse.Namespace) -> int:
             url = given.url or server.url  # type: ignore[union-attr]
             rounds = []
             for n in range(given.repeats + 1):  # the first warms up: graphs are recorded
-                load = drawn(given, vocab, given.seed + n)
+                load = drawn(given, given.rate, vocab, given.seed + n)
                 rounds.append(asyncio.run(offered(url, load, given.temperature)))
         finally:
             if server is not None:
                 server.close()
     found = summed(rounds[1:])
-    print(HEAD, row(given, found), sep="\n")
+    print(table([("serve.py", given.requests, given.rate, found)]))
     if given.output:
         given.output.mkdir(parents=True, exist_ok=True)
         kind = f"{given.rate:g}" if given.rate else "at-once"
@@ -226,24 +160,13 @@ def run(given: argparse.Namespace) -> int:
     return 1 if found["failed"] else 0
 
 
-def lengths(text: str) -> tuple[int, int]:
-    low, _, high = text.partition("-")
-    both = int(low), int(high or low)
-    if not 1 <= both[0] <= both[1]:
-        raise argparse.ArgumentTypeError(f"{text}: LOW-HIGH, of 1 or more")
-    return both
-
-
 def parsed(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--url", help="of a server that runs; else one is started")
     parser.add_argument("--model", default="qwen3-0.6b", choices=tuple(MODELS))
     parser.add_argument("--vocab", type=int, help="tokens of prompts are below it")
-    parser.add_argument("--requests", type=int, default=256)
+    add_arguments(parser)
     parser.add_argument("--rate", type=float, default=0.0, help="requests a second; 0: all at once")
-    parser.add_argument("--input", type=lengths, default=(100, 1024), metavar="LOW-HIGH")
-    parser.add_argument("--answer", type=lengths, default=(100, 1024), metavar="LOW-HIGH")
-    parser.add_argument("--temperature", type=float, default=0.6)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="a folder for JSON")

@@ -1,4 +1,4 @@
-"""benchmarks/llm_torch.py as sides of benchmarks/llm.py, on the weights of the engine's model."""
+"""benchmarks/llm_torch.py as sides of benchmarks/llm.py, on an engine's weights and caches."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from engine import Engine, Sampling
 from llm_torch import Loop, Request, Weights
+
+import fi_ffi
 
 # From this many query heads a key head on, servers have FlashInfer decode on tensor cores.
 TENSOR_CORES_FROM = 4
@@ -35,7 +37,7 @@ class Peer:
 
     def start(self, prompts: list[list[int]], sampling: Sampling) -> list[Request]:
         self.loop.kind = self.kind
-        return self.loop.start(prompts, sampling)
+        return [self.loop.submit(prompt, sampling) for prompt in prompts]
 
     def step(self) -> bool:
         return self.loop.step()
@@ -66,6 +68,13 @@ def weights_of(model: Any) -> Weights:
     return Weights(embed, head, tensor(model.norm), layers, tensor(model.cos_sin))
 
 
+def cache_of(keys: Any) -> torch.Tensor:
+    """A layer's keys and values, [pages, 2, page size, heads, head size], of which `keys` begin."""
+    count, size, *rest = keys.shape
+    whole = fi_ffi.TensorDesc(keys.ptr, (count, 2, size, *rest), keys.dtype, device=keys.device)
+    return tensor(whole)
+
+
 def peers(
     engine: Engine, max_length: int, sizes: tuple[int, ...], use_cuda_cores: bool
 ) -> list[Peer]:
@@ -75,6 +84,6 @@ def peers(
     use_tensor_cores = is_wide(config) and not use_cuda_cores
     loop = Loop(
         config, weights_of(model), engine.page_size, model.slots, max_length, model.max_tokens,
-        use_tensor_cores, sizes,
+        use_tensor_cores, sizes, caches=[cache_of(keys) for keys, _ in model.caches],
     )  # fmt: skip
     return [Peer(loop, "eager"), Peer(loop, "graph")]

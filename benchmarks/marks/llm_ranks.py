@@ -69,7 +69,7 @@ def start(loop: Any, kind: str, prompts: list[list[int]], sampling: Sampling) ->
 
     torch.cuda.manual_seed(len(prompts))
     loop.kind = kind
-    return list(loop.start(prompts, sampling))
+    return [loop.submit(prompt, sampling) for prompt in prompts]
 
 
 def follow(job: Job, rank: int, told: Connection) -> None:

@@ -20,7 +20,7 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 def bench(monkeypatch):
     """The benchmark, and its parts by name."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    parts = ("check", "host", "idle", "models", "sides")
+    parts = ("check", "host", "idle", "load", "models", "sides")
     modules = {name: importlib.import_module(f"marks.llm_{name}") for name in parts}
     # By another name: `llm` is the folder of these tests.
     spec = importlib.util.spec_from_file_location("llm_benchmark", BENCHMARKS / "llm.py")
@@ -119,6 +119,59 @@ def test_on_the_cpu(tp, more, bench, tmp_path, capsys):
         for timing in row["timings"]["fi_ffi"]:
             assert timing["prefill_tokens"] == 30 * row["batch"]
             assert 0 < timing["decode_tokens"] <= 3 * row["batch"]
+
+
+def test_a_load_on_the_cpu(bench, tmp_path, capsys):
+    given = ["--device", "cpu", "--model", "tiny", "--load", "--requests", "6", "--rate", "0,50"]
+    given += ["--input", "5-90", "--answer", "3-9", "--repeats", "2", "--output", str(tmp_path)]
+    assert bench.main.run(bench.main.parsed(given)) == 0
+    assert "| fi_ffi | 6 | 50 a second |" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "load-tiny.json").read_text())["rows"]
+    assert [(row["side"], row["rate"]) for row in rows] == [("fi_ffi", 0), ("fi_ffi", 50)]
+    for row in rows:
+        assert all(6 * 3 <= tokens <= 6 * 9 for tokens in row["tokens"])
+        assert 0 < row["first_ms_50"] <= row["first_ms_99"] < 10_000
+        assert 0 < row["token_ms_50"] <= row["token_ms_99"] < 10_000
+    assert rows[1]["seconds"][0] > 0.01
+
+
+class Paced:
+    """A side that gives each request a token in every step of its time, by a clock of its own."""
+
+    name, on_logits, now = "paced", None, 100.0
+
+    def __init__(self, step_s):
+        self.step_s, self.running = step_s, []
+
+    def start(self, prompts, sampling):
+        made = [SimpleNamespace(tokens=[], most=sampling.max_tokens) for _ in prompts]
+        self.running += made
+        return made
+
+    def step(self):
+        if not self.running:
+            return False
+        self.pass_on(self.step_s)
+        for request in self.running:
+            request.tokens.append(0)
+        self.running = [r for r in self.running if len(r.tokens) < r.most]
+        return True
+
+    def pass_on(self, seconds):
+        self.now += seconds
+
+
+def test_latencies_of_a_load(bench, monkeypatch):
+    """They count from when a request arrives, though the side is in the middle of a step."""
+    side = Paced(4.0)
+    monkeypatch.setattr(bench.load, "perf_counter", lambda: side.now)
+    monkeypatch.setattr(bench.load, "sleep", side.pass_on)
+    load = bench.load.Load([[1], [1, 2], [3]], [3, 2, 1], [0.0, 5.0, 30.0])
+    found = bench.load.offered(side, load, 0.6)
+    assert (found.tokens, found.prompt_tokens, found.failed) == (6, 4, 0)
+    assert found.first == pytest.approx([4, 7, 4], abs=1e-3)
+    assert found.each == pytest.approx([4, 4, 4])
+    assert found.seconds == pytest.approx(34, abs=1e-3)
 
 
 def test_of_the_host_alone(bench, capsys):

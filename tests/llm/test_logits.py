@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import engine.config
 import engine.model
 import engine.steps
@@ -182,6 +180,11 @@ def test_windows_without_sinks(serve, heads):
     assert {kind for _, kind in engine.runner.plans} == {"full_attention", "sliding_attention"}
 
 
+def changed(model, **fields):
+    """A pydantic model with other fields."""
+    return model.model_copy(update=fields)
+
+
 FAULTS = {
     # Keys and values change places; queries have the norm of keys; another theta; Llama 3's slower
     # frequencies are left as they were; a state is not cleared; a gate is left out.
@@ -196,10 +199,10 @@ FAULTS = {
         ),
     ),
     "theta": (
-        "qwen3", engine.config.Config, "cos_sin_cache",
-        lambda real: lambda self, count: real(replace(self, rope_theta=5000.0), count),
+        "qwen3", engine.config.Rope, "cos_sin",
+        lambda real: lambda self, *given: real(changed(self, rope_theta=5000.0), *given),
     ),
-    "llama3": ("llama", engine.config.Config, "_llama3", lambda real: lambda self, given: given),
+    "llama3": ("llama", engine.config.Rope, "_llama3", lambda real: lambda self, given: given),
     "state": ("qwen3_next", engine.model.Model, "clear", lambda real: lambda self, slot: None),
     # Blocks have each other's scales; one of three matrices has another's.
     "fp8 blocks": ("qwen3_fp8", engine.weights, "one", turning),
@@ -213,7 +216,7 @@ FAULTS = {
     ),
     "moe shares": (
         "qwen3_moe", engine.config.Config, "read",
-        lambda real: lambda path: replace(real(path), norm_topk=False),
+        lambda real: lambda path: changed(real(path), norm_topk=False),
     ),
     # Of gpt-oss: all keys are seen, heads have no sinks, positions are not stretched, biases are
     # left out, experts are not limited, 4 bits are counted from the upper half.
@@ -223,7 +226,8 @@ FAULTS = {
     ),
     "gpt_oss sinks": ("gpt_oss", engine.weights, "_gpt_oss", but(sinks=-30)),
     "gpt_oss yarn": (
-        "gpt_oss", engine.config.Config, "_yarn", lambda real: lambda self, given: (given, 1.0)
+        "gpt_oss", engine.config.Rope, "_yarn",
+        lambda real: lambda self, given, *rest: (given, 1.0),
     ),
     "gpt_oss biases": (
         "gpt_oss", engine.model.Model, "biased", lambda real: lambda self, x, layer, name: x

@@ -19,8 +19,8 @@ def bench(monkeypatch):
 
 def test_a_load_is_the_same_for_a_seed(bench):
     given = bench.parsed(["--rate", "5", "--requests", "400", "--input", "3-9"])
-    one, two = (bench.drawn(given, 300, 7) for _ in range(2))
-    assert one == two != bench.drawn(given, 300, 8)
+    one, two = (bench.drawn(given, 5, 300, 7) for _ in range(2))
+    assert one == two != bench.drawn(given, 5, 300, 8)
     assert {*map(len, one.prompts)} == {*range(3, 10)}
     assert min(map(min, one.prompts)) >= 0 and max(map(max, one.prompts)) < 300
     assert min(one.lengths) >= 100 and max(one.lengths) <= 1024
@@ -49,7 +49,7 @@ def test_on_the_cpu(bench, tmp_path, capsys, rate):
              "--repeats", "1", "--rate", str(rate), "--output", str(tmp_path),
              "--", "--cpu", "--num-pages", "200", "--max-batch", "4"]  # fmt: skip
     assert bench.run(bench.parsed(given)) == 0
-    assert "| 8 |" in capsys.readouterr().out
+    assert "| serve.py | 8 |" in capsys.readouterr().out
     (file,) = tmp_path.iterdir()
     found = json.loads(file.read_text())["found"]
     assert found["failed"] == 0

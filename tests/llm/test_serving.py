@@ -312,8 +312,8 @@ def test_requests_that_can_never_be_run(serve):
      ({"num_experts": 8}, "num_experts"), ({"head_dim": 512}, "256 at most"),
      ({"partial_rotary_factor": 0.3}, "RoPE is of 76 numbers"),
      ({"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 9,
-       "moe_intermediate_size": 96}, "1024 at most"),
-     ({"linear_key_head_dim": 64}, "linear_key_head_dim is 64; here it is 128")],
+       "moe_intermediate_size": 96}, "num_experts_per_tok is 9, of 8 experts"),
+     ({"linear_key_head_dim": 64}, "linear_key_head_dim is 64: Input should be 128")],
 )  # fmt: skip
 def test_models_that_are_not_here(serve, change, words):
     path = serve("qwen3_next").path

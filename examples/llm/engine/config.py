@@ -1,44 +1,21 @@
-"""What a model is, from its config.json and generation_config.json in the hub's layout."""
+"""What a model is, from its config.json and generation_config.json in the hub's layout.
+
+A class for each kind of model is the schema of its config.json: what this engine has no code for
+is refused by the name that it has there.
+"""
 
 import json
 import math
-from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
-KINDS = ("llama", "qwen3", "qwen3_next", "qwen3_moe", "gpt_oss")
-
-LARGEST = 2**24  # of any of these sizes
-MOST_LAYERS, MOST_HEAD_DIM = 2**10, 256
-# Fields by their names in config.json; and those that kinds have besides.
-SIZES = {
-    "vocab": "vocab_size", "hidden": "hidden_size", "intermediate": "intermediate_size",
-    "heads": "num_attention_heads", "kv_heads": "num_key_value_heads",
-    "max_positions": "max_position_embeddings",
-}  # fmt: skip
-SIZES_OF = {
-    "qwen3_next": {"key_heads": "linear_num_key_heads", "value_heads": "linear_num_value_heads"},
-    "qwen3_moe": {
-        "experts": "num_experts", "top_k": "num_experts_per_tok",
-        "expert_intermediate": "moe_intermediate_size",
-    },
-    "gpt_oss": {
-        "experts": "num_local_experts", "top_k": "num_experts_per_tok",
-        "expert_intermediate": "intermediate_size",
-    },
-}  # fmt: skip
-# What a field may be that is given and not null: whole numbers, numbers, yes or no, objects.
-BOUNDS = {
-    "decoder_sparse_step": (1, LARGEST), "full_attention_interval": (1, LARGEST),
-    "max_window_layers": (0, LARGEST), "sliding_window": (0, LARGEST),
-    "original_max_position_embeddings": (1, LARGEST), "rms_norm_eps": (0.0, 1.0),
-    "rope_theta": (1.0, 1e12), "partial_rotary_factor": (0.0, 1.0), "swiglu_limit": (0.0, 1e6),
-    "factor": (1e-3, 1e6), "low_freq_factor": (1e-3, 1e6), "high_freq_factor": (1e-3, 1e6),
-    "beta_fast": (1e-3, 1e6), "beta_slow": (1e-3, 1e6), "attention_factor": (0.0, 1e6),
-    "mscale": (0.0, 1e6), "mscale_all_dim": (0.0, 1e6),
-}  # fmt: skip
+LARGEST = 2**24  # of any size
+MOST_LAYERS, MOST_EXPERTS, MOST_HEAD_DIM = 2**10, 2**10, 256
 TOP = 20  # the most tokens that are told beside the one drawn
 # Of the parameters of a request; of whole numbers where the limits are.
 LIMITS = {
@@ -47,16 +24,29 @@ LIMITS = {
     "presence_penalty": (-2.0, 2.0), "frequency_penalty": (-2.0, 2.0),
     "repetition_penalty": (1e-2, 100.0), "logprobs": (0, TOP),
 }  # fmt: skip
-# Those of them that generation_config.json may have.
-SAMPLED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-FLAGS = (
-    "tie_word_embeddings", "norm_topk_prob", "attention_bias", "mlp_bias", "use_sliding_window",
-)  # fmt: skip
-OBJECTS = ("rope_parameters", "rope_scaling", "quantization_config")
-NEEDED = {"yarn": ("factor",)}
-NEEDED["llama3"] = (
-    "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
-)  # fmt: skip
+
+
+def within(low, high):
+    """A number in these limits; a whole one where they are."""
+    return Annotated[type(high), Field(ge=low, le=high)]
+
+
+def limited(name):
+    """The parameter of a request of that name."""
+    return within(*LIMITS[name])
+
+
+def named(name, *others, **default):
+    """A field that has another name, or others, in config.json."""
+    return Field(validation_alias=AliasChoices(name, *others), **default)
+
+
+Size, Count = within(1, LARGEST), within(0, LARGEST)
+Factor, Gain = within(1e-3, 1e6), within(0.0, 1e6)
+
+
+class Checked(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
 
 
 def read_object(path):
@@ -70,38 +60,222 @@ def read_object(path):
     return raw
 
 
-@dataclass(frozen=True)
-class Config:
-    dtype: str
-    vocab: int
-    hidden: int
-    intermediate: int
-    layers: tuple[str, ...]
-    heads: int
-    kv_heads: int
-    head_dim: int
-    max_positions: int
-    eps: float
-    tied: bool  # the output projection is the embedding table
-    rotary_dim: int
-    rope_theta: float
-    rope_scaling: dict = field(hash=False)
-    qk_norm: bool
-    is_next: bool  # Qwen3-Next: norms by 1 + weight, a gate on attention's output
-    key_heads: int = 0  # of linear attention, whose heads have 128 elements
-    value_heads: int = 0
-    experts: int = 0  # of each layer that is `sparse`; a token goes to `top_k` of them
-    top_k: int = 0
-    expert_intermediate: int = 0
-    norm_topk: bool = True  # the weights of a token's experts add up to 1
-    sparse: tuple[bool, ...] = ()
-    window: int = 0  # keys that a query of a sliding layer sees, its own among them; 0: all
-    has_biases: bool = False  # of attention's products
-    is_gpt_oss: bool = False  # sinks, and experts with biases and a limit of their own
-    swiglu_limit: float = 0.0
-    eos: tuple[int, ...] = ()
-    # What generation_config.json gives for requests that do not say, by the names of `Sampling`.
-    sampling: dict = field(default_factory=dict, hash=False)
+def given(raw):
+    """Fields that are not null, which stands for those that are not there."""
+    return {name: value for name, value in raw.items() if value is not None}
+
+
+def checked(kind, raw, file):
+    """A file's fields as `kind` has them; ValueError with the first that is wrong."""
+    try:
+        return kind.model_validate(given(raw))
+    except ValidationError as wrong:
+        error = wrong.errors(include_url=False)[0]
+    where, words = ".".join(map(str, error["loc"])), error["msg"].removeprefix("Value error, ")
+    if isinstance(error["input"], dict):  # the file: a field is missing, or some do not fit
+        raise ValueError(": ".join(filter(None, (file, where, words))))
+    raise ValueError(f"{file}: {where} is {error['input']!r:.100}: {words}")
+
+
+class Generation(Checked):
+    """What generation_config.json gives for requests that do not say, by the names of `Sampling`,
+    and tokens that end a text.
+    """
+
+    temperature: limited("temperature") | None = None
+    top_k: limited("top_k") | None = None
+    top_p: limited("top_p") | None = None
+    min_p: limited("min_p") | None = None
+    repetition_penalty: limited("repetition_penalty") | None = None
+    eos_token_id: Count | list[Count] = []
+
+
+class Rope(Checked):
+    """How heads are turned by their position."""
+
+    NEEDED: ClassVar = {
+        "yarn": ("factor",),
+        "llama3": ("factor", "low_freq_factor", "high_freq_factor",
+                   "original_max_position_embeddings"),
+    }  # fmt: skip
+
+    rope_type: Literal["default", "llama3", "yarn"] = named("rope_type", "type", default="default")
+    rope_theta: within(1.0, 1e12) = 10000.0
+    partial_rotary_factor: within(0.0, 1.0) = 1.0
+    factor: Factor | None = None
+    low_freq_factor: Factor | None = None
+    high_freq_factor: Factor | None = None
+    original_max_position_embeddings: Size | None = None
+    beta_fast: Factor = 32.0
+    beta_slow: Factor = 1.0
+    attention_factor: Gain | None = None
+    mscale: Gain | None = None
+    mscale_all_dim: Gain | None = None
+    truncate: bool = True
+
+    @model_validator(mode="after")
+    def _has_all(self):
+        for name in self.NEEDED.get(self.rope_type, ()):
+            if getattr(self, name) is None:
+                raise ValueError(f"{self.rope_type} comes with {name}")
+        return self
+
+    def cos_sin(self, positions, dim, most):
+        """[positions, dim] float32: the cosines of a position's angles, then their sines, in a
+        model for `most` positions.
+        """
+        frequencies, larger = self.rope_theta ** -(np.arange(0, dim, 2) / dim), 1.0
+        if self.rope_type == "llama3":
+            frequencies = self._llama3(frequencies)
+        if self.rope_type == "yarn":
+            frequencies, larger = self._yarn(frequencies, dim, most)
+        angles = np.arange(positions)[:, None] * frequencies
+        both = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
+        return (larger * both).astype(np.float32)
+
+    def _yarn(self, frequencies, dim, most):
+        """Slow ones are `factor` times slower, with a ramp; and how much larger all is then."""
+        old = self.original_max_position_embeddings or most
+        # The pair that turns so often over the length that the model was first made for.
+        low, high = (
+            dim * math.log(old / (turns * 2 * math.pi)) / (2 * math.log(self.rope_theta))
+            for turns in (self.beta_fast, self.beta_slow)
+        )
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, dim - 1)
+        slow = np.clip((np.arange(len(frequencies)) - low) / (high - low or 0.001), 0, 1)
+        larger = self.attention_factor
+        if larger is None:
+            larger = self._larger(self.mscale)
+            if self.mscale and self.mscale_all_dim:
+                larger /= self._larger(self.mscale_all_dim)
+        return frequencies * (1 - slow + slow / self.factor), larger
+
+    def _larger(self, by):
+        return 0.1 * (by or 1) * math.log(self.factor) + 1 if self.factor > 1 else 1.0
+
+    def _llama3(self, frequencies):
+        """Slow ones are `factor` times slower, quick ones as they were, with a ramp between."""
+        turns = self.original_max_position_embeddings * frequencies / (2 * math.pi)
+        ramp = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        quick = np.clip(ramp, 0, 1)
+        return frequencies * (quick + (1 - quick) / self.factor)
+
+
+class Quantised(Checked):
+    quant_method: str | None = None
+    weight_block_size: list[int] | None = None
+
+
+class Config(Checked):
+    """What all kinds of model have; `read` gives one of `KINDS`."""
+
+    # What kinds differ in.
+    qk_norm: ClassVar = False
+    is_next: ClassVar = False  # Qwen3-Next: norms by 1 + weight, a gate on attention's output
+    is_gpt_oss: ClassVar = False  # sinks, and experts with biases and a limit of their own
+    quantised: ClassVar = "fp8"  # the quant_method that there may be
+
+    dtype: Literal["float16", "bfloat16"] = named("torch_dtype", "dtype", default="bfloat16")
+    vocab: Size = named("vocab_size")
+    hidden: Size = named("hidden_size")
+    intermediate: Size = named("intermediate_size")
+    count: within(1, MOST_LAYERS) = named("num_hidden_layers")
+    heads: Size = named("num_attention_heads")
+    kv_heads: Size = named("num_key_value_heads")
+    head_dim: Size = Field(default_factory=lambda told: told["hidden"] // told["heads"])
+    max_positions: Size = named("max_position_embeddings")
+    eps: within(0.0, 1.0) = named("rms_norm_eps")
+    # The output projection is the embedding table.
+    tied: bool = named("tie_word_embeddings", default=False)
+    rope: Rope = named("rope_scaling")
+    has_biases: bool = named("attention_bias", default=False)  # of attention's products
+    mlp_bias: Literal[False] = False
+    layer_types: list[Literal[FULL, SLIDING]] = []
+    use_sliding_window: bool = False
+    sliding_window: Count = 0  # keys that a query of a sliding layer sees, its own among them
+    max_window_layers: Count = 28
+    quantization_config: Quantised | None = None
+    eos_token_id: Count | list[Count] = []
+    generation: Generation = Generation()
+
+    @classmethod
+    def read(cls, path):
+        """Of a folder with config.json; ValueError for what this engine has no code for."""
+        raw = read_object(Path(path) / "config.json")
+        drawn = Path(path) / "generation_config.json"
+        drawn = checked(Generation, read_object(drawn) if drawn.exists() else {}, drawn.name)
+        if (of := raw.get("model_type")) not in [*KINDS]:
+            known = " or ".join(KINDS)
+            raise ValueError(f"config.json: model_type is {of!r:.100}; here it is {known}")
+        return checked(KINDS[of], raw | {"generation": drawn}, "config.json")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_rope(cls, raw):
+        """All of RoPE's fields together; some files have a few outside."""
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        if isinstance(rope, dict):
+            names = ("rope_theta", "partial_rotary_factor")
+            rope = given(rope) | {name: raw[name] for name in names if name in raw}
+        return raw | {"rope_scaling": rope}
+
+    @model_validator(mode="after")
+    def _fits(self):
+        if self.heads % self.kv_heads:
+            raise ValueError("num_key_value_heads does not divide num_attention_heads")
+        if self.head_dim % 8 or self.rotary_dim % 8 or self.head_dim > MOST_HEAD_DIM:
+            raise ValueError(
+                f"head_dim is {self.head_dim}, and RoPE is of {self.rotary_dim} numbers; here "
+                f"both are multiples of 8, {MOST_HEAD_DIM} at most"
+            )
+        if len(self.layers) != self.count:
+            raise ValueError(f"layer_types has {len(self.layers)} of {self.count} layers")
+        of, known = self.quantization_config, (None, [128, 128])
+        is_known = of and (of.quant_method, self.dtype) == (self.quantised, "bfloat16")
+        if of and not (is_known and of.weight_block_size in known):
+            raise ValueError("quantization_config: here it is fp8 of a tensor or of blocks of 128, "
+                             "of gpt_oss mxfp4, with bfloat16")  # fmt: skip
+        if self.top_k > self.experts:
+            raise ValueError(f"num_experts_per_tok is {self.top_k}, of {self.experts} experts")
+        return self
+
+    @cached_property
+    def layers(self):
+        """The kind of attention of each layer."""
+        full = self.max_window_layers if self.use_sliding_window else self.count
+        return self.layer_types or [FULL if i < full else SLIDING for i in range(self.count)]
+
+    @property
+    def window(self):
+        """Keys that a query of a sliding layer sees, its own among them; 0: all."""
+        return self.sliding_window if self.use_sliding_window else 0
+
+    @property
+    def windows(self):
+        """By kind of layer, how many keys before its own a query sees; -1: all."""
+        return {kind: self.window - 1 if kind == SLIDING else -1 for kind in self.layers}
+
+    @property
+    def rotary_dim(self):
+        return int(self.head_dim * self.rope.partial_rotary_factor)
+
+    def cos_sin_cache(self, positions):
+        """`Rope.cos_sin` of this model's heads."""
+        return self.rope.cos_sin(positions, self.rotary_dim, self.max_positions)
+
+    @property
+    def eos(self):
+        """The tokens that end a text."""
+        both = (self.eos_token_id, self.generation.eos_token_id)
+        ends = [end if isinstance(end, list) else [end] for end in both]
+        return tuple(dict.fromkeys(ends[0] + ends[1]))
+
+    @property
+    def sampling(self):
+        """What generation_config.json gives, by the names of `Sampling`."""
+        return self.generation.model_dump(exclude={"eos_token_id"}, exclude_none=True)
 
     @property
     def is_hybrid(self):
@@ -109,12 +283,7 @@ class Config:
 
     def is_sparse(self, i):
         """Whether layer i is a mixture of experts."""
-        return bool(self.sparse) and self.sparse[i]
-
-    @property
-    def windows(self):
-        """By kind of layer, how many keys before its own a query sees; -1: all."""
-        return {kind: self.window - 1 if kind == SLIDING else -1 for kind in self.layers}
+        return False
 
     @property
     def key_size(self):
@@ -128,197 +297,88 @@ class Config:
     def conv_size(self):
         return 2 * self.key_size + self.value_size
 
-    @classmethod
-    def read(cls, path):
-        """Of a folder with config.json; ValueError for what this engine has no code for."""
-        raw = read_object(Path(path) / "config.json")
-        cls._check_kinds(raw)
-        drawn = Path(path) / "generation_config.json"
-        drawn = read_object(drawn) if drawn.exists() else {}
-        limits = {name: LIMITS[name] for name in SAMPLED}
-        cls._check_kinds(drawn, "generation_config.json", limits)
-        raw["dtype"] = raw.get("torch_dtype") or raw.get("dtype") or "bfloat16"
-        names = SIZES | SIZES_OF.get(raw.get("model_type"), {})
-        cls._check_numbers(raw, names.values())
-        kind, count = raw["model_type"], raw["num_hidden_layers"]
-        scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        scaling = {"rope_type": scaling.get("type", "default")} | scaling
-        cls._check(raw, kind, names, scaling["rope_type"])
-        more = {field: raw[name] for field, name in names.items()}
-        if kind == "qwen3_moe":
-            step, dense = raw.get("decoder_sparse_step") or 1, raw.get("mlp_only_layers") or ()
-            more["sparse"] = tuple((i + 1) % step == 0 and i not in dense for i in range(count))
-            more["norm_topk"] = raw.get("norm_topk_prob", False)
-        if kind == "gpt_oss":
-            more |= {"sparse": (True,) * count, "swiglu_limit": raw.get("swiglu_limit", 7.0)}
-        if raw.get("use_sliding_window", kind == "gpt_oss"):
-            more["window"] = raw.get("sliding_window") or 0
-        head_dim = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
-        partial = raw.get("partial_rotary_factor", scaling.get("partial_rotary_factor", 1.0))
-        rotary_dim = int(head_dim * partial)
-        if head_dim % 8 or rotary_dim % 8 or head_dim > MOST_HEAD_DIM:
-            raise ValueError(
-                f"config.json: head_dim is {head_dim}, and RoPE is of {rotary_dim} numbers; here "
-                f"both are multiples of 8, {MOST_HEAD_DIM} at most"
-            )
-        ends = []
-        for end in (raw.get("eos_token_id"), drawn.get("eos_token_id")):
-            ends += end if isinstance(end, list) else [] if end is None else [end]
-        return cls(
-            dtype=raw["dtype"],
-            layers=tuple(raw.get("layer_types") or cls._types(count, raw)),
-            head_dim=head_dim,
-            eps=raw["rms_norm_eps"],
-            tied=raw.get("tie_word_embeddings", False),
-            rotary_dim=rotary_dim,
-            rope_theta=raw.get("rope_theta") or scaling.get("rope_theta", 10000.0),
-            rope_scaling=scaling,
-            qk_norm=kind.startswith("qwen3"),
-            has_biases=raw.get("attention_bias", kind == "gpt_oss"),
-            is_next=kind == "qwen3_next",
-            is_gpt_oss=kind == "gpt_oss",
-            eos=tuple(dict.fromkeys(ends)),
-            sampling={name: drawn[name] for name in SAMPLED if drawn.get(name) is not None},
-            **more,
-        )
 
-    @staticmethod
-    def _check_kinds(raw, file="config.json", bounds=BOUNDS):
-        """ValueError where a field is of another kind than it can be."""
+class WithoutExperts:
+    experts = top_k = expert_intermediate = 0
 
-        def check(given, name, is_right, known):
-            if given.get(name) is not None and not is_right(given[name]):
-                raise ValueError(f"{file}: {name} is {given[name]!r:.100}; it is {known}")
 
-        for name in OBJECTS:
-            check(raw, name, lambda x: isinstance(x, dict), "an object")
-        for given in (raw, raw.get("rope_parameters") or {}, raw.get("rope_scaling") or {}):
-            for name, (low, high) in bounds.items():
-                kinds = (int,) if type(low) is int else (int, float)
-                check(given, name, lambda x: type(x) in kinds and low <= x <= high,  # noqa: B023
-                      f"from {low} to {high}")  # fmt: skip
-        for name in FLAGS:
-            check(raw, name, lambda x: isinstance(x, bool), "true or false")
-        for name in ("torch_dtype", "dtype"):
-            check(raw, name, lambda x: x in ("float16", "bfloat16"), "float16 or bfloat16")
-        check(raw, "model_type", lambda x: isinstance(x, str), "text")
+class WithoutLinear:
+    key_heads = value_heads = 0
 
-        def are_tokens(x):
-            return all(type(n) is int and 0 <= n <= LARGEST for n in x)
 
-        check(raw, "mlp_only_layers", lambda x: isinstance(x, list) and are_tokens(x), "layers")
-        check(raw, "eos_token_id", lambda x: are_tokens(x if isinstance(x, list) else [x]),
-              "a token, or a list of tokens")  # fmt: skip
-        count, kinds = raw.get("num_hidden_layers"), (FULL, SLIDING, LINEAR)
-        check(raw, "layer_types",
-              lambda x: isinstance(x, list) and len(x) == count and all(k in kinds for k in x),
-              f"for each layer {FULL}, {SLIDING} or {LINEAR}")  # fmt: skip
+class Llama(WithoutExperts, WithoutLinear, Config):
+    pass
 
-    @staticmethod
-    def _check_numbers(raw, sizes):
-        """ValueError where a size is missing, or no size."""
-        optional = ("head_dim",) if raw.get("head_dim") is not None else ()
-        for name in (*sizes, "num_hidden_layers", *optional):
-            if type(value := raw.get(name)) is not int or not 1 <= value <= LARGEST:
-                raise ValueError(f"config.json: {name} is {value!r}; it is from 1 to {LARGEST}")
-        if raw["num_hidden_layers"] > MOST_LAYERS:
-            raise ValueError(f"config.json: num_hidden_layers is more than {MOST_LAYERS}")
-        if raw["num_attention_heads"] % raw["num_key_value_heads"]:
-            raise ValueError("config.json: num_key_value_heads does not divide num_attention_heads")
 
-    @staticmethod
-    def _check(raw, kind, names, rope):
-        """ValueError for what there is no code for."""
+class Qwen3(Llama):
+    qk_norm: ClassVar = True
 
-        def refuse(name, known):
-            raise ValueError(f"config.json: {name} is {raw.get(name)!r}; here it is {known}")
 
-        if kind not in KINDS:
-            refuse("model_type", " or ".join(KINDS))
-        for name in ("mlp_bias", *(("attention_bias",) if kind == "qwen3_next" else ())):
-            if raw.get(name):
-                refuse(name, "none")
-        of_weights = raw.get("quantization_config") or {}
-        method = {"qwen3_next": None, "gpt_oss": "mxfp4"}.get(kind, "fp8")
-        is_known = of_weights.get("quant_method") == method
-        is_known &= of_weights.get("weight_block_size") in (None, [128, 128])
-        if of_weights and not (is_known and raw["dtype"] == "bfloat16"):
-            known = "fp8 of a tensor or of blocks of 128, of gpt_oss mxfp4, with bfloat16"
-            refuse("quantization_config", known)
-        if rope not in ("default", "llama3", "yarn"):
-            refuse("rope_scaling", "of rope_type default, llama3 or yarn")
-        scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        for name in NEEDED.get(rope, ()):
-            if scaling.get(name) is None:
-                refuse("rope_scaling", f"with {name}")
-        of_experts = names.get("experts")
-        if of_experts and not 0 < raw["num_experts_per_tok"] <= raw[of_experts] <= 1024:
-            refuse(of_experts, "1024 at most, and num_experts_per_tok at least")
-        if kind != "qwen3_next":
-            return
-        dense = len(raw.get("mlp_only_layers") or ()) == raw["num_hidden_layers"]
-        if raw.get("num_experts") and not dense:
-            refuse("num_experts", "0: layers are dense")
-        for name, known in (
-            ("linear_key_head_dim", 128), ("linear_value_head_dim", 128),
-            ("linear_conv_kernel_dim", 4),
-        ):  # fmt: skip
-            if raw[name] != known:
-                refuse(name, known)
+class Qwen3Moe(WithoutLinear, Config):
+    qk_norm: ClassVar = True
 
-    @staticmethod
-    def _types(count, raw):
-        if raw["model_type"] == "gpt_oss":
-            return [FULL if i % 2 else SLIDING for i in range(count)]
-        if raw.get("use_sliding_window"):
-            return [FULL if i < raw["max_window_layers"] else SLIDING for i in range(count)]
-        every = raw.get("full_attention_interval") or 1
-        return [LINEAR if (i + 1) % every else FULL for i in range(count)]
+    experts: within(1, MOST_EXPERTS) = named("num_experts")
+    top_k: Size = named("num_experts_per_tok")
+    expert_intermediate: Size = named("moe_intermediate_size")
+    # The weights of a token's experts add up to 1.
+    norm_topk: bool = named("norm_topk_prob", default=False)
+    decoder_sparse_step: Size = 1
+    mlp_only_layers: list[Count] = []
 
-    def cos_sin_cache(self, positions):
-        """[positions, rotary_dim] float32: the cosines of a position's angles, then their sines."""
-        pairs = np.arange(0, self.rotary_dim, 2, dtype=np.float64) / self.rotary_dim
-        frequencies = self.rope_theta**-pairs
-        kind, factor = self.rope_scaling["rope_type"], 1.0
-        if kind == "llama3":
-            frequencies = self._llama3(frequencies)
-        if kind == "yarn":
-            frequencies, factor = self._yarn(frequencies)
-        angles = np.arange(positions)[:, None] * frequencies
-        both = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
-        return (factor * both).astype(np.float32)
+    def is_sparse(self, i):
+        return (i + 1) % self.decoder_sparse_step == 0 and i not in self.mlp_only_layers
 
-    def _yarn(self, frequencies):
-        """Slow ones are `factor` times slower, with a ramp; and how much larger all is then."""
-        scaling = self.rope_scaling
-        old = scaling.get("original_max_position_embeddings") or self.max_positions
-        # The pair that turns so often over the length that the model was first made for.
-        low, high = (
-            self.rotary_dim
-            * math.log(old / (turns * 2 * math.pi))
-            / (2 * math.log(self.rope_theta))
-            for turns in (scaling.get("beta_fast") or 32, scaling.get("beta_slow") or 1)
-        )
-        if scaling.get("truncate", True):
-            low, high = math.floor(low), math.ceil(high)
-        low, high = max(low, 0), min(high, self.rotary_dim - 1)
-        pairs = np.arange(len(frequencies))
-        slow = np.clip((pairs - low) / (high - low or 0.001), 0, 1)
-        larger = scaling.get("attention_factor")
-        if larger is None:
-            larger = self._mscale(scaling.get("mscale"))
-            if scaling.get("mscale") and scaling.get("mscale_all_dim"):
-                larger /= self._mscale(scaling["mscale_all_dim"])
-        return frequencies * (1 - slow + slow / scaling["factor"]), larger
 
-    def _mscale(self, by):
-        factor = self.rope_scaling["factor"]
-        return 0.1 * (by or 1) * math.log(factor) + 1 if factor > 1 else 1.0
+class GptOss(WithoutLinear, Config):
+    is_gpt_oss: ClassVar = True
+    quantised: ClassVar = "mxfp4"
+    norm_topk: ClassVar = True
 
-    def _llama3(self, frequencies):
-        """Slow ones are `factor` times slower, quick ones as they were, with a ramp between."""
-        scaling = self.rope_scaling
-        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-        quick = np.clip((turns - low) / (high - low), 0, 1)
-        return frequencies * (quick + (1 - quick) / scaling["factor"])
+    experts: within(1, MOST_EXPERTS) = named("num_local_experts")
+    top_k: Size = named("num_experts_per_tok")
+    expert_intermediate: Size = named("intermediate_size")
+    swiglu_limit: Gain = 7.0
+    has_biases: bool = named("attention_bias", default=True)
+    use_sliding_window: bool = True
+    sliding_window: Count = 128
+
+    def is_sparse(self, i):
+        return True
+
+    @cached_property
+    def layers(self):
+        return self.layer_types or [FULL if i % 2 else SLIDING for i in range(self.count)]
+
+
+class Qwen3Next(WithoutExperts, Config):
+    qk_norm: ClassVar = True
+    is_next: ClassVar = True
+    quantised: ClassVar = None
+
+    key_heads: Size = named("linear_num_key_heads")
+    value_heads: Size = named("linear_num_value_heads")
+    has_biases: Literal[False] = named("attention_bias", default=False)
+    layer_types: list[Literal[FULL, LINEAR]] = []
+    full_attention_interval: Size = 4
+    linear_key_head_dim: Literal[128]
+    linear_value_head_dim: Literal[128]
+    linear_conv_kernel_dim: Literal[4]
+    num_experts: Count = 0
+    mlp_only_layers: list[Count] = []
+
+    @model_validator(mode="after")
+    def _is_dense(self):
+        if self.num_experts and len(self.mlp_only_layers) < self.count:
+            raise ValueError(f"num_experts is {self.num_experts}; here it is 0: layers are dense")
+        return self
+
+    @cached_property
+    def layers(self):
+        every = self.full_attention_interval
+        return self.layer_types or [LINEAR if (i + 1) % every else FULL for i in range(self.count)]
+
+
+KINDS = {
+    "llama": Llama, "qwen3": Qwen3, "qwen3_next": Qwen3Next, "qwen3_moe": Qwen3Moe,
+    "gpt_oss": GptOss,
+}  # fmt: skip

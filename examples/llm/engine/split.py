@@ -5,11 +5,7 @@ and logits by the vocabulary: products that begin a block give each rank columns
 those that end it give sums, which the ranks add up.
 """
 
-from dataclasses import replace
-
 import numpy as np
-
-from .config import SIZES, SIZES_OF
 
 # The dimension that is split, by the end of a tensor's name; all else is whole on every rank.
 DIMENSIONS = {
@@ -21,6 +17,8 @@ DIMENSIONS = {
     "gate_up_proj": 2, "gate_up_proj_bias": 1, "gate_up_proj_blocks": 1, "gate_up_proj_scales": 1,
     "down_proj_blocks": 2, "down_proj_scales": 2,
 }  # fmt: skip
+# The sizes of which each rank has a part.
+SHARED = ("heads", "intermediate", "key_heads", "value_heads", "expert_intermediate")
 PADDED = ("embed_tokens", "lm_head")  # the last rank's rows are filled up with zeros
 ONCE = ("o_proj.bias", "down_proj_bias")  # what is added to a sum: rank 0 has it, others zeros
 
@@ -32,20 +30,20 @@ def of_rank(config, size):
     """
     if size == 1:
         return config
-    names, parts = SIZES | SIZES_OF["qwen3_next"] | SIZES_OF["qwen3_moe"], {}
-    for field in ("heads", "intermediate", "key_heads", "value_heads", "expert_intermediate"):
-        whole = getattr(config, field)
-        parts[field], left = divmod(whole, size)
+    fields, parts = type(config).model_fields, {}
+    for name in (name for name in SHARED if name in fields):
+        whole = getattr(config, name)
+        parts[name], left = divmod(whole, size)
         if left:
-            raise ValueError(
-                f"config.json: {names[field]} is {whole}, not a multiple of {size} ranks"
-            )
+            named = fields[name].validation_alias.choices[0]
+            raise ValueError(f"config.json: {named} is {whole}, not a multiple of {size} ranks")
     if config.kv_heads % size and size % config.kv_heads:
         raise ValueError(
             f"config.json: num_key_value_heads is {config.kv_heads}, "
             f"neither a multiple nor a part of {size} ranks"
         )
-    return replace(config, kv_heads=max(config.kv_heads // size, 1), **parts)
+    parts["kv_heads"] = max(config.kv_heads // size, 1)
+    return config.model_copy(update=parts)
 
 
 def key_of(name):

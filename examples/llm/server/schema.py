@@ -8,7 +8,8 @@ import json
 from typing import Annotated, Any, Literal
 
 from engine import Sampling
-from engine.sampling import LIMITS, MOST_BIASES, TOP
+from engine.config import TOP, limited
+from engine.sampling import MOST_BIASES
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import from_json
 
@@ -37,11 +38,6 @@ class Refused(Exception):
 
 
 Stop = Annotated[str, Field(min_length=1, max_length=MOST_STOP)]
-
-
-def limited(name, kind):
-    low, high = LIMITS[name]
-    return Annotated[kind, Field(ge=low, le=high)]
 
 
 class Strict(BaseModel):
@@ -75,16 +71,16 @@ class Common(Strict):
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
     seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
-    temperature: limited("temperature", float) | None = None
-    top_p: limited("top_p", float) | None = None
+    temperature: limited("temperature") | None = None
+    top_p: limited("top_p") | None = None
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
-    min_p: limited("min_p", float) | None = None
+    min_p: limited("min_p") | None = None
     max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
-    min_tokens: limited("min_tokens", int) | None = None
+    min_tokens: limited("min_tokens") | None = None
     ignore_eos: bool | None = None
-    presence_penalty: limited("presence_penalty", float) | None = None
-    frequency_penalty: limited("frequency_penalty", float) | None = None
-    repetition_penalty: limited("repetition_penalty", float) | None = None
+    presence_penalty: limited("presence_penalty") | None = None
+    frequency_penalty: limited("frequency_penalty") | None = None
+    repetition_penalty: limited("repetition_penalty") | None = None
     logit_bias: Annotated[
         dict[
             Annotated[str, Field(pattern=r"^\d{1,9}$")],
