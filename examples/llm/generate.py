@@ -14,7 +14,7 @@ import threading
 import time
 from pathlib import Path
 
-from engine import Sampling, end_process, load
+from engine import Sampling, end_process, load, watch
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
@@ -63,7 +63,7 @@ def main():
         except (OSError, ValueError, KeyError) as wrong:
             sys.exit(f"generate.py: {wrong.args[0] if isinstance(wrong, KeyError) else wrong}")
     ended = threading.Event()
-    engine.watch_ranks(ended, lost)
+    watch(engine.runner, ended, lost)
     streams = [DecodeStream(skip_special_tokens=True) for _ in requests]
     told, start = [0] * len(requests), time.perf_counter()
     texts = [*given.prompts]

@@ -16,8 +16,8 @@ import threading
 from pathlib import Path
 
 import uvicorn
-from engine import end_process, load
-from server import Limits, application
+from engine import Config, Weights, end_process, load, verify
+from server import Limits, Link, application
 from server.chat import Template
 from server.connection import Connection
 from server.grammar import Grammars, library
@@ -63,7 +63,7 @@ class Process(uvicorn.Server):
     hurry = None  # ends what is still going on
 
     def engine_failed(self):
-        """Called on the engine's thread."""
+        """Called on another thread."""
         self.has_failed = True
         _later(LINGER, self.end)
 
@@ -84,21 +84,30 @@ def _later(seconds, function, *args):
     timer.start()
 
 
+def hosted(given, model):
+    """The engine and its grammars as the flags say, for the process that they have of their own."""
+    engine = load(model, "cpu" if given.cpu else None, given.num_pages, max_batch=given.max_batch,
+                  max_tokens=given.max_step, tp=given.tp,
+                  way="ray" if given.ray else "processes")  # fmt: skip
+    config, tokenizer = engine.config, tokenizer_of(model)
+    return engine, Grammars(library(given.xgrammar), tokenizer, config.vocab, config.eos)
+
+
+def tokenizer_of(model):
+    try:
+        return Tokenizer.from_file(str(model / "tokenizer.json"))
+    except Exception as wrong:  # which has no class of its own
+        raise ValueError(f"{model / 'tokenizer.json'}: {wrong}") from None
+
+
 def built(given):
-    """(engine, tokenizer, names, template, grammars) as the flags say."""
+    """(link, tokenizer, names, template) as the flags say."""
     with tempfile.TemporaryDirectory() as folder:
         model = Path(given.model or make_tiny(Path(folder) / "tiny"))
-        engine = load(model, "cpu" if given.cpu else None, given.num_pages,
-                      max_batch=given.max_batch, max_tokens=given.max_step, tp=given.tp,
-                      way="ray" if given.ray else "processes")  # fmt: skip
-        try:
-            tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
-        except Exception as wrong:  # which has no class of its own
-            raise ValueError(f"{model / 'tokenizer.json'}: {wrong}") from None
-        template = Template(model)
-    config = engine.config
-    grammars = Grammars(library(given.xgrammar), tokenizer, config.vocab, config.eos)
-    return engine, tokenizer, given.served_model_name or [model.resolve().name], template, grammars
+        verify(Config.read(model), Weights(model))  # before a process is started for nothing
+        tokenizer, template = tokenizer_of(model), Template(model)
+        link = Link.apart(hosted, given, model)
+    return link, tokenizer, given.served_model_name or [model.resolve().name], template
 
 
 def main():

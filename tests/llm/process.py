@@ -19,20 +19,29 @@ from tests.helpers.children import ROOT, environment
 SERVE = ROOT / "examples" / "llm" / "serve.py"
 
 
+def children(process: int) -> list[int]:
+    """The processes that one has started by multiprocessing, to run a function."""
+    told = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    return [int(n) for n in told if b"spawn_main" in Path(f"/proc/{n}/cmdline").read_bytes()]
+
+
 class ServerProcess:
     """A server of a tiny checkpoint; `flags` are serve.py's."""
 
     def __init__(self, where: str, *flags: str, program: str | None = None) -> None:
-        words = [str(SERVE)] if program is None else ["-c", program]
         cpu = ["--cpu"] if where == "cpu" else []
         self.folder = tempfile.TemporaryDirectory()
+        file = SERVE
+        if program is not None:
+            file = Path(self.folder.name) / "program.py"
+            file.write_text(program)
         if "--model" not in flags:  # of one layer: many tests wait for it
             model = make_tiny(self.folder.name, "llama", num_hidden_layers=1)
             flags = (*flags, "--model", str(model))
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         paths = [str(ROOT), str(SERVE.parent), os.environ.get("PYTHONPATH")]
         self.child = subprocess.Popen(
-            [sys.executable, *words, *cpu, "--port", "0", "--served-model-name", "tiny", *flags],
+            [sys.executable, str(file), *cpu, "--port", "0", "--served-model-name", "tiny", *flags],
             env=environment(PYTHONPATH=os.pathsep.join(filter(None, paths))),
             stdout=self.log, stderr=subprocess.STDOUT, cwd=SERVE.parent,
         )  # fmt: skip
@@ -64,10 +73,9 @@ class ServerProcess:
         return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) << 10  # type: ignore[index]
 
     def ranks(self) -> list[int]:
-        """The processes of other ranks."""
-        main = Path(f"/proc/{self.child.pid}/task/{self.child.pid}")
-        children = map(int, (main / "children").read_text().split())
-        return [n for n in children if b"spawn_main" in Path(f"/proc/{n}/cmdline").read_bytes()]
+        """The process that runs steps, and those of other ranks, which it has started."""
+        (first,) = children(self.child.pid)
+        return [first, *children(first)]
 
     def peak(self) -> int:
         status = Path(f"/proc/{self.child.pid}/status").read_text()

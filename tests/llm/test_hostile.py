@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import pytest
 import requests
 import serve
 from engine import Request, Sampling, load
+from server import Link
 from server.chat import Template, calls_of
 from server.metrics import Metrics
 from server.schema import Refused
@@ -366,7 +368,7 @@ def test_those_with_room_keep_others_out_before_they_wait(serve, where):
     """A burst of requests is counted before the first of them is submitted."""
     serving = serve("llama")
     engine = load(serving.path, where, **serving.options | {"max_batch": 2})
-    service = Service(engine, Metrics(), max_queue=1)
+    service = Service(Link.here(engine), Metrics(), max_queue=1)
     try:
         first = [Request([1], Sampling()) for _ in range(3)]
         service.check_room(first)
@@ -474,13 +476,14 @@ def test_memory_is_flat(target, rng):
 FAILING = """
 import serve
 from engine import Engine
-step = Engine.step
+step = Engine.step  # here and where the engine is, which imports this file
 def failing(self):
     if any(request.prompt[0] == 66 for request in self.running):
         raise RuntimeError("the device is gone")
     return step(self)
 Engine.step = failing
-serve.main()
+if __name__ == "__main__":
+    serve.main()
 """
 
 
@@ -496,6 +499,24 @@ def test_an_engine_that_ends_takes_the_process_with_it(own):
     assert server.post().status_code == 503
     assert server.end(seconds=30) == 1
     assert "the device is gone" in server.output()
+
+
+@pytest.mark.parametrize("is_asked", [False, True])
+def test_an_engine_whose_process_is_killed(own, is_asked):
+    """A client that waits for it is told, and the server ends with an error; so it does idle."""
+    server = own()
+    (process,) = server.ranks()
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(server.post, max_tokens=2000 if is_asked else 1, ignore_eos=True)
+        while is_asked and not server.metric("generated_tokens_total"):
+            time.sleep(0.02)
+        if not is_asked:
+            asked.result()
+        os.kill(process, signal.SIGKILL)
+        if is_asked:
+            answer = asked.result()
+            assert (answer.status_code, answer.json()["error"]["code"]) == (500, "engine_error")
+    assert server.end(seconds=20) == 1
 
 
 def lie(path: Path, **changes: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 import time
@@ -17,7 +18,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import requests
-from engine import Config, Sampling, load
+from engine import Config, Sampling, load, watch
 from engine.split import DIMENSIONS, ONCE, Split, key_of, of_rank
 from engine.weights import Weights, shapes
 from safetensors.numpy import save_file
@@ -183,7 +184,7 @@ def test_a_server_whose_rank_is_killed(is_asked, where):
     server = ServerProcess(where, "--tp", "2", "--grace", "6")
     try:
         assert server.post(max_tokens=1).status_code == 200
-        (rank,) = server.ranks()
+        _, rank = server.ranks()
         os.kill(rank, signal.SIGKILL)
         begun = time.monotonic()
         if is_asked:
@@ -203,8 +204,8 @@ def test_an_engine_that_nobody_asks(split, where):
     made = serving.engine(tp=2, way="processes")
     lost, ended, told = threading.Event(), threading.Event(), []
     ended.set()
-    made.watch_ranks(ended, lambda: told.append("ended"))
-    made.watch_ranks(threading.Event(), lost.set)
+    watch(made.runner, ended, lambda: told.append("ended"))
+    watch(made.runner, threading.Event(), lost.set)
     (rank,) = {*multiprocessing.active_children()} - before
     assert not lost.wait(2)
     rank.kill()
@@ -212,6 +213,36 @@ def test_an_engine_that_nobody_asks(split, where):
     assert not told
     made.close()
     serving.engines.clear()
+
+
+def is_running(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_processes_do_not_outlive_the_server(where):
+    """One that is killed, and can tell nobody."""
+    server = ServerProcess(where, "--tp", "2")
+    ranks = server.ranks()
+    assert len(ranks) == 2
+    server.child.kill()
+    server.child.wait()
+    until = time.monotonic() + 20
+    while any(map(is_running, ranks)):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    server.end()
+
+
+def test_weights_are_handed_on_by_their_files(split):
+    """What a process is started with has none of a file's contents."""
+    weights = Weights(split("llama").path)
+    whole = weights("model.embed_tokens.weight")
+    handed = pickle.dumps(weights)
+    assert len(handed) < 1000 < whole.nbytes
+    assert np.array_equal(pickle.loads(handed)("model.embed_tokens.weight"), whole)
 
 
 def test_actors_of_ray(split, where):

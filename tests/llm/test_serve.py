@@ -15,7 +15,7 @@ import pytest
 import requests
 import uvicorn
 from engine import Sampling, load
-from server import application
+from server import Link, application
 from server.chat import Template
 from server.text import begun
 from tiny import make_tiny
@@ -29,10 +29,11 @@ PROMPT = "Once upon a time"
 class Served:
     """A server on a thread, and what a client asks of it; `more` is `application`'s."""
 
-    def __init__(self, path: Path, where: str, **more: Any) -> None:
+    def __init__(self, path: Path, where: str, grammars: Any = None, **more: Any) -> None:
         self.tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
         self.engine = load(path, where, num_pages=64, max_batch=4, max_tokens=64)
-        app = application(self.engine, self.tokenizer, ["tiny"], Template(path), **more)
+        link = Link.here(self.engine, grammars)
+        app = application(link, self.tokenizer, ["tiny"], Template(path), **more)
         config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning")
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run)
@@ -267,7 +268,6 @@ def test_an_engine_that_fails_tells_everyone(served, monkeypatch):
     def fail(work):
         raise RuntimeError("the device is gone")
 
-    monkeypatch.setattr(threading, "excepthook", lambda args: None)
     monkeypatch.setattr(served.engine.steps, "queue", fail)
     answer = served.post(max_tokens=8)
     assert answer.status_code == 500

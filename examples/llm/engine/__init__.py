@@ -2,12 +2,15 @@
 
 from .config import Config
 from .device import default
-from .engine import Engine, Request
-from .ranks import Job, end_process, start
+from .engine import Engine, Request, Requests
+from .ranks import Job, alone, end_process, start, watch
 from .sampling import Sampling
 from .weights import Weights, verify
 
-__all__ = ["Config", "Engine", "Request", "Sampling", "end_process", "load", "load_model"]
+__all__ = [
+    "Config", "Engine", "Request", "Requests", "Sampling", "alone", "end_process", "load",
+    "load_model", "verify", "watch", "Weights",
+]  # fmt: skip
 
 
 def load(path, device=None, num_pages=1024, page_size=16, max_batch=64, max_tokens=512,

@@ -6,7 +6,6 @@ does not wait for Python, and that a request has ended is seen one step later.
 """
 
 import itertools
-import threading
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -15,9 +14,6 @@ import numpy as np
 from .pages import Pages
 from .sampling import MOST_BIASES, Sampling
 from .steps import Steps
-
-LOOKS_S = 1.0  # between looks at a group of ranks
-PATIENCE_S = 10.0  # for a step that tells of a lost rank
 
 
 @dataclass(eq=False)
@@ -28,6 +24,7 @@ class Request:
     sampling: Sampling
     tokens: list = field(default_factory=list)  # those drawn, without what ended it
     finished: str | None = None  # "stop", "length" or "cancelled"
+    number: int = field(default_factory=itertools.count().__next__)  # of this process
     reused: int = 0  # tokens of the prompt that were in the cache already
     slot: int | None = None
     pages: list = field(default_factory=list)
@@ -61,7 +58,32 @@ def _asked(request, logprob):
     return value, ids[:count], values[:count]
 
 
-class Engine:
+class Requests:
+    """Makes requests of an engine that has a `config`, and `room` for so many tokens."""
+
+    def __init__(self, config, room):
+        self.config, self.room = config, room
+
+    def request(self, prompt, sampling=None, grammar=None):
+        """What `Engine.submit` queues, checked; any thread may make one."""
+        request = Request([*map(int, prompt)], sampling or Sampling(), grammar=grammar)
+        total, vocab = len(request.prompt) + request.sampling.max_tokens, self.config.vocab
+        if not request.prompt or min(request.prompt) < 0 or max(request.prompt) >= vocab:
+            raise ValueError(f"a prompt is one token or more, each from 0 to {vocab - 1}")
+        if total > self.room:
+            raise ValueError(f"{total} tokens, max_tokens included; there is room for {self.room}")
+        bias = request.sampling.logit_bias
+        if len(bias) > MOST_BIASES or not all(0 <= token < vocab for token in bias):
+            raise ValueError(
+                f"logit_bias: {MOST_BIASES} tokens at most, each from 0 to {vocab - 1}"
+            )
+        request.bias = np.array([*bias], np.int32), np.array([*bias.values()], np.float32)
+        request.numbers = request.sampling.generator()
+        request.prompt_ids = np.array(request.prompt, np.int32)
+        return request
+
+
+class Engine(Requests):
     """A model that serves requests.
 
     Args:
@@ -70,10 +92,12 @@ class Engine:
 
     def __init__(self, runner):
         self.runner, job = runner, runner.job
-        self.config, self.page_size, self.max_tokens = job.config, job.page_size, job.max_tokens
+        self.page_size, self.max_tokens = job.page_size, job.max_tokens
         self.model = runner.model  # rank 0's, where it is in this process
         # The states of linear attention are not in pages: there a prompt is not reused.
-        self.pages = Pages(job.num_pages, job.page_size, reuse=not self.config.is_hybrid)
+        self.pages = Pages(job.num_pages, job.page_size, reuse=not job.config.is_hybrid)
+        room = self.pages.total * job.page_size
+        super().__init__(job.config, min(job.config.max_positions, room))
         self.steps = Steps(runner)
         self.waiting, self.running, self.queued = deque(), [], None
         self.full = []  # requests that have filled a page since the last step
@@ -83,25 +107,6 @@ class Engine:
         """Queue a prompt (token ids); ValueError where it could never be run."""
         request = self.request(prompt, sampling)
         self.waiting.append(request)
-        return request
-
-    def request(self, prompt, sampling=None, grammar=None):
-        """What `submit` queues, checked; any thread may make one."""
-        request = Request([*map(int, prompt)], sampling or Sampling(), grammar=grammar)
-        total, vocab = len(request.prompt) + request.sampling.max_tokens, self.config.vocab
-        if not request.prompt or min(request.prompt) < 0 or max(request.prompt) >= vocab:
-            raise ValueError(f"a prompt is one token or more, each from 0 to {vocab - 1}")
-        room = min(self.config.max_positions, self.pages.total * self.page_size)
-        if total > room:
-            raise ValueError(f"{total} tokens, max_tokens included; there is room for {room}")
-        bias = request.sampling.logit_bias
-        if len(bias) > MOST_BIASES or not all(0 <= token < vocab for token in bias):
-            raise ValueError(
-                f"logit_bias: {MOST_BIASES} tokens at most, each from 0 to {vocab - 1}"
-            )
-        request.bias = np.array([*bias], np.int32), np.array([*bias.values()], np.float32)
-        request.numbers = request.sampling.generator()
-        request.prompt_ids = np.array(request.prompt, np.int32)
         return request
 
     def cancel(self, request):
@@ -230,23 +235,5 @@ class Engine:
         self.pages.promised -= request.promised
         self.pages.give_back(request.pages)
 
-    def watch_ranks(self, ended, on_lost):
-        """Call `on_lost` if a rank was lost and `ended`, an event, does not come: perhaps no step
-        is run that would tell, or one does not end, since a call of CUDA's waits for the rank with
-        a lock that whatever could release it needs.  Ray tells of its actors by itself.
-        """
-        group = self.runner.model and self.runner.model.group
-        if group:
-            threading.Thread(target=_watch, args=(group, ended, on_lost), daemon=True).start()
-
     def close(self):
         self.runner.close()
-
-
-def _watch(group, ended, on_lost):
-    """Until `ended` comes, or a while after a rank was lost."""
-    while not ended.wait(LOOKS_S):
-        if not group.is_open:
-            if not ended.wait(PATIENCE_S):
-                on_lost()
-            return

@@ -5,10 +5,12 @@ and what they compute goes between them through a `fi_ffi.comm.Group`; rank 0 dr
 Ranks are threads of this process, processes of this machine, or Ray's actors on any machines.
 """
 
+import contextlib
 import multiprocessing
 import os
 import pickle
 import queue
+import signal
 import threading
 import traceback
 import uuid
@@ -83,18 +85,46 @@ def follow(job, ranks, orders):
 
 
 def follow_alone(job, ranks, orders):
-    """`follow` in a process of its own, which ends at once if it fails: the others look for that,
-    and what an interpreter frees as it ends may wait for them.
-    """
-    try:
+    """`follow` in a process of its own."""
+    with alone():
         follow(job, ranks, orders)
+
+
+@contextlib.contextmanager
+def alone():
+    """In a process that another has started: it does not outlive that one, and ends at once if it
+    fails, since others look for that and what an interpreter frees as it ends may wait for them.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all: that one decides
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), end_process()), daemon=True).start()
+    try:
+        yield
     except BaseException:
         traceback.print_exc()
-        os._exit(1)
+        end_process()
+
+
+def watch(runner, ended, on_lost):
+    """Call `on_lost` if a rank is lost and `ended`, an event, does not come: perhaps no step is run
+    that would tell, or one does not end, since a call of CUDA's waits for the rank with a lock that
+    whatever could release it needs.  Ray tells of its actors by itself.
+    """
+
+    def look():
+        while not ended.wait(LOOKS_S):
+            if not runner.is_whole:
+                if not ended.wait(PATIENCE_S):
+                    on_lost()
+                return
+
+    threading.Thread(target=look, daemon=True).start()
 
 
 LEAST_ROW = 512  # bytes of a row that FlashInfer's kernel of sums and norms takes before 0.6.15
 LOADING_S = 600.0  # how long a rank waits for others that load
+LOOKS_S = 1.0  # between looks at the ranks
+PATIENCE_S = 10.0  # for a step that tells of a lost rank
 _spawn = multiprocessing.get_context("spawn")  # a fork would have this process's CUDA
 # What brings the orders to ranks of this machine, what runs them, and as what.
 WAYS = {
@@ -158,13 +188,15 @@ class Rank:
 class Actors:
     """Ranks that Ray has placed: a runner whose steps and tokens go through its calls."""
 
+    model = on_logits = None
+    is_whole = True  # as far as is known before a call
+
     def __init__(self, job, size):
         import ray
 
         if not ray.is_initialized():
             ray.init()
-        self.ray, self.job, self.model, self.on_logits = ray, job, None, None
-        self.queued, self.answers = 0, []
+        self.ray, self.job, self.queued = ray, job, 0
         path = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
         settings = {
             # This package is at the same place on every machine, as the checkpoint is.

@@ -249,6 +249,11 @@ class Runner:
         self.arriving = self.device.in_turn((model.slots, 1), "int32")
         self.inputs = self.device.empty((room,), "uint8")
 
+    @property
+    def is_whole(self):
+        """Whether no rank is lost."""
+        return self.model.group is None or self.model.group.is_open
+
     def queue(self, order):
         """Launch a step; what `tokens` takes."""
         if self.followers:
@@ -288,8 +293,8 @@ class Runner:
     def tokens(self, queued):
         """The tokens drawn in a step, when they are there, and what is told of them or None."""
         (arriving, told, mark), group = queued, self.model.group
-        self.device.wait(mark, (lambda: not group.is_open) if group else None)
-        if group and not group.is_open:  # a rank has ended: what was drawn since means nothing
+        self.device.wait(mark, (lambda: not self.is_whole) if group else None)
+        if not self.is_whole:  # a rank has ended: what was drawn since means nothing
             group.synchronize(self.device.stream)  # which raises
         tokens = np.asarray(arriving)[:, 0].tolist()
         return tokens, told and [np.asarray(part).tolist() for part in told]

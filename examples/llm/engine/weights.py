@@ -49,6 +49,9 @@ class Weights:
             files = dict.fromkeys(mapped(path / whole)[0], whole)
         self.path, self.files, self.opened = path, files, {}
 
+    def __reduce__(self):
+        return type(self), (self.path,)  # another process maps the files itself
+
     def __contains__(self, name):
         return name in self.files
 

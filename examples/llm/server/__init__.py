@@ -1,5 +1,6 @@
 """The HTTP interface in front of the engine, as OpenAI's clients speak it."""
 
 from .api import Limits, application
+from .host import Link
 
-__all__ = ["Limits", "application"]
+__all__ = ["Limits", "Link", "application"]

@@ -45,20 +45,17 @@ class Limits:
 
 
 class Api:
-    """The handlers of one engine."""
+    """The handlers of one engine, which is behind a `host.Link`."""
 
-    def __init__(self, engine, tokenizer, names, template, grammars, limits, on_failure):
-        self.engine, self.tokenizer, self.names = engine, tokenizer, names
-        self.template, self.grammars, self.limits = template, grammars, limits
+    def __init__(self, link, tokenizer, names, template, limits, on_failure):
+        self.requests, self.tokenizer, self.names = link.requests, tokenizer, names
+        self.template, self.limits, self.room = template, limits, link.requests.room
         self.metrics, self.created = Metrics(), int(time.time())
-        self.service = Service(engine, self.metrics, limits.max_queue, on_failure)
+        self.service = Service(link, self.metrics, limits.max_queue, on_failure)
         self.held, self.reading, self.is_ending = 0, set(), False
         self.pool = ThreadPoolExecutor(2, "tokenize")
-        # Of its own, so that nobody else waits for a schema that takes its time.
-        self.compiling, self.schemas = ThreadPoolExecutor(1, "compile"), 0
-        room = engine.pages.total * engine.page_size
+        self.schemas = 0  # that are being compiled
         self.longest = max(map(len, tokenizer.get_vocab(with_added_tokens=True)))
-        self.room = min(engine.config.max_positions, room)
 
     async def body(self, http):
         """The bytes of a request's body, which are bounded, and so is the time they take."""
@@ -103,7 +100,7 @@ class Api:
                 reading.get_loop().call_soon_threadsafe(reading.cancel)
 
     def prepare(self, kind, raw):
-        """The body, the engine's requests for it, and what `grammars` takes for them, or None.
+        """The body, the engine's requests for it, and what `constrain` takes for them, or None.
 
         It runs on a thread beside the loop.
         """
@@ -121,7 +118,7 @@ class Api:
                 raise Refused("min_tokens: it is more than max_tokens", param="min_tokens")
             try:
                 requests += [
-                    self.engine.request(ids, self.sampling(kind, body, sampled, choice))
+                    self.requests.request(ids, self.sampling(kind, body, sampled, choice))
                     for choice in range(count)
                 ]
             except ValueError as wrong:
@@ -161,7 +158,7 @@ class Api:
         return given
 
     def sampling(self, kind, body, max_tokens, choice):
-        given = self.engine.config.sampling, max_tokens, choice
+        given = self.requests.config.sampling, max_tokens, choice
         if kind is ChatBody:
             tops = (body.top_logprobs or 0) if body.logprobs else None
             return body.sampling(*given, logprobs=tops)
@@ -216,14 +213,9 @@ class Api:
         if self.schemas >= MOST_SCHEMAS:
             raise Refused("too many schemas are waiting: try again later", 429)
 
-        def compile_it():
-            for request in requests:
-                request.grammar = self.grammars(schema, param)
-
         self.schemas += 1
         try:
-            loop = asyncio.get_running_loop()
-            await loop.run_in_executor(self.compiling, compile_it)
+            await self.service.constrain(requests, schema, param)
         finally:
             self.schemas -= 1
 
@@ -340,23 +332,21 @@ async def own_error(http, error):
     return JSONResponse(Refused("the server has failed", 500).body, 500)
 
 
-def application(engine, tokenizer, names, template=None, grammars=None, limits=None,
-                on_failure=None):  # fmt: skip
+def application(link, tokenizer, names, template=None, limits=None, on_failure=None):
     """The ASGI application; the engine is its own from then on.
 
     Args:
+        link: a `host.Link` to the engine.
         names: of the model, the first of which is its own.
         template: a `chat.Template`.
-        grammars: a `grammar.Grammars`.
-        on_failure: called on the engine's thread when it has ended with an error.
+        on_failure: called on another thread when the engine has ended with an error.
     """
-    api = Api(engine, tokenizer, names, template, grammars, limits or Limits(), on_failure)
+    api = Api(link, tokenizer, names, template, limits or Limits(), on_failure)
 
     @contextlib.asynccontextmanager
     async def lifespan(app):
         yield
-        for pool in (api.pool, api.compiling):
-            pool.shutdown(wait=False, cancel_futures=True)
+        api.pool.shutdown(wait=False, cancel_futures=True)
         api.service.close()
 
     guarded = api.guarded

@@ -1,4 +1,4 @@
-"""What /metrics tells, by prometheus-client; written on the engine's thread, once a step."""
+"""What /metrics tells, by prometheus-client; written once a step."""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -32,16 +32,14 @@ class Metrics:
             Histogram, "token_seconds", "From a token to the next of a request", buckets=SHORT
         )
 
-    def step(self, engine, seconds):
-        self.step_time.observe(seconds)
-        self.idle(engine)
-
-    def idle(self, engine):
-        pages = engine.pages
-        self.waiting.set(len(engine.waiting))
-        self.running.set(len(engine.running))
-        self.pages.set(pages.total - len(pages.free) - len(pages.idle))
-        self.all_pages.set(pages.total)
+    def step(self, news):
+        """How the engine is, by a `host.News`."""
+        if news.seconds is not None:
+            self.step_time.observe(news.seconds)
+        self.waiting.set(news.waiting)
+        self.running.set(news.running)
+        self.pages.set(news.used_pages)
+        self.all_pages.set(news.pages)
 
     def news(self, listener, tokens, now):
         """Of so many tokens of one request, and of its end."""

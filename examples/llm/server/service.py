@@ -1,12 +1,15 @@
-"""The engine on a thread of its own: requests go in, news of them comes out on the event loop."""
+"""What the event loop and the engine have to tell each other."""
 
 import asyncio
 import contextlib
+import itertools
 import threading
 import time
 import weakref
 from collections import deque
+from concurrent.futures import Future, InvalidStateError
 
+from .host import Compiled, Failure
 from .schema import Refused
 
 
@@ -21,11 +24,11 @@ class Listener:
         self.request, self.index, self.queue = request, index, queue
         self.loop = asyncio.get_running_loop()
         self.asked, self.last = time.monotonic(), None
-        self.there = 0, None  # tokens, and why there are no more; set on the engine's thread
+        self.there = 0, None  # tokens, and why there are no more; set by who brings the news
         self.told, self.is_queued = 0, False  # of the loop's
 
     def note(self):
-        """Keep how far the request is; returns its new tokens (on the engine's thread)."""
+        """Keep how far the request is; returns how many tokens are new."""
         before, request = self.there[0], self.request
         self.there = len(request.tokens), request.finished
         return self.there[0] - before
@@ -40,134 +43,155 @@ class Listener:
 
 
 class Service:
-    """`submit` and `cancel` may be called from any thread, `is_closed` and `failure` be read."""
+    """What is asked of an engine behind a `host.Link`, and who listens for news of it.
 
-    def __init__(self, engine, metrics, max_queue, on_failure=None):
-        self.engine, self.metrics, self.max_queue = engine, metrics, max_queue
-        self.orders, self.wake = deque(), threading.Event()
-        self.listeners, self.is_closed, self.failure = {}, False, None
-        self.coming = weakref.WeakSet()  # requests with room that are not submitted yet
-        self.on_failure = on_failure
-        self.ended, self.ending = threading.Event(), threading.Lock()
-        self.thread = threading.Thread(target=self._serve, name="engine", daemon=True)
+    All but `constrain` may be called from any thread.
+    """
+
+    def __init__(self, link, metrics, max_queue, on_failure=None):
+        self.link, self.metrics, self.max_queue = link, metrics, max_queue
+        self.on_failure, self.failure = on_failure, None
+        self.is_closed, self.has_ended = False, False
+        self.sending, self.ending = threading.Lock(), threading.Lock()
+        self.listeners = {}  # by the number of a request
+        self.submitted, self.coming = 0, weakref.WeakSet()  # those with room, not submitted yet
+        # What waits for a schema, by ticket; and numbers of requests that were never submitted.
+        self.tickets, self.compiling, self.forgotten = itertools.count(), {}, deque()
+        self.news = link.pipe.recv()
+        self.thread = threading.Thread(target=self._listen, name="news", daemon=True)
         self.thread.start()
-        engine.watch_ranks(self.ended, lambda: self._end(RuntimeError("a rank is lost")))
 
     @property
     def is_serving(self):
-        return not self.is_closed and self.thread.is_alive()
+        return not self.is_closed and not self.has_ended
 
     def check_room(self, requests):
         """Refused where these would wait for too many others, which count them from here on."""
-        if not self.is_serving:
-            raise Refused("the engine has ended", 503, code="engine_ended")
-        before = len(self.engine.waiting) + len(self.orders) + len(self.coming)
+        self._check_serving()
+        news = self.news
+        before = news.waiting + self.submitted - news.submitted + len(self.coming)
         # Those that have come since the last step and will find a slot wait for nobody.
-        waiting = before + len(requests) - len(self.engine.slots)
-        if waiting > self.max_queue:
+        if before + len(requests) - news.slots > self.max_queue:
             self.metrics.rejected.inc()
             raise Refused(f"{self.max_queue} requests are waiting: try again later", 429,
                           code="queue_full")  # fmt: skip
         self.coming.update(requests)
 
-    def submit(self, listener):
-        self.coming.discard(listener.request)
+    def _check_serving(self):
         if not self.is_serving:
             raise Refused("the engine has ended", 503, code="engine_ended")
 
-        def order():
-            self.listeners[listener.request] = listener
-            self.engine.waiting.append(listener.request)
-
-        self._order(order)
+    def submit(self, listener):
+        request = listener.request
+        self.coming.discard(request)
+        self._check_serving()
+        self.listeners[request.number] = listener
+        self.submitted += 1
+        self._order("submit", request)
 
     def cancel(self, listener, why="cancelled"):
         """End a request whose text nobody reads, or whose text has ended before its tokens."""
-
-        def order():
-            if self.listeners.pop(listener.request, None):
+        request = listener.request
+        if request.finished is None:
+            if self.listeners.pop(request.number, None):
                 self.metrics.ended(listener, why)
-            self.engine.cancel(listener.request)
-
-        if listener.request.finished is None:
-            self._order(order)
+            self._order("cancel", request.number)
 
     def cancel_all(self):
         """End all requests, and tell of it."""
+        self._order("cancel_all")
 
-        def order():
-            ended = [*self.listeners]
-            for request in ended:
-                self.engine.cancel(request)
-            self._tell(ended)
-
-        self._order(order)
-
-    def _order(self, order):
-        self.orders.append(order)
-        self.wake.set()
-
-    def _serve(self):
+    async def constrain(self, requests, schema, param):
+        """Have these requests, before they are submitted, follow a schema; Refused for none."""
+        ticket, done = next(self.tickets), Future()
+        self.compiling[ticket] = done
+        for request in requests:  # of which some may never be submitted
+            weakref.finalize(request, self.forgotten.append, request.number)
+        numbers = [request.number for request in requests]
+        self._order("constrain", ticket, numbers, schema, param)
         try:
-            while not self.is_closed:
-                while self.orders:
-                    self.orders.popleft()()
-                start = time.monotonic()
-                changed = self.engine.step()
-                self._tell(changed or ())
-                if changed is None:
-                    self.metrics.idle(self.engine)
-                    self.wake.wait()
-                    self.wake.clear()
+            await asyncio.wrap_future(done)
+        finally:
+            del self.compiling[ticket]
+
+    def _order(self, *order):
+        with self.sending, contextlib.suppress(OSError):  # it has ended, as `_listen` finds
+            while self.forgotten:
+                self.link.pipe.send(("cancel", self.forgotten.popleft()))
+            self.link.pipe.send(order)
+
+    def _listen(self):
+        try:
+            while True:
+                message = self.link.pipe.recv()
+                if isinstance(message, Failure):
+                    raise RuntimeError(message.words)
+                if isinstance(message, Compiled):
+                    self._compiled(message)
                 else:
-                    self.metrics.step(self.engine, time.monotonic() - start)
+                    self._take(message)
+        except (EOFError, OSError):
+            self._end(None if self.is_closed else RuntimeError("its process has ended"))
         except BaseException as failure:
-            # An error of the device, for which there is no help.
             self._end(failure)
-            raise
-        self._end(None)
+
+    def _compiled(self, message):
+        done = self.compiling.get(message.ticket)
+        if done is None:  # its client has gone
+            return
+        if message.refused:
+            done.set_exception(message.refused)
+        else:
+            done.set_result(None)
+
+    def _take(self, news):
+        self.news, changed = news, []
+        for number, new, reused, finished in news.changed:
+            listener = self.listeners.get(number)
+            if listener is None:
+                continue
+            request = listener.request
+            for name, values in new.items():
+                getattr(request, name).extend(values)
+            request.reused, request.finished = reused, finished
+            changed.append(listener)
+        self._tell(changed)
+        self.metrics.step(news)
 
     def _end(self, failure):
         """The first call counts: requests end, and who listens for failures is told."""
         with self.ending:
-            if self.ended.is_set():
+            if self.has_ended:
                 return
-            self.ended.set()
-        self.failure, self.is_closed = failure, True
-        while self.orders:  # those that were not yet taken
-            with contextlib.suppress(Exception):
-                self.orders.popleft()()
-        for request in self.listeners:
-            request.finished = request.finished or "error"
-        self._tell([*self.listeners])
+            self.has_ended, self.failure = True, failure
+        listeners = [*self.listeners.values()]
+        for listener in listeners:
+            listener.request.finished = listener.request.finished or "error"
+        self._tell(listeners)
+        for done in [*self.compiling.values()]:
+            with contextlib.suppress(InvalidStateError):  # its client has gone
+                done.set_exception(Refused("the engine has ended", 503, code="engine_ended"))
         if failure is not None and self.on_failure:
             self.on_failure()
 
-    def _tell(self, requests):
+    def _tell(self, listeners):
         """All news of a step by one call of each loop."""
         by_loop, now = {}, time.monotonic()
-        for request in requests:
-            listener = self.listeners.get(request)
-            if listener is None:
-                continue
+        for listener in listeners:
             self.metrics.news(listener, listener.note(), now)
             by_loop.setdefault(listener.loop, []).append(listener)
-            if request.finished:
-                del self.listeners[request]
+            if listener.request.finished:
+                self.listeners.pop(listener.request.number, None)
         for loop, told in by_loop.items():
             with contextlib.suppress(RuntimeError):  # the loop has ended: so has the server
                 loop.call_soon_threadsafe(_deliver, told)
 
     def close(self, seconds=30):
-        """End the engine's thread; False where it does not end in time."""
+        """End the engine; False where it does not end in time."""
+        self._order("close")
         self.is_closed = True
-        self.wake.set()
         self.thread.join(seconds)
-        if self.thread.is_alive():
-            return False
-        if self.failure is None:
-            self.engine.close()
-        return True
+        return self.link.close(seconds)
 
 
 def _deliver(listeners):

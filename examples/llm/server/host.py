@@ -1,0 +1,233 @@
+"""The engine behind a pipe: orders go in, and news of its steps come out.
+
+It runs in a process of its own, so that what clients are told delays no step; or on a thread.
+"""
+
+import atexit
+import contextlib
+import multiprocessing
+import threading
+import time
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from engine import Requests, alone, end_process, watch
+
+from .schema import Refused
+
+# What a request gets as it goes on.
+GROWING = ("tokens", "logprobs", "prompt_logprobs")
+
+
+@dataclass
+class News:
+    """How the engine is, and of each request with news: what it got, and why no more will come."""
+
+    changed: list  # (number, {name: new values}, tokens found in the cache, why it has ended)
+    submitted: int  # requests that the engine has been given so far
+    waiting: int
+    running: int
+    slots: int  # that are free
+    pages: int
+    used_pages: int
+    seconds: float | None  # that the step took; None where there was nothing to do
+
+
+@dataclass
+class Compiled:
+    """Of one order to compile a schema: that all is well, or not."""
+
+    ticket: int
+    refused: Refused | None
+
+
+@dataclass
+class Failure:
+    """The engine has ended with an error."""
+
+    words: str
+
+
+@dataclass
+class Told:
+    """How much was told of a request."""
+
+    request: object
+    counts: dict = field(default_factory=lambda: dict.fromkeys(GROWING, 0))
+
+    def rest(self):
+        """What has come since, by name."""
+        new = {}
+        for name, count in self.counts.items():
+            values = getattr(self.request, name)
+            if len(values) > count:
+                new[name], self.counts[name] = values[count:], len(values)
+        return new
+
+
+class Host:
+    """Runs an engine, which is its own, as the orders say that come through a pipe.
+
+    Args:
+        grammars: a `grammar.Grammars`, which is called on a thread of its own, so that nobody waits
+            for a schema that takes its time.
+    """
+
+    def __init__(self, engine, pipe, grammars=None):
+        self.engine, self.pipe, self.grammars = engine, pipe, grammars
+        self.told, self.compiled, self.submitted = {}, {}, 0
+        self.sending, self.ended = threading.Lock(), threading.Event()
+        self.compiling = ThreadPoolExecutor(1, "compile")
+
+    def run(self):
+        """Until the order to close, or the pipe's other end is closed; False after an error."""
+        watch(self.engine.runner, self.ended, self._lost)
+        try:
+            self._serve()
+        except BaseException as failure:
+            # An error of the device, for which there is no help.
+            traceback.print_exc()
+            self._send(Failure(str(failure)))
+            return False
+        else:
+            self.engine.close()
+            return True
+        finally:
+            self.ended.set()
+            self.compiling.shutdown(wait=False, cancel_futures=True)
+            self.pipe.close()
+
+    def _lost(self):
+        self._send(Failure("a rank is lost"))
+        if multiprocessing.parent_process():
+            end_process()  # the step may never return
+
+    def _serve(self):
+        engine, is_idle = self.engine, True
+        self._tell(())
+        while self._take(is_idle):
+            start = time.monotonic()
+            changed = engine.step()
+            is_idle = changed is None
+            self._tell(changed or (), None if is_idle else time.monotonic() - start)
+
+    def _take(self, is_idle):
+        """Do as is ordered; where there is nothing else to do, wait for that.  False at the end."""
+        with contextlib.suppress(EOFError, OSError):
+            while self.pipe.poll(None if is_idle else 0):
+                name, *given = self.pipe.recv()
+                if name == "close":
+                    return False
+                getattr(self, name)(*given)
+                is_idle = False
+            return True
+        return False
+
+    def _send(self, message):
+        with self.sending, contextlib.suppress(OSError):  # nobody listens any more
+            self.pipe.send(message)
+
+    def _tell(self, requests, seconds=None):
+        changed = []
+        for request in requests:
+            told = self.told.get(request.number)
+            if told is None:  # it was cancelled
+                continue
+            changed.append((request.number, told.rest(), request.reused, request.finished))
+            if request.finished:
+                del self.told[request.number]
+        engine, pages = self.engine, self.engine.pages
+        self._send(News(
+            changed, self.submitted, len(engine.waiting), len(engine.running), len(engine.slots),
+            pages.total, pages.total - len(pages.free) - len(pages.idle), seconds,
+        ))  # fmt: skip
+
+    def submit(self, request):
+        request.grammar = self.compiled.pop(request.number, None)
+        self.told[request.number] = Told(request)
+        self.submitted += 1
+        self.engine.waiting.append(request)
+
+    def cancel(self, number):
+        """End a request, of which nothing is told any more."""
+        self.compiled.pop(number, None)
+        if told := self.told.pop(number, None):
+            self.engine.cancel(told.request)
+
+    def cancel_all(self):
+        """End all requests, and tell of it."""
+        ended = [told.request for told in self.told.values()]
+        for request in ended:
+            self.engine.cancel(request)
+        self._tell(ended)
+
+    def constrain(self, ticket, numbers, schema, param):
+        """Make a grammar for each of these requests, which are submitted after that."""
+        self.compiling.submit(self._compile, ticket, numbers, schema, param)
+
+    def _compile(self, ticket, numbers, schema, param):
+        try:
+            for number in numbers:
+                self.compiled[number] = self.grammars(schema, param)
+        except Refused as refused:
+            self._send(Compiled(ticket, refused))
+        except Exception:
+            traceback.print_exc()
+            self._send(Compiled(ticket, Refused("the server has failed", 500)))
+        else:
+            self._send(Compiled(ticket, None))
+
+
+class Link:
+    """The other end: `requests` makes those of the engine, `pipe` takes orders and brings news."""
+
+    def __init__(self, requests, pipe, worker):
+        self.requests, self.pipe, self.worker = requests, pipe, worker
+
+    @classmethod
+    def here(cls, engine, grammars=None):
+        """To an engine on a thread of this process."""
+        pipe, there = multiprocessing.Pipe()
+        host = Host(engine, there, grammars)
+        worker = threading.Thread(target=host.run, name="engine", daemon=True)
+        worker.start()
+        return cls(engine, pipe, worker)
+
+    @classmethod
+    def apart(cls, make, *given):
+        """To the engine and grammars that `make` gives in a process of its own; what it raises."""
+        spawn = multiprocessing.get_context("spawn")  # a fork would have this process's threads
+        pipe, there = spawn.Pipe()
+        worker = spawn.Process(target=_host, args=(there, make, *given), name="engine")
+        worker.start()
+        there.close()
+        try:
+            made = pipe.recv()
+        except EOFError:
+            made = RuntimeError("the engine has not started")
+        if isinstance(made, Exception):
+            worker.join()
+            raise made
+        atexit.register(pipe.close)  # or this process would wait for that one's end
+        return cls(Requests(*made), pipe, worker)
+
+    def close(self, seconds):
+        """Wait for the engine's end; whether it has come in time."""
+        self.worker.join(seconds)
+        is_over = not self.worker.is_alive()
+        self.pipe.close()
+        return is_over
+
+
+def _host(pipe, make, *given):
+    """The process of `Link.apart`."""
+    with alone():
+        try:
+            engine, grammars = make(*given)
+        except Exception as wrong:
+            pipe.send(wrong)
+            return
+        pipe.send((engine.config, engine.room))
+        if not Host(engine, pipe, grammars).run():
+            end_process()  # the device may hang
