@@ -222,6 +222,7 @@ def is_running(process: int) -> bool:
         return False
 
 
+@pytest.mark.usefixtures("split")
 def test_processes_do_not_outlive_the_server(where):
     """One that is killed, and can tell nobody."""
     server = ServerProcess(where, "--tp", "2")
