@@ -30,6 +30,7 @@ from tests.llm import (
 )
 from tests.llm.serving import KINDS
 from tests.llm.test_glue import FLOATS, TEXT
+from tests.llm.test_logits import FAULTS
 
 serve, served = conftest.serve, test_serve.served
 servers, server, client = test_client.servers, test_client.server, test_client.client
@@ -64,7 +65,8 @@ _ONE_EACH = ('"threads"', '"ray"', '"--tp"')  # ranks that cannot share a GPU, o
 def where(request, machine):
     pytest.importorskip("nvmath", reason="nvmath-python is not installed: fi-ffi[llm-gpu]")
     callspec = getattr(request.node, "callspec", None)
-    drawn = " ".join(map(str, callspec.params.values())) if callspec else ""
+    drawn = [*map(str, callspec.params.values())] if callspec else []
+    drawn = " ".join([*drawn, *(FAULTS[name][0] for name in drawn if name in FAULTS)])
     drawn += inspect.getsource(request.function).partition("def ")[2]  # without other cases
     more = [module for word, module in _NEEDS.items() if word in drawn]
     for module in ("norm", "page", "rope", "silu_and_mul", "sampling", *more):
