@@ -112,8 +112,11 @@ class Answer:
         return token_bytes(self.tokenizer, token).decode(errors="replace")
 
 
+encoded = json.JSONEncoder(separators=(",", ":")).encode
+
+
 def event(told):
-    return f"data: {json.dumps(told, separators=(',', ':'))}\n\n"
+    return f"data: {encoded(told)}\n\n"
 
 
 class Completion(Answer):
