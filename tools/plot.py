@@ -1,7 +1,7 @@
 """Draw the pictures of the docs, docs/NAME.svg from tools/data/NAME.toml: `python3 tools/plot.py`.
 
-With a NAME and a file, `serve-load /tmp/serve-load.png` say, that picture is drawn there.  An SVG has
-a background of its own, and colours for a light and for a dark one.
+With a NAME and a file, `serve-load /tmp/serve-load.png` say, that picture is drawn there.  An SVG
+has a background of its own, and colours for a light and for a dark one.
 """
 
 from __future__ import annotations

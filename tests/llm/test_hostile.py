@@ -549,6 +549,8 @@ def name_shard(path: Path, name: str) -> None:
      ({"rope_scaling": {"rope_type": "yarn", "factor": 0.0}}, "factor"),
      ({"partial_rotary_factor": 1e9}, "partial_rotary_factor"),
      ({"layer_types": "full_attention"}, "layer_types"), ({"layer_types": [1]}, "layer_types"),
+     ({"layer_types": ["full_attention"] * 2}, "layer_types has 2 of 1 layers"),
+     ({"layer_types": ["linear_attention"]}, "layer_types"),
      ({"num_hidden_layers": 10**7}, "num_hidden_layers"), ({"tie_word_embeddings": 1}, "tie_word"),
      ({"quantization_config": "x"}, "quantization_config"),
      ({"use_sliding_window": True, "sliding_window": "x"}, "sliding_window")],
