@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 # each other made tests of examples/llm 2.5 times as slow.
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
+import cffi
 import numpy as np
 import pytest
 
@@ -21,6 +23,19 @@ from fi_ffi.loader.building.build import build  # noqa: E402
 
 from tests.helpers.compiler import why_not_build  # noqa: E402
 
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed: tests with arrays of megabytes took up to five times as long,
+    most of it for pages that the system gave anew.
+    """
+    ffi = cffi.FFI()
+    ffi.cdef("int mallopt(int which, int value);")
+    with contextlib.suppress(AttributeError):  # another C library
+        for which in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+            ffi.dlopen(None).mallopt(which, 1 << 30)
+
+
+keep_freed_memory()
 pytest_addoption = sampling.add_options
 # Commands in a pipe have no width; pytest-xdist gives its processes one.
 os.environ.pop("COLUMNS", None)

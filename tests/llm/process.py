@@ -68,18 +68,20 @@ class ServerProcess:
         return sum(map(float, lines))
 
     def memory(self) -> int:
-        """Resident bytes."""
-        status = Path(f"/proc/{self.child.pid}/status").read_text()
-        return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) << 10  # type: ignore[index]
+        """Resident bytes of all its processes."""
+        return self._bytes("VmRSS")
+
+    def peak(self) -> int:
+        return self._bytes("VmHWM")
+
+    def _bytes(self, name: str) -> int:
+        told = [Path(f"/proc/{n}/status").read_text() for n in (self.child.pid, *self.ranks())]
+        return sum(int(re.search(rf"{name}:\s+(\d+)", text)[1]) << 10 for text in told)  # type: ignore[index]
 
     def ranks(self) -> list[int]:
         """The process that runs steps, and those of other ranks, which it has started."""
         (first,) = children(self.child.pid)
         return [first, *children(first)]
-
-    def peak(self) -> int:
-        status = Path(f"/proc/{self.child.pid}/status").read_text()
-        return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) << 10  # type: ignore[index]
 
     def end(self, sig: int | None = None, seconds: float = 20) -> int:
         """The status with which it ends in that time; killed, and an error, where it does not."""

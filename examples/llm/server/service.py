@@ -188,8 +188,8 @@ class Service:
 
     def close(self, seconds=30):
         """End the engine; False where it does not end in time."""
-        self._order("close")
         self.is_closed = True
+        self._order("close")
         self.thread.join(seconds)
         return self.link.close(seconds)
 
