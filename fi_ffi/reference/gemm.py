@@ -230,7 +230,7 @@ def run_gemm(
 def _scaled(x: Array, scales: Array, granularity: tuple[int, int]) -> Array:
     """Multiply elements by the scale of their block."""
     repeated = scales.repeat(granularity[0], axis=0).repeat(granularity[1], axis=1)
-    scaled: Array = x.astype(np.float64) * repeated[: x.shape[0], : x.shape[1]]
+    scaled: Array = np.asarray(x, np.float64) * repeated[: x.shape[0], : x.shape[1]]
     return scaled
 
 

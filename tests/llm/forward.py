@@ -31,8 +31,8 @@ def read(path: Path) -> tuple[dict, dict[str, np.ndarray], set[str]]:
     for name in [name for name in tensors if name.endswith(("weight_scale", "weight_scale_inv"))]:
         scales, of = tensors.pop(name), name[: name.rindex("_scale")]
         in_fp8.add(of)
-        for (i, j), x in np.ndenumerate(tensors[of]):
-            tensors[of][i, j] = x * (scales[i // 128, j // 128] if scales.ndim > 1 else scales[0])
+        rows, columns = np.indices(tensors[of].shape) // 128
+        tensors[of] *= scales[rows, columns] if scales.ndim > 1 else scales[0]
     for name in [name for name in tensors if name.endswith("_blocks")]:
         of = name.removesuffix("_blocks")
         pairs, powers = tensors.pop(name), tensors.pop(f"{of}_scales")

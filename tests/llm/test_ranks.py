@@ -198,8 +198,9 @@ def test_a_server_whose_rank_is_killed(is_asked, where):
     assert ended == 1
 
 
-def test_an_engine_that_nobody_asks(split, where):
+def test_an_engine_that_nobody_asks(split, where, monkeypatch):
     """It is told once that a rank is lost, and not where the engine has ended before."""
+    monkeypatch.setattr(engine.ranks, "PATIENCE_S", 0.5)
     serving, before = split("llama"), {*multiprocessing.active_children()}
     made = serving.engine(tp=2, way="processes")
     lost, ended, told = threading.Event(), threading.Event(), []
