@@ -154,9 +154,29 @@ def test_schemas_that_fail(hosted):
     asyncio.run(ended())
 
 
-def test_tokens_of_a_request_that_was_cancelled(hosted):
+def test_an_engine_that_fails(hosted, monkeypatch):
+    """Whoever waits is told, with why, once."""
+    here, told = hosted(), []
+
+    def fail() -> None:
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(here.engine, "step", fail)
+    here.service.on_failure = lambda: told.append(str(here.service.failure))
+    request = here.engine.request([1, 2], greedy(3))
+    assert asyncio.run(asked(here.service, request)) == []
+    assert request.finished == "error"
+    until(lambda: told == ["the device is gone"])
+    assert not here.service.is_serving
+    with pytest.raises(Refused, match="the engine has ended"):
+        here.service.check_room([request])
+
+
+def test_tokens_of_a_request_that_was_cancelled(hosted, monkeypatch):
     """Its pages come back, others go on as if it had not been there, and nothing is told of it."""
-    here = hosted(max_batch=2)
+    here, cancelled = hosted(max_batch=2), []
+    cancel = here.engine.cancel
+    monkeypatch.setattr(here.engine, "cancel", lambda x: (cancelled.append(x.number), cancel(x)))
     prompt = here.serving.prompt(9)
     expected = texts(here.serving.engine(), [prompt], greedy(30))[0]
 
@@ -170,6 +190,7 @@ def test_tokens_of_a_request_that_was_cancelled(hosted):
         count = len(other.tokens)
         assert await going == expected
         assert len(other.tokens) == count < 200
+        assert cancelled == [other.number]
 
     asyncio.run(both())
     until(lambda: here.service.news.slots == 2)

@@ -224,15 +224,14 @@ def is_running(process: int) -> bool:
 
 
 @pytest.mark.usefixtures("split")
-def test_processes_do_not_outlive_the_server(where):
-    """One that is killed, and can tell nobody."""
+@pytest.mark.parametrize("which", ["the server", "its engine"])
+def test_processes_do_not_outlive_what_started_them(which, where):
+    """One that is killed can tell nobody."""
     server = ServerProcess(where, "--tp", "2")
-    ranks = server.ranks()
-    assert len(ranks) == 2
-    server.child.kill()
-    server.child.wait()
+    engine_process, rank = server.ranks()
+    os.kill(server.child.pid if which == "the server" else engine_process, signal.SIGKILL)
     until = time.monotonic() + 20
-    while any(map(is_running, ranks)):
+    while is_running(engine_process) or is_running(rank):
         assert time.monotonic() < until
         time.sleep(0.05)
     server.end()
