@@ -22,6 +22,5 @@ fi
 if [ -n "$kernels" ]; then
   python3 -m pip install -q --no-index --no-deps --no-compile --target "$site" "$kernels" || exit
 fi
-nvidia-smi --query-gpu=name,driver_version,clocks.sm --format=csv,noheader
 set -o pipefail
 python3 benchmarks/host.py --output "$out" "$@" | tee "$out/host.txt"

@@ -12,7 +12,6 @@
 set -u
 cd "$(dirname "$0")/.."
 . tools/gpu_environment.sh
-nvidia-smi --query-gpu=name,driver_version,clocks.sm --format=csv,noheader
 nvidia-smi topo -m
 status=0
 set -o pipefail

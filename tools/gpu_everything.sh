@@ -28,7 +28,6 @@ trap 'kill $(jobs -p) 2>/dev/null; keep' EXIT
 OUT=$work/first
 . tools/gpu_environment.sh
 unset OUT
-nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
 if [ $# -gt 0 ]; then
   python3 tools/unpack_kernels.py "$work/kernels" "$@"
 fi

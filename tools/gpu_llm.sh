@@ -22,7 +22,6 @@ for file in $kernels; do
   esac
 done
 export PYTHONPATH=$PYTHONPATH:$modules FI_FFI_KERNELS=$modules/flashinfer_jit_cache/jit_cache
-nvidia-smi --query-gpu=name,driver_version,clocks.sm --format=csv,noheader
 status=0
 set -o pipefail
 for model in ${MODELS:-qwen3-0.6b llama-3-8b}; do

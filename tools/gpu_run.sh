@@ -10,7 +10,6 @@ cd "$(dirname "$0")/.."
 . tools/gpu_environment.sh
 fi_ffi() { python3 -c 'from fi_ffi.cli import main; main()' "$@"; }
 status=0
-nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
 fi_ffi doctor | tee "$out/doctor.txt" || status=1
 fi_ffi demo | tee "$out/demo.txt" || status=1
 FI_FFI_RUN_GPU_TESTS=1 python3 -m pytest tests/gpu tests/stress/test_gdn.py -q -p no:cacheprovider \

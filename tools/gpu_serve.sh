@@ -3,13 +3,11 @@
 #
 #   [FI_FFI_KERNELS=WHEEL] [MODELS='qwen3-0.6b llama-3-8b'] [RATES='0 4 16'] tools/gpu_serve.sh [its arguments]
 #
-# Tables and JSON are left under $OUT, with the commit.  Needs a GPU, nvmath-python, what examples/llm
+# Tables and JSON are left under $OUT.  Needs a GPU, nvmath-python, what examples/llm
 # needs, and what gpu_environment.sh needs.
 set -u
 cd "$(dirname "$0")/.."
 . tools/gpu_environment.sh
-nvidia-smi --query-gpu=name,driver_version,clocks.sm --format=csv,noheader
-git rev-parse HEAD 2>/dev/null | tee "$out/serve-commit.txt"
 status=0
 set -o pipefail
 for model in ${MODELS:-qwen3-0.6b}; do
