@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from engine import Sampling, load
 from server import Link
-from server.host import Host, News
+from server.host import Compiled, Host, News
 from server.metrics import Metrics
 from server.schema import Refused
 from server.service import Listener, Service
@@ -152,6 +152,29 @@ def test_schemas_that_fail(hosted):
         assert await closed
 
     asyncio.run(ended())
+
+
+def test_a_schema_whose_client_has_gone(hosted):
+    """What comes of it is told to nobody, before and after the waiting has ended; others go on."""
+    go = threading.Event()
+    here = hosted(lambda schema, param: go.wait(RESULT) and Any_())
+    service = here.service
+
+    async def gone() -> None:
+        one = [here.engine.request([1], greedy(3))]
+        waits = asyncio.ensure_future(service.constrain(one, {}, "schema"))
+        await asyncio.sleep(0.05)
+        ((ticket, done),) = service.compiling.items()
+        done.cancel()
+        service._compiled(Compiled(ticket, None))
+        with pytest.raises(asyncio.CancelledError):
+            await waits
+        service._compiled(Compiled(ticket, None))
+        go.set()
+        assert len(await asked(service, here.engine.request([1], greedy(3)))) == 3
+
+    asyncio.run(gone())
+    assert service.is_serving
 
 
 def test_an_engine_that_fails(hosted, monkeypatch):

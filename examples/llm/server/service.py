@@ -84,8 +84,12 @@ class Service:
     def submit(self, listener):
         request = listener.request
         self.coming.discard(request)
-        self._check_serving()
         self.listeners[request.number] = listener
+        try:
+            self._check_serving()  # after that: `_end` tells those that it finds
+        except Refused:
+            self.listeners.pop(request.number, None)
+            raise
         self.submitted += 1
         self._order("submit", request)
 
@@ -108,8 +112,9 @@ class Service:
         for request in requests:  # of which some may never be submitted
             weakref.finalize(request, self.forgotten.append, request.number)
         numbers = [request.number for request in requests]
-        self._order("constrain", ticket, numbers, schema, param)
         try:
+            self._check_serving()
+            self._order("constrain", ticket, numbers, schema, param)
             await asyncio.wrap_future(done)
         finally:
             del self.compiling[ticket]
@@ -136,13 +141,13 @@ class Service:
             self._end(failure)
 
     def _compiled(self, message):
-        done = self.compiling.get(message.ticket)
-        if done is None:  # its client has gone
-            return
-        if message.refused:
-            done.set_exception(message.refused)
-        else:
-            done.set_result(None)
+        """Tell who waits, whose client may have gone."""
+        done = self.compiling.get(message.ticket, Future())
+        with contextlib.suppress(InvalidStateError):
+            if message.refused:
+                done.set_exception(message.refused)
+            else:
+                done.set_result(None)
 
     def _take(self, news):
         self.news, changed = news, []
