@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 
@@ -306,3 +308,14 @@ def test_how_processes_end_their_groups():
     assert closed >= closing, "rank 0 had freed its memory before rank 1 closed"
     assert [left for _, left, _ in found] == [[], []]
     assert [error for *_, error in found] == ["ZeroDivisionError", "HangError"]
+
+
+def test_two_groups_of_one_process(rng):
+    """One is closed and made again, a hundred times, while the other works."""
+    working, others = comm.threads(4), [comm.threads(4) for _ in range(100)]
+    options = {"max_bytes": MOST, "check": True, "fusion": comm.FusionSize(4, 1024)}
+    seed = int(rng.integers(2**32))
+    given = working, others, 0, options, seed, threading.Event()
+    made = ranks.run("threads", 8, rank_programs.two_groups, *given)
+    assert made[4:] == [100] * 4, made
+    assert len({*made[:4]}) == 1 and made[0] > 0, made

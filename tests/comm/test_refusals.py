@@ -322,14 +322,18 @@ def test_a_thread_that_does_not_come(kind):
     assert ranks.run("threads", 4, body) == [op, op, None, op]
 
 
-@pytest.mark.parametrize(("victim", "how"), [(0, "vllm"), (1, "oneshot"), (1, "nccl")])
-def test_a_process_that_is_killed(victim, how):
-    """It is not waited for as long as one that may come."""
+@pytest.mark.parametrize(
+    ("size", "victim", "how"), [(2, 0, "vllm"), (2, 1, "oneshot"), (2, 1, "nccl"), (8, 5, "vllm")]
+)
+def test_a_process_that_is_killed(size, victim, how):
+    """No other waits for it as long as for one that may come."""
     options = {"timeout_s": 100.0, "fusion": comm.FusionSize(8, 4096)}
-    words, closed, again = rank_programs.after_a_kill(victim, 0, options, how)
-    assert re.search(rf"waited \d\d?(\.\d)? s for rank {victim}\b", words), words
-    assert f"the process of rank {victim} has ended" in words
-    assert closed < 30 and again == [0, 1, 2, 3, 4]
+    told = rank_programs.after_a_kill(victim, 0, options, how, size)
+    assert len(told) == size - 1
+    for words, closed, again in told:
+        assert re.search(rf"waited \d\d?(\.\d)? s for rank {victim}\b", words), words
+        assert f"the process of rank {victim} has ended" in words
+        assert closed < 30 and again == [0, 1, 2, 3, 4]
 
 
 def test_an_exception_ends_a_block_without_waiting():

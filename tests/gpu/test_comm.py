@@ -362,11 +362,34 @@ def test_a_process_that_is_killed(how, victim):
     # NCCL's kernels are not seen to wait, but a process that has ended is.
     patience = 60.0 if is_nccl else 2.0
     options = {"timeout_s": patience, "fusion": comm.FusionSize(4, 4096), "nccl": is_nccl}
-    words, closed, again = rank_programs.after_a_kill(victim, min(gpus(), 2), options, how)
+    found = rank_programs.after_a_kill(victim, min(gpus(), 2), options, how)
+    ((words, closed, again),) = found
     lost = "has lost" if is_nccl else "s for"
     assert f"{lost} rank {victim}" in words
     assert f"the process of rank {victim} has ended" in words
     assert closed < 30 and again == [0, 1, 2, 3, 4]
+
+
+def test_one_of_eight_processes_is_killed():
+    """The other seven are told in time, by name."""
+    need(8)
+    options = {"timeout_s": 2.0, "fusion": comm.FusionSize(4, 4096)}
+    told = rank_programs.after_a_kill(5, 8, options, "vllm", 8)
+    assert len(told) == 7
+    for words, closed, again in told:
+        assert "the process of rank 5 has ended" in words
+        assert closed < 30 and again == [0, 1, 2, 3, 4]
+
+
+def test_two_groups_of_one_process(rng):
+    """One is closed and made again, a hundred times, while the other works."""
+    need(8)
+    options = {"fusion": comm.FusionSize(4, 4096)}
+    working, others = comm.threads(4), [comm.threads(4) for _ in range(100)]
+    seed = int(rng.integers(2**32))
+    given = working, others, 8, options, seed, threading.Event()
+    made = ranks.run("threads", 8, rank_programs.two_groups, *given)
+    assert made[4:] == [100] * 4 and len({*made[:4]}) == 1 and made[0] > 0, made
 
 
 @pytest.mark.parametrize("how", ["vllm", "oneshot", "twoshot"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from typing import Any
 
@@ -417,32 +418,68 @@ def recorded(group: comm.Group, place: Any, x: Any, out: Any) -> Any:
     return graph
 
 
-def after_a_kill(victim: int, gpus: int, options: dict[str, Any], how: str) -> Any:
-    """What the other of two processes tells once one is killed.
+def after_a_kill(victim: int, gpus: int, options: dict[str, Any], how: str, size: int = 2) -> Any:
+    """What each of the other processes tells once one is killed.
 
     Each has a pipe of its own: of a queue, one that is killed may hold the lock.
     """
     context = multiprocessing.get_context("spawn")
-    given, pipes = comm.processes(2), [context.Pipe() for _ in range(2)]
+    given, pipes = comm.processes(size), [context.Pipe() for _ in range(size)]
     children = [
         context.Process(
             target=until_somebody_is_gone, args=(rank, given, gpus, options, pipes[rank][1], how)
         )
-        for rank in range(2)
+        for rank in range(size)
     ]
     for child in children:
         child.start()
+    found = []
     try:
         assert all(pipe.poll(300) for pipe, _ in pipes)
         pids = [pipe.recv() for pipe, _ in pipes]
         os.kill(pids[victim], signal.SIGKILL)
-        mine = pipes[1 - victim][0]
-        assert mine.poll(120), "the other was not told"
-        found = mine.recv()
-        children[1 - victim].join(60)
-        assert children[1 - victim].exitcode == 0  # it went on, and closed its group
+        for rank in {*range(size)} - {victim}:
+            mine = pipes[rank][0]
+            assert mine.poll(120), f"rank {rank} was not told"
+            found.append(mine.recv())
+            children[rank].join(60)
+            assert children[rank].exitcode == 0  # it went on, and closed its group
     finally:
         for child in children:
             child.kill()
             child.join()
     return found
+
+
+def two_groups(
+    rank: int, working: Any, others: list[Any], gpus: int, options: dict[str, Any], seed: int,
+    done: threading.Event,
+) -> int:  # fmt: skip
+    """The first half of the ranks, threads, calls until the other half has made and closed all of
+    its groups; how many calls this rank has made, of which each result was right.
+    """
+    place, size, n, made = place_of(rank, gpus), len(working), 512, 0
+    x = place.put(addend(seed, 0, rank % size, n, DTYPES[0]))
+    out = place.put(poisoned(n, DTYPES[0]))
+    given = [addend(seed, 0, each, n, DTYPES[0]).astype(np.float64) for each in range(size)]
+    total, magnitude = np.sum(given, axis=0), np.sum(np.abs(given), axis=0)
+
+    def call(group: comm.Group) -> None:
+        place.poison(out)
+        group.all_reduce(place.of(x), place.of(out), stream=place.stream)
+        got = place.get(out).astype(np.float64)
+        assert (np.abs(got - total) <= bound(total, magnitude, DTYPES[0], size)).all()
+
+    if rank >= size:
+        for meeting in others:
+            with comm.Group(meeting[rank - size], device=place.device, **options) as group:
+                call(group)
+        done.set()
+        return len(others)
+    with comm.Group(working[rank], device=place.device, **options) as group:
+        said = [b"0"]
+        while b"1" not in said:  # all know of the end in the same round
+            call(group)
+            made += 1
+            said = working[rank].all_gather(b"1" if done.is_set() else b"0")
+    return made
