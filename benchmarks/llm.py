@@ -359,10 +359,10 @@ def parsed(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=128, help="tokens of each prompt")
     parser.add_argument("--tokens", type=int, default=128, help="tokens that each request gets")
     parser.add_argument("--device", choices=("cuda:0", "cpu"), default="cuda:0")
-    parser.add_argument("--load", action="store_true", help="a load instead of batches")
-    parser.add_argument("--rate", type=rates, default=[0.0], metavar="R,R",
-                        help="of a load: requests a second; 0: all at once")  # fmt: skip
-    add_arguments(parser)
+    of_load = add_arguments(parser)
+    of_load.add_argument("--load", action="store_true", help="a load instead of batches")
+    of_load.add_argument("--rate", type=rates, default=[0.0], metavar="R,R",
+                         help="requests a second; 0: all at once")  # fmt: skip
     parser.add_argument("--host", action="store_true", help="only what a step costs the host")
     parser.add_argument("--cuda-cores", action="store_true", help=_CUDA_CORES)
     parser.add_argument(

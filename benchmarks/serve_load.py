@@ -165,8 +165,10 @@ def parsed(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--url", help="of a server that runs; else one is started")
     parser.add_argument("--model", default="qwen3-0.6b", choices=tuple(MODELS))
     parser.add_argument("--vocab", type=int, help="tokens of prompts are below it")
-    add_arguments(parser)
-    parser.add_argument("--rate", type=float, default=0.0, help="requests a second; 0: all at once")
+    of_load = add_arguments(parser)
+    of_load.add_argument(
+        "--rate", type=float, default=0.0, help="requests a second; 0: all at once"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="a folder for JSON")

@@ -60,12 +60,14 @@ def lengths(text: str) -> tuple[int, int]:
     return both
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What a load is made from: arguments of `drawn`."""
-    parser.add_argument("--requests", type=int, default=256)
-    parser.add_argument("--input", type=lengths, default=(100, 1024), metavar="LOW-HIGH")
-    parser.add_argument("--answer", type=lengths, default=(100, 1024), metavar="LOW-HIGH")
-    parser.add_argument("--temperature", type=float, default=0.6)
+def add_arguments(parser: argparse.ArgumentParser) -> Any:
+    """What a load is made from, arguments of `drawn`, as a group to which more may be added."""
+    of_load = parser.add_argument_group("a load")
+    of_load.add_argument("--requests", type=int, default=256)
+    of_load.add_argument("--input", type=lengths, default=(100, 1024), metavar="LOW-HIGH")
+    of_load.add_argument("--answer", type=lengths, default=(100, 1024), metavar="LOW-HIGH")
+    of_load.add_argument("--temperature", type=float, default=0.6)
+    return of_load
 
 
 def drawn(given: argparse.Namespace, rate: float, vocab: int, seed: int) -> Load:

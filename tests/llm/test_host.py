@@ -29,7 +29,7 @@ def until(is_so: Callable[[], Any]) -> None:
         time.sleep(0.01)
 
 
-class Any_:
+class AnyToken:
     """A grammar of all tokens."""
 
     def fill(self, bits: Any, row: int) -> None:
@@ -115,7 +115,7 @@ def test_a_grammar_that_is_not_used_is_forgotten(hosted, monkeypatch):
     monkeypatch.setattr(
         Host, "__init__", lambda self, *given: (hosts.append(self), begin(self, *given))[0]
     )
-    here = hosted(lambda schema, param: Any_())
+    here = hosted(lambda schema, param: AnyToken())
     requests = [here.engine.request([1, 2], greedy(3)) for _ in range(2)]
     asyncio.run(here.service.constrain(requests, {}, "schema"))
     assert {*hosts[0].compiled} == {request.number for request in requests}
@@ -157,19 +157,19 @@ def test_schemas_that_fail(hosted):
 def test_a_schema_whose_client_has_gone(hosted):
     """What comes of it is told to nobody, before and after the waiting has ended; others go on."""
     go = threading.Event()
-    here = hosted(lambda schema, param: go.wait(RESULT) and Any_())
+    here = hosted(lambda schema, param: go.wait(RESULT) and AnyToken())
     service = here.service
 
     async def gone() -> None:
         one = [here.engine.request([1], greedy(3))]
         waits = asyncio.ensure_future(service.constrain(one, {}, "schema"))
         await asyncio.sleep(0.05)
-        ((ticket, done),) = service.compiling.items()
+        ((number, done),) = service.compiling.items()
         done.cancel()
-        service._compiled(Compiled(ticket, None))
+        service._compiled(Compiled(number, None))
         with pytest.raises(asyncio.CancelledError):
             await waits
-        service._compiled(Compiled(ticket, None))
+        service._compiled(Compiled(number, None))
         go.set()
         assert len(await asked(service, here.engine.request([1], greedy(3)))) == 3
 

@@ -538,6 +538,7 @@ def name_shard(path: Path, name: str) -> None:
      ({"num_key_value_heads": 4}, "k_proj"), ({"num_hidden_layers": 2}, "no tensor"),
      ({"vocab_size": -1}, "vocab_size"), ({"hidden_size": "many"}, "hidden_size"),
      ({"num_attention_heads": 10**12}, "num_attention_heads"), ({"head_dim": 2.5}, "head_dim"),
+     ({"head_dim": None, "hidden_size": 2}, "head_dim is 0"),
      ({"max_position_embeddings": 10**9}, "max_position_embeddings"),
      ({"vocab_size": None}, "vocab_size"), ("../x.safetensors", "no name of a file"),
      ("/etc/passwd", "no name of a file"), ("a/b.safetensors", "no name of a file"),

@@ -8,8 +8,8 @@ from .sampling import Sampling
 from .weights import Weights, verify
 
 __all__ = [
-    "Config", "Engine", "Request", "Requests", "Sampling", "alone", "end_process", "load",
-    "load_model", "verify", "watch", "Weights",
+    "Config", "Engine", "Request", "Requests", "Sampling", "Weights", "alone", "end_process",
+    "load", "load_model", "verify", "watch",
 ]  # fmt: skip
 
 

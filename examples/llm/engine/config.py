@@ -65,16 +65,23 @@ def given(raw):
     return {name: value for name, value in raw.items() if value is not None}
 
 
+def words(error):
+    """What one of pydantic's errors says, without Python's terms."""
+    if error["type"] in ("model_type", "dict_type"):
+        return "Input should be an object"
+    return error["msg"].removeprefix("Value error, ")
+
+
 def checked(kind, raw, file):
     """A file's fields as `kind` has them; ValueError with the first that is wrong."""
     try:
         return kind.model_validate(given(raw))
     except ValidationError as wrong:
         error = wrong.errors(include_url=False)[0]
-    where, words = ".".join(map(str, error["loc"])), error["msg"].removeprefix("Value error, ")
+    where = ".".join(map(str, error["loc"]))
     if isinstance(error["input"], dict):  # the file: a field is missing, or some do not fit
-        raise ValueError(": ".join(filter(None, (file, where, words))))
-    raise ValueError(f"{file}: {where} is {error['input']!r:.100}: {words}")
+        raise ValueError(": ".join(filter(None, (file, where, words(error)))))
+    raise ValueError(f"{file}: {where} is {error['input']!r:.100}: {words(error)}")
 
 
 class Generation(Checked):
@@ -184,7 +191,9 @@ class Config(Checked):
     count: within(1, MOST_LAYERS) = named("num_hidden_layers")
     heads: Size = named("num_attention_heads")
     kv_heads: Size = named("num_key_value_heads")
-    head_dim: Size = Field(default_factory=lambda told: told["hidden"] // told["heads"])
+    head_dim: Size = Field(
+        default_factory=lambda told: told["hidden"] // told["heads"], validate_default=True
+    )
     max_positions: Size = named("max_position_embeddings")
     eps: within(0.0, 1.0) = named("rms_norm_eps")
     # The output projection is the embedding table.

@@ -54,7 +54,6 @@ class Api:
         self.service = Service(link, self.metrics, limits.max_queue, on_failure)
         self.held, self.reading, self.is_ending = 0, set(), False
         self.pool = ThreadPoolExecutor(2, "tokenize")
-        self.schemas = 0  # that are being compiled
         self.longest = max(map(len, tokenizer.get_vocab(with_added_tokens=True)))
 
     async def body(self, http):
@@ -210,14 +209,9 @@ class Api:
 
     async def constrain(self, requests, schema, param):
         """Give each request a grammar's state of its own."""
-        if self.schemas >= MOST_SCHEMAS:
+        if len(self.service.compiling) >= MOST_SCHEMAS:
             raise Refused("too many schemas are waiting: try again later", 429)
-
-        self.schemas += 1
-        try:
-            await self.service.constrain(requests, schema, param)
-        finally:
-            self.schemas -= 1
+        await self.service.constrain(requests, schema, param)
 
     def check_model(self, name):
         if name is not None and name not in self.names:

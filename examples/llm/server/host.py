@@ -38,7 +38,7 @@ class News:
 class Compiled:
     """Of one order to compile a schema: that all is well, or not."""
 
-    ticket: int
+    number: int  # of the first of its requests
     refused: Refused | None
 
 
@@ -162,21 +162,21 @@ class Host:
             self.engine.cancel(request)
         self._tell(ended)
 
-    def constrain(self, ticket, numbers, schema, param):
+    def constrain(self, numbers, schema, param):
         """Make a grammar for each of these requests, which are submitted after that."""
-        self.compiling.submit(self._compile, ticket, numbers, schema, param)
+        self.compiling.submit(self._compile, numbers, schema, param)
 
-    def _compile(self, ticket, numbers, schema, param):
+    def _compile(self, numbers, schema, param):
         try:
             for number in numbers:
                 self.compiled[number] = self.grammars(schema, param)
         except Refused as refused:
-            self._send(Compiled(ticket, refused))
+            self._send(Compiled(numbers[0], refused))
         except Exception:
             traceback.print_exc()
-            self._send(Compiled(ticket, Refused("the server has failed", 500)))
+            self._send(Compiled(numbers[0], Refused("the server has failed", 500)))
         else:
-            self._send(Compiled(ticket, None))
+            self._send(Compiled(numbers[0], None))
 
 
 class Link:

@@ -8,9 +8,9 @@ import json
 from typing import Annotated, Any, Literal
 
 from engine import Sampling
-from engine.config import TOP, limited
+from engine.config import TOP, Checked, limited, words
 from engine.sampling import MOST_BIASES
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import from_json
 
 MOST_CHOICES = 64  # completions of one request: prompts times n
@@ -40,8 +40,8 @@ class Refused(Exception):
 Stop = Annotated[str, Field(min_length=1, max_length=MOST_STOP)]
 
 
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+class Strict(Checked):
+    model_config = ConfigDict(extra="forbid")
 
 
 class StreamOptions(Strict):
@@ -267,16 +267,14 @@ def parsed(kind, raw):
         furthest = max(len(_steps(e["loc"])) for e in same)
         same = [e for e in same if len(_steps(e["loc"])) == furthest]
         param = _place(same[0]["loc"])
-        words = ", or ".join(dict.fromkeys(_words(e) for e in same))
-        raise Refused(f"{param}: {words}" if param else words, param=param) from None
+        told = ", or ".join(dict.fromkeys(_words(e) for e in same))
+        raise Refused(f"{param}: {told}" if param else told, param=param) from None
 
 
 def _words(error):
     if error["type"] == "extra_forbidden":
         return "there is no such field"
-    if error["type"] in ("model_type", "dict_type"):
-        return "Input should be an object"
-    return error["msg"].removeprefix("Value error, ")
+    return words(error)
 
 
 def _steps(loc):

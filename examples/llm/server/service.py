@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import itertools
 import threading
 import time
 import weakref
@@ -55,8 +54,9 @@ class Service:
         self.sending, self.ending = threading.Lock(), threading.Lock()
         self.listeners = {}  # by the number of a request
         self.submitted, self.coming = 0, weakref.WeakSet()  # those with room, not submitted yet
-        # What waits for a schema, by ticket; and numbers of requests that were never submitted.
-        self.tickets, self.compiling, self.forgotten = itertools.count(), {}, deque()
+        # What waits for a schema, by the number of its first request; and numbers of requests that
+        # are gone and may never have been submitted.
+        self.compiling, self.forgotten = {}, deque()
         self.news = link.pipe.recv()
         self.thread = threading.Thread(target=self._listen, name="news", daemon=True)
         self.thread.start()
@@ -107,17 +107,16 @@ class Service:
 
     async def constrain(self, requests, schema, param):
         """Have these requests, before they are submitted, follow a schema; Refused for none."""
-        ticket, done = next(self.tickets), Future()
-        self.compiling[ticket] = done
-        for request in requests:  # of which some may never be submitted
+        numbers, done = [request.number for request in requests], Future()
+        self.compiling[numbers[0]] = done
+        for request in requests:
             weakref.finalize(request, self.forgotten.append, request.number)
-        numbers = [request.number for request in requests]
         try:
             self._check_serving()
-            self._order("constrain", ticket, numbers, schema, param)
+            self._order("constrain", numbers, schema, param)
             await asyncio.wrap_future(done)
         finally:
-            del self.compiling[ticket]
+            del self.compiling[numbers[0]]
 
     def _order(self, *order):
         with self.sending, contextlib.suppress(OSError):  # it has ended, as `_listen` finds
@@ -142,7 +141,7 @@ class Service:
 
     def _compiled(self, message):
         """Tell who waits, whose client may have gone."""
-        done = self.compiling.get(message.ticket, Future())
+        done = self.compiling.get(message.number, Future())
         with contextlib.suppress(InvalidStateError):
             if message.refused:
                 done.set_exception(message.refused)
