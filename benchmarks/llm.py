@@ -99,19 +99,23 @@ class Bench:
         self.prompts = RandomPrompts(self.raw["vocab_size"], arguments.prompt, self.rng)
         pages = 1 + self.most * -(-self.length // PAGE)
         self.weights = RandomWeights(self.raw, self.rng)
+        # Ray's actors import what these are of.
+        paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         max_tokens = MAX_TOKENS if self.is_gpu else 64
         self.engines = [
             load_model(
                 config_of(self.raw), self.weights, arguments.device, pages, PAGE, self.most,
-                max_tokens, True, tp=arguments.tp,
+                max_tokens, True, tp=arguments.tp, way="ray" if name == "ray" else "processes",
             )
-            for _ in range(1 + arguments.replans)
+            for name in ("fi_ffi", *arguments.beside)
         ]  # fmt: skip
         self.engine = self.engines[0]
         self.sides: list[Side] = [Ours(self.engine)]
-        for other in self.engines[1:]:
-            other.runner.has_pieces = False
-            self.sides.append(Ours(other, "replans"))
+        for name, other in zip(arguments.beside, self.engines[1:], strict=True):
+            if name == "replans":
+                other.runner.has_pieces = False
+            self.sides.append(Ours(other, name))
         self.about: dict[str, Any] = {}
 
     def sampling(self, tokens: int = 0, **filters: Any) -> Sampling:
@@ -148,8 +152,10 @@ class Bench:
         return sum(x.numel * x.dtype.itemsize for x in weights)
 
     def check(self) -> None:
-        """Every side against ours."""
+        """Every side against ours, but Ray's, whose logits stay with it."""
         for other in self.sides[1:]:
+            if other.name == "ray":
+                continue
             sizes = {self.arguments.batch[0], min(16, self.most)}
             if self.arguments.load:
                 sizes.add(min(13, self.most))  # which is padded
@@ -365,9 +371,10 @@ def parsed(given: list[str] | None = None) -> argparse.Namespace:
                          help="requests a second; 0: all at once")  # fmt: skip
     parser.add_argument("--host", action="store_true", help="only what a step costs the host")
     parser.add_argument("--cuda-cores", action="store_true", help=_CUDA_CORES)
-    parser.add_argument(
-        "--replans", action="store_true", help="beside an engine that decodes without pieces"
-    )
+    beside = {"--replans": "that decodes without pieces", "--ray": "whose ranks Ray places"}
+    for name, engine in beside.items():
+        parser.add_argument(name, action="append_const", const=name[2:], dest="beside", default=[],
+                            help=f"beside an engine {engine}")  # fmt: skip
     parser.add_argument("--no-peer", dest="peer", action="store_false")
     parser.add_argument("--no-idle", dest="idle", action="store_false")
     parser.add_argument("--output", type=Path, default=os.environ.get("OUT", ".out"))

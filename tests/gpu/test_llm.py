@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import json
+import secrets
+import socket
+import subprocess
+import sys
+import tempfile
+import time
 from types import SimpleNamespace
 
 import ml_dtypes
@@ -16,10 +23,12 @@ from engine.weights import Blocks
 import fi_ffi
 from fi_ffi.cli.cuda import gpus
 
+from tests.helpers.children import ROOT, done, environment
 from tests.llm import (
     conftest,
     test_client,
     test_glue,
+    test_host,
     test_hostile,
     test_logits,
     test_processors,
@@ -31,21 +40,24 @@ from tests.llm import (
 from tests.llm.serving import KINDS
 from tests.llm.test_glue import FLOATS, TEXT
 from tests.llm.test_logits import FAULTS
+from tests.llm.test_processors import log_softmax
 
 serve, served = conftest.serve, test_serve.served
 servers, server, client = test_client.servers, test_client.server, test_client.client
 attacked, target, own = test_hostile.attacked, test_hostile.target, test_hostile.own
+hosted = test_host.hosted
 structured, asks = test_structured.structured, test_structured.asks
 
 # Those that are of the host alone.
 _HOST = (
     "test_pages_by_themselves", "test_begun", "test_wrong_parameters", "_compiles_the_kernels",
     "_make_up_the_whole", "_that_ranks_share", "_share_of_bytes", "_rows_of_the_file",
-    "_does_not_divide", "_ranks_than_gpus", "test_wrong_numbers", "test_checkpoints_that_lie",
+    "_does_not_divide", "_ranks_than_gpus", "_that_ray_gives",
+    "test_wrong_numbers", "test_checkpoints_that_lie",
 )  # fmt: skip
 for _module in (
-    test_client, test_glue, test_hostile, test_logits, test_processors, test_ranks, test_serve,
-    test_serving, test_structured,
+    test_client, test_glue, test_host, test_hostile, test_logits, test_processors, test_ranks,
+    test_serve, test_serving, test_structured,
 ):  # fmt: skip
     for _name, _test in inspect.getmembers(_module, inspect.isfunction):
         if _name.startswith("test_") and not _name.endswith(_HOST):
@@ -108,6 +120,86 @@ def test_graphs_of_two_ranks(split, where):
         engine.run()
         assert bool(engine.runner.graphs) == use_graphs
         assert all(serving.error(request) <= 1 for request in requests)
+
+
+@pytest.fixture
+def machines():
+    """Ray over two nodes with a GPU each and host names of their own, which make them two machines
+    to fi_ffi and to NCCL: the settings of a process that uses it.
+    """
+    pytest.importorskip("ray", reason="ray is not installed")
+    if subprocess.run(["unshare", "--uts", "hostname", "fi-ffi"], check=False).returncode:
+        pytest.skip("may not change the name of the host")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder = tempfile.TemporaryDirectory()  # a short path: it holds sockets
+    settings = {"RAY_ADDRESS": f"127.0.0.1:{port}", "RAY_USAGE_STATS_ENABLED": "0",
+                "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32),
+                "RAY_TMPDIR": folder.name}  # fmt: skip
+    head = ["--head", f"--port={port}", "--include-dashboard=false"]
+    nodes = []
+    try:
+        for gpu, role in enumerate((head, [f"--address=127.0.0.1:{port}"])):
+            start = ["ray.scripts.scripts", "start", "--block", "--num-cpus=2", "--num-gpus=1"]
+            renamed = ["unshare", "--uts", "sh", "-c", f'hostname machine-{gpu} && exec "$@"', ""]
+            command = [*renamed, sys.executable, "-m", *start, *role]
+            nodes.append(
+                subprocess.Popen(
+                    command, env=environment(CUDA_VISIBLE_DEVICES=str(gpu), **settings)
+                )
+            )
+            _reached(port)
+        yield settings
+    finally:
+        for node in reversed(nodes):
+            node.terminate()
+            node.wait(60)
+        folder.cleanup()
+
+
+def _reached(port):
+    end = time.monotonic() + 60
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", port)).close()
+        except ConnectionRefusedError:
+            assert time.monotonic() < end
+            time.sleep(0.2)
+
+
+ON_MACHINES = """
+    import json
+    import sys
+
+    folder, path, where, prompts = sys.argv[1:]
+    sys.path.insert(0, folder)
+    from engine import Sampling, load
+
+    engine = load(path, where, num_pages=64, max_batch=8, tp=2, way="ray")
+    some = Sampling(temperature=0, logprobs=1, max_tokens=12, ignore_eos=True)
+    requests = [engine.submit(prompt, some) for prompt in json.loads(prompts)]
+    engine.run()
+    engine.close()
+    told = [([value for value, *_ in x.logprobs], x.tokens) for x in requests]
+    print(json.dumps(told))
+"""
+
+
+@pytest.mark.timeout(300)
+def test_actors_on_two_machines(split, machines, where):
+    """Sums by NCCL: greedy tokens, and their log probabilities, are those of the float64 model."""
+    serving = split("llama")
+    prompts = [serving.prompt(n) for n in (7, 30)]
+    given = [str(ROOT / "examples" / "llm"), str(serving.path), where, json.dumps(prompts)]
+    status, out, err = done(ON_MACHINES, *given, seconds=240, **machines)
+    assert status == 0, err[-3000:]
+    for prompt, (told, tokens) in zip(prompts, json.loads(out.splitlines()[-1]), strict=True):
+        rows, near = serving.expected(prompt, tokens)
+        assert len(told) == len(tokens) == 12
+        for row, error, token, value in zip(rows, 10 * near, tokens, told, strict=True):
+            assert row.max() - row[token] <= error
+            assert abs(value - log_softmax(row)[token]) <= error
 
 
 @pytest.fixture

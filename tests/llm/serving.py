@@ -47,13 +47,17 @@ class Serving:
     def prompt(self, length: int) -> list[int]:
         return self.rng.integers(0, 256, length).tolist()
 
+    def expected(self, prompt: list[int], got: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """The logits of a request's tokens; how far off each row is by roundings."""
+        tokens, first = (prompt + got)[:-1], len(prompt) - 1
+        spread = self.forward.spread(tokens, ROUNDING[self.dtype])
+        return self.forward(tokens)[first:], spread[first:]
+
     def error(self, request: Request) -> float:
         """The worst row of what a request got (root of the mean square), as a part of its bound."""
-        tokens, first = (request.prompt + request.tokens)[:-1], len(request.prompt) - 1
-        expected = self.forward(tokens)[first:]
+        expected, spread = self.expected(request.prompt, request.tokens)
         got = np.array(self.logits[request][: len(request.tokens)], np.float64)
         assert got.shape == expected.shape
-        spread = self.forward.spread(tokens, ROUNDING[self.dtype])[first:]
         return (np.sqrt(((got - expected) ** 2).mean(1)) / spread).max() / BOUND
 
 

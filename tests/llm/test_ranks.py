@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import requests
 from engine import Config, Sampling, load, watch
+from engine.ranks import index_of
 from engine.split import DIMENSIONS, ONCE, Split, key_of, of_rank
 from engine.weights import Weights, shapes
 from safetensors.numpy import save_file
@@ -253,15 +254,25 @@ def test_actors_of_ray(split, where):
     prompts = [serving.prompt(n) for n in (7, 30)]
     ray.init(num_cpus=2, include_dashboard=False)
     try:
-        threads, actors = (
-            load(serving.path, where, 64, max_batch=8, tp=2, way=way) for way in ("threads", "ray")
+        others, actors = (
+            load(serving.path, where, 64, max_batch=8, tp=2, way=way)
+            for way in (way_on(where), "ray")
         )
-        serving.engines.append(threads)
-        assert texts(actors, prompts, greedy()) == texts(threads, prompts, greedy())
+        serving.engines.append(others)
+        assert texts(actors, prompts, greedy()) == texts(others, prompts, greedy())
         check_empty(actors)
         actors.close()
     finally:
         ray.shutdown()
+
+
+def test_the_gpu_that_ray_gives(monkeypatch):
+    """By CUDA's number, or by its place in what the machine's Ray was started to see."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert index_of("3") == 3
+    for visible, given in (("5,3", "3"), ("GPU-12ab,GPU-34cd", "GPU-34cd")):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert index_of(given) == 1
 
 
 @by_kind

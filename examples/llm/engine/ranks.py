@@ -163,6 +163,12 @@ def end_process():
     os._exit(1)
 
 
+def index_of(given):
+    """The index that CUDA has here for a GPU as Ray names it: by number, or as it is listed."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",").index(given) if visible else int(given)
+
+
 class Rank:
     """A rank that is an actor of Ray, which has given it a GPU."""
 
@@ -173,7 +179,7 @@ class Rank:
 
         ranks = comm.ray(name, rank, size, timeout_s=LOADING_S)
         given = ray.get_runtime_context().get_accelerator_ids()["GPU"]
-        self.runner = runner_of(job, ranks, index=int(given[0]) if given else None)
+        self.runner = runner_of(job, ranks, index=index_of(given[0]) if given else None)
 
     def has_pieces(self):
         return self.runner.has_pieces
