@@ -37,10 +37,12 @@ class Algorithms:
 
     def __init__(
         self, ranks: Ranks, places: Sequence[Place], device: Device, max_bytes: int,
-        fusion: FusionSize | None, has_nccl: bool,
+        fusion: FusionSize | None, has_fusion: bool, has_nccl: bool,
     ) -> None:  # fmt: skip
         self._ranks, self._rank, self._size = ranks, ranks.rank, ranks.size
-        self._device, self._max_bytes, self._fusion_size = device, max_bytes, fusion
+        self._device, self._max_bytes = device, max_bytes
+        table = min((size for size in TABLE if size >= self._size), default=max(TABLE))
+        self._by_size = TABLE[table]
         self.vllm: VllmAllReduce | None = None
         self.fusion: Fusion | None = None
         # NCCL, or its replacement on the CPU.
@@ -52,7 +54,12 @@ class Algorithms:
             parts["vllm"] = VllmAllReduce.nbytes(max_bytes, device)
         if fusion is not None:
             self._check_fusion(reach)
+        elif has_fusion and reach and self._size in fusion_module.SIZES:
+            most = min(dict(self._by_size)["oneshot"], max_bytes)
+            fusion = FusionSize(1, most // 2, "bfloat16")
+        if fusion is not None:
             parts["fusion"] = Fusion.nbytes(fusion, ranks.size)
+        self._fusion_size = fusion
         try:
             self._make(ranks, places, parts, linked, has_nccl)
         except BaseException:  # a rank did not come, or NCCL did not: another group may be made
@@ -99,7 +106,7 @@ class Algorithms:
     def _check_fusion(self, reach: bool) -> None:
         if not reach or self._size not in fusion_module.SIZES:
             got = f"a size, and {self._why_not or f'{self._size} ranks'}"
-            expected = f"None, or {_text(fusion_module.SIZES)} ranks that reach each other's memory"
+            expected = f"None, or {fusion_module.RANKS}"
             raise ArgumentError("Group", "fusion", got=got, expected=expected)
 
     def _starts(self, parts: dict[str, int]) -> dict[str, list[int]]:
@@ -127,8 +134,7 @@ class Algorithms:
 
     def choose(self, nbytes: int, itemsize: int) -> str:
         """Return the algorithm for a message, by `TABLE`; `ArgumentError` if none accepts it."""
-        ranks = min((size for size in TABLE if size >= self._size), default=max(TABLE))
-        by_size = [name for name, most in TABLE[ranks] if nbytes <= most]
+        by_size = [name for name, most in self._by_size if nbytes <= most]
         for name in (*by_size, "vllm", "oneshot"):
             if self.limit(name) >= nbytes and self._fits(name, nbytes, itemsize):
                 return name
@@ -293,7 +299,3 @@ def _peers(ranks: Ranks, places: Sequence[Place], device: Device) -> tuple[bool,
     found = [pickle.loads(data) for data in ranks.all_gather(pickle.dumps(links(places)))]
     reach, linked = (all(each) for each in zip(*found, strict=True))
     return reach, linked, "" if reach else "GPUs without access to each other's memory"
-
-
-def _text(sizes: Sequence[int]) -> str:
-    return f"{', '.join(map(str, sizes[:-1]))} or {sizes[-1]}"

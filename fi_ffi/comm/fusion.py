@@ -18,6 +18,7 @@ from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.streams import PER_THREAD
 from fi_ffi.abi.tensor import DTYPES, Device, TensorDesc, parse_dtype
 from fi_ffi.errors import ArgumentError, ArgumentTypeError
+from fi_ffi.loader import machine
 from fi_ffi.ops import comm as entries
 from fi_ffi.ops import cuda
 from fi_ffi.ops.call.arguments import check_int
@@ -26,6 +27,7 @@ from fi_ffi.ops.table.comm import PATTERNS
 
 # numbers of ranks that allreduce_fusion_op() of trtllm_allreduce_fusion.cuh supports
 SIZES = (2, 4, 8, 16)
+RANKS = f"{', '.join(map(str, SIZES[:-1]))} or {SIZES[-1]} ranks that reach each other's memory"
 _ALIGNMENT = 256
 _SLOTS = 256  # kBarrierFlagCount
 _VECTOR = 16
@@ -89,6 +91,12 @@ class FusionSize(NamedTuple):
             got, expected = f"{made.message_bytes} bytes", f"a multiple of {_VECTOR} bytes"
             raise ArgumentError("FusionSize", "hidden_size", got=got, expected=expected)
         return made
+
+
+def has_kernels(device: Device) -> bool:
+    """Return whether the kernels in use have `trtllm_comm` for a device."""
+    op = entries.OPS["trtllm_allreduce_fusion"]
+    return not device.is_cuda or bool(op.supports(machine.capability(device.index)))
 
 
 class Fusion:
@@ -156,7 +164,9 @@ class Fusion:
             expected = f"{self.fusion.dtype} as in FusionSize, or a dtype of the same size"
             raise ArgumentError(op, "x", got=x.dtype, expected=expected)
         if x.span_bytes > self.fusion.message_bytes:
-            expected = f"at most {self.fusion.message_bytes}, as in FusionSize"
+            expected = (
+                f"at most {self.fusion.message_bytes}, which Group(fusion=FusionSize(...)) sets"
+            )
             raise ArgumentError(op, "x", got=f"{x.span_bytes} bytes", expected=expected)
 
     def use_oneshot(self, nbytes: int, tokens: int, wanted: bool | None) -> bool:

@@ -14,7 +14,7 @@ from fi_ffi.abi.streams import handle_for
 from fi_ffi.abi.tensor import Device, TensorDesc, parse_device, parse_dtype
 from fi_ffi.comm import nccl as nccl_module
 from fi_ffi.comm.algorithms import ALGORITHMS, Algorithms, Call
-from fi_ffi.comm.fusion import FusionSize, pattern_of
+from fi_ffi.comm.fusion import RANKS, FusionSize, has_kernels, pattern_of
 from fi_ffi.comm.hang import ENDED_S, ENDING_S, Monitor, ends
 from fi_ffi.comm.memory import Place, has_ended, place_of
 from fi_ffi.comm.ranks import Ranks, check_ranks, names
@@ -45,8 +45,9 @@ class Group:
         device: this rank's GPU, or "cpu".
         max_bytes: the largest message for the algorithm "vllm"; each rank allocates four times as
             much memory for it, without NCCL five times.
-        fusion: the largest message of `allreduce_fusion`, and of "oneshot" and "twoshot", which are
-            the quickest for small messages; without it, there are neither.
+        fusion: the largest message of `allreduce_fusion`, "oneshot" and "twoshot". By default it is
+            the largest for which "oneshot" is the fastest, in 2 bytes an element, or `max_bytes` if
+            that is less; there are none of the three if the ranks' kernels or GPUs lack them.
         nccl: whether to use NCCL on GPUs; None: if every rank has it installed.
         timeout_s: how long to wait for a rank that does not arrive; for one whose process on this
             machine has ended, a second.
@@ -79,7 +80,7 @@ class Group:
         self._hang, self._hung_at, self._calls = "", math.inf, 0
         self._algorithms: Algorithms | None = None
         self._monitor: Monitor | None = None
-        self._places, has_nccl = self._meet(wants_nccl)
+        self._places, has_fusion, has_nccl = self._meet(wants_nccl)
         places = self._places  # the monitor's thread does not keep the group alive
 
         def ended() -> set[int]:
@@ -88,15 +89,16 @@ class Group:
         self._ended = ended
         if self.size > 1:
             self._algorithms = Algorithms(
-                ranks, self._places, self.device, self.max_bytes, self.fusion, has_nccl
+                ranks, self._places, self.device, self.max_bytes, self.fusion, has_fusion, has_nccl
             )
             if self.device.is_cuda:
                 waiting, on_hang = self._algorithms.waiting(), weakref.WeakMethod(self._tell_hang)
                 self._monitor = Monitor(waiting, self.device, self.timeout_s, on_hang, ended)
         self._is_open = True
 
-    def _meet(self, wants_nccl: bool | None) -> tuple[list[Place], bool]:
-        """Exchange places and settings; return all places, and whether all ranks have NCCL.
+    def _meet(self, wants_nccl: bool | None) -> tuple[list[Place], bool, bool]:
+        """Exchange places and settings; return all places, and whether all ranks have the kernels
+        of fused calls, and NCCL.
 
         Raises if the ranks' arguments differ.
         """
@@ -112,17 +114,18 @@ class Group:
                 has_nccl = False
                 if wants_nccl:
                     raise
-        mine = pickle.dumps((place_of(self.device), has_nccl, settings))
+        has_fusion = self.size > 1 and has_kernels(self.device)
+        mine = pickle.dumps((place_of(self.device), has_fusion, has_nccl, settings))
         found = [pickle.loads(data) for data in self._ranks.all_gather(mine)]
-        for name, expected in found[0][2].items():
+        for name, expected in found[0][-1].items():
             for rank, (*_, theirs) in enumerate(found):
                 if theirs[name] != expected:
                     got, words = f"{theirs[name]} on rank {rank}", f"{expected}, as on rank 0"
                     raise ArgumentError("Group", name, got=got, expected=words)
-        places = [place for place, *_ in found]
+        places, fuse, collect, _ = zip(*found, strict=True)
         # NCCL refuses two ranks on one GPU, which tests use.
         is_apart = len({(place.machine, place.bus_id) for place in places}) == self.size
-        return places, is_apart and all(has for _, has, _ in found)
+        return [*places], all(fuse), is_apart and all(collect)
 
     # ------------------------------------------------------------------------------- calls
 
@@ -217,7 +220,8 @@ class Group:
         self._check_open(op)
         fusion = None if self._algorithms is None else self._algorithms.fusion
         if fusion is None:
-            got, expected = "a group without `fusion`", "Group(..., fusion=FusionSize(...))"
+            got = "a group without trtllm_comm"
+            expected = f"its kernels for every rank's GPU, and {RANKS}"
             raise ArgumentError(op, "self", got=got, expected=expected)
         code, desc = pattern_of(op, pattern), self._tensor(op, "x", x)
         if len(desc.shape) != 2:

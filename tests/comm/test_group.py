@@ -83,16 +83,46 @@ def test_fusion(kind, size, of, rng):
         rank_programs.check_fused(seed, number, call, [results[number] for results in found])
 
 
-@pytest.mark.parametrize("told", [False, True])
-def test_what_auto_is(told):
+@pytest.mark.parametrize(
+    ("size", "options", "expected"),
+    [
+        (2, {}, ["oneshot", "oneshot", "oneshot", "vllm", "nccl", "vllm"]),
+        (2, {"max_bytes": 1 << 12}, ["oneshot", "oneshot", "nccl", "nccl", "nccl", "vllm"]),
+        (2, {"fusion": (64, 1024)}, ["oneshot", "oneshot", "vllm", "vllm", "nccl", "vllm"]),
+        (4, {}, ["oneshot", "oneshot", "vllm", "nccl", "nccl", "vllm"]),
+        (6, {}, ["vllm", "vllm", "vllm", "nccl", "nccl", "vllm"]),
+    ],
+)
+def test_what_auto_is(size, options, expected):
+    """By default, one shot wherever it is the quickest, of tensors of two bytes an element."""
+    if "fusion" in options:
+        options = {"fusion": comm.FusionSize(*options["fusion"])}
+
     def body(rank, given, gpus):
-        fusion = comm.FusionSize(64, 1024) if told else None
-        with comm.Group(given[rank], device="cpu", fusion=fusion) as group:
-            found = [group.algorithm_for(n) for n in (2, 1 << 12, 1 << 21, 1 << 30)]
+        with comm.Group(given[rank], device="cpu", **options) as group:
+            found = [group.algorithm_for(n) for n in (2, 1 << 12, 1 << 21, 1 << 23, 1 << 30)]
             return [*found, group.algorithm_for(1 << 12, "float32")]
 
-    small = "oneshot" if told else "vllm"
-    assert on_all("threads", 2, body) == [[small, small, "vllm", "nccl", "vllm"]] * 2
+    assert on_all("threads", size, body) == [expected] * size
+
+
+def test_a_rank_whose_kernels_lack_the_module(monkeypatch):
+    """No rank has one shot then."""
+    without = threading.local()
+    has = comm.group.has_kernels
+    monkeypatch.setattr(
+        comm.group, "has_kernels", lambda device: has(device) and not hasattr(without, "here")
+    )
+
+    def body(rank, given, gpus):
+        if rank:
+            without.here = True
+        with comm.Group(given[rank], device="cpu") as group:
+            with pytest.raises(ArgumentError, match="without trtllm_comm"):
+                group.allreduce_fusion(np.zeros((1, 64), np.float16), pattern="kAllReduce")
+            return group.algorithm_for(1 << 12)
+
+    assert on_all("threads", 2, body) == ["vllm"] * 2
 
 
 @pytest.mark.parametrize(("size", "most"), [(2, 4 << 20), (4, 512 << 10), (8, 256 << 10)])
@@ -155,7 +185,7 @@ def test_messages_of_which_a_vector_is_more_than_max_bytes():
             assert (x == 3).all()
             return group.algorithm_for(16), group.algorithm_for(30)
 
-    assert on_all("threads", 2, body) == [("vllm", "nccl")] * 2
+    assert on_all("threads", 2, body) == [("oneshot", "nccl")] * 2
 
 
 def test_shots_of_messages_that_one_shot_has_no_room_for(monkeypatch):

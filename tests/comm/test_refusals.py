@@ -58,7 +58,6 @@ WRONG = {
     "shifted": (lambda g, x, o: g.all_reduce(x[:32], x[16:48]), "memory of `x`"),
     "read-only": (lambda g, x, o: g.all_reduce(x, read_only()), "read-only"),
     "algorithm": (lambda g, x, o: g.all_reduce(x, o, algorithm="ring"), "'ring'"),
-    "not here": (lambda g, x, o: g.all_reduce(x, o, algorithm="oneshot"), "auto, vllm, nccl"),
     "too large": (
         lambda g, x, o: g.all_reduce(np.zeros(1 << 15, F32), algorithm="vllm"),
         "got 131072 bytes, expected at most 65536",
@@ -67,7 +66,6 @@ WRONG = {
     "scattered": (lambda g, x, o: g.reduce_scatter(x, o), "2 equal parts of 64"),
     "gathered over": (lambda g, x, o: g.all_gather(x[1:3], x[:4]), "memory of `x`"),
     "buffer": (lambda g, x, o: g.buffer((1 << 15,), "float32"), "max_bytes=65536"),
-    "no fusion": (lambda g, x, o: g.allreduce_fusion(x, pattern=NORM), "without `fusion`"),
 }
 
 
@@ -157,6 +155,20 @@ def test_bad_fusion(what):
 def test_bad_groups(options, words):
     with pytest.raises(ArgumentError, match=words):
         group(comm.threads(1)[0], **options)
+
+
+def test_six_ranks():
+    """For which `trtllm_comm` has no kernels."""
+
+    def body(made):
+        x, out = np.ones((4, 64), F32), poisoned(64)
+        with pytest.raises(ArgumentError, match="auto, vllm, nccl"):
+            made.all_reduce(x[0], out, algorithm="oneshot")
+        with pytest.raises(ArgumentError, match="without trtllm_comm"):
+            made.allreduce_fusion(x, pattern=NORM)
+        assert np.isnan(out).all() and (x == 1).all()
+
+    on_all(6, body)
 
 
 def test_fusion_of_three_ranks():

@@ -19,7 +19,7 @@ from fi_ffi.cli import cuda
 from fi_ffi.cli.cuda import check
 from fi_ffi.comm import nccl
 from fi_ffi.errors import ArgumentError, HangError, LoaderError
-from fi_ffi.loader import search
+from fi_ffi.loader import machine, search
 
 from tests.helpers import rank_programs, ranks
 from tests.helpers.rank_programs import DTYPES, Calls
@@ -111,6 +111,19 @@ def test_small_messages_of_two_ranks(kind, algorithm, rng):
     ]  # fmt: skip
     options = {"max_bytes": 1 << 16, "fusion": comm.FusionSize(4, 4096), "nccl": False}
     compare(2, kind, options, int(rng.integers(2**32)), made)
+
+
+def chosen(rank: int, given: Any, gpus: int) -> list[str]:
+    device = rank_programs.place_of(rank, gpus).device
+    with comm.Group(given[rank], device=device, nccl=False) as group:
+        return [group.algorithm_for(nbytes) for nbytes in (2, 1 << 20, 1 << 23)]
+
+
+@pytest.mark.parametrize("kind", MAKE)
+def test_the_choice_by_default(kind):
+    need(2, kind)
+    one_shot = "oneshot" if machine.capability(0) >= (9, 0) else "vllm"
+    assert on_all(kind, 2, chosen) == [[one_shot, one_shot, "vllm"]] * 2
 
 
 @pytest.mark.timeout(1800)
@@ -225,10 +238,10 @@ def test_fusion(kind, size, of, rng):
 @pytest.mark.parametrize("kind", MAKE)
 @pytest.mark.parametrize("size", SIZES)
 def test_a_hundred_thousand_calls(size, kind, rng):
-    """Of random sizes and addresses, half of them by each of the kernels' modules."""
+    """Of random sizes and addresses, by "vllm" almost all, and by one shot where it is quicker."""
     need(size, kind)
     count = scaled(50_000, 200)
-    for fusion in (None, comm.FusionSize(128, 4096)):
+    for fusion in (comm.FusionSize(1, 8), None):
         options = {"max_bytes": 1 << 20, "fusion": fusion, "nccl": False}
         args = (options, int(rng.integers(2**32)), count, 1 << 20, 1 << 22)
         assert on_all(kind, size, rank_programs.many, *args) == [""] * size
