@@ -19,10 +19,12 @@ from tests.helpers.children import ROOT, environment
 SERVE = ROOT / "examples" / "llm" / "serve.py"
 
 
-def children(process: int) -> list[int]:
-    """The processes that one has started by multiprocessing, to run a function."""
-    told = Path(f"/proc/{process}/task/{process}/children").read_text().split()
-    return [int(n) for n in told if b"spawn_main" in Path(f"/proc/{n}/cmdline").read_bytes()]
+def children(process: int, of: bytes = b"spawn_main") -> list[int]:
+    """Those that a process has started, by what their command lines contain; by default those that
+    multiprocessing runs a function in.
+    """
+    told = " ".join(each.read_text() for each in Path(f"/proc/{process}/task").glob("*/children"))
+    return [int(n) for n in told.split() if of in Path(f"/proc/{n}/cmdline").read_bytes()]
 
 
 class ServerProcess:

@@ -27,7 +27,7 @@ from tiny import make_tiny
 
 from fi_ffi.errors import HangError
 
-from tests.llm.process import ServerProcess
+from tests.llm.process import ServerProcess, children
 from tests.llm.serving import KINDS, Serving, check_empty, greedy, texts
 from tests.llm.test_processors import adjusted, log_softmax
 
@@ -199,6 +199,24 @@ def test_a_server_whose_rank_is_killed(is_asked, where):
     assert ended == 1
 
 
+@pytest.mark.usefixtures("split")
+def test_a_server_whose_ranks_ray_places(where):
+    """It answers; its process ends with an error once one is killed, and takes Ray's along."""
+    pytest.importorskip("ray", reason="ray is not installed")
+    server = ServerProcess(where, "--tp", "2", "--ray", "--grace", "6")
+    try:
+        assert server.post(max_tokens=9).json()["usage"]["completion_tokens"] == 9
+        (raylet,) = children(server.ranks()[0], b"raylet/raylet")
+        ranks = children(raylet, b"ray::Rank")
+        assert len(ranks) == 2
+        os.kill(ranks[1], signal.SIGKILL)
+        assert server.post().status_code == 500
+    finally:
+        ended = server.end(seconds=30)
+    assert ended == 1
+    wait_until_ended(raylet, ranks[0])
+
+
 def test_an_engine_that_nobody_asks(split, where, monkeypatch):
     """It is told once that a rank is lost, and not where the engine has ended before."""
     monkeypatch.setattr(engine.ranks, "PATIENCE_S", 0.5)
@@ -224,6 +242,13 @@ def is_running(process: int) -> bool:
         return False
 
 
+def wait_until_ended(*processes: int) -> None:
+    until = time.monotonic() + 20
+    while any(map(is_running, processes)):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
 @pytest.mark.usefixtures("split")
 @pytest.mark.parametrize("which", ["the server", "its engine"])
 def test_processes_do_not_outlive_what_started_them(which, where):
@@ -231,10 +256,7 @@ def test_processes_do_not_outlive_what_started_them(which, where):
     server = ServerProcess(where, "--tp", "2")
     engine_process, rank = server.ranks()
     os.kill(server.child.pid if which == "the server" else engine_process, signal.SIGKILL)
-    until = time.monotonic() + 20
-    while is_running(engine_process) or is_running(rank):
-        assert time.monotonic() < until
-        time.sleep(0.05)
+    wait_until_ended(engine_process, rank)
     server.end()
 
 
