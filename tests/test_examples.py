@@ -79,7 +79,7 @@ def test_a_linear_attention_layer() -> None:
 def test_a_sum_over_ranks() -> None:
     done = run(str(EXAMPLES / "all_reduce.py"), "--cpu", "--ranks", "4")
     assert done.returncode == 0, done.stderr
-    assert sorted(done.stdout.splitlines())[3] == "rank 3 of 4 on cpu: 10, by vllm"
+    assert sorted(done.stdout.splitlines())[3] == "rank 3 of 4 on cpu: 10, by oneshot"
 
 
 @pytest.mark.parametrize(("name", "fault", "wrong"), FAULTS)
