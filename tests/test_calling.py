@@ -25,7 +25,7 @@ def calls(tmp_path, monkeypatch):
     gpu = SimpleNamespace(name="a GPU", capability=(9, 0))
     monkeypatch.setattr(calling, "gpus", lambda: [gpu])
     monkeypatch.setattr(search, "release", lambda: "0.6.13")
-    made = calling.Calls(tmp_path / "entries-called.json")
+    made = calling.Calls(tmp_path)
     made.watch()
     return made
 
@@ -40,7 +40,8 @@ def report(calls: calling.Calls, passed: bool) -> None:
 
 def called(calls: calling.Calls) -> dict:
     calls.pytest_sessionfinish()
-    return json.loads(calls._path.read_text())["entries"] if calls._path.exists() else {}
+    path = calls._folder / f"entries-called-{search.release()}.json"
+    return json.loads(path.read_text())["entries"] if path.exists() else {}
 
 
 def entry(code: int = 0) -> Entry:
@@ -58,7 +59,7 @@ def invoke(one: Entry, count: int = 5) -> int:
     return one.address(one.handle, arguments, count, result)
 
 
-def test_a_call_of_a_test_that_passed_counts(calls):
+def test_a_call_of_a_test_that_passed_counts(calls, monkeypatch):
     assert invoke(entry()) == 0
     report(calls, passed=True)
     assert called(calls) == {"norm": ["rmsnorm"]}
@@ -68,6 +69,12 @@ def test_a_call_of_a_test_that_passed_counts(calls):
     invoke(other)
     report(calls, passed=True)
     assert called(calls) == {"norm": ["layernorm", "rmsnorm"]}
+    # What it called of other kernels stays apart.
+    monkeypatch.setattr(search, "release", lambda: "0.6.18")
+    other.name, calls._passed = "norm.gemma_rmsnorm", set()
+    invoke(other)
+    report(calls, passed=True)
+    assert called(calls) == {"norm": ["gemma_rmsnorm"]}
 
 
 @pytest.mark.parametrize(

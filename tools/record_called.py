@@ -1,6 +1,6 @@
 """Merges what GPU tests called into fi_ffi/loader/data/called.json.
 
-    python tools/record_called.py entries-called.json...
+    python tools/record_called.py entries-called-RELEASE.json...
 
 tools/gpu_run.sh leaves such a file in its output.  What was called once stays, until the
 file is edited; run tools/generate_coverage.py and tools/generate_matrix.py afterwards.

@@ -37,7 +37,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if os.environ.get("FI_FFI_RUN_GPU_TESTS") == "1" and os.environ.get("OUT"):
         from tests.helpers.calling import Calls
 
-        calls = Calls(Path(os.environ["OUT"]) / "entries-called.json")
+        calls = Calls(Path(os.environ["OUT"]))
         calls.watch()
         config.pluginmanager.register(calls)
 

@@ -20,10 +20,12 @@ _MOST = 256
 
 
 class Calls:
-    """Notes every entry that returned without an error, of tests that passed."""
+    """Notes every entry that returned without an error, of tests that passed: in a folder, a file
+    for each release.
+    """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
         self._now: set[str] = set()
         self._passed: set[str] = set()
 
@@ -57,7 +59,8 @@ class Calls:
         if not found or not self._passed:
             return
         release = search.release()
-        before = json.loads(self._path.read_text()) if self._path.exists() else {"entries": {}}
+        path = self._folder / f"entries-called-{release}.json"
+        before = json.loads(path.read_text()) if path.exists() else {"entries": {}}
         entries = {key: {*names} for key, names in before["entries"].items()}
         for key, symbol in by_family(self._passed, release):
             entries.setdefault(key, set()).add(symbol)
@@ -68,7 +71,7 @@ class Calls:
             "cuda": search.cuda_of_kernels() or 13,
             "entries": {key: sorted(names) for key, names in sorted(entries.items())},
         }
-        self._path.write_text(json.dumps(record, indent=1) + "\n")
+        path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def by_family(names: set[str], release: str | None) -> list[tuple[str, str]]:

@@ -200,7 +200,8 @@ class Actors:
     def __init__(self, job, size):
         import ray
 
-        if not ray.is_initialized():
+        self.has_started_ray = not ray.is_initialized()
+        if self.has_started_ray:
             ray.init()
         self.ray, self.job, self.queued = ray, job, 0
         path = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -237,3 +238,5 @@ class Actors:
         self.ray.get([rank.close.remote() for rank in self.ranks])
         for rank in self.ranks:
             self.ray.kill(rank)
+        if self.has_started_ray:
+            self.ray.shutdown()
