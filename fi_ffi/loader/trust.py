@@ -88,17 +88,25 @@ def check_tree(folder: Path) -> None:
     Used for files that are run without being hashed: environments and compilers' folders of builds.
     """
     check_folder(folder)
+    trusted = (0, os.geteuid())
     for parent, folders, files in os.walk(folder):
         for name in (*folders, *files):
-            path = Path(parent, name)
+            path = os.path.join(parent, name)
             with contextlib.suppress(FileNotFoundError):  # removed meanwhile
                 status = os.lstat(path)
-                if stat.S_ISDIR(status.st_mode):
-                    check_folder(path)
-                elif stat.S_ISREG(status.st_mode):
-                    check_object(path, status)
-                else:  # a link; its target is decided by its owner
-                    _check_owner(path, status, f"the {_kind(status).partition(' ')[2]}")
+                mode = status.st_mode
+                # A short way for nearly all of an environment's tens of thousands of files.
+                if not (stat.S_ISREG(mode) and status.st_uid in trusted and not mode & _OTHERS):
+                    _check_entry(Path(path), status)
+
+
+def _check_entry(path: Path, status: os.stat_result) -> None:
+    if stat.S_ISDIR(status.st_mode):
+        check_folder(path)
+    elif stat.S_ISREG(status.st_mode):
+        check_object(path, status)
+    else:  # a link; its target is decided by its owner
+        _check_owner(path, status, f"the {_kind(status).partition(' ')[2]}")
 
 
 def check_owner(path: Path) -> None:

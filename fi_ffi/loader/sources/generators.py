@@ -6,6 +6,7 @@ Generators of attention add parameters to the bindings' own; every generator nam
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -42,7 +43,7 @@ def added_parameters(modules: str, family: str, backend: str, fp8: bool) -> list
     `modules` is the text of `MODULES`. The generator passes lists of names and dtypes: of tensors,
     then of numbers. The result is empty if the family has no such generator.
     """
-    functions = {f.name: f for f in ast.parse(modules).body if isinstance(f, ast.FunctionDef)}
+    functions = _functions(modules)
     named = [name for name in _GENERATORS.get(family, ()) if name in functions]
     if not named:
         return []
@@ -60,6 +61,11 @@ def added_parameters(modules: str, family: str, backend: str, fp8: bool) -> list
         Added(f"{kind} {name}", name, "") for kind, name in zip(number_types, numbers, strict=True)
     ]
     return parts
+
+
+@functools.lru_cache(maxsize=4)
+def _functions(modules: str) -> dict[str, ast.FunctionDef]:
+    return {f.name: f for f in ast.parse(modules).body if isinstance(f, ast.FunctionDef)}
 
 
 def _run(body: list[ast.stmt], known: dict[str, Any]) -> ast.expr | None:
