@@ -26,7 +26,6 @@ from fi_ffi.abi.tensor import (
     device_from_code,
     dtype_from_code,
     make_desc,
-    remember,
 )
 from fi_ffi.errors import AbiError, ArgumentError, FiFfiError, KernelError, LoaderError
 
@@ -225,31 +224,16 @@ def write_kind(tensor: Any, kind: TensorKind, dims: Any) -> None:
 
 def desc_from_dl_tensor(tensor: Any, owner: object = None) -> TensorDesc:
     """Describe a `DLTensor` and keep its `owner`; `AbiError` if it cannot be described."""
-    dtype, device, dims = tensor.dtype, tensor.device, dims_of(tensor)
-    key = dtype.code, dtype.bits, dtype.lanes, device.device_type, device.device_id, dims
-    address = library.address_of(tensor.data) + tensor.byte_offset
-    try:
-        layout = _layouts.get(key) or remember(_layouts, key, _layout(*key), _MOST_LAYOUTS)
-        return layout.at(address, owner)
-    except ArgumentError as error:
-        raise AbiError(f"a DLTensor that is invalid: {error}") from None
-
-
-# Descriptors without an address: a callee is given the same layouts again and again.
-_layouts: dict[object, TensorDesc] = {}
-_MOST_LAYOUTS = 4096
-
-
-def _layout(
-    code: int, bits: int, lanes: int, device_type: int, device_id: int,
-    dims: tuple[tuple[int, ...], tuple[int, ...] | None],
-) -> TensorDesc:  # fmt: skip
-    dtype = dtype_from_code(code, bits, lanes)
-    device = device_from_code(device_type, device_id)
+    dtype = dtype_from_code(tensor.dtype.code, tensor.dtype.bits, tensor.dtype.lanes)
+    device = device_from_code(tensor.device.device_type, tensor.device.device_id)
     if dtype is None or device is None:
         raise AbiError("a DLTensor of a dtype or device that fi_ffi does not know")
-    shape, strides = dims
-    return make_desc(0, shape, dtype, strides, device)
+    shape, strides = dims_of(tensor)
+    address = library.address_of(tensor.data) + tensor.byte_offset
+    try:
+        return make_desc(address, shape, dtype, strides, device, owner=owner)
+    except ArgumentError as error:
+        raise AbiError(f"a DLTensor that is invalid: {error}") from None
 
 
 def dims_of(tensor: Any) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
