@@ -223,6 +223,7 @@ def test_function_calls_leave_kernels_out(monkeypatch):
         call()
         return counting.profiled(lambda: call())
 
+    fi_ffi.rmsnorm.forget()  # a row that another test has put in force is called by a shorter way
     with_kernel = counted()
     with kernels_replaced(noop):
         without = counted()
