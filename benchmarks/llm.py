@@ -99,9 +99,6 @@ class Bench:
         self.prompts = RandomPrompts(self.raw["vocab_size"], arguments.prompt, self.rng)
         pages = 1 + self.most * -(-self.length // PAGE)
         self.weights = RandomWeights(self.raw, self.rng)
-        # Ray's actors import what these are of.
-        paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         max_tokens = MAX_TOKENS if self.is_gpu else 64
         self.engines = [
             load_model(

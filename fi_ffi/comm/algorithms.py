@@ -52,9 +52,12 @@ class Algorithms:
         parts: dict[str, int] = {}
         if self._has_vllm(reach, linked):
             parts["vllm"] = VllmAllReduce.nbytes(max_bytes, device)
-        if fusion is not None:
-            self._check_fusion(reach)
-        elif has_fusion and reach and self._size in fusion_module.SIZES:
+        can_fuse = reach and self._size in fusion_module.SIZES
+        if fusion is not None and not can_fuse:
+            got = f"a size, and {self._why_not or f'{self._size} ranks'}"
+            expected = f"None, or {fusion_module.RANKS}"
+            raise ArgumentError("Group", "fusion", got=got, expected=expected)
+        if fusion is None and can_fuse and has_fusion:
             most = min(dict(self._by_size)["oneshot"], max_bytes)
             fusion = FusionSize(1, most // 2, "bfloat16")
         if fusion is not None:
@@ -102,12 +105,6 @@ class Algorithms:
         elif reach and not linked and self._size > 2:
             self._why_not = f"{self._size} GPUs that are not all connected by NVLink"
         return not self._why_not
-
-    def _check_fusion(self, reach: bool) -> None:
-        if not reach or self._size not in fusion_module.SIZES:
-            got = f"a size, and {self._why_not or f'{self._size} ranks'}"
-            expected = f"None, or {fusion_module.RANKS}"
-            raise ArgumentError("Group", "fusion", got=got, expected=expected)
 
     def _starts(self, parts: dict[str, int]) -> dict[str, list[int]]:
         """Return the address of each part in every rank's memory."""

@@ -54,7 +54,7 @@ def check_root(root: Path) -> None:
         )
 
 
-def check_folder(folder: Path) -> None:
+def check_folder(folder: str | Path) -> None:
     """Raise `ArtifactError` if others could put files into a folder of the cache."""
     status = os.lstat(folder)
     if not stat.S_ISDIR(status.st_mode):
@@ -67,7 +67,7 @@ def check_folder(folder: Path) -> None:
         )
 
 
-def check_object(path: Path, status: os.stat_result) -> None:
+def check_object(path: str | Path, status: os.stat_result) -> None:
     """Raise `ArtifactError` if others could have written a cached file; `status` is its lstat."""
     if not stat.S_ISREG(status.st_mode):
         raise ArtifactError(
@@ -88,25 +88,17 @@ def check_tree(folder: Path) -> None:
     Used for files that are run without being hashed: environments and compilers' folders of builds.
     """
     check_folder(folder)
-    trusted = (0, os.geteuid())
     for parent, folders, files in os.walk(folder):
         for name in (*folders, *files):
-            path = os.path.join(parent, name)
+            path = os.path.join(parent, name)  # of tens of thousands: a Path costs more
             with contextlib.suppress(FileNotFoundError):  # removed meanwhile
                 status = os.lstat(path)
-                mode = status.st_mode
-                # A short way for nearly all of an environment's tens of thousands of files.
-                if not (stat.S_ISREG(mode) and status.st_uid in trusted and not mode & _OTHERS):
-                    _check_entry(Path(path), status)
-
-
-def _check_entry(path: Path, status: os.stat_result) -> None:
-    if stat.S_ISDIR(status.st_mode):
-        check_folder(path)
-    elif stat.S_ISREG(status.st_mode):
-        check_object(path, status)
-    else:  # a link; its target is decided by its owner
-        _check_owner(path, status, f"the {_kind(status).partition(' ')[2]}")
+                if stat.S_ISDIR(status.st_mode):
+                    check_folder(path)
+                elif stat.S_ISREG(status.st_mode):
+                    check_object(path, status)
+                else:  # a link; its target is decided by its owner
+                    _check_owner(path, status, f"the {_kind(status).partition(' ')[2]}")
 
 
 def check_owner(path: Path) -> None:
@@ -141,7 +133,7 @@ def _check_place(place: Path, status: os.stat_result, consequence: str) -> None:
         )
 
 
-def _check_owner(path: Path, status: os.stat_result, what: str) -> None:
+def _check_owner(path: str | Path, status: os.stat_result, what: str) -> None:
     if status.st_uid in (0, os.geteuid()):
         return
     names = f", under {status.st_nlink} names" if stat.S_ISREG(status.st_mode) else ""

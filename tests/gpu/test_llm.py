@@ -129,7 +129,7 @@ def machines():
     """
     pytest.importorskip("ray", reason="ray is not installed")
     if subprocess.run(["unshare", "--uts", "hostname", "fi-ffi"], check=False).returncode:
-        pytest.skip("may not change the name of the host")
+        pytest.skip("unshare --uts, which needs root, may not change the host's name")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

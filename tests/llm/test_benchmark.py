@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
-import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +20,6 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 def bench(monkeypatch):
     """The benchmark, and its parts by name."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))  # which it changes
     parts = ("check", "host", "idle", "load", "models", "sides")
     modules = {name: importlib.import_module(f"marks.llm_{name}") for name in parts}
     # By another name: `llm` is the folder of these tests.

@@ -11,6 +11,7 @@ import os
 import pickle
 import queue
 import signal
+import sys
 import threading
 import traceback
 import uuid
@@ -204,9 +205,9 @@ class Actors:
         if self.has_started_ray:
             ray.init()
         self.ray, self.job, self.queued = ray, job, 0
-        path = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        path = [str(Path(__file__).parents[1]), *filter(None, sys.path)]
         settings = {
-            # This package is at the same place on every machine, as the checkpoint is.
+            # Packages are at the same places on every machine, as the checkpoint is.
             "PYTHONPATH": os.pathsep.join(path),
             # Ranks reach each other's memory only where they see each other's GPUs.
             "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
