@@ -7,6 +7,9 @@ Needs a GPU and, for what it is compared with, torch, apache-tvm-ffi, a C++ comp
 flashinfer-python of the kernels' release with the kernel wheel installed, so that both load
 the same files; tools/gpu_bench.sh sets that up.  A peer that is missing is named.
 
+All GPUs are visible unless CUDA_VISIBLE_DEVICES says otherwise, and their number is told with the
+figures: a program with several pays for asking which one is current (benchmarks/visible.py).
+
 Host nanoseconds of one process: sides take turns, medians of 7 rounds of 2000 calls (500 for
 plans and graphs), the GPU awaited outside the timed part after every 200 (50 for plans, 1 for
 graphs and decode steps), no garbage collection.  Every side's result is held against numpy

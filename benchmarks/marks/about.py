@@ -23,6 +23,7 @@ def about() -> dict[str, str]:
     driver = cuda.driver_version()
     return {
         "gpu": ", ".join(gpu.name for gpu in cuda.gpus()) or "none",
+        "visible": str(len(cuda.gpus())),
         "driver": f"CUDA {driver[0]}.{driver[1]}" if driver else "none",
         "cpu": f"{_processor()}, {len(os.sched_getaffinity(0))} cores",
         "system": f"{platform.system()} {platform.release()}",

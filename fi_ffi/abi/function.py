@@ -178,6 +178,7 @@ class FrameLayout:
     __slots__ = (
         "before",
         "count",
+        "device",
         "dims",
         "first_dims",
         "last_dims",
@@ -193,7 +194,8 @@ class FrameLayout:
         self.ranks, self.count = tuple(ranks), len(ranks) if count is None else count
         self.result = _ANY_WORDS * self.count
         self.before = self.result + _ANY_WORDS
-        at = self.before + 1
+        self.device = self.before + 1
+        at = self.device + 1
         self.tensors: dict[int, int] = {}
         for i, rank in enumerate(ranks):
             if rank is not None:
@@ -254,7 +256,7 @@ class Frame(Packed):
 
     __slots__ = (
         "_arrays", "_buffer", "_cells", "_objects", "_references", "_result", "before",
-        "before_word", "dims", "entry", "has_objects", "invoke", "target",
+        "before_word", "device", "device_word", "dims", "entry", "has_objects", "invoke", "target",
         "variant", "version",
     )  # fmt: skip
 
@@ -269,6 +271,8 @@ class Frame(Packed):
         self.before = ffi.cast("TVMFFIStreamHandle *", memory + layout.before)
         self.before_word = layout.before
         self.words[layout.before] = NO_STREAM
+        # The device that is current when a call begins, as CUDA writes it.
+        self.device, self.device_word = ffi.cast("int *", memory + layout.device), layout.device
         self._result = ffi.cast("TVMFFIAny *", memory + layout.result)
         # Tensor objects owned by this frame, by argument.
         self._objects: dict[int, Tensor] = {}

@@ -242,10 +242,27 @@ def device_of_stream(handle: int) -> int | None:
 
 class _Thread(threading.local):
     def __init__(self) -> None:
-        self.bound: set[int] = set()
+        self.bound: set[int] = set()  # devices whose context this thread has
+        self.slots: list[Any] = []  # for `_get_device`; one that is in use is not here
 
 
-thread = _Thread()  # `bound`: devices whose context this thread has
+thread = _Thread()
+
+
+def _get_device() -> int:
+    """Return this thread's current device, or a CUDA error code as a negative number."""
+    slots = thread.slots
+    # A signal handler may ask in between, and takes another slot.
+    slot = slots.pop() if slots else ffi.new("int *")
+    found: int = -load_cudart()[0].cudaGetDevice(slot) or slot[0]
+    slots.append(slot)
+    return found
+
+
+def is_current(device: int) -> bool:
+    """Whether a device is this thread's current one, and the thread has its context."""
+    # A single device is always current.
+    return device in thread.bound and (_device_count == 1 or _get_device() == device)
 
 
 def make_current(device: int) -> int | None:
@@ -255,30 +272,25 @@ def make_current(device: int) -> int | None:
     thread its context. Kernels that encode TMA descriptors need the context before the launch;
     without one the encoding fails and the kernel is launched with invalid descriptors.
     """
-    bound = thread.bound
-    if device in bound and device == 0 and device_count() == 1:  # the only device, already bound
+    if is_current(device):
         return None
     refuse_after_fork()
-    runtime, current = load_cudart()[0], ffi.new("int *")
-    code = runtime.cudaGetDevice(current)
-    if code == 0 and current[0] == device and device in bound:
-        return None
-    code = code or runtime.cudaSetDevice(device)
+    runtime, before = load_cudart()[0], _get_device()
+    code = -before if before < 0 else runtime.cudaSetDevice(device)
     if code:
         cuda_errors.check_lost(runtime, code, "cudaSetDevice")
         raise LoaderError(f"cuda:{device} cannot be used: CUDA error {code}{_hint(code)}")
-    bound.add(device)
+    thread.bound.add(device)
     device_count()  # sets the cached number, which marks that a GPU is in use
-    return None if current[0] == device else int(current[0])
+    return None if before == device else before
 
 
 def current_device() -> int:
     """Return this thread's current device."""
-    runtime, current = load_cudart()[0], ffi.new("int *")
-    code = runtime.cudaGetDevice(current)
-    if code:
-        raise cuda_errors.failed(runtime, code, "cudaGetDevice")
-    return int(current[0])
+    device = _get_device()
+    if device < 0:
+        raise cuda_errors.failed(load_cudart()[0], -device, "cudaGetDevice")
+    return device
 
 
 def multiprocessors(device: int) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 
 from fi_ffi.abi import streams
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.abi.streams import PER_THREAD, check_stream, current_scope, stream_handle
+from fi_ffi.abi.streams import PER_THREAD, check_stream, handle_for, stream_handle
 from fi_ffi.abi.streams import stream as stream_scope
 from fi_ffi.abi.tensor import Device, parse_device
 from fi_ffi.errors import ArgumentError, ArgumentTypeError
@@ -61,18 +61,12 @@ class Graph:
         if self._launch is None:
             expected = "a graph with a finished capture"
             raise ArgumentError("Graph", "self", got="an empty graph", expected=expected)
-        if stream is None:
-            scope = current_scope()
-            if scope is None:
-                expected = "a stream, or an open fi_ffi.stream(...) scope"
-                raise ArgumentError("Graph", "stream", got=None, expected=expected)
-            stream = scope.handle
-        handle = stream if type(stream) is int else stream_handle(stream, "Graph")
-        if machine.device_count() > 1:
+        handle = handle_for(stream, self.device, "Graph")
+        if machine.is_current(self.device.index):
+            code = self._launch(cuda.pointer(handle))
+        else:
             with cuda.current(self.device):
                 code = self._launch(cuda.pointer(handle))
-        else:
-            code = self._launch(cuda.pointer(handle))
         if code:
             cuda.check(code, "cudaGraphLaunch")
 

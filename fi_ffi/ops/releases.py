@@ -18,7 +18,29 @@ OLDEST = "0.6.3"
 # The lock's default release. Its forms come first, and the CPU's reference has them.
 FIRST = "0.6.13"
 
-
+# Sources whose exports make the tensors' device current by a `CUDADeviceGuard` before they use
+# CUDA, and the caller's again after it, in every release that rows have. Others have no guard, or
+# set the device and leave it set (`activation.py`, topk.cu, the fp8 kernels of fa3).
+GUARDED = frozenset(
+    f"csrc/{name}.cu"
+    for name in (
+        "batch_decode_jit_binding",
+        "batch_mla_binding",
+        "batch_mla_sm90_binding",
+        "batch_pod_jit_binding",
+        "batch_prefill_jit_binding",
+        "concat_mla",
+        "flashinfer_cascade_binding",
+        "flashinfer_norm_binding",
+        "flashinfer_page_binding",
+        "flashinfer_rope_binding",
+        "flashinfer_sampling_binding",
+        "pod_jit_binding",
+        "single_decode_jit_binding",
+        "single_prefill_jit_binding",
+        "single_prefill_sm90_jit_binding",
+    )
+)
 _PLAIN = re.compile(r"\d+\.\d+\.\d+(?:\.post[1-9]\d*)?")  # a published release
 _NUMBER = r"(\d+(?:\.\d+)*(?:\.post[1-9]\d*)?)"
 _BOUND = re.compile(f"(>=|<){_NUMBER}")

@@ -266,6 +266,66 @@ def test_in_turns_from_one_thread(places, rng):
             works[of].make(what)
 
 
+@pytest.mark.parametrize("mine", [0, 1])
+@pytest.mark.parametrize("of", [0, 1])
+def test_a_threads_first_calls(of, mine, places, rng):
+    """Each way of a call by a thread that has called no CUDA yet, whichever device is current.
+
+    The second call of each finds a thread with the GPU's context.
+    """
+    need("norm")
+    work, failures = Work(places[of], rng), []
+
+    def first(what: int) -> None:
+        try:
+            if mine:
+                check(runtime.cudaSetDevice(mine))
+            for _ in range(2):
+                work.poison()
+                work.make(what)
+                assert current() == mine
+        except BaseException as error:
+            failures.append((what, error))
+
+    for what in range(7):
+        thread = threading.Thread(target=first, args=(what,))
+        thread.start()
+        thread.join()
+    assert not failures
+
+
+def test_a_device_that_changes_within_a_scope(places, rng):
+    """The scope's stream stays current on its GPU, and each call finds its device again."""
+    need("norm")
+    for place in places:
+        work, prepared = Work(place, rng), None
+        with fi_ffi.stream(place.stream):
+            for mine in (0, 1, 1, 0, 1):
+                with as_current(mine):
+                    prepared = prepared or fi_ffi.rmsnorm.prepare(*work.descs)
+                    for call in (prepared, lambda: fi_ffi.rmsnorm(*work.descs)):  # noqa: B023
+                        work.poison()
+                        call()
+                        assert current() == mine
+                        work._done()
+                        case, out = work.norm["case"], work.norm["out"]
+                        assert case.error("out", out.get())[1] <= 1
+
+
+def test_a_default_stream_of_each(places, rng):
+    """Handle 0 is another stream on each GPU."""
+    need("norm")
+    works = [Work(place, rng) for place in places]
+    for handle in (0, 2):
+        for of in (0, 1, 0, 1):
+            work = works[of]
+            work.poison()
+            fi_ffi.rmsnorm(*work.descs, stream=handle)
+            work.place.synchronize()
+            assert work.norm["case"].error("out", work.norm["out"].get())[1] <= 1
+            assert current() == 0
+
+
 def test_from_several_threads(places):
     """Two threads of each GPU, each with work, a stream and a current device of its own."""
     need("norm")
@@ -333,7 +393,13 @@ def test_a_stream_of_the_other_gpu_is_refused(places, rng):
     prepared = fi_ffi.rmsnorm.prepare(*descs)
     entry = fi_ffi.module("norm").rmsnorm
     plan, cache = decode_plan(mine), [array.desc() for array in cache_of(mine, rng)]
+    fi_ffi.rmsnorm(*descs, stream=mine.stream)  # kernels are loaded before they are recorded
+    with fi_ffi.capture(mine.stream, device=mine.device) as graph:
+        fi_ffi.rmsnorm(*descs)
+    mine.synchronize()
+    mine.poison(arrays[0])
     ways = {
+        "graph": graph.launch,
         "typed": lambda stream: fi_ffi.rmsnorm(*descs, stream=stream),
         "prepared": lambda stream: fi_ffi.rmsnorm.prepare(*descs, stream=stream)(),
         "entry": lambda stream: entry(*descs, 1e-6, False, stream=stream),

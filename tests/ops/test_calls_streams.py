@@ -215,6 +215,31 @@ def test_several_gpus(gpu, monkeypatch):
         assert gpu.runtime.device == 0
 
 
+def test_who_asks_for_the_current_device(gpu, monkeypatch):
+    """Nobody for a single GPU or an entry with a guard of its own; each other call asks once."""
+    asked = []
+    real = gpu.runtime.cudaGetDevice
+    monkeypatch.setattr(gpu.runtime, "cudaGetDevice", lambda at: asked.append(1) or real(at))
+    for devices, name, each in [(1, "silu_and_mul", 0), (2, "rmsnorm", 0), (2, "silu_and_mul", 1)]:
+        gpu.with_devices(devices)
+        gpu.forget()
+        op = OPS[name]
+        case = draw(op.row, {"T": "float16"}, {})
+        (made,) = placed(case, {}, 1)
+        values = made.scalars | {
+            name: fi_ffi.TensorDesc(d.ptr, d.shape, d.dtype, device="cuda:0")
+            for name, d in made.descs.items()
+        }
+        prepared = op.prepare(**values)
+        with fi_ffi.stream(0x51):
+            prepared()
+            op(**values, stream=0x61)
+            asked.clear()
+            for call in (prepared, lambda: op(**values), lambda: op(**values, stream=0x61)):  # noqa: B023
+                call()
+        assert len(asked) == 3 * each, (devices, name)
+
+
 def test_more_streams_than_are_remembered(gpu, mine, monkeypatch):
     monkeypatch.setattr(launch, "_MOST_HANDLES", 10)
     calls = Calls(mine)
@@ -222,7 +247,7 @@ def test_more_streams_than_are_remembered(gpu, mine, monkeypatch):
         gpu.seen.clear()
         calls.typed(handle)
         assert {*gpu.seen} == {handle}
-    assert len(launch._thread.pointers) <= 10
+    assert len(launch._thread.pointers[0]) <= 10
 
 
 def test_a_stream_that_cannot_be_set(gpu, mine, monkeypatch):

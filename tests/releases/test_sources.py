@@ -18,7 +18,7 @@ from fi_ffi.ops.attention.run import OWN_STRIDES
 from fi_ffi.ops.attention.sizes import BY_QUERY
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.matmul.rows import RUN_GEMM
-from fi_ffi.ops.releases import fits, is_in
+from fi_ffi.ops.releases import GUARDED, fits, is_in
 from fi_ffi.ops.row import KV_LAYOUTS, Row
 from fi_ffi.ops.table import renorm, rope, sampling, topk
 
@@ -187,6 +187,38 @@ def test_kernels_say_what_is_relied_on(release, flat):
         text = flat(release, file)
         for wanted, times in texts.items():
             assert wanted in text if times is None else text.count(wanted) == times, (file, wanted)
+
+
+EXPORTED = re.compile(r"EXPORT_TYPED_FUNC\(\s*\w+\s*,\s*(?:\w+::)*(\w+)\s*\)")
+USES_CUDA = re.compile(r"get_stream|\bcu(?:da)?[A-Z]\w+\(")
+
+
+def bodies(text: str, function: str) -> list[str]:
+    """What stands between the braces of each definition of a function."""
+    found = []
+    for name in re.finditer(rf"\b{function}\(", text):
+        is_outermost = not text[text.rindex("\n", 0, name.start()) + 1].isspace()
+        brace, semicolon = text.find("{", name.end()), text.find(";", name.end())
+        if is_outermost and brace >= 0 and not 0 <= semicolon < brace:
+            found.append(text[brace : text.index("\n}", brace)])
+    return found
+
+
+@each_release
+def test_guards(release, release_wheel):
+    """Each export of a guarded source has its guard before it uses CUDA."""
+    wheel = release_wheel(release)
+    names = [name for name in wheel.members if re.fullmatch(r"csrc/\w+\.cu", name)]
+    text = "\n".join(wheel.text(name) for name in names)
+    for source in GUARDED & {*names}:
+        functions = EXPORTED.findall(wheel.text(source))
+        assert functions, source
+        for function in functions:
+            found = bodies(text, function)
+            assert found, (source, function)
+            for body in found:
+                before, guard, _ = body.partition("CUDADeviceGuard ")
+                assert guard and not USES_CUDA.search(before), (source, function)
 
 
 def dispatched(sources, release: str) -> tuple[int, ...]:

@@ -36,6 +36,7 @@ from fi_ffi.ops.call.source import (
 )
 from fi_ffi.ops.notation import FUNCTIONS
 from fi_ffi.ops.providers import entry_for
+from fi_ffi.ops.releases import GUARDED
 from fi_ffi.ops.row import (
     KV_LAYOUTS,
     REQUIRED,
@@ -186,7 +187,7 @@ class Variant:
                 entry = entry_for(row.compiled_for(row, there), self.device)
             else:
                 entry = entry_for(row, self.device, compiled.module)
-            self.target = LaunchTarget(self.device, compiled.refuse.op)
+            self.target = LaunchTarget(self.device, compiled.refuse.op, row.source in GUARDED)
             self.entry = entry
 
     def new_frame(self, *stream: object) -> Frame:

@@ -24,11 +24,16 @@ _MOST_HANDLES = 64
 _scope = streams.scope_var.get
 
 
+class _Pointers(dict[int, dict[int, Any]]):
+    def __missing__(self, device: int) -> dict[int, Any]:
+        return self.setdefault(device, {})
+
+
 class _Thread(threading.local):
     def __init__(self) -> None:
-        # C pointers of the streams on which this thread has launched; the thread has a CUDA context
-        # for each.
-        self.pointers: dict[int, Any] = {}
+        # For each GPU, C pointers of its streams on which this thread has launched, by handle. The
+        # thread has the GPU's context then, and the streams are known to be the GPU's.
+        self.pointers = _Pointers()
 
 
 _thread = _Thread()
@@ -37,33 +42,42 @@ _thread = _Thread()
 class LaunchTarget:
     """The device on which calls are made, and the function that sets its stream."""
 
-    __slots__ = ("device", "is_alone", "is_cuda", "op", "set_stream")
+    __slots__ = ("device", "get_device", "index", "is_cuda", "op", "set_stream")
 
-    def __init__(self, device: Device, op: str) -> None:
-        self.device, self.is_cuda, self.op = device, device.is_cuda, op
+    def __init__(self, device: Device, op: str, is_guarded: bool) -> None:
+        self.device, self.index, self.is_cuda, self.op = device, device.index, device.is_cuda, op
         self.set_stream: Callable[..., int] = functools.partial(
             library.lib.TVMFFIEnvSetStream, device.type_code, device.index
         )
-        # A single GPU is always the current one.
-        self.is_alone = not device.is_cuda or machine.device_count() < 2
+        # Writes the thread's current device. None where nobody has to ask: for a single GPU, which
+        # is always current, and for entries that have a guard of their own.
+        self.get_device: Callable[[Any], int] | None = None
+        if device.is_cuda and not is_guarded and machine.device_count() > 1:
+            self.get_device = machine.load_cudart()[0].cudaGetDevice
 
 
-def launch(frame: Frame, stream: object) -> None:
+def launch(frame: Frame, stream: object, is_watched: bool = False) -> None:
     """Call a frame on `stream`, or on the open scope's; raise the entry's error.
 
-    The entry's result is left in the frame.
+    The frame's device is current during the call, and the caller's again after it. The entry's
+    result is left in the frame. Hooks see the call, unless it `is_watched` by them already.
     """
     target: LaunchTarget = frame.target
-    if watching.hooks or not target.is_alone:
+    if watching.hooks and not is_watched:
         _launch_watched(frame, target, stream)
-    elif stream is not None and target.is_cuda:
-        pointer = _thread.pointers.get(stream) if type(stream) is int else None
-        if pointer is None:
-            pointer = _pointer(target, streams.handle_for(stream, target.device, target.op))
-        _call_on(frame, target, pointer)
     elif not target.is_cuda:
         if frame.invoke():
             raise _error_of(frame)
+    elif target.get_device is not None and (
+        target.get_device(frame.device) or frame.words[frame.device_word] != target.index
+    ):
+        with cuda.current(target.device):
+            launch(frame, stream, is_watched)
+    elif stream is not None:
+        pointer = _thread.pointers[target.index].get(stream) if type(stream) is int else None
+        if pointer is None:
+            pointer = _pointer(target, streams.handle_for(stream, target.device, target.op))
+        _call_on(frame, target, pointer)
     else:
         scope = _scope()
         if scope is not None and streams.thread.scopes.get(target.device) is scope:
@@ -97,25 +111,15 @@ def _launch_in_scope(frame: Frame, target: LaunchTarget) -> None:
 
 
 def _launch_watched(frame: Frame, target: LaunchTarget, stream: object) -> None:
-    """Make a call with its device current, for one of several GPUs or for hooks."""
+    """Make a call through the open hooks, with its device current."""
     handle = streams.handle_for(stream, target.device, target.op) if target.is_cuda else None
 
     def call() -> Any:
-        if frame.invoke():
-            raise _error_of(frame)
+        launch(frame, stream, is_watched=True)
         return frame.peek_result()
 
-    def run() -> None:
-        if watching.hooks:
-            watching.watched(frame, handle, call)
-        else:
-            call()
-
-    if not target.is_cuda:
-        run()
-        return
-    with cuda.current(target.device), streams.stream_context(stream, target.device, target.op):
-        run()
+    with cuda.current(target.device):
+        watching.watched(frame, handle, call)
 
 
 def _error_of(frame: Frame) -> BaseException:
@@ -127,8 +131,8 @@ def _error_of(frame: Frame) -> BaseException:
 
 def _pointer(target: LaunchTarget, handle: int) -> Any:
     """Return a stream's handle as a C pointer; make the device's context current on this thread."""
-    machine.make_current(target.device.index)
-    pointers = _thread.pointers
+    machine.make_current(target.index)
+    pointers = _thread.pointers[target.index]
     if len(pointers) >= _MOST_HANDLES:
         pointers.clear()
     return pointers.setdefault(handle, ffi.cast("void *", handle))
