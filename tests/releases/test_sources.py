@@ -196,10 +196,11 @@ USES_CUDA = re.compile(r"get_stream|\bcu(?:da)?[A-Z]\w+\(")
 def bodies(text: str, function: str) -> list[str]:
     """What stands between the braces of each definition of a function."""
     found = []
-    for name in re.finditer(rf"\b{function}\(", text):
-        is_outermost = not text[text.rindex("\n", 0, name.start()) + 1].isspace()
+    for name in re.finditer(rf"{function}\(", text):  # a leading \b would be slow
+        before = text[text.rindex("\n", 0, name.start()) + 1 : name.start()]
         brace, semicolon = text.find("{", name.end()), text.find(";", name.end())
-        if is_outermost and brace >= 0 and not 0 <= semicolon < brace:
+        is_defined = brace >= 0 and not 0 <= semicolon < brace
+        if is_defined and re.fullmatch(r"\w[\w:<>, *&]*[ *&]", before):
             found.append(text[brace : text.index("\n}", brace)])
     return found
 
@@ -208,7 +209,7 @@ def bodies(text: str, function: str) -> list[str]:
 def test_guards(release, release_wheel):
     """Each export of a guarded source has its guard before it uses CUDA."""
     wheel = release_wheel(release)
-    names = [name for name in wheel.members if re.fullmatch(r"csrc/\w+\.cu", name)]
+    names = [name for name in wheel.members if re.fullmatch(r"csrc/\w+\.cuh?", name)]
     text = "\n".join(wheel.text(name) for name in names)
     for source in GUARDED & {*names}:
         functions = EXPORTED.findall(wheel.text(source))
