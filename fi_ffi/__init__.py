@@ -161,20 +161,9 @@ def use_kernels(location: str | os.PathLike[str]) -> None:
     Raises `KernelNotFoundError` if nothing is there, and `ArtifactError` if the file is not such a
     wheel.
     """
-    from fi_ffi.loader import runtime, search
-    from fi_ffi.ops import attention
+    from fi_ffi.loader import runtime
 
     runtime.use_source(location)
-    attention.forget()
-    if "fi_ffi.ops.moe" in sys.modules:
-        sys.modules["fi_ffi.ops.moe"].forget()
-    if "fi_ffi.ops.matmul" in sys.modules:
-        sys.modules["fi_ffi.ops.matmul"].select_release(search.release())
-    if "fi_ffi.ops.comm" in sys.modules:
-        sys.modules["fi_ffi.ops.comm"].select_release(search.release())
-    for op in OPS.values():
-        op.forget()
-        op.select_release(search.release())
 
 
 if os.environ.get("FI_FFI_LOG_LEVEL", "0") not in ("", "0") or os.environ.get("FI_FFI_DUMP_DIR"):

@@ -10,16 +10,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import fi_ffi
 from fi_ffi import TensorDesc, reference
 from fi_ffi.abi import library
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.function import Entry, register
 from fi_ffi.abi.signature import Signature
 from fi_ffi.errors import LoaderError
-from fi_ffi.loader import machine, runtime, search
+from fi_ffi.loader import generation, machine, runtime, search
 from fi_ffi.loader.lock import the_lock
-from fi_ffi.ops import attention
 
 # Returns 0 and looks at nothing, as attributes of a mutex have nothing to be freed: in a
 # kernel's place it ignores the handle, the arguments and the result that it is given.
@@ -83,7 +81,7 @@ def kernels_replaced(entry_for: Callable[[Signature], Entry]) -> Iterator[None]:
         (machine, "make_current", lambda device: None),
     ]
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in replacements]
-    _forget()
+    generation.advance()
     try:
         for owner, name, replacement in replacements:
             setattr(owner, name, replacement)
@@ -91,9 +89,4 @@ def kernels_replaced(entry_for: Callable[[Signature], Entry]) -> Iterator[None]:
     finally:
         for owner, name, original in before:
             setattr(owner, name, original)
-        _forget()
-
-
-def _forget() -> None:
-    fi_ffi.OPS["rmsnorm"].forget()
-    attention.forget()
+        generation.advance()

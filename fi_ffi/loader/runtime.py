@@ -23,6 +23,7 @@ from fi_ffi.loader import (
     cubins,
     cuda_errors,
     cute_runtime,
+    generation,
     held,
     imports,
     libraries,
@@ -54,10 +55,10 @@ library.renew_after_fork(globals(), "_locks", dict)
 # Guards dlopen (together with its own lock) and libtvm_ffi.
 _linking = threading.RLock()
 library.renew_after_fork(globals(), "_linking", threading.RLock)
-# Replaced, not cleared, when other kernels are chosen: calls in progress keep the old ones.
-_modules: dict[tuple[str, int | None], Loaded] = {}
+# By module, device and the generation of kernels.
+_modules: dict[tuple[str, int | None, int], Loaded] = {}
 _files: dict[tuple[Path, int, int, int], Loaded] = {}
-_entries: dict[tuple[str, str, int | None], Entry] = {}
+_entries: dict[tuple[str, str, int | None, int], Entry] = {}
 _tvm_ffi: tvm_ffi.Found | None = None
 _tvm_ffi_version: tuple[int, int, int] = (0, 0, 0)
 
@@ -67,9 +68,7 @@ def use_source(location: str | os.PathLike[str] | None) -> None:
 
     Loaded modules stay mapped, but are looked up again.
     """
-    global _modules, _entries
     search.use_source(location)
-    _modules, _entries = {}, {}
 
 
 def _lock_of(what: str | Path) -> threading.RLock:
@@ -108,8 +107,8 @@ def tvm_ffi_version() -> tuple[int, int, int]:
 def load(module: str, device: int | None = None) -> Loaded:
     """Find and load a module, once for each device."""
     with _lock_of(module):
-        key, modules = (module, device), _modules
-        if key not in modules:
+        key = module, device, generation.number
+        if key not in _modules:
             source, file, facts = search.find_module(module, device)
             cuda = cuda_of(facts)
             if cuda is not None:  # refuse it before anything is loaded
@@ -120,8 +119,8 @@ def load(module: str, device: int | None = None) -> Loaded:
             else:
                 machine.load_cudart()
             _prepare(facts)
-            modules[key] = Loaded(source, file, facts, *_opened(file, facts))
-        return modules[key]
+            _modules[key] = Loaded(source, file, facts, *_opened(file, facts))
+        return _modules[key]
 
 
 def _prepare(facts: Facts) -> None:
@@ -163,14 +162,13 @@ def kernel_entry(
 
     Raises `AbiError` with both signatures if they differ; the entry is not called.
     """
-    key = (module, str(declared), device)
-    entries = _entries
-    entry = entries.get(key)
+    key = module, str(declared), device, generation.number
+    entry = _entries.get(key)
     if entry is None:
         with _lock_of(module):
             # another thread may have been faster
-            entry = entries.get(key) or _attested(module, declared, releases, device)
-            entries[key] = entry
+            entry = _entries.get(key) or _attested(module, declared, releases, device)
+            _entries[key] = entry
     return entry
 
 

@@ -34,7 +34,7 @@ from fi_ffi.errors import (
     KernelNotFoundError,
     LoaderError,
 )
-from fi_ffi.loader import cache, machine, trust
+from fi_ffi.loader import cache, generation, machine, trust
 from fi_ffi.loader.fatbin import runs_on, sass_named
 from fi_ffi.loader.held import Facts, cuda_of, facts_of
 from fi_ffi.loader.kernels import (
@@ -186,12 +186,14 @@ def kinds_asked() -> list[str]:
     return kinds
 
 
-def candidates(explicit: str | os.PathLike[str] | None = None) -> Iterator[Candidate]:
+def candidates(
+    explicit: str | os.PathLike[str] | None = None, but: str = ""
+) -> Iterator[Candidate]:
     """Yield every place to search for kernels, in order, on demand.
 
     Unless FI_FFI_RELEASE is set, the first source determines the release. Places with kernels of
     another release are skipped, with a note. A directory of unknown release is taken to be of that
-    one.
+    one. `but` is a kind that is left out.
     """
     chosen = explicit or os.environ.get(KERNELS)
     if chosen:
@@ -202,6 +204,8 @@ def candidates(explicit: str | os.PathLike[str] | None = None) -> Iterator[Candi
         return
     release = named_release()
     for kind in kinds_asked():
+        if kind == but:
+            continue
         try:
             for candidate in _KINDS[kind](release):
                 if candidate.source is not None:
@@ -350,15 +354,19 @@ library.renew_after_fork(globals(), "_lock", threading.RLock)
 
 # Places searched so far, in order, and an iterator of the next ones.
 _places: tuple[list[Candidate], Iterator[Candidate]] = ([], candidates())
+_location: str | None = None  # as `use_source` was told
 
 
 def use_source(location: str | os.PathLike[str] | None) -> None:
     """Use only kernels from `location` from now on, or (None) search for them again."""
-    global _places
+    global _places, _location
     if location is None:
-        _places = [], candidates()
+        _location, _places = None, ([], candidates())
     else:
-        _places = [*candidates(os.fspath(location))], iter(())
+        chosen = os.fspath(location)
+        found = [*candidates(chosen)]  # raises for a wrong location, and changes nothing then
+        _location, _places = chosen, (found, iter(()))
+    generation.advance()
 
 
 def places() -> Iterator[Candidate]:
@@ -384,6 +392,20 @@ def release() -> str | None:
     """Return the FlashInfer release of the kernels in use, or None if unknown."""
     first = next(sources(), None)
     return None if first is None else release_of(first)
+
+
+@generation.cached
+def release_in_force() -> str:
+    """Return the FlashInfer release whose arguments ops have, on every device.
+
+    It is that of the first kernels on this machine. Without kernels it is what FI_FFI_RELEASE
+    names, or the lock's default: the one that would be fetched. The driver is not asked, so that
+    calls on the CPU use no GPU.
+    """
+    for place in candidates(_location, but="remote"):
+        if place.source is not None:
+            return release_of(place.source) or wanted_release()
+    return wanted_release()
 
 
 def cuda_of_kernels() -> int | None:

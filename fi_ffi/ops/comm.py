@@ -29,13 +29,6 @@ _RANKS = (2, 4, 6, 8)
 _ROW, _ALIGNED = 64, 128  # bytes of a registered buffer's pointers; alignment of signals
 
 
-def select_release(release: str | None) -> None:
-    """Drop what was cached for other kernels, and put the rows of this release in force."""
-    for op in OPS.values():
-        op.forget()
-        op.select_release(release)
-
-
 @functools.cache
 def setup(name: str) -> ModuleEntry:
     """Return a setup entry by name, to call with Python values in the entry's order.

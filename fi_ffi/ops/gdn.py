@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from fi_ffi.abi.interop import TensorLike, as_desc
 from fi_ffi.abi.tensor import Device, TensorDesc, remember
 from fi_ffi.errors import ArgumentError
-from fi_ffi.loader import machine
+from fi_ffi.loader import generation, machine
 from fi_ffi.ops.attention.run import Launched, Values, compiled_row
 from fi_ffi.ops.call import memory
 from fi_ffi.ops.call.arguments import check_choice, check_flag, check_number
@@ -289,7 +289,7 @@ def _multiprocessors(device: Device) -> int:
     return machine.multiprocessors(device.index) if device.is_cuda else _MULTIPROCESSORS
 
 
-@functools.lru_cache(4096)
+@generation.cached
 def _values_of(kernel: Kernel, device: Device) -> Values:
     """Return the values that all calls of a kernel share."""
     module, symbol = FAMILY, ""
@@ -438,7 +438,7 @@ def gdn_decode(
     options = (disable_state_update, use_qk_l2norm, state_layout, scale)
     key: object = (
         q.kind, q.shape[1:], v.shape[1:], state.kind, dt_bias.kind, a.kind, b.kind, of_index,
-        output_state_indices is None, buffer is None, options, type(scale),
+        output_state_indices is None, buffer is None, options, type(scale), generation.number,
     )  # fmt: skip
     try:
         kernels = _kernels.get(key)

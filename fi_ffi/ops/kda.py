@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from fi_ffi.abi.interop import TensorLike, as_desc
 from fi_ffi.abi.tensor import Device
 from fi_ffi.errors import ArgumentError
-from fi_ffi.loader import machine
+from fi_ffi.loader import generation, machine
 from fi_ffi.ops.attention.run import Launched, Values, compiled_row
 from fi_ffi.ops.call.arguments import check_flag, check_number
 from fi_ffi.ops.row import Absent, Arg, Row, Scalar, Tensor, Vector
@@ -76,7 +76,7 @@ def row_of(size: int, is_gated: bool, symbol: str = "") -> Row:
     )  # fmt: skip
 
 
-@functools.cache
+@generation.cached
 def _values_of(size: int, is_gated: bool, device: Device) -> Values:
     """Return the values that all calls of a kernel share."""
     module, symbol = FAMILY, ""

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import functools
-
 from fi_ffi.abi.function import Entry
 from fi_ffi.abi.tensor import Device
 from fi_ffi.errors import ArchitectureError, KernelNotFoundError, LoaderError
-from fi_ffi.loader import machine
-from fi_ffi.ops.releases import fits
+from fi_ffi.loader import generation, machine
+from fi_ffi.ops.releases import FIRST, fits, is_in
 from fi_ffi.ops.row import Absent, Row
 
 
-def release_in_use() -> str | None:
-    """Return the release of the kernels in use, or None without kernels."""
+def release_in_force() -> str:
+    """Return the release whose arguments ops have: see `fi_ffi.loader.search.release_in_force`.
+
+    Without a lock that can be read it is the release whose forms come first.
+    """
     from fi_ffi.loader import search  # imported late: it takes as long as all the rest
 
     try:
-        return search.release()
+        return search.release_in_force()
     except LoaderError:
-        return None
+        return FIRST
 
 
 def entry_for(row: Row, device: Device, module: str | None = None) -> Entry:
@@ -72,12 +73,18 @@ def check_available(row: Row, device: Device) -> None:
 _IN_NAMES = ("pos_encoding_mode", "use_sliding_window", "use_logits_soft_cap")
 
 
-@functools.cache
+# Releases whose math.cuh has IEEE's infinity in place of 5e4.
+_HAVE_INFINITY = ">=0.7.0"
+
+
+@generation.cached
 def _compiled(module: str | None) -> tuple[tuple[str, object], ...]:
-    """Return what a module of a family was compiled for, from its name."""
+    """Return what a module of a family was compiled for, from its name and the release in force."""
     from fi_ffi.loader import uris  # imported late: starting up needs no module names
 
+    release = release_in_force()
     parsed = None if module is None else uris.parse(module)
     if parsed is None:
         return ()
-    return tuple((name, parsed.params[name]) for name in _IN_NAMES if name in parsed.params)
+    found = tuple((name, parsed.params[name]) for name in _IN_NAMES if name in parsed.params)
+    return (*found, ("has_infinity", True)) if is_in(release, _HAVE_INFINITY) else found

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import fi_ffi
-from fi_ffi.ops.attention.backends import Kernel, release
+from fi_ffi.ops.attention.backends import Kernel
 from fi_ffi.ops.attention.options import (
     AttentionOptions,
     DecodeOptions,
@@ -19,6 +19,7 @@ from fi_ffi.ops.attention.options import (
     PrefillOptions,
 )
 from fi_ffi.ops.attention.rows import MLA_FP8
+from fi_ffi.ops.providers import release_in_force
 from fi_ffi.ops.releases import is_in
 from fi_ffi.reference.attention.formula import Exact, exact, from_pages
 
@@ -358,8 +359,8 @@ class MlaCase(LengthsCase):
         for name, size in (("ckv", CKV), ("kpe", KPE)):
             made[name] = random(rng, (self.room, spec.page_size, size), spec.kv, spec.pad)
         if "groups" in spec.scales:
-            if self.machine.is_gpu and not is_in(release(), MLA_FP8["fa2"]):
-                pytest.skip(f"FlashInfer {release()} has no scales of groups")
+            if self.machine.is_gpu and not is_in(release_in_force(), MLA_FP8["fa2"]):
+                pytest.skip(f"FlashInfer {release_in_force()} has no scales of groups")
             shape = (self.room, spec.page_size, CKV // 128)
             made["groups"] = (2 * rng.random(shape) + 0.1).astype(np.float32)
         return made

@@ -17,8 +17,8 @@ from fi_ffi.ops.attention.backends import (
     decode_groups,
     fa2_lacks,
     fa3_lacks,
-    release,
 )
+from fi_ffi.ops.providers import release_in_force
 
 from tests.helpers.calls import HostArray
 
@@ -112,7 +112,7 @@ class Gpu(Cpu):
     ) -> str:
         if asked == "fa3" and of_loader.capability(0) != (9, 0):
             pytest.skip("fa3 is for SM90 GPUs")
-        of, later = release(), ""
+        of, later = release_in_force(), ""
         if asked != "fa2":
             later = fa3_lacks(kernel, custom_mask, is_paged, of)
             later = "" if fa3_lacks(kernel, custom_mask, is_paged) else later
@@ -129,8 +129,8 @@ class Gpu(Cpu):
             pytest.skip(f"no module {module} in {where}")
 
     def need_group(self, group: int) -> None:
-        if group not in decode_groups(release()):
-            pytest.skip(f"decode of FlashInfer {release()} has no group of {group}")
+        if group not in decode_groups(release_in_force()):
+            pytest.skip(f"decode of FlashInfer {release_in_force()} has no group of {group}")
 
     def rounds(self, count: int) -> int:
         return count

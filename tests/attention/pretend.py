@@ -16,6 +16,7 @@ import fi_ffi
 from fi_ffi.abi import library
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.tensor import TensorDesc, make_desc, parse_device
+from fi_ffi.loader import generation
 from fi_ffi.loader import machine as of_loader
 from fi_ffi.loader.runtime import ensure_tvm_ffi
 from fi_ffi.ops import cuda, providers
@@ -162,17 +163,13 @@ class Pretend(Cpu):
         # A handle of cuBLAS, which no reference looks at.
         monkeypatch.setattr(cuda, "_handles", {("cublasLt", device_of(i)): 1 for i in range(2)})
         # Without kernels no release is in use; the first rows are the reference's.
-        patch(op, "release_in_use", lambda: None)
-        patch(backends, "release", lambda: "0.6.13")
+        patch(op, "release_in_force", lambda: "0.6.13")
+        patch(backends, "release_in_force", lambda: "0.6.13")
         self.forget()
 
     def forget(self) -> None:
         """Drop what was learnt of calls."""
-        from fi_ffi.ops import attention
-
-        attention.forget()
-        for known in fi_ffi.ops.functions.OPS.values():
-            known.forget()
+        generation.advance()
 
     def _allocate(self, count: int, device: Any, zeroed: bool = False) -> cuda.Memory:
         memory = cuda._host(count)

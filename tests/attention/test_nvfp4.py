@@ -10,8 +10,9 @@ import pytest
 
 import fi_ffi
 from fi_ffi.abi.tensor import TensorDesc
-from fi_ffi.ops.attention.backends import Kernel, release
+from fi_ffi.ops.attention.backends import Kernel
 from fi_ffi.ops.attention.run import OWN_STRIDES
+from fi_ffi.ops.providers import release_in_force
 from fi_ffi.ops.releases import is_in
 
 from tests.attention import judge
@@ -69,7 +70,7 @@ def test_scales_that_are_refused(spec, machine, rng):
 
 def have_own_strides(machine):
     """Whether the kernels find pages' scales by the scales' strides."""
-    return not machine.is_gpu or is_in(release(), OWN_STRIDES)
+    return not machine.is_gpu or is_in(release_in_force(), OWN_STRIDES)
 
 
 def test_scales_of_pages_that_lie_otherwise(machine, rng):

@@ -14,8 +14,8 @@ import pytest
 import fi_ffi
 from fi_ffi.ops import cuda
 from fi_ffi.ops.attention.arrays import Arrays
-from fi_ffi.ops.attention.backends import release
 from fi_ffi.ops.attention.rows import UNIFORM
+from fi_ffi.ops.providers import release_in_force
 from fi_ffi.ops.releases import is_in
 from fi_ffi.reference.attention.formula import Options, exact, from_pages
 
@@ -62,7 +62,7 @@ def test_as_many_queries_of_each(page_size, machine, rng):
     spec = Spec(lengths=((3, 300), (3, 3), (3, 70)), causal=True, page_size=page_size)
     case, batch = make(spec, machine, rng)
     graph = {"enable_cuda_graph": True, "uniform_q_len": 3}
-    if machine.is_gpu and not is_in(release(), UNIFORM):
+    if machine.is_gpu and not is_in(release_in_force(), UNIFORM):
         with pytest.raises(fi_ffi.ArgumentError, match="uniform_q_len.*expected 0: FlashInfer >="):
             case.plan(batch, **graph)
         return

@@ -10,7 +10,7 @@ import pytest
 
 import fi_ffi
 from fi_ffi.abi import tensor
-from fi_ffi.ops import attention
+from fi_ffi.loader import generation
 
 from tests.attention.batches import bytes_of
 from tests.attention.cases import make
@@ -103,7 +103,7 @@ def test_kernels_that_change_under_a_plan(rng):
     """A plan and its prepared runs stay with the kernels that it was planned by."""
     made = Runs(SERVED["decode"], Cpu(), rng)
     call = made.prepare()
-    attention.forget()
+    generation.advance()
     made.check(call, made.run)
     made.replan()
     made.check(call)

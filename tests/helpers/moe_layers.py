@@ -15,7 +15,7 @@ import pytest
 
 import fi_ffi
 from fi_ffi.ops.moe.interface import FOLDED_RELEASES
-from fi_ffi.ops.providers import release_in_use
+from fi_ffi.ops.providers import release_in_force
 from fi_ffi.ops.releases import is_in
 from fi_ffi.reference.moe import Layer
 
@@ -207,8 +207,7 @@ def interleaved(weight: np.ndarray, quant_type: str) -> np.ndarray:
 
 def is_folded() -> bool:
     """Whether the release in use folds the scales of 4-bit weights."""
-    release = release_in_use()
-    return release is not None and is_in(release, FOLDED_RELEASES)
+    return is_in(release_in_force(), FOLDED_RELEASES)
 
 
 def _mxfp4(rng, act, experts, rows, hidden, inter) -> dict[str, Any]:

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 import fi_ffi
-from fi_ffi.loader import search
-from fi_ffi.ops import moe as package
+from fi_ffi.loader import generation
 from fi_ffi.reference import moe_weights
 
 from tests.helpers import moe_layers
@@ -33,11 +32,12 @@ def of_release(monkeypatch):
     """Put a release's layouts in force."""
 
     def put(release: str) -> None:
-        monkeypatch.setattr(search, "release", lambda: release)
-        package.forget()
+        monkeypatch.setenv("FI_FFI_RELEASE", release)
+        generation.advance()
 
     yield put
-    package.forget()
+    monkeypatch.undo()
+    generation.advance()
 
 
 @pytest.fixture

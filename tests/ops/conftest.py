@@ -48,11 +48,12 @@ def mine(monkeypatch):
 def settled(request):
     """Whether it is known which row of each op is in force: calls start differently."""
     for op in OPS.values():
-        op.select_release("0.6.13" if request.param == "settled" else None)
+        op.forget()
+        if request.param == "settled":
+            op.select_release("0.6.13")
     yield
     for op in OPS.values():
         op.forget()
-        op.select_release(None)
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ def form(machine) -> Iterator[None]:
         return
     OP.select_release(NEWEST)
     yield
-    OP.select_release(None)
+    OP.forget()
 
 
 def draw(rng, starts, every=0, dtype="bfloat16", h=2, hv=4):
@@ -126,7 +126,7 @@ def test_forms_give_the_same(rng):
         copy = {name: array.copy() for name, array in arrays.items()}
         OP(**copy)
         found.append(copy)
-    OP.select_release(None)
+    OP.forget()
     for name in ("output", "output_state"):
         assert all((copy[name] == found[0][name]).all() for copy in found)
 

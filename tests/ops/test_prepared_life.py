@@ -150,6 +150,6 @@ def test_kernels_that_change(mine):
     call.update(factor=3.0)
     call()
     assert mine.is_done(3)
-    mine.op.select_release(None)
+    mine.op.forget()
     mine.op.prepare(mine.y, mine.x, factor=2.0)()
     assert mine.is_done(2)

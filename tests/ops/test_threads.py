@@ -16,7 +16,7 @@ import pytest
 
 import fi_ffi
 from fi_ffi.abi.interop import as_desc
-from fi_ffi.ops import attention
+from fi_ffi.loader import generation
 from fi_ffi.ops.call import compiled
 from fi_ffi.ops.call.op import Op
 
@@ -179,7 +179,7 @@ def test_kernels_that_are_forgotten_under_plans():
     def work(number: int) -> None:
         if number == 0:
             for _ in range(20 * ROUNDS):
-                attention.forget()
+                generation.advance()
             stop.set()
             return
         case, is_last = Case(KINDS[number % len(KINDS)]), False

@@ -308,7 +308,7 @@ def test_releases_take_what_they_have(rng):
         for outs in ranks.run("threads", 2, body):
             call.judge(outs, 2)
     finally:
-        op.select_release(None)
+        op.forget()
 
 
 @pytest.mark.parametrize(("dtype", "hidden"), [(np.float16, 4), (np.float32, 2)])

@@ -16,8 +16,8 @@ from fi_ffi import reference
 from fi_ffi.abi.function import register
 from fi_ffi.abi.interop import as_desc
 from fi_ffi.abi.tensor import parse_device
+from fi_ffi.loader import generation
 from fi_ffi.loader.runtime import ensure_tvm_ffi
-from fi_ffi.ops import attention
 from fi_ffi.ops.attention import backends, plan, single
 from fi_ffi.ops.attention.rows import BATCH_MLA, FORMS, ROWS, WITH_COPY, of_release
 from fi_ffi.ops.call import compiled
@@ -73,14 +73,14 @@ def kernels_of(monkeypatch, seen):
 
     def use(release):
         ensure_tvm_ffi()
-        attention.forget()
+        generation.advance()
         monkeypatch.setattr(compiled, "entry_for", entry_for)
         for user in (plan, single):
             chosen = lambda rows, device: tuple(of_release(row, release) for row in rows)  # noqa: E731
             monkeypatch.setattr(user, "in_use", chosen)
 
     yield use
-    attention.forget()
+    generation.advance()
 
 
 def assert_right(out, q, k, v, causal, scale=DIM**-0.5):
@@ -245,9 +245,9 @@ def test_mla_of_another_batch(release, kernels_of):
 def test_a_gpu_s_rows_are_of_the_kernels_release(monkeypatch):
     rows = BATCH_MLA["fa2"]
     for release in RELEASES:
-        monkeypatch.setattr(backends, "release_in_use", lambda release=release: release)
+        monkeypatch.setattr(backends, "release_in_force", lambda release=release: release)
         found = backends.in_use(rows, parse_device("cuda:0"))
         assert found == tuple(of_release(row, release) for row in rows)
-        assert backends.in_use(rows, parse_device("cpu")) == rows
+        assert backends.in_use(rows, parse_device("cpu")) == found
     for row in rows:
         assert len({of_release(row, release) for release in RELEASES}) == len(FORMS[row])

@@ -109,7 +109,7 @@ def test_settling_on_a_release_changes_what_the_op_takes():
         op(out, x, weight, np.array([0.25], np.float32))
         assert (out.astype(float) == 4).all()
     finally:
-        op.select_release(None)
+        op.forget()
     assert fits(op.row, the_lock().default_release)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from fi_ffi.ops import providers
 from fi_ffi.ops.attention.backends import FP8_WINDOWS, decode_groups
 from fi_ffi.ops.attention.rows import UNIFORM
 from fi_ffi.ops.attention.run import OWN_STRIDES
@@ -376,6 +377,7 @@ def test_states(release, flat, sources):
     assert large.index("dim3 nblks(seq_len, num_heads);") < large.index("uint32_t bdy = num_heads;")
     has_5e4 = "constexpr float inf = 5e4;" in sources(release, "include/flashinfer/math.cuh")
     assert has_5e4 == (row_of("merge_states", release).variant == "")
+    assert has_5e4 != is_in(release, providers._HAVE_INFINITY)
 
 
 @each_release

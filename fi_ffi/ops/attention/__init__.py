@@ -11,7 +11,6 @@ from fi_ffi.ops.attention.mla import BatchMlaPlan
 from fi_ffi.ops.attention.plan import WorkspaceSize
 from fi_ffi.ops.attention.pod import PodPlan
 from fi_ffi.ops.attention.prefill import BatchPrefillPlan
-from fi_ffi.ops.attention.run import forget as forget
 from fi_ffi.ops.attention.single import (
     single_decode,
     single_decode_workspace_size,

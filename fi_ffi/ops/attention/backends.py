@@ -10,11 +10,11 @@ from typing import Any
 from fi_ffi.abi.tensor import Device, DType, parse_dtype
 from fi_ffi.errors import ArgumentError, printed
 from fi_ffi.loader import machine
-from fi_ffi.ops.attention.rows import DECODE_GROUPS, F16, FP4, FP8, MLA_FP8, of_release
+from fi_ffi.ops.attention.rows import DECODE_GROUPS, F16, FORMS, FP4, FP8, MLA_FP8, of_release
 from fi_ffi.ops.attention.sizes import BY_QUERY, Geometry
 from fi_ffi.ops.call.arguments import check_choice, check_number
-from fi_ffi.ops.providers import release_in_use
-from fi_ffi.ops.releases import is_in
+from fi_ffi.ops.providers import release_in_force
+from fi_ffi.ops.releases import fits, is_in
 from fi_ffi.ops.row import Row
 
 # flashinfer/utils.py: PosEncodingMode and MaskMode
@@ -59,7 +59,7 @@ class Kernel:
 
     def module(self, backend: str, of: str | None = None) -> str:
         """Return the module's name in a release, by default that of the kernels in use."""
-        kv, of = self.kv_data_type, of or release()
+        kv, of = self.kv_data_type, of or release_in_force()
         if kv in FP4:  # named after the tensor's dtype, from 0.6.18 on after the kernel's
             kv = "fp4"
         parameters: dict[str, Any] = {
@@ -86,7 +86,7 @@ class Kernel:
 def module_name(family: str, of: str | None = None, **parameters: Any) -> str:
     """Return a module's name from what it is compiled for, in a release (by default that of the
     kernels in use)."""
-    return _module_name(family, of or release(), **parameters)
+    return _module_name(family, of or release_in_force(), **parameters)
 
 
 @functools.lru_cache(256)
@@ -96,30 +96,21 @@ def _module_name(family: str, of: str, **parameters: Any) -> str:
     return uri(family, release=of, **parameters)
 
 
-def release() -> str:
-    """Return the release of the kernels in use; without kernels, the one that would be fetched."""
-    found = release_in_use()
-    if found is None:
-        from fi_ffi.loader.lock import wanted_release
-
-        found = wanted_release()
-    return found
-
-
 def multiprocessors(device: Device) -> int:
     """Return the multiprocessors of a GPU; 1 on the CPU, whose reference does not use them."""
     return machine.multiprocessors(device.index) if device.is_cuda else 1
 
 
 def in_use(rows: Sequence[Row], device: Device) -> tuple[Row, ...]:
-    """Return rows in their forms for the release in use; on the CPU the first forms, as the
-    reference has.
+    """Return rows in their forms for the release in force.
 
-    Raises `KernelNotFoundError` if a row has no form for that release.
+    Raises `KernelNotFoundError` for a GPU if a row has no form for that release. The CPU's
+    reference then has the first form.
     """
-    if not device.is_cuda:
-        return tuple(rows)
-    return tuple(of_release(row, release()) for row in rows)
+    release = release_in_force()
+    if device.is_cuda:
+        return tuple(of_release(row, release) for row in rows)
+    return tuple(next((one for one in FORMS[row] if fits(one, release)), row) for row in rows)
 
 
 def data_type(op: str, argument: str, value: object, allowed: tuple[str, ...]) -> str:
@@ -162,7 +153,7 @@ def decode_groups(of: str | None) -> list[int]:
 def release_for(device: Device) -> str | None:
     """Return the release of the kernels that a device runs; None on the CPU, whose reference
     supports what any release does."""
-    return release() if device.is_cuda else None
+    return release_in_force() if device.is_cuda else None
 
 
 def geometry_on(device: Device, geometry: Geometry) -> Geometry:

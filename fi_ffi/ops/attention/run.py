@@ -15,6 +15,7 @@ from fi_ffi.abi.function import Frame
 from fi_ffi.abi.interop import as_desc
 from fi_ffi.abi.tensor import Device, TensorDesc, TensorKind
 from fi_ffi.errors import ArgumentError, ArgumentTypeError
+from fi_ffi.loader import generation
 from fi_ffi.ops.attention.rows import FP4
 from fi_ffi.ops.call.arguments import check_number, shown
 from fi_ffi.ops.call.compiled import CompiledRow, Variant
@@ -57,19 +58,17 @@ _OF_KIND = {"": "", "fp8": " with fp8 queries", "fp4": " with keys of 4 bits"}
 _compiled_rows: dict[tuple[object, ...], CompiledRow] = {}
 
 
-def forget() -> None:
-    """Drop cached rows, after the source of kernels changed."""
-    _compiled_rows.clear()
-
-
 def compiled_row(
     row: Row, module: str, dtypes: Mapping[str, str], op: str, device: Device | None = None,
     bound: Mapping[str, TensorKind | None] | None = None, known: tuple[str, ...] = (),
     not_less: tuple[tuple[str, str], ...] = (), first: tuple[str, ...] = (),
 ) -> CompiledRow:  # fmt: skip
-    """Compile a row for a module of these dtypes; all plans with the same arguments share the
-    result."""
-    key = (row, module, op, device, tuple((bound or {}).items()), known, not_less, first)
+    """Compile a row for a module of these dtypes; all plans of a generation of kernels with the
+    same arguments share the result."""
+    key = (
+        row, module, op, device, tuple((bound or {}).items()), known, not_less, first,
+        generation.number,
+    )  # fmt: skip
     found = _compiled_rows.get(key)
     if found is None:
         own = {
@@ -88,6 +87,7 @@ def compiled_row(
             bound=bound,
             device=device,
             first=first,
+            follows=False,
         )
         found = _compiled_rows.setdefault(key, made)
     return found

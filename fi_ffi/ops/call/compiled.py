@@ -21,7 +21,7 @@ from fi_ffi.abi.tensor import (
     parse_device,
     tensor_kind,
 )
-from fi_ffi.loader import machine
+from fi_ffi.loader import generation, machine
 from fi_ffi.ops import cuda
 from fi_ffi.ops.call import memory
 from fi_ffi.ops.call.checks import Form, frame_layout, is_number
@@ -234,7 +234,8 @@ class CompiledRow:
 
     A plan passes the `module` for its row's family, the kinds of its own `bound` arguments, and the
     axes whose sizes are `known`. Errors name `op`, and arguments by `names`. `find_entry` finds an
-    entry in an object of the caller's.
+    entry in an object of the caller's. A row `follows` the kernels in use, unless its owner keeps
+    those that it was made with, as plans do.
     """
 
     def __init__(
@@ -242,7 +243,7 @@ class CompiledRow:
         names: Mapping[str, str] | None = None, known: Sequence[str] = (),
         bound: Mapping[str, Any] | None = None, device: Device | None = None,
         first: Sequence[str] = (),
-        find_entry: Callable[[Row, Device], Entry] | None = None,
+        find_entry: Callable[[Row, Device], Entry] | None = None, follows: bool = True,
     ) -> None:  # fmt: skip
         self.row, self.module = row, module or row.module
         self.device, self.find_entry = device, find_entry
@@ -264,6 +265,8 @@ class CompiledRow:
         self.refuse = Refusals(row, op or row.name, names or {}, device if bound else None)
         self.tensors = [arg for arg in row.tensors if arg.name not in self.form.bound]
         self.variants: dict[object, Variant] = {}
+        if follows:
+            generation.follow(self)
 
     @functools.cached_property
     def call(self) -> Callable[..., Any]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from fi_ffi.loader import generation
 from fi_ffi.ops.call.checks import parameters
 from fi_ffi.ops.call.compiled import CompiledRow
 from fi_ffi.ops.call.prepared import Prepared, prepare_call
 from fi_ffi.ops.docs import docstring
-from fi_ffi.ops.providers import release_in_use
+from fi_ffi.ops.providers import release_in_force
 from fi_ffi.ops.releases import fits
 from fi_ffi.ops.row import Row
 
@@ -24,8 +25,8 @@ class Op:
     """A typed kernel function; call it like a Python function.
 
     An op whose arguments changed between FlashInfer's releases has a row for each form. The row in
-    force is that of the release of the kernels in use, or of the lock's default release until
-    kernels are found.
+    force, on every device, is that of the release of the kernels in use; without kernels, of the
+    one that FI_FFI_RELEASE names, or of the lock's default.
 
     `stream=` is required for CUDA tensors unless a `fi_ffi.stream(...)` scope is open. CPU tensors
     need none.
@@ -35,9 +36,15 @@ class Op:
         self.rows = rows
         self.__name__ = self.__qualname__ = rows[0].name
         self._compiled = [CompiledRow(row, op=op, names=names) for row in rows]
-        self.compiled, self._has_release = self._compiled[0], False
+        self._in_force: CompiledRow | None = None
         # A class for each op, so that its `__call__` can be the function compiled from its row.
         self.__class__ = type(f"_{rows[0].name}", (Op,), {"__doc__": Op.__dict__["__doc__"]})
+        generation.follow(self)
+
+    @property
+    def compiled(self) -> CompiledRow:
+        """The row in force, compiled; the first use selects it."""
+        return self._in_force or self.select_release(release_in_force())
 
     @property
     def row(self) -> Row:
@@ -69,7 +76,7 @@ class Op:
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         """Call the op while the row in force is unknown; afterwards `CompiledRow.call` replaces
         this method."""
-        return self._in_force(args, kwargs).call(self, *args, **kwargs)
+        return self.compiled.call(self, *args, **kwargs)
 
     def prepare(self, /, *args: Any, stream: object = None, **kwargs: Any) -> Prepared:
         """Check and pack a call with these arguments, for any number of launches.
@@ -77,7 +84,7 @@ class Op:
         It launches on `stream` or, without one, on the stream of the open scope.  Raises what the
         call itself would raise.
         """
-        compiled = self._in_force(args, kwargs)
+        compiled = self.compiled
         return prepare_call(compiled, compiled.bind(*args, **kwargs)[0], stream)
 
     def supports(
@@ -100,29 +107,16 @@ class Op:
 
         return judge(self.__name__, self.rows, Query.of(sm, release, cuda, dtypes, kernels))
 
-    def _in_force(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> CompiledRow:
-        """Return the row for a call with these arguments; a first call on a GPU selects it."""
-        if not self._has_release:
-            values, _ = self.compiled.bind(*args, **kwargs)
-            if self.compiled.is_on_cuda(values):
-                self.select_release(release_in_use())
-        return self.compiled
-
-    @property
-    def has_release(self) -> bool:
-        """Whether kernels have determined the row in force."""
-        return self._has_release
-
-    def select_release(self, release: str | None) -> None:
+    def select_release(self, release: str) -> CompiledRow:
         """Put the row of this release in force; the first row if none has this release."""
-        fitting = [one for one in self._compiled if release and fits(one.row, release)]
-        self.compiled = (fitting or self._compiled)[0]
-        self._has_release = release is not None
-        type(self).__call__ = self.compiled.call if release is not None else Op.__call__  # type: ignore[method-assign]
+        fitting = (one for one in self._compiled if fits(one.row, release))
+        found = self._in_force = next(fitting, self._compiled[0])
+        type(self).__call__ = found.call  # type: ignore[method-assign]
+        return found
 
     def forget(self) -> None:
         """Drop what earlier calls cached, after the source of kernels changed."""
         type(self).__call__ = Op.__call__  # type: ignore[method-assign]
-        self._has_release = False
+        self._in_force = None
         for one in self._compiled:
             one.forget()

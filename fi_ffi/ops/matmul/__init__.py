@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from fi_ffi.ops.matmul import products, segment
 from fi_ffi.ops.matmul.products import (
     bmm_fp8_get_algos,
     bmm_fp8_run_with_algo,
@@ -24,16 +23,3 @@ __all__ = [
     "segment_gemm",
     "tinygemm_bf16",
 ]
-
-
-def select_release(release: str | None) -> None:
-    """Drop what was cached for other kernels, and put the rows of this release in force."""
-    for op in (products.GET_ALGOS, products.RUN_WITH_ALGO):
-        op.forget()
-        op.select_release(release)
-    products.tinygemm_row.cache_clear()
-    for compiled in (
-        products.RUN_GEMM, products.CONFIGURE, segment.SM80, segment.SM90,
-        *products.GROUPWISE.values(), *products.GROUP_GROUPWISE.values(),
-    ):  # fmt: skip
-        compiled.forget()

@@ -31,7 +31,7 @@ from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.matmul import rows
 from fi_ffi.ops.matmul.rows import E4M3
 from fi_ffi.ops.notation import round_up
-from fi_ffi.ops.providers import check_available, release_in_use
+from fi_ffi.ops.providers import check_available
 from fi_ffi.ops.row import Row, Tensor, form_on
 
 if TYPE_CHECKING:
@@ -65,8 +65,6 @@ def _prepare_tinygemm(
     input: TensorLike, out: TensorLike, bias: TensorLike | None, stream: object, **given: Any
 ) -> Prepared:  # fmt: skip
     op = OPS["tinygemm2_nobias" if bias is None else "tinygemm2"]
-    if as_desc(input, "tinygemm_bf16", "input").device.is_cuda and not op.has_release:
-        op.select_release(release_in_use())
     more = {} if bias is None else {"bias": bias}
     return prepare_row(tinygemm_row(op.row), stream, input=input, output=out, **more, **given)
 
@@ -105,9 +103,7 @@ def tinygemm_bf16(
 def _with_handle(op: Op, cublas_handle: int, **values: Any) -> dict[str, Any]:
     """Add the handle to the arguments, if the row in force takes one."""
     name, handle = op.row.name, cublas_handle
-    left = values["A"] = as_desc(values["A"], name, "A")
-    if left.device.is_cuda and not op.has_release:
-        op.select_release(release_in_use())
+    values["A"] = as_desc(values["A"], name, "A")
     if any(arg.name == "cublas_handle" for arg in op.row.args):
         values["cublas_handle"] = handle
     elif handle:  # from FlashInfer 0.7 on, the kernels make their own handle

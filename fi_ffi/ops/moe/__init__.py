@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from fi_ffi.ops.moe import fused, lora
 from fi_ffi.ops.moe.deepgemm import set_deepgemm_jit_include_dirs
 from fi_ffi.ops.moe.fused import FusedMoe, cutlass_fused_moe
 from fi_ffi.ops.moe.lora import bgmv_moe
@@ -19,9 +18,3 @@ __all__ = [
     "interleave_moe_weights_for_sm90_mixed_gemm",
     "set_deepgemm_jit_include_dirs",
 ]
-
-
-def forget() -> None:
-    """Drop cached objects, after the source of kernels changed."""
-    fused.forget()
-    lora.forget()

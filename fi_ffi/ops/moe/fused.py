@@ -21,10 +21,11 @@ from fi_ffi.errors import (
     KernelNotFoundError,
     printed,
 )
+from fi_ffi.loader import generation
 from fi_ffi.ops.call.arguments import check_flag, check_int, shown
 from fi_ffi.ops.call.compiled import CompiledRow
 from fi_ffi.ops.call.launching import given_by_name, launching, prepare_row
-from fi_ffi.ops.moe import profile, weights
+from fi_ffi.ops.moe import profile
 from fi_ffi.ops.moe.interface import (
     ACTIVATIONS,
     FLAGS,
@@ -359,7 +360,7 @@ class FusedMoe:
     def _add_call(self, key: tuple[bool, tuple[int, ...]]) -> CompiledRow:
         row = row_of(self.interface, "run_moe", self.mode, self.dtypes, *key)
         names, find = self.mode.scale_names, self._find_entry
-        made = CompiledRow(row, op=self._op, names=names, find_entry=find)
+        made = CompiledRow(row, op=self._op, names=names, find_entry=find, follows=False)
         return self._calls.setdefault(key, made)
 
     def _find_entry(self, row: Row, device: Device) -> Entry:
@@ -514,12 +515,6 @@ class FusedMoe:
 _made: dict[tuple[object, ...], FusedMoe] = {}
 
 
-def forget() -> None:
-    """Drop the kernel objects, after the source of kernels changed."""
-    weights.forget()
-    _made.clear()
-
-
 def _prepare(**given: Any) -> Prepared:
     moe, given = _moe_of(**given)
     return moe.prepare(**given)
@@ -635,7 +630,7 @@ def _moe_for(
     x: TensorDesc, weights: TensorDesc, out: TensorDesc, flags: frozenset[str]
 ) -> FusedMoe:
     """Return the `FusedMoe` for these dtypes, flags and device, made once."""
-    key = (x.device, x.dtype, weights.dtype, out.dtype, flags)
+    key = (x.device, x.dtype, weights.dtype, out.dtype, flags, generation.number)
     moe = _made.get(key)
     if moe is None:
         dtypes = (x.dtype.name, weights.dtype.name, out.dtype.name)

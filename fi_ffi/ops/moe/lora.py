@@ -84,14 +84,6 @@ _checks = CompiledRow(CHECKS, op=_OP)
 _shrink, _expand = (Op(*forms, op=_OP) for forms in (SHRINK, EXPAND))
 
 
-def forget() -> None:
-    """Drop what earlier calls cached, after the source of kernels changed."""
-    _checks.forget()
-    for op in (_shrink, _expand):
-        op.forget()
-        op.select_release(None)
-
-
 def _listed(name: str, given: Any, x: TensorDesc, num_experts: int | None) -> list[TensorDesc]:
     """Describe the matrices of adapters and experts; refuse lists of several layouts."""
     if not isinstance(given, (list, tuple)) or not given:

@@ -24,7 +24,7 @@ from fi_ffi.ops.moe.interface import (
     Interface,
 )
 from fi_ffi.ops.notation import round_up
-from fi_ffi.ops.providers import release_in_use
+from fi_ffi.ops.providers import release_in_force
 from fi_ffi.ops.releases import is_in
 from fi_ffi.ops.row import Arg, IntArray, Row, Rule, Scalar, Tensor, TensorArray, Vector
 
@@ -296,8 +296,10 @@ def mode_of(
                 raise ArgumentError(op, names[2], got=output, expected=expected)
             found.append(mode)
     if found:
-        release = release_in_use() if len(found) > 1 else None
-        return next((one for one in found if release and is_in(release, one.releases)), found[0])
+        if len(found) == 1:
+            return found[0]
+        release = release_in_force()
+        return next((one for one in found if is_in(release, one.releases)), found[0])
     of = [mode for mode in MODES if activation in mode.activations]
     if not of:
         known = tuple(dict.fromkeys(name for mode in MODES for name in mode.activations))

@@ -18,7 +18,7 @@ from fi_ffi.ops.moe.interface import (
     SOURCE,
     W4_RELEASES,
 )
-from fi_ffi.ops.providers import release_in_use
+from fi_ffi.ops.providers import release_in_force
 from fi_ffi.ops.releases import fits
 from fi_ffi.ops.row import Row, Rule, Scalar, Tensor, Vector
 
@@ -92,16 +92,10 @@ _SCALES = {
 }  # fmt: skip
 
 
-def forget() -> None:
-    """Drop what was cached, after the source of kernels changed."""
-    for one in WEIGHTS:
-        one.forget()
-
-
 def _in_force() -> CompiledRow:
-    """Return the row for the release in use; without kernels, for the default release."""
-    release = release_in_use()
-    return next((one for one in WEIGHTS if release and fits(one.row, release)), WEIGHTS[0])
+    """Return the row for the release in force."""
+    release = release_in_force()
+    return next((one for one in WEIGHTS if fits(one.row, release)), WEIGHTS[0])
 
 
 def _number(quant_type: object) -> int:

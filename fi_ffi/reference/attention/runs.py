@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import ml_dtypes
@@ -156,7 +157,7 @@ def attention_run(
     soft_cap = soft_cap if compiled.use_logits_soft_cap else 0.0
     options = Options(sm_scale, call.causal, logits_soft_cap=soft_cap, v_scale=v_scale)
     keys = _paged(planned, planned.kv_len, k_cache, v_cache, indices)
-    _attend(Variant(options), planned.qo_indptr, q, keys, o, lse)
+    _attend(Variant(options, compiled.no_key), planned.qo_indptr, q, keys, o, lse)
 
 
 def batch_decode(
@@ -235,17 +236,18 @@ _OF_PREFILL = 15  # number of arguments of POD's prefill
 
 def pod_with_kv_cache_tensor(*values: Any, compiled: Compiled) -> None:
     """POD attention. The windows are those of the arguments, as in the module compiled for them."""
-    _pod_prefill(*values[:_OF_PREFILL])
-    _pod_decode(*values[_OF_PREFILL:])
+    _pod_prefill(*values[:_OF_PREFILL], compiled=compiled)
+    _pod_decode(*values[_OF_PREFILL:], compiled=compiled)
 
 
 def _pod_prefill(
     q: Array, k: Array, v: Array, tmp: Array, o: Array, lse: Array | None, mask_mode: int,
     layout: int, window_left: int, mask: Array | None, slopes: Array | None, *numbers: float,
+    compiled: Compiled,
 ) -> None:  # fmt: skip
     single_prefill(
         fa2_single, q, k, v, tmp, o, lse, mask_mode, layout, window_left, mask, slopes,
-        None, None, *numbers, compiled=Compiled(use_sliding_window=window_left >= 0),
+        None, None, *numbers, compiled=replace(compiled, use_sliding_window=window_left >= 0),
     )  # fmt: skip
 
 
@@ -254,14 +256,14 @@ def _pod_decode(
     qo_indptr: Array, kv_indptr: Array, indices: Array, last_page_len: Array, o: Array,
     lse: Array | None, mask_mode: int, layout: int, window_left: int, mask: Array | None,
     mask_indptr: Array | None, slopes: Array | None, soft_cap: float, sm_scale: float,
-    rope_rcp_scale: float, rope_rcp_theta: float, enable_pdl: bool,
+    rope_rcp_scale: float, rope_rcp_theta: float, enable_pdl: bool, *, compiled: Compiled,
 ) -> None:  # fmt: skip
     paged_run(
         plan.FA2, fa2, float_workspace, int_workspace, info, q, k, v, qo_indptr,
         kv_indptr, indices, last_page_len, o, lse, mask_mode, layout, window_left, enable_pdl,
         mask, mask_indptr, slopes, None, None, None, None, None, soft_cap, sm_scale,
         rope_rcp_scale, rope_rcp_theta, 0,
-        compiled=Compiled(use_sliding_window=window_left >= 0),
+        compiled=replace(compiled, use_sliding_window=window_left >= 0),
     )  # fmt: skip
 
 
@@ -273,7 +275,8 @@ def batch_pod_with_kv_cache_tensor(*values: Any, compiled: Compiled) -> None:
     counters."""
     *halves, enable_pdl, _ = values
     for start in (0, _OF_BATCH):
-        _pod_decode(*[*halves[start : start + _OF_BATCH], enable_pdl])
+        half: tuple[Any, ...] = (*halves[start : start + _OF_BATCH], enable_pdl)
+        _pod_decode(*half, compiled=compiled)
 
 
 def _scale(scale: float, tensor: Array | None) -> float:

@@ -18,20 +18,29 @@ from fi_ffi.reference.attention import masks
 from fi_ffi.reference.attention.formula import Options, exact
 
 _PLAIN, _ROPE_LLAMA, _ALIBI = range(3)
-# The kernels' minus infinity up to release 0.6.18. The logarithm of a row that sees no key is this,
+# The kernels' minus infinity before release 0.7.0. The logarithm of a row that sees no key is this,
 # plus up to log2 of the number of keys that were hidden from it.
-NO_KEY = np.float32(-5e4)
+_FINITE, _INFINITE = -5e4, -np.inf
 
 MaskOf = Callable[[int, int, int], Array]
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """The parameters that a module was compiled for, by the words of its name."""
+    """The parameters that a module was compiled for, by the words of its name.
+
+    With `has_infinity` its sources have IEEE's infinity, as from release 0.7.0 on.
+    """
 
     pos_encoding_mode: int = _PLAIN
     use_sliding_window: bool = False
     use_logits_soft_cap: bool = False
+    has_infinity: bool = False
+
+    @property
+    def no_key(self) -> float:
+        """The logarithm of a row that sees no key."""
+        return _INFINITE if self.has_infinity else _FINITE
 
 
 class Call(NamedTuple):
@@ -69,14 +78,15 @@ class Variant:
     The kernels differ from this definition, and results are judged accordingly. Prefill rounds the
     probabilities to the queries' dtype before it multiplies by the values (with fp8 queries, to
     that fp8 dtype), and rounds heads that RoPE has turned to their own dtype. tanh, exp2 and sines
-    are approximations with errors of about 2^-11 and 2^-22. 5e4 stands for infinity; in prefill it
-    applies to logits before `sm_scale`, so a hidden key counts for `exp(-5e4 * sm_scale - largest
-    logit)`. From an `sm_scale` of 0.003 on that is 0. But `sm_scale` includes the scales of fp8
-    queries and keys: if these fill float8_e4m3fn, it is about 1e-5, and fa3 sees hidden keys
-    (FlashInfer's pull request 4401, after 0.6.18).
+    are approximations with errors of about 2^-11 and 2^-22. Before 0.7.0, 5e4 stands for infinity;
+    in prefill it applies to logits before `sm_scale`, so a hidden key counts for
+    `exp(-5e4 * sm_scale - largest logit)`. From an `sm_scale` of 0.003 on that is 0. But
+    `sm_scale` includes the scales of fp8 queries and keys: if these fill float8_e4m3fn, it is about
+    1e-5, and fa3 sees hidden keys (FlashInfer's pull request 4401, after 0.6.18).
     """
 
     options: Options
+    no_key: float
     mask_of: MaskOf | None = None
     # fa3 ignores the sink of a request without keys.
     sink_needs_keys: bool = False
@@ -93,7 +103,7 @@ class Variant:
         if self.sink_needs_keys and not kv_len:
             options = replace(options, sink=None)
         found = exact(q, k, v, options)
-        return found.out, np.where(found.lse2 == -np.inf, NO_KEY, found.lse2)
+        return found.out, np.where(found.lse2 == -np.inf, self.no_key, found.lse2)
 
 
 def cuda_cores(
@@ -115,7 +125,8 @@ def cuda_cores(
             logits_soft_cap if compiled.use_logits_soft_cap else 0.0,
             alibi_slopes=slopes if compiled.pos_encoding_mode == _ALIBI else None,
             rope=rope,
-        )
+        ),
+        compiled.no_key,
     )
 
 
@@ -161,7 +172,7 @@ def fa3(
         logits_soft_cap if call.compiled.use_logits_soft_cap else 0.0,
         v_scale=call.each(v_scales, v_scale),
     )
-    return Variant(options, mask_of)
+    return Variant(options, call.compiled.no_key, mask_of)
 
 
 def fa3_single(call: Call, v_scales: Array | None, logits_soft_cap: float, sm_scale: float,
@@ -182,20 +193,21 @@ def fa3_fp8(
     options = Options(
         scale, call.causal, _hopper_window(call), v_scale=call.each(v_scales, v_scale)
     )
-    return Variant(options)
+    return Variant(options, call.compiled.no_key)
 
 
 def sink_fa2(call: Call, sink: Array, sm_scale: float) -> Variant:
     """Parse the arguments of fa2 with attention sinks, which always has the window."""
     call.only(masks.NONE, masks.CAUSAL)
-    return Variant(Options(sm_scale, call.causal, call.window_left, sink=sink))
+    options = Options(sm_scale, call.causal, call.window_left, sink=sink)
+    return Variant(options, call.compiled.no_key)
 
 
 def sink_fa3(call: Call, sink: Array, sm_scale: float) -> Variant:
     """Parse the arguments of fa3 with attention sinks."""
     call.only(masks.NONE, masks.CAUSAL)
     options = Options(sm_scale, call.causal, _hopper_window(call), sink=sink)
-    return Variant(options, sink_needs_keys=True)
+    return Variant(options, call.compiled.no_key, sink_needs_keys=True)
 
 
 def _hopper_window(call: Call) -> int:
