@@ -10,6 +10,7 @@ import click
 from fi_ffi.abi.signature import Signature
 from fi_ffi.cli import output
 from fi_ffi.errors import FiFfiError
+from fi_ffi.loader import linking
 from fi_ffi.loader.elf import inspect_elf
 from fi_ffi.loader.fatbin import architectures
 from fi_ffi.loader.runtime import file_signatures
@@ -20,9 +21,11 @@ from fi_ffi.loader.runtime import file_signatures
 @click.option("--no-load", is_flag=True, help="Read FILE without loading it; shows no signatures.")
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 def inspect(file: Path, no_load: bool, as_json: bool) -> None:
-    """Show FILE's functions and signatures, its GPU architectures, and the libraries it needs.
+    """Show FILE's functions and signatures, its GPU architectures, and what it needs.
 
-    FILE is loaded, because the functions themselves report their signatures. Needs no GPU.
+    That is libraries, symbols of libtvm_ffi, and the releases of apache-tvm-ffi that it may have
+    been compiled with. FILE is loaded, because the functions themselves report their signatures.
+    Needs no GPU.
     """
     if file.suffix == ".whl":
         hint = f"`fi-ffi list --kernels {file} --entries` shows what is in a wheel"
@@ -37,6 +40,10 @@ def inspect(file: Path, no_load: bool, as_json: bool) -> None:
         "needed": list(info.needed),
         "runpath": info.runpath,
         "requires": list(info.requires),
+        "tvm_ffi": {
+            "compiled_for": linking.compiled_for(file, info.requires),
+            "exported_by": {name: linking.exporting(name) for name in info.requires},
+        },
         "functions": {name: signatures.get(name) for name in info.functions},
         "signatures_missing_because": problem,
     }
@@ -68,6 +75,7 @@ def _print(document: dict[str, Any]) -> None:
         ("machine", document["machine"]),
         ("architectures", ", ".join(document["architectures"]) or "no device code"),
         ("needs", ", ".join(document["needed"])),
+        ("apache-tvm-ffi", _fitting(document["tvm_ffi"]["compiled_for"])),
         ("size", f"{document['size']:,} bytes"),
     ]
     if document["signatures_missing_because"]:
@@ -75,3 +83,14 @@ def _print(document: dict[str, Any]) -> None:
     output.print_table(document["file"], ("", ""), facts)
     rows = [(name, signature or "") for name, signature in document["functions"].items()]
     output.print_table(output.counted(len(rows), "function"), ("name", "signature"), rows)
+    rows = list(document["tvm_ffi"]["exported_by"].items())
+    title = f"{output.counted(len(rows), 'symbol')} of libtvm_ffi"
+    output.print_table(title, ("needs", "exported by"), rows)
+
+
+def _fitting(releases: list[str]) -> str:
+    """Return what the symbols of a library say about the apache-tvm-ffi it was compiled with."""
+    every = linking.recorded()["releases"]
+    if not releases:
+        return f"none from {every[0]} to {every[-1]} fits its symbols"
+    return f"compiled with {linking.span(releases, every) or 'any'}, by its symbols"

@@ -135,7 +135,7 @@ def _opened(file: ModuleFile, facts: Facts) -> tuple[Any, Object | None]:
     found = ensure_tvm_ffi()
     # One at a time: the descriptor that a library was first opened by must stay open.
     with _linking, held.checked(file.path, file.sha256, file.state) as opened:
-        linking.check(file.path, facts.requires, facts.needed, found)
+        linking.check(file.path, facts.requires, facts.needed, found, opened.name)
         # A library that searches its own folder must be opened there; in the cache it is alone.
         in_place = file.state is not None and "$ORIGIN" in (facts.runpath or "")
         failed: LoaderError | None = None

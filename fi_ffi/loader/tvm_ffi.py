@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 PROJECT = "apache-tvm-ffi"
 MEMBER = "tvm_ffi/lib/libtvm_ffi.so"
 # The C interface only grows within the series, so kernels compiled with older headers work with a
-# newer library. FlashInfer requires at least the first of these releases.
-ACCEPTED = ">=0.1.12,<0.2"
+# newer library. vLLM and SGLang require exactly the first of these releases, and TileLang none
+# later. In those left out, all of them withdrawn, `Optional<Function>` and with it the C++ of
+# `Module` differs from the releases before and after.
+ACCEPTED = ">=0.1.11,<0.2,!=0.1.13,!=0.1.13.post0,!=0.1.13.post1"
 
 _SONAME = "libtvm_ffi.so"
 _INSTALL = f"`pip install '{PROJECT}{ACCEPTED}'`"
@@ -59,6 +61,18 @@ def in_process(soname: str = _SONAME) -> Found | None:
         # If the file was replaced since, only the soname leads to the loaded copy.
         return Found(soname if deleted else path, "already in this process")
     return None
+
+
+def release_of(found: Found) -> str | None:
+    """Return the release of apache-tvm-ffi that a copy belongs to, by the metadata beside it.
+
+    The library's own version is no substitute: three releases report 0.1.16.
+    """
+    if not found.path.endswith(f"/{MEMBER}"):
+        return None
+    packages = Path(found.path.removesuffix(MEMBER))
+    beside = [*packages.glob(f"{PROJECT.replace('-', '_')}-*.dist-info")]
+    return beside[0].name.split("-")[1].removesuffix(".dist") if len(beside) == 1 else None
 
 
 def installed() -> Found:

@@ -41,9 +41,10 @@ def headers() -> Path:
     return Path(str(distribution.locate_file("tvm_ffi/include")))
 
 
-def library(source: Path, made: Path, *options: str) -> Path:
-    """A shared library of a C or C++ source, which may use tvm-ffi's headers."""
-    command = [*cxx(), *_LANGUAGES[source.suffix], "-shared", "-fPIC", "-O0", f"-I{headers()}"]
+def library(source: Path, made: Path, *options: str, include: Path | None = None) -> Path:
+    """A shared library of a C or C++ source, which may use tvm-ffi's headers, or those given."""
+    command = [*cxx(), *_LANGUAGES[source.suffix], "-shared", "-fPIC", "-O0"]
+    command += [f"-I{include or headers()}"]
     command += [str(source), "-xnone", *options, "-o", str(made)]
     subprocess.run(command, check=True, timeout=300)
     return made

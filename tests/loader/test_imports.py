@@ -8,9 +8,11 @@ import struct
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib.metadata import distributions, version
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import fi_ffi
 from fi_ffi.abi.function import register
@@ -18,6 +20,7 @@ from fi_ffi.abi.signature import parse_signature
 from fi_ffi.errors import KernelError, KernelNotFoundError, LoaderError
 from fi_ffi.loader import runtime
 from fi_ffi.loader.elf import inspect_elf
+from fi_ffi.loader.tvm_ffi import PROJECT
 
 from tests.helpers import compiler
 from tests.helpers.children import environment
@@ -276,9 +279,14 @@ print("done")
 
 @pytest.fixture(scope="session")
 def tvm(install):
-    """The folder that apache-tvm is installed in."""
+    """The folder that apache-tvm is installed in, which requires a later apache-tvm-ffi."""
     compiler.cxx()
-    return install(TVM)
+    folder = install(TVM)
+    (found,) = distributions(name="apache-tvm", path=[str(folder)])
+    wanted = {one.name: one.specifier for one in map(Requirement, found.requires or ())}
+    if not wanted[PROJECT].contains(version(PROJECT)):
+        pytest.skip(f"{TVM} requires {PROJECT}{wanted[PROJECT]}")
+    return folder
 
 
 @pytest.mark.timeout(600)

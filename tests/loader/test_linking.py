@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from fi_ffi.loader.elf import inspect_elf
 from tools.record_symbols import symbols_of
 
 from tests.helpers import compiler
-from tests.loader.test_tvm_ffi import OLDEST
+from tests.loader.test_tvm_ffi import NEWEST, OLDEST
 
 NEEDS = """
 #include <tvm/ffi/c_api.h>
@@ -68,14 +67,14 @@ def is_mapped(path: Path) -> bool:
 @pytest.mark.parametrize("symbol", ["TVMFFINoSuch", "_ZN3tvm3ffi6NoSuchEv"])
 def test_a_symbol_that_no_libtvm_ffi_has(symbol, needing, tmp_path):
     path = needing(symbol, before=MARKS.format(tmp_path / "mark"))
-    known = json.loads(linking.SYMBOLS.read_text())
+    oldest, *_, newest = linking.recorded()["releases"]
     for _ in range(2):  # the second time by what is remembered of the file
         with pytest.raises(LoaderError) as caught:
             fi_ffi.module(path)
         told = str(caught.value)
         assert told.startswith(f"{path} needs {symbol}, which the libtvm_ffi of this process lacks")
         assert runtime.ensure_tvm_ffi().path in told
-        assert f"no apache-tvm-ffi from {known['oldest']} to {known['newest']} has {symbol}" in told
+        assert f"no apache-tvm-ffi from {oldest} to {newest} has {symbol}" in told
         assert "`pip install -U apache-tvm-ffi`" in told
         assert not is_mapped(path)
     assert not (tmp_path / "mark").exists()
@@ -146,20 +145,122 @@ def test_an_older_libtvm_ffi(child, install, needing):
     ):
         assert told.startswith(f"{path} needs {symbol}, which the libtvm_ffi of this process lacks")
         assert f"({folder / tvm_ffi.MEMBER}, installed {OLDEST})" in told
-        assert "apache-tvm-ffi>=0.1.13.post2 has it" in told
-        assert "`pip install 'apache-tvm-ffi>=0.1.13.post2,<0.2'`" in told
-    assert child(program) == "('found',)\n('found',)"  # the installed one has both
+        assert "apache-tvm-ffi>=0.1.13 has it" in told
+        assert "`pip install 'apache-tvm-ffi>=0.1.13,<0.2'`" in told
+    assert child(program, install(f"apache-tvm-ffi=={NEWEST}")) == "('found',)\n('found',)"
 
 
 def test_the_record_of_symbols_is_libtvm_ffis():
     """Of the installed one; tools/record_symbols.py reads those of all."""
     installed = importlib.metadata.distribution(tvm_ffi.PROJECT)
+    assert installed.version in linking.recorded()["releases"]
     has = symbols_of(Path(str(installed.locate_file(tvm_ffi.MEMBER))))
     assert "TVMFFIGetVersion" in has and len(has) > 60
-    known = json.loads(linking.SYMBOLS.read_text())
-    assert len(known["symbols"]) > 10
-    for symbol, versions in known["symbols"].items():
-        assert SpecifierSet(versions).contains(installed.version) == (symbol in has), symbol
+    symbols = linking.recorded()["symbols"].items()
+    assert has == {name for name, of in symbols if SpecifierSet(of).contains(installed.version)}
+    assert len([name for name, of in symbols if of]) > 10
+
+
+def test_a_span_of_releases():
+    every = ["0.1", "0.2", "0.3", "0.4", "0.5"]
+    for of in ("0.1 0.2 0.3 0.4 0.5", "0.3", "0.1 0.2", "0.4 0.5", "0.1 0.2 0.5", "0.2 0.4"):
+        span = linking.span(of.split(), every)
+        assert [one for one in every if SpecifierSet(span).contains(one)] == of.split()
+    assert linking.span(every, every) == "" and linking.span(every[1:], every) == ">=0.2"
+
+
+# Libraries that a compiler made with the headers of one release, beside the libtvm_ffi of another.
+
+HERE = Path(__file__).parent
+ASK = """
+    {before}
+    import fi_ffi
+    from fi_ffi.errors import LoaderError
+
+    try:
+        module = fi_ffi.module({path!r})
+        made = {call}
+        print(made)
+    except LoaderError as error:
+        print(error)
+"""
+CALLS = {
+    "own_module.cc": "[module.ask(module.make(), name) for name in ('seven', 'eight')], '[7, -1]'",
+    "writes_json.cc": "module.text([1, None, 'two']), '[1,null,\"two\"]'",
+}
+BY_VALUE = "_ZN3tvm3ffi4json9StringifyERKNS0_3AnyENS0_8OptionalIivEE"
+BY_REFERENCE = "_ZN3tvm3ffi4json9StringifyERKNS0_3AnyERKNS0_8OptionalIivEE"
+WITHDRAWN = "0.1.13"
+
+
+@pytest.fixture
+def compiled_with(install, tmp_path):
+    """Compiles a source of this folder with a release's headers."""
+
+    def make(source: str, release: str) -> Path:
+        folder = install(f"{tvm_ffi.PROJECT}=={release}")
+        made = tmp_path / f"{release}-{source}.so"
+        return compiler.library(HERE / source, made, include=folder / "tvm_ffi" / "include")
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("source", "headers", "release", "lacks"),
+    [
+        ("own_module.cc", OLDEST, OLDEST, None),
+        ("own_module.cc", OLDEST, NEWEST, None),
+        ("own_module.cc", NEWEST, NEWEST, None),
+        ("own_module.cc", NEWEST, OLDEST, None),
+        ("writes_json.cc", OLDEST, OLDEST, None),
+        ("writes_json.cc", OLDEST, NEWEST, (BY_VALUE, "<=0.1.12")),
+        ("writes_json.cc", NEWEST, NEWEST, None),
+        ("writes_json.cc", NEWEST, OLDEST, (BY_REFERENCE, ">=0.1.13")),
+    ],
+)
+def test_headers_of_one_release_and_the_library_of_another(
+    source, headers, release, lacks, compiled_with, child, install
+):
+    path = compiled_with(source, headers)
+    program = ASK.format(before="", path=str(path), call=CALLS[source])
+    told = child(program, install(f"{tvm_ffi.PROJECT}=={release}"))
+    if lacks is None:
+        got, expected = eval(told)
+        assert str(got) == expected
+    else:
+        symbol, versions = lacks
+        assert told.startswith(f"{path} needs {symbol}, which the libtvm_ffi of this process")
+        assert f"installed {release}" in told
+        assert f"{tvm_ffi.PROJECT}{versions} has it: `pip install '" in told
+    assert headers in linking.compiled_for(path, inspect_elf(path).requires)
+
+
+@pytest.mark.parametrize(
+    ("headers", "refused"),
+    [
+        (OLDEST, False),  # of 0.1.13 by its symbols, perhaps
+        (WITHDRAWN, False),
+        (NEWEST, True),
+    ],
+)
+def test_a_symbol_that_means_something_else(headers, refused, compiled_with, child, install):
+    """What a mangled name leaves out: 0.1.13 returns twice as much from `GetFunction`.
+
+    Refused is what was certainly compiled for other releases. What might be of that one is loaded,
+    and not called here.
+    """
+    path = compiled_with("own_module.cc", headers)
+    library = install(f"{tvm_ffi.PROJECT}=={WITHDRAWN}") / tvm_ffi.MEMBER
+    before = f"from fi_ffi.abi._cffi import ffi; ffi.dlopen({str(library)!r})"
+    told = child(ASK.format(before=before, path=str(path), call="module.entries()"))
+    assert (WITHDRAWN in linking.compiled_for(path, inspect_elf(path).requires)) != refused
+    if not refused:
+        assert told == "('ask', 'make')"
+        return
+    assert told.startswith(f"{path} needs _ZN3tvm3ffi9ModuleObj11GetFunctionERKNS0_6StringEb as ")
+    assert "apache-tvm-ffi>=0.1.15.post1 has it (ModuleObj::GetFunction returns 8 bytes)" in told
+    assert f"{WITHDRAWN}, ModuleObj::GetFunction returns 16 bytes ({library}, already in" in told
+    assert "`pip install 'apache-tvm-ffi>=0.1.15.post1,<0.2'`" in told
 
 
 ASKS = """

@@ -1,6 +1,7 @@
 // Types and functions that are registered, none exported, and that misbehave.
 #include <tvm/ffi/function.h>
 #include <tvm/ffi/object.h>
+#include <tvm/ffi/optional.h>
 #include <tvm/ffi/reflection/overload.h>
 #include <tvm/ffi/reflection/registry.h>
 #include <tvm/ffi/string.h>
@@ -20,6 +21,17 @@ class OddObj : public Object {
 class Odd : public ObjectRef {
  public:
   TVM_FFI_DEFINE_OBJECT_REF_METHODS_NULLABLE(Odd, ObjectRef, OddObj);
+};
+
+// Holds objects of any type.
+class HolderObj : public Object {
+ public:
+  ObjectRef value;
+  Optional<ObjectRef> optional_value;
+  HolderObj(ObjectRef value, Optional<ObjectRef> optional_value)
+      : value(value), optional_value(optional_value) {}
+  static constexpr bool _type_mutable = true;
+  TVM_FFI_DECLARE_OBJECT_INFO_FINAL("fi_ffi_tests.Holder", HolderObj, Object);
 };
 
 static int fail(void*, TVMFFIAny*) {
@@ -42,6 +54,10 @@ TVM_FFI_STATIC_INIT_BLOCK() {
       .def("itself", [](Odd self) { return self; })
       .def("either", [](const OddObj*, int64_t value) { return value; })
       .def("either", [](const OddObj*, String text) { return static_cast<int64_t>(text.size()); });
+  refl::ObjectDef<HolderObj>()
+      .def(refl::init<ObjectRef, Optional<ObjectRef>>())
+      .def_rw("value", &HolderObj::value)
+      .def_rw("optional_value", &HolderObj::optional_value);
   // By hand: a field whose getter fails, and a method that takes any number of arguments.
   TVMFFIFieldInfo field{};
   field.name = {"fails", 5};

@@ -133,7 +133,12 @@ def test_setting_fields():
     with pytest.raises(AttributeError, match="has no 'v_i6'"):
         _ = made.v_i6
     assert (made.v_i64, made.v_f64) == (8, 0.5)
-    holder = fi_ffi.object_type("testing.TestObjectPtrHolder")(made, None)
+
+
+def test_fields_that_hold_objects(hostile):
+    make = fi_ffi.object_type("testing.TestObjectDerived")
+    made = make(v_i64=8, v_f64=0.5, v_str="text", v_map={}, v_array=[])
+    holder = fi_ffi.object_type("fi_ffi_tests.Holder")(made, None)
     assert holder.optional_value is None and holder.value.v_i64 == 8
     holder.optional_value = made
     assert made.use_count == 3
@@ -156,7 +161,7 @@ def test_released_objects():
 
 def test_a_method_keeps_its_object():
     made = fi_ffi.object_type("testing.TestIntPair")(2, 5)
-    holder = fi_ffi.object_type("testing.TestObjectPtrHolder")
+    holder = fi_ffi.object_type("testing.TestObjectDerived")
     assert holder.fields
     total = made.sum
     assert made.use_count == 1
@@ -249,7 +254,7 @@ import fi_ffi
 fi_ffi.module(sys.argv[1])
 made = fi_ffi.object_type("testing.TestIntPair")(2, 5)
 total = made.sum
-kept = fi_ffi.object_type("testing.TestObjectPtrHolder")
+kept = fi_ffi.object_type("testing.TestObjectDerived")
 fi_ffi.function("testing.echo")([made, total])
 print(total())
 """
