@@ -39,6 +39,11 @@ SPECS = {
                         options={"kv_scale": 0.5}),
     "drafts, sinks": Spec(queries=4, lengths=(9, 70), options=SINKS),
     "sinks": Spec(options=SINKS),
+    "lengths of int32": Spec(of_lengths=np.int32),
+    "drafts, lengths of int32": Spec(queries=4, lengths=(4, 16, 17, 300), of_lengths=np.int32),
+    # The pages hold 20 * 16 keys.
+    "drafts, a window of all": Spec(queries=4, tree=True, lengths=(4, 17, 300), window=320),
+    "drafts, a window of more": Spec(queries=4, lengths=(4, 17, 300), window=2**31 - 1),
 }  # fmt: skip
 
 
@@ -123,6 +128,8 @@ def _wrong_drafts() -> dict[str, tuple[dict[str, object], str, str]]:
         "a mask at an odd address": (
             {"mask": np.zeros(17, np.uint16)[1:].reshape(2, 4, 2)}, "mask", "4 bytes"),
         "a window": ({"sliding_win_size": 20}, "sliding_win_size", "whole tiles"),
+        # The pages hold 3 * 16 keys.
+        "a window of all but one": ({"sliding_win_size": 47}, "sliding_win_size", "48 or more"),
         "an output of one query": (
             {"output": np.zeros((2, 1, 8, 128), BF16)}, "output", "rank 5"),
         "one query": ({"q": np.zeros((2, 1, 1, 8, 128), BF16)}, "q", "one in rank 4"),

@@ -73,6 +73,11 @@ XQA = {
         "q_scale": np.array([0.25], np.float32)}),
     "drafts, sinks": replace(_PLAIN, queries=4, lengths=(70, 3000), options={
         "sinks": np.linspace(-2, 3, 8, dtype=np.float32).reshape(2, 4)}),
+    "lengths of int32": replace(_PLAIN, of_lengths=np.int32),
+    "drafts, lengths of int32": replace(
+        _PLAIN, queries=4, lengths=(4, 16, 17, 300), of_lengths=np.int32),
+    "drafts, a window of all": replace(
+        _PLAIN, queries=4, tree=True, lengths=(4, 17, 300), window=320),
     # More rows than a block has: another module, which takes any number.
     "many drafts": replace(_PLAIN, queries=40, tree=True, lengths=(40, 41, 300, 5000)),
     "fp8, drafts": replace(_IN_FP8, window=0, queries=4, tree=True, lengths=(4, 64, 3000)),

@@ -53,7 +53,7 @@ def xqa(
             num_kv_heads, page_size, head_dim], of q's dtype or float8_e4m3fn; with the same
             strides, which are multiples of head_dim. page_size is 16, 32, 64 or 128.
         page_table: [batch_size, max_pages] int32: each request's pages.
-        seq_lens: [batch_size, 1] uint32: each request's keys, at least 1. They include the keys of
+        seq_lens: [batch_size, 1] uint32 or int32: each request's keys, at least 1. They include the keys of
             its queries, so several queries need at least q_seq_len.
         output: as q, written; of q's dtype, or float8_e4m3fn with fp8 keys; contiguous.
         workspace_buffer: uint8 scratch that no other stream uses. By default each stream has
@@ -66,6 +66,7 @@ def xqa(
         q_scale: a number, or [1] float32 on the device.
         kv_scale: the same, for fp8 caches.
         sliding_win_size: each query sees this many of the last keys, its own included; 0 for all.
+            For several queries 0, or as many as the pages of `page_table` hold, which is the same.
         mask: required for several queries: [batch_size, q_seq_len, 2 * ceil(q_seq_len / 32)]
             uint16. Bit j of row i (lowest first, 16 a word) says whether query i sees the key of
             query j. Every query must see its own key, and sees all earlier keys.
@@ -92,9 +93,12 @@ def xqa(
     device = q.device
     (row,) = in_use((XQA if queries == 1 else XQA_SPEC_DEC,), device)
     window = check_int(_OP, "sliding_win_size", sliding_win_size, 0)
+    room = table.shape[1] * page_size
+    if queries > 1 and window >= room:
+        window = 0
     dtypes = {"Q": q.dtype.name, "KV": caches[0].dtype.name, "O": output.dtype.name}
     _check_dtypes(q, caches[0], output)
-    bits = _check_several(mask, batch, queries, heads // kv_heads, window, sinks is not None)
+    bits = _check_several(mask, batch, queries, heads // kv_heads, window, sinks is not None, room)
     module = module_name(
         "xqa", input_dtype=dtypes["Q"], output_dtype=dtypes["O"], kv_cache_dtype=dtypes["KV"],
         page_size=page_size, head_dim=head_dim, head_group_ratio=heads // kv_heads,
@@ -111,7 +115,7 @@ def xqa(
         rcpOutScale=check_number(_OP, "rcp_out_scale", rcp_out_scale, 0.0), q=q,
         attentionSinks=sinks,
         kCacheVLLM=caches[0], vCacheVLLM=caches[1], kvCachePageList=table,
-        maxSeqLen=table.shape[1] * page_size, seqLen=seq_lens, batchSize=batch, qSeqLen=queries,
+        maxSeqLen=room, seqLen=seq_lens, batchSize=batch, qSeqLen=queries,
         mask=bits, semaphores=semaphores, scratch=workspace_buffer, enable_pdl=enable_pdl,
         **_scale(_OP, "q_scale", q_scale, "qScale", "qScaleTensor"),
         **_scale(_OP, "kv_scale", kv_scale, "kvCacheScale", "kvScaleTensor"),
@@ -146,7 +150,7 @@ def xqa_mla(
             first 512 elements of `v_cache`. Both have the same strides. page_size is 16, 32, 64 or
             128.
         page_table: [batch_size, max_pages] int32: each request's pages.
-        seq_lens: [batch_size, 1] uint32: each request's keys, at least 1.
+        seq_lens: [batch_size, 1] uint32 or int32: each request's keys, at least 1.
         output: [batch_size, 1, 128, 512] bfloat16, written; contiguous.
         workspace_buffer: uint8 scratch that no other stream uses, 18432 bytes per request. By
             default each stream has scratch and semaphores allocated by fi_ffi.
@@ -238,7 +242,7 @@ def _heads(q: TensorDesc, kv_heads: int) -> tuple[int, int, int]:
 
 
 def _check_several(
-    mask: object, batch: int, queries: int, group: int, window: int, has_sinks: bool
+    mask: object, batch: int, queries: int, group: int, window: int, has_sinks: bool, room: int
 ) -> TensorDesc | None:
     """Return the mask of several queries; raise for combinations that the kernels compute
     wrongly."""
@@ -255,7 +259,7 @@ def _check_several(
         expected = f"shape {shape}: a bit for each query, in words of 16, two at a time"
         raise ArgumentError(_OP, "mask", got=desc.layout, expected=expected)
     if window:
-        expected = "0 with several queries: the kernel hides only whole tiles of keys"
+        expected = f"0, or {room} or more, with several queries: the kernel hides only whole tiles"
         raise ArgumentError(_OP, "sliding_win_size", got=window, expected=expected)
     if has_sinks and query_blocks(queries, group) > 1 and XQA_ROWS % group:
         got = f"{queries} queries of {group} heads that share keys"
