@@ -368,6 +368,21 @@ BATCH_ATTENTION = (
     ),
 )  # fmt: skip
 
+# The same over keys and values of 4 bits.  Later releases find scales by strides of their own,
+# which their binding sets to 0: every token's scales are then those of the first.
+BATCH_ATTENTION_FP4 = (
+    BATCH_ATTENTION[0],
+    _row(
+        "batch_attention", "run", "_fp4", "batch_attention_jit_binding.cu",
+        "Attention over a paged cache of 4 bits, of prefills and decodes at once.",
+        *(_packed(arg) if isinstance(arg, Tensor) and arg.name in ("k_cache", "v_cache") else arg
+          for arg in BATCH_ATTENTION[1].args[:-2]),
+        _in_blocks("k", _PAGED_K.axes, "keys"), _in_blocks("v", _PAGED_V.axes, "values"),
+        same_strides=("k_cache", "v_cache"), nothing_axis="nnz_qo",
+        **_IN_4_BITS | {"releases": ">=0.6.10,<0.6.15"},
+    ),
+)  # fmt: skip
+
 # Multi-head latent attention over a paged cache.  From 0.7.0 on the planner leaves the copy to
 # the device to its caller, and returns how many bytes that is, after the plan's info.
 WITH_COPY = "Tuple<Array<int>, int>"

@@ -53,8 +53,8 @@ def xqa(
             num_kv_heads, page_size, head_dim], of q's dtype or float8_e4m3fn; with the same
             strides, which are multiples of head_dim. page_size is 16, 32, 64 or 128.
         page_table: [batch_size, max_pages] int32: each request's pages.
-        seq_lens: [batch_size, 1] uint32 or int32: each request's keys, at least 1. They include the keys of
-            its queries, so several queries need at least q_seq_len.
+        seq_lens: [batch_size, 1] uint32 or int32: each request's keys, at least 1. They include the
+            keys of its queries, so several queries need at least q_seq_len.
         output: as q, written; of q's dtype, or float8_e4m3fn with fp8 keys; contiguous.
         workspace_buffer: uint8 scratch that no other stream uses. By default each stream has
             scratch and semaphores allocated by fi_ffi.
