@@ -202,6 +202,8 @@ PREFILL_OPTIONS: Table = {
                                  scales="qkv heads", **FP8)),
     **under("fp8, window", table(WINDOWS, RAGGED_OR_PAGED, CAUSAL, backend="fa3", **FP8)),
     "fp8, auto": Spec(backend="auto", **FP8),
+    **under("fp8, bfloat16 outputs", table(RAGGED_OR_PAGED, CAUSAL, backend="fa3", heads=8,
+                                           **FP8 | {"o_dtype": "bfloat16"})),
     **under("head sizes apart", table(BOTH, RAGGED, CAUSAL, **WIDE)),
     # fa3 has no paged keys with these: "auto" takes fa2 then.
     **under("head sizes apart", table(each("backend", "fa2", "auto"), PAGED[5:7], CAUSAL, **WIDE)),
