@@ -83,6 +83,10 @@ class Call:
         for name, axis, pad in (("g", 1, pads[0]), ("initial_state", 0, pads[1])):
             if pad:
                 self.arrays[name] = apart(self.arrays[name], axis, pad)
+        if t == 1 and form != "starts":  # the stride of an axis of one token is any
+            g = self.arrays["g"]
+            strides = (g.strides[0], 2, *g.strides[2:])
+            self.arrays["g"] = np.lib.stride_tricks.as_strided(g, g.shape, strides)
         self.options: dict[str, Any] = {"use_gate_in_kernel": is_gated} | options
         if t > 1:
             self.options["num_spec_tokens"] = t - 1
