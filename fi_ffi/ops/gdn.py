@@ -59,6 +59,10 @@ class Kernel:
     disable_state_update: bool = False
     use_qk_l2norm: bool = True
     scale: float = _SIZE**-0.5
+    # Of a bfloat16 pool whose slots lie apart: their number, and the elements from one to the next.
+    # Slots one after another are 0, 0: their number is free.
+    slots: int = 0
+    slot_stride: int = 0
 
     @property
     def kind(self) -> str:
@@ -81,7 +85,10 @@ class Kernel:
     def _of_bfloat16(self, arch: str, is_packed: bool, sms: int) -> tuple[str, Sequence[object]]:
         wide, tile = self._tile(sms)
         is_off = self.disable_state_update or (wide and self.keeps_each)
-        before = (self.t, self.h, self.hv, _SIZE, _SIZE, -1, (-1,), tile)
+        pool: tuple[object, ...] = (-1, (-1,))
+        if self.slot_stride:
+            pool = (self.slots, (self.slot_stride, _SIZE * _SIZE, _SIZE, 1))
+        before = (self.t, self.h, self.hv, _SIZE, _SIZE, *pool, tile)
         after = (is_off, self.keeps_each, self.use_qk_l2norm, self.scale, 1.0, 20.0, is_packed,
                  self.is_same_pool)  # fmt: skip
         dtypes = ("float32", self.dt_bias_dtype, self.index_dtype)
@@ -200,8 +207,9 @@ def row_of(kernel: Kernel, symbol: str = "") -> Row:
     # numpy aligns CPU memory to 16 bytes only.
     at: dict[str, Any] = {"alignment": 32 if is_bf16 and symbol else 16, "in_vectors": False}
     of_state: dict[str, Any] = {"dtype": kernel.state_dtype, "contiguous": True, **at}
-    if kind == "float32" and has_slots:  # slots may have a stride
-        of_state |= {"contiguous": False, "packed": 3, "in_vectors": True}
+    if kernel.slot_stride or (kind == "float32" and has_slots):  # slots may have a stride
+        # Modules for bfloat16 slots that lie apart are compiled for how far, and load accordingly.
+        of_state |= {"contiguous": False, "packed": 3, "in_vectors": not is_bf16}
     elif not is_bf16:
         of_state["view"] = ((0, 1), (2,), (3,))
     if kind == "float32_tokens":
@@ -355,7 +363,9 @@ def _family_of(kernel: Kernel, b: int) -> str:
     if kernel.state_layout == "VK":
         options |= {
             "tokens": (kernel.t, 1), "state": (_SHORT[kernel.state_dtype], "f32"),
-            "indices": (_SHORT[kernel.index_dtype], "i32"), "pool": (int(kernel.is_indexed), 1),
+            "indices": (_SHORT[kernel.index_dtype], "i32"),
+            "slots": (kernel.slots, 0), "slot_stride": (kernel.slot_stride, 0),
+            "pool": (int(kernel.is_indexed), 1),
             "split": (int(not kernel.is_same_pool), 0), "steps": (int(kernel.keeps_each), 0),
             "update": (int(not kernel.disable_state_update), 1),
         }  # fmt: skip
@@ -395,8 +405,9 @@ def gdn_decode(
         q, k: [b, t, H, 128] bfloat16, t tokens of each request.
         v: [b, t, HV, 128] bfloat16; HV is a multiple of H.
         state: [slots, HV, 128, 128] bfloat16 or float32 as [value, key], updated in place. Without
-            `initial_state_indices`, [b, HV, 128, 128]. For one token, float32 slots may have a
-            stride.
+            `initial_state_indices`, [b, HV, 128, 128]. Slots may lie apart: bfloat16 slots, whose
+            number and distance are then compiled into the module, and for one token float32
+            slots, by multiples of 16 bytes.
         A_log: [HV] float32.
         a, b: [b, t, HV] bfloat16; for float32 states and one token also float16 and float32.
         dt_bias: [HV] float32 or bfloat16.
@@ -438,7 +449,8 @@ def gdn_decode(
     options = (disable_state_update, use_qk_l2norm, state_layout, scale)
     key: object = (
         q.kind, q.shape[1:], v.shape[1:], state.kind, dt_bias.kind, a.kind, b.kind, of_index,
-        output_state_indices is None, buffer is None, options, type(scale), generation.number,
+        output_state_indices is None, buffer is None, options, type(scale), _apart(state),
+        generation.number,
     )  # fmt: skip
     try:
         kernels = _kernels.get(key)
@@ -454,6 +466,18 @@ def gdn_decode(
         q, k, v, state, A_log, a, dt_bias, b, output, index,
         index if output_state_indices is None else output_state_indices, buffer,
     )  # fmt: skip
+
+
+def _apart(state: TensorDesc) -> tuple[int, int]:
+    """Return the number of slots and the elements from one to the next, for bfloat16 slots that lie
+    apart; otherwise 0, 0."""
+    shape = state.shape
+    if len(shape) != 4 or shape[0] < 2:
+        return 0, 0
+    stride = state.strides[0]
+    if stride == shape[1] * shape[2] * shape[3] or state.dtype.name != "bfloat16":
+        return 0, 0
+    return shape[0], stride
 
 
 class _Kernels:
@@ -527,7 +551,7 @@ def _kernels_of(
         heads, v.shape[2], tokens, 1, state_dtype, dt_bias.dtype.name,
         (a.dtype.name, b.dtype.name), index_dtype, state_layout, is_indexed,
         output_state_indices is None, buffer is not None, disable_state_update, use_qk_l2norm,
-        _SIZE**-0.5 if scale is None else check_number(_OP, "scale", scale),
+        _SIZE**-0.5 if scale is None else check_number(_OP, "scale", scale), *_apart(state),
     )  # fmt: skip
     return _Kernels(kernel, q.device)
 

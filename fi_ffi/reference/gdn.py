@@ -219,7 +219,10 @@ def _decay_of(a: Inputs, i: int, t: int) -> _Value:
 
 def _beta_of(a: Inputs, i: int, t: int) -> _Value:
     """Return how much of a token is written, for each head."""
-    x = a["b"][i, t]
+    return _logistic(a["b"][i, t])
+
+
+def _logistic(x: Array) -> _Value:
     value = 1 / (1 + np.exp(-x))
     return _Value(value, value * _EXP * (2 + np.abs(x)))
 
@@ -341,36 +344,100 @@ def _decode_of_keys(a: Inputs) -> Exact:
     return {**found, "state": (values, off)}
 
 
+class _Request(NamedTuple):
+    """A request of `recurrent_kda`: the slot where it starts, its tokens, and where the state after
+    each goes (negative: it is no token)."""
+
+    source: int
+    tokens: list[int]
+    targets: list[int]
+
+
+def _requests_of(a: Inputs, b: int) -> list[_Request]:
+    if "cu_seqlens" not in a:
+        return [_Request(i, [i], [i]) for i in range(b)]
+    starts = a["cu_seqlens"].astype(int)
+    slots = a["ssm_state_indices"].astype(int).reshape(len(starts) - 1, -1)
+    found = []
+    for i, (start, end) in enumerate(pairwise(starts)):
+        if start < 0 or end > b:
+            raise IndexError(f"request {i} has tokens {start} to {end} of {b}")
+        first = int(a["num_accepted_tokens"][i]) - 1 if "num_accepted_tokens" in a else 0
+        source = slots[i, min(max(first, 0), slots.shape[1] - 1)]
+        count = min(end - start, slots.shape[1])
+        tokens = list(range(start, start + count))
+        found.append(_Request(max(int(source), 0), tokens, list(map(int, slots[i, :count]))))
+    return found
+
+
+def _decay_of_keys(a: Inputs, g: Array, heads: int) -> _Value:
+    """Return the part of each head's state that is kept before a token, for each key."""
+    if "A_log" not in a:
+        kept = np.exp(g)
+        return _Value(kept, kept * _EXP * (2 + 2 * np.abs(g)))
+    each, power = heads // len(a["A_log"]), a["A_log"]
+    x = g + np.repeat(a["dt_bias"].reshape(len(power), -1), each, axis=0) if "dt_bias" in a else g
+    power = np.repeat(power, each)[:, None]
+    rate = np.exp(power)
+    if a["has_bound"]:
+        y = rate * x
+        share = 1 / (1 + np.exp(-y))
+        off_share = share * (1 - share) * np.abs(y) * (2 + np.abs(power)) + 2 * share
+        step = a["lower_bound"] * share
+        kept = np.exp(step)
+        return _Value(kept, kept * _EXP * (2 + np.abs(step) + abs(a["lower_bound"]) * off_share))
+    step = np.where(x <= 20, np.log1p(np.exp(np.minimum(x, 20))), x)
+    kept = np.exp(-rate * step)
+    off = kept * (rate * _LOG * (1 + step) + _EXP * (2 + rate * step * (1 + np.abs(power))))
+    return _Value(kept, off)
+
+
 def _kda(a: Inputs) -> Exact:
-    """Decode of Kimi's delta attention: a decay for each key, and one token."""
-    heads, size = a["v"].shape[2:]
-    states, out = a["initial_state"].copy(), a["output"].copy()
-    off_states, off_out = np.zeros_like(states), np.zeros_like(out)
-    each = heads // a["q"].shape[2]
-    for i in range(len(states)):
-        q, k = (
-            _of_length_1(a[name][i, 0], heads, True, scale, a.get("eps", 1e-6))
-            for name, scale in (("q", a["scale"]), ("k", 1.0))
-        )
-        x, share = a["g"][i, 0], a["beta"][i, 0]
-        rate = power = np.ones((heads, 1))
-        if "A_log" in a:
-            x = x + np.repeat(a["dt_bias"].reshape(-1, size), each, axis=0)
-            power = np.repeat(a["A_log"], each)[:, None]
-            rate = np.exp(power)
-            x = -np.where(x <= 20, np.log1p(np.exp(np.minimum(x, 20))), x)
-        kept = np.exp(rate * x)
-        off = kept * (rate * _LOG * (1 + np.abs(x)) * ("A_log" in a))
-        off += kept * _EXP * (2 + np.abs(rate * x) * (1 + np.abs(power)))
-        state = _Value(states[i], 0.0)
-        read = _step(state, q, k, a["v"][i, 0], _Value(kept, off), _Value(share, 0 * share))
-        states[i], off_states[i] = state.value, state.off
-        out[i, 0], off_out[i, 0] = read.value, read.off
-    return {"initial_state": (states, off_states / SLACK), "output": (out, off_out / SLACK)}
+    """Decode of Kimi's delta attention: a decay for each key."""
+    heads = a["v"].shape[2]
+    before = a["initial_state"]
+    states, off_states = before.copy(), np.zeros_like(before)
+    q, k, v, g, out = (
+        a[name].reshape(-1, *a[name].shape[2:]) for name in ("q", "k", "v", "g", "output")
+    )
+    beta, out = a["beta"].reshape(-1, heads), out.copy()
+    off_out = np.zeros_like(out)
+    # The kernel for several tokens clears what no request has.
+    is_cleared = "num_accepted_tokens" in a
+    if is_cleared:
+        out[int(a["cu_seqlens"][-1]) :] = 0
+    for i, (source, tokens, targets) in enumerate(_requests_of(a, len(q))):
+        if max(source, *targets, 0) >= len(before):
+            raise IndexError(f"request {i} has state {max(source, *targets)} of {len(before)}")
+        state = _Value(before[source], 0.0)
+        for token, target in zip(tokens, targets, strict=True):
+            if target < 0:
+                if is_cleared:
+                    out[token] = 0
+                continue
+            of_q, of_k = (
+                _of_length_1(
+                    x[token], heads, a["use_qk_l2norm_in_kernel"], scale, a.get("eps", 1e-6)
+                )
+                for x, scale in ((q, a["scale"]), (k, 1.0))
+            )
+            keep, share = _decay_of_keys(a, g[token], heads), _Value(beta[token], 0 * beta[token])
+            if a["beta_is_logit"]:
+                share = _logistic(beta[token])
+            read = _step(state, of_q, of_k, v[token], keep, share)
+            states[target], off_states[target] = state.value, state.off
+            out[token], off_out[token] = read.value, read.off
+    shape = a["output"].shape
+    return {
+        "initial_state": (states, off_states / SLACK),
+        "output": (out.reshape(shape), off_out.reshape(shape) / SLACK),
+    }
 
 
 EXACT: dict[str, Formula] = {
     "recurrent_kda": _kda,
+    "recurrent_kda_packed": _kda,
+    "recurrent_kda_tokens": _kda,
     "gdn_prefill": gdn_prefill,
     "gdn_prefill_cute": gdn_prefill_cute,
     "gdn_decode": lambda a: _decode(a, "null slot"),

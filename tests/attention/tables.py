@@ -202,6 +202,8 @@ PREFILL_OPTIONS: Table = {
                                  scales="qkv heads", **FP8)),
     **under("fp8, window", table(WINDOWS, RAGGED_OR_PAGED, CAUSAL, backend="fa3", **FP8)),
     "fp8, auto": Spec(backend="auto", **FP8),
+    **under("fp8, bfloat16 outputs", table(RAGGED_OR_PAGED, CAUSAL, backend="fa3", heads=8,
+                                           **FP8 | {"o_dtype": "bfloat16"})),
     **under("head sizes apart", table(BOTH, RAGGED, CAUSAL, **WIDE)),
     # fa3 has no paged keys with these: "auto" takes fa2 then.
     **under("head sizes apart", table(each("backend", "fa2", "auto"), PAGED[5:7], CAUSAL, **WIDE)),
@@ -294,6 +296,19 @@ ATTENTION: Table = {
     **under("cap", table(each("cap", 1.0, 30.0), CAUSAL, **_ATTENTION)),
     **under("fp8 keys", table(CAUSAL, each("scales", "", "kv numbers"), kv_dtype="float8_e4m3fn",
                               **_ATTENTION)),
+    **under("NVFP4", table(_DTYPES, PAGED, CAUSAL, family="batch_attention", **_FP4)),
+    **under("NVFP4, group", table([
+        {"heads": 2, "kv_heads": 2}, {"heads": 8, "kv_heads": 1}, {"heads": 10, "kv_heads": 2},
+    ], CAUSAL, **_ATTENTION, **_FP4)),
+    **under("NVFP4, mixed", table([
+        {"lengths": ((300, 20000), (1, 9000), (0, 3), (1, 1), (1, 0), (5, 5))},
+        {"lengths": ((1, 32768), (3, 5))},
+    ], causal=True, heads=2, kv_heads=1, **_ATTENTION, **_FP4)),
+    **under("NVFP4, rows apart", table(each("layout", "NHD", "HND"), pad=16, **_ATTENTION, **_FP4)),
+    "NVFP4, together": Spec(together=True, **_ATTENTION, **_FP4),
+    "NVFP4, scales": Spec(scales="kv numbers", causal=True, **_ATTENTION, **_FP4),
+    "NVFP4, cap": Spec(cap=30.0, **_ATTENTION, **_FP4),
+    "NVFP4, pages at the run": Spec(indices_at_run=True, **_ATTENTION, **_FP4),
 }  # fmt: skip
 
 _MLA = {"family": "batch_mla", "dtype": "bfloat16", "dim": 512}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -39,6 +40,14 @@ SPECS = {
                         options={"kv_scale": 0.5}),
     "drafts, sinks": Spec(queries=4, lengths=(9, 70), options=SINKS),
     "sinks": Spec(options=SINKS),
+    "lengths of int32": Spec(of_lengths=np.int32),
+    "drafts, lengths of int32": Spec(queries=4, lengths=(4, 16, 17, 300), of_lengths=np.int32),
+    # The pages hold 20 * 16 keys.
+    "drafts, a window of all": Spec(queries=4, tree=True, lengths=(4, 17, 300), window=320),
+    "drafts, a window": Spec(queries=4, lengths=(4, 17, 300), window=20),
+    "drafts, a window of one": Spec(queries=4, tree=True, lengths=(4, 17, 300), window=1),
+    "drafts, a window of all but one": Spec(queries=3, tree=True, lengths=(3, 319), window=319),
+    "drafts, a window of more": Spec(queries=4, lengths=(4, 17, 300), window=2**31 - 1),
 }  # fmt: skip
 
 
@@ -113,6 +122,22 @@ def test_the_judge_sees_a_wrong_result(rng):
     assert batch.check(HostArray) > 1
 
 
+@pytest.mark.parametrize(("release", "window", "words"), [
+    ("0.6.15", 20, "the kernels of FlashInfer 0.6.15 hide only whole tiles"),
+    ("0.6.13", 47, "0, or 48 or more"), ("0.6.13", 48, ""), ("0.6.16", 20, ""),
+])  # fmt: skip
+def test_windows_of_several_queries(release, window, words, rng, monkeypatch):
+    """The pages hold 3 * 16 keys."""
+    module = sys.modules[fi_ffi.xqa.__module__]
+    monkeypatch.setattr(module, "release_for", lambda device: release)
+    batch = Batch(Spec(queries=4, lengths=(4, 30), window=window), rng)
+    if words:
+        given = {"sliding_win_size": window}
+        refused(fi_ffi.xqa, batch.arrays, "sliding_win_size", words, **given)
+    else:
+        assert batch.check(HostArray) <= 1
+
+
 def _wrong_drafts() -> dict[str, tuple[dict[str, object], str, str]]:
     mask = np.ones((2, 4, 2), np.uint16)
     sinks = np.zeros((2, 3), np.float32)
@@ -122,7 +147,6 @@ def _wrong_drafts() -> dict[str, tuple[dict[str, object], str, str]]:
         "bytes of a mask": ({"mask": mask.astype(np.uint8)}, "mask", "uint16"),
         "a mask at an odd address": (
             {"mask": np.zeros(17, np.uint16)[1:].reshape(2, 4, 2)}, "mask", "4 bytes"),
-        "a window": ({"sliding_win_size": 20}, "sliding_win_size", "whole tiles"),
         "an output of one query": (
             {"output": np.zeros((2, 1, 8, 128), BF16)}, "output", "rank 5"),
         "one query": ({"q": np.zeros((2, 1, 1, 8, 128), BF16)}, "q", "one in rank 4"),

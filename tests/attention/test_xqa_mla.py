@@ -104,7 +104,7 @@ def _wrong() -> dict[str, tuple[dict[str, object], str, str]]:
         "output in fp8": ({"output": np.zeros((4, 1, 128, 512), FP8)}, "output", "bfloat16"),
         "rank of the table": ({"page_table": np.zeros(4, np.int32)}, "page_table", "rank 2"),
         "table of int64": ({"page_table": np.zeros((4, 9), np.int64)}, "page_table", "int32"),
-        "lengths of int32": ({"seq_lens": np.ones((4, 1), np.int32)}, "seq_lens", "uint32"),
+        "lengths of int64": ({"seq_lens": np.ones((4, 1), np.int64)}, "seq_lens", "uint32"),
         "scale": ({"q_scale": float("nan")}, "q_scale", "finite"),
         "scale of two": ({"kv_scale": np.ones(2, f32)}, "kv_scale", "1"),
         "multiprocessors": ({"sm_count": 0}, "sm_count", "from 1"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from fi_ffi.loader.uris import uri
-from fi_ffi.ops.attention.backends import release
+from fi_ffi.ops.providers import release_in_force
 from fi_ffi.reference.attention.formula import Options, exact
 
 from tests.helpers.untyped_calls import call, module, poisoned
@@ -17,7 +17,7 @@ SCALE = DIM**-0.5
 def run(to_gpu, stream, q, k, v, *, slopes=None, cap=0.0, **compiled):
     """Single prefill by fa2, of all keys: the output and the logarithms."""
     parameters = {"dtype_q": "f16", "head_dim_qk": DIM} | compiled
-    entry = module(uri("single_prefill", release=release(), **parameters)).run
+    entry = module(uri("single_prefill", release=release_in_force(), **parameters)).run
     o, lse = to_gpu(poisoned(q.shape, np.float16)), to_gpu(poisoned(q.shape[:2], np.float32))
     tmp = to_gpu(np.zeros(1 << 20, np.uint8))
     slopes = None if slopes is None else to_gpu(slopes)

@@ -16,13 +16,14 @@ import fi_ffi
 from fi_ffi.cli.cuda import check as checked
 from fi_ffi.loader import machine, search
 from fi_ffi.ops import cuda
-from fi_ffi.ops.moe import deepgemm
+from fi_ffi.ops.moe import deepgemm, modes
 from fi_ffi.ops.moe.interface import MODULE, MODULES
 from fi_ffi.ops.moe.modes import MODES
 from fi_ffi.ops.watch import watching
 from fi_ffi.ops.watch.call_record import CallRecord
 from fi_ffi.reference import moe_weights
 
+from tests.helpers import moe_layers
 from tests.helpers.moe_bounds import ON_HOPPER, moe
 from tests.helpers.moe_layers import (
     BF16,
@@ -158,6 +159,55 @@ def test_of_each_kind(mode, act, out, call, rng, to_gpu, stream, record_property
 @pytest.mark.parametrize(("mode", "act", "out", "given"), OF_ONE, ids=range(len(OF_ONE)))
 def test_of_one(mode, act, out, given, rng, to_gpu, stream, record_property):
     check(make(rng, mode, act, out, **given), to_gpu, stream, record_property)
+
+
+@pytest.fixture
+def one_step(monkeypatch):
+    """Calls of few tokens may have 4-bit rows of one step."""
+    monkeypatch.setattr(moe_layers, "TOO_SMALL", {})
+    monkeypatch.setattr(modes, "ONE_STEP_OF_FEW_TOKENS", True)
+    modes.row_of.cache_clear()
+    yield
+    modes.row_of.cache_clear()
+
+
+# Sizes of which one is of one step, or both; and tokens, experts of each and of all. The rows are
+# at most 4 tiles of 64, so 132 multiprocessors have room for 16 tiles of tokens and experts.
+FEW = [(hidden, inter, tokens, top_k, experts)
+       for hidden, inter in ((128, 128), (128, 256), (256, 128))
+       for tokens, top_k, experts in ((1, 1, 1), (1, 2, 2), (4, 2, 8), (8, 2, 4), (64, 1, 1))
+       if 2 * modes._most_tiles(experts, tokens, top_k, inter, hidden) <= 132]  # fmt: skip
+
+
+@on_hopper
+@pytest.mark.parametrize(("hidden", "inter", "tokens", "top_k", "experts"), FEW)
+@pytest.mark.parametrize("biases", [False, True])
+def test_one_step_of_few_tokens(hidden, inter, tokens, top_k, experts, biases, one_step, rng,
+                                to_gpu, stream, record_property):  # fmt: skip
+    """Of MXFP4, by every tactic, several times: results that vary are wrong."""
+    made = make(rng, "mxfp4", BF16, BF16, hidden=hidden, inter=inter, tokens=tokens, top_k=top_k,
+                experts=experts, biases=biases)  # fmt: skip
+    layer = moe_of("mxfp4", BF16, BF16, made)
+    counts, judge, worst, ran = layer.tactics, Judge(made), 0.0, 0
+    place = OnGpu(made, to_gpu)
+    placed = {name: place(array) for name, array in made.tensors.items()}
+    scales = [place(scale) for scale in made.scales]
+    given = [scale if isinstance(scale, fi_ffi.TensorDesc) else scale.desc() for scale in scales]
+    descs = {name: array.desc() for name, array in placed.items()}
+    pairs = [(i, -1) for i in range(counts.gemm1)] + [(-1, i) for i in range(counts.gemm2)]
+    for ids in [(-1, -1), *pairs]:
+        for _ in range(3):
+            poison(placed["output"])
+            try:
+                layer(**descs, quant_scales=given, **made.more, profile_ids=ids, stream=stream)
+            except (fi_ffi.KernelError, fi_ffi.ArgumentError) as error:
+                assert getattr(error, "argument", "profile_ids") == "profile_ids"
+                break
+            worst, ran = max(worst, judge(placed["output"].get())), ran + 1
+            assert worst <= 1, f"tactic {ids}"
+    place.check(placed["output"])
+    record_property("error_of_bound", worst)
+    assert ran
 
 
 @each_mode

@@ -12,6 +12,9 @@ import fi_ffi
 from fi_ffi.cli.cuda import check
 from fi_ffi.loader import machine
 from fi_ffi.ops.attention.rows import SCRATCH_BYTES
+from fi_ffi.ops.attention.xqa import WINDOWS_OF_EACH
+from fi_ffi.ops.providers import release_in_force
+from fi_ffi.ops.releases import is_in
 
 from tests.attention.test_xqa_mla import SPECS as XQA_MLA
 from tests.helpers import batch_pod_calls, pod_calls, xqa_calls, xqa_mla_calls
@@ -73,6 +76,17 @@ XQA = {
         "q_scale": np.array([0.25], np.float32)}),
     "drafts, sinks": replace(_PLAIN, queries=4, lengths=(70, 3000), options={
         "sinks": np.linspace(-2, 3, 8, dtype=np.float32).reshape(2, 4)}),
+    "lengths of int32": replace(_PLAIN, of_lengths=np.int32),
+    "drafts, lengths of int32": replace(
+        _PLAIN, queries=4, lengths=(4, 16, 17, 300), of_lengths=np.int32),
+    "drafts, a window of all": replace(
+        _PLAIN, queries=4, tree=True, lengths=(4, 17, 300), window=320),
+    # Of FlashInfer 0.6.16 and later: a window of each query's own.
+    "drafts, a window": replace(_PLAIN, queries=4, window=20, lengths=(4, 17, 23, 24, 300, 3000)),
+    "drafts, a longer window": replace(
+        _PLAIN, queries=4, window=257, lengths=(256, 257, 260, 261, 3000), kv_heads=1),
+    "drafts, a window of one": replace(
+        _PLAIN, queries=4, window=1, tree=True, lengths=tuple(range(4, 80))),
     # More rows than a block has: another module, which takes any number.
     "many drafts": replace(_PLAIN, queries=40, tree=True, lengths=(40, 41, 300, 5000)),
     "fp8, drafts": replace(_IN_FP8, window=0, queries=4, tree=True, lengths=(4, 64, 3000)),
@@ -117,6 +131,9 @@ def batch_pod(spec, rng, to_gpu, stream) -> float:
 
 
 def xqa(spec, rng, to_gpu, stream) -> float:
+    hides = spec.queries > 1 and 0 < spec.window < max(spec.lengths)
+    if hides and not is_in(release_in_force(), WINDOWS_OF_EACH):
+        pytest.skip(f"FlashInfer {release_in_force()} has no window of each query's own")
     return xqa_calls.Batch(spec, rng).check(to_gpu, stream)
 
 

@@ -12,7 +12,7 @@ from fi_ffi.abi.tensor import DTYPES
 from fi_ffi.cli.cases import bound, case_of
 from fi_ffi.ops.gdn import Kernel, least_states, row_of
 
-from tests.helpers.calls import called, of_bound
+from tests.helpers.calls import called, of_bound, padded
 
 SIZE = 128
 PAD = -1
@@ -84,6 +84,13 @@ class DecodeCall:
         read = self.arrays["initial_state_indices"]
         self.arrays["output_state_indices"] = self._places(1, read)
 
+    def move_apart(self, pad: int) -> None:
+        """Leave this many elements of poison between states."""
+        state = self.arrays["state"]
+        wide = padded(state.reshape(len(state), -1), pad)
+        strides = (wide.strides[0], *state.strides[1:])
+        self.arrays["state"] = np.lib.stride_tricks.as_strided(wide, state.shape, strides)
+
     def keep_each(self) -> None:
         """Keep the state after each token."""
         b, t, hv, _ = self.arrays["v"].shape
@@ -105,8 +112,14 @@ class DecodeCall:
             "int32" if index is None else names["initial_state_indices"],
             options["state_layout"], index is not None, "output_state_indices" not in arrays,
             "intermediate_states_buffer" in arrays, options["disable_state_update"],
-            options["use_qk_l2norm"], options["scale"] or SIZE**-0.5,
+            options["use_qk_l2norm"], options["scale"] or SIZE**-0.5, *self._apart(),
         )  # fmt: skip
+
+    def _apart(self) -> tuple[int, int]:
+        """The slots of bfloat16, and their distance; 0, 0 where they are one after another."""
+        state = self.arrays["state"]
+        is_apart = len(state) > 1 and not state.flags.c_contiguous and state.dtype == BF16
+        return (len(state), state.strides[0] // state.itemsize) if is_apart else (0, 0)
 
     def module(self) -> str:
         """The module that serves it on an H100."""

@@ -33,6 +33,7 @@ class Spec:
     lengths: tuple[int, ...] = (1, 16, 17, 300)
     kv_heads: int = 2
     layout: str = "NHD"
+    of_lengths: Any = np.uint32
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -55,7 +56,7 @@ class Batch:
         self.arrays = {
             "q": q.astype(spec.q),
             "k_cache": self.keys, "v_cache": self.values, "page_table": table,
-            "seq_lens": np.array(spec.lengths, np.uint32).reshape(-1, 1),
+            "seq_lens": np.array(spec.lengths, spec.of_lengths).reshape(-1, 1),
             "output": np.full(q.shape, np.nan, spec.out or spec.q),
         }  # fmt: skip
         self.seen = np.tri(spec.queries, dtype=bool)[None].repeat(len(count), 0)

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 import fi_ffi
+from fi_ffi.ops.call import compiled
+from fi_ffi.ops.moe import modes
 
 from tests.helpers import moe_layers
 from tests.helpers.moe_layers import BF16, F16, F32, a, refused
@@ -175,6 +177,33 @@ def test_one_step_of_4_bit_weights(mode, size, of, monkeypatch):
     error = refused(made, "fc2_expert_weights")
     assert f"{of}_size = {size}" in error.got and "one step" in error.expected
     a(mode, **{"hidden": 1024, "inter": 1024, of: {128: 384, 256: 768, 512: 1024}[size]}).call()
+
+
+@pytest.mark.parametrize("of", ["hidden", "inter"])
+def test_one_step_of_few_tokens(of, monkeypatch):
+    """Where the switch is on: as long as no block can have two tiles."""
+    monkeypatch.setattr(moe_layers, "TOO_SMALL", {})
+    monkeypatch.setattr(modes, "ONE_STEP_OF_FEW_TOKENS", True)
+    # On the CPU there are as many multiprocessors as a call could need.
+    monkeypatch.setattr(compiled.Variant, "__getattr__", lambda self, name: 132)
+    sizes = {"hidden": 256, "inter": 256, "experts": 5} | {of: 128}
+    # 66 tiles at most: of 64 rows 4 or 8, and of each 5 and one for every 16 of two for a token.
+    most = 95 if of == "inter" else 31
+    modes.row_of.cache_clear()
+    try:
+        for tokens, is_refused in ((1, False), (most, False), (most + 1, True)):
+            made = a("mxfp4", tokens=tokens, **sizes)
+            tensors = made.tensors
+            layer = fi_ffi.FusedMoe(BF16, "uint8", device="cpu", use_w4_group_scaling=True)
+            flags = {name: made.more[name] for name in made.more if not name.startswith("use_")}
+            if is_refused:
+                with pytest.raises(fi_ffi.ArgumentError, match="or fewer tokens"):
+                    layer(**tensors, quant_scales=made.scales, **flags)
+            else:
+                layer(**tensors, quant_scales=made.scales, **flags)
+                assert made.worst(tensors["output"]) <= 1
+    finally:
+        modes.row_of.cache_clear()
 
 
 def test_without_a_gate_the_first_weights_are_half():

@@ -8,8 +8,9 @@ import pytest
 import fi_ffi
 from fi_ffi.ops.gdn import Kernel, least_states, row_of
 
+from tests.attention.machines import Cpu
 from tests.helpers.calls import refused
-from tests.helpers.decode_calls import PAD, SIZE, DecodeCall, module_of
+from tests.helpers.decode_calls import BF16, PAD, SIZE, DecodeCall, module_of
 
 STATES = ("bfloat16", "float32")
 
@@ -106,8 +107,66 @@ def test_what_padding_leaves_behind(machine, rng):
     assert np.isnan(several.run(machine)["output"][1].astype(np.float32)).all()
 
 
-def test_slots_that_lie_apart(machine, rng):
-    """Of float32 states, with one token: as part of a wider pool."""
+@pytest.mark.parametrize("t", [1, 2])
+@pytest.mark.parametrize("pad", [1, 8192])
+@pytest.mark.parametrize("number", [0, 1])
+def test_bfloat16_slots_that_lie_apart(number, pad, t, machine, rng):
+    """As parts of a cache's pages: their number and distance are compiled in."""
+    b = (3, 64)[number] if machine.is_gpu else (1, 5)[number]
+    call = DecodeCall(rng, b, t, **sizes(machine))
+    call.move_apart(pad)
+    if b > 1:
+        call.pad(b // 2)
+    assert f"_t{call.kernel.slot_stride}x16384x128x1_" in call.module()
+    assert call.worst(machine) <= 1
+
+
+def test_slots_that_lie_apart_and_go_elsewhere(machine, rng):
+    call = DecodeCall(rng, 3, **sizes(machine))
+    call.move_apart(8192)
+    call.write_elsewhere()
+    assert call.worst(machine) <= 1
+
+
+@pytest.mark.parametrize("t", [1, 2])
+def test_states_in_order_that_lie_apart(t, rng):
+    """Without indices, and of float32 with one token."""
+    for state_dtype in STATES[:: 1 if t == 1 else 2]:
+        call = DecodeCall(rng, 4, t, state_dtype=state_dtype, is_indexed=state_dtype != "bfloat16")
+        call.move_apart(64)
+        assert call.worst(Cpu()) <= 1
+
+
+def test_calls_of_other_pools_are_other_kernels(rng):
+    """One call's pool says nothing of the next one's."""
+    apart, together = DecodeCall(rng, 4), DecodeCall(rng, 4)
+    apart.move_apart(16)
+    for call in (together, apart, together):
+        assert call.worst(Cpu()) <= 1
+    one = DecodeCall(rng, 1, slots=1, is_indexed=False)
+    one.move_apart(16)  # the distance of a single slot is none
+    assert one.kernel.slot_stride == 0 and one.worst(Cpu()) <= 1
+
+
+@pytest.mark.parametrize("t", [1, 2])
+def test_slots_whose_strides_are_refused(t, rng):
+    for axis, pad in ((1, 16), (2, 16), (0, -16)):  # heads, rows, and slots that overlap
+        call = DecodeCall(rng, 4, t)
+        state = call.arrays["state"]
+        strides = list(state.strides)
+        strides[axis] += 2 * pad
+        room = np.zeros(2 * state.size, BF16)
+        wrong(call, "state", state=np.lib.stride_tricks.as_strided(room, state.shape, strides))
+    call = DecodeCall(rng, 4, state_dtype="float32")
+    call.move_apart(2)
+    assert "4 elements loaded at a time" in str(wrong(call, "state", state=call.arrays["state"]))
+    call = DecodeCall(rng, 4, 2, state_dtype="float32")
+    call.move_apart(4)
+    wrong(call, "state", state=call.arrays["state"])
+
+
+def test_float32_slots_that_lie_apart(machine, rng):
+    """With one token: as part of a wider pool."""
     call = DecodeCall(rng, 3, state_dtype="float32", **sizes(machine))
     if machine.is_gpu:
         machine.need(call.module())
@@ -256,7 +315,6 @@ def wrong(call: DecodeCall, argument: str, **changes) -> fi_ffi.ArgumentError:
         ("v", lambda a: np.repeat(a["v"], 2, axis=3)[..., ::2]),
         ("state", lambda a: a["state"].astype(np.float16)),
         ("state", lambda a: a["state"][:, :, :64]),
-        ("state", lambda a: np.repeat(a["state"], 2, axis=0)[::2]),  # slots apart
         ("state", lambda _: "states"),
         ("A_log", lambda a: a["A_log"].astype(np.float64)),
         ("a", lambda a: a["a"].astype(np.float32)),
@@ -330,6 +388,9 @@ def test_supports():
     assert fi_ffi.gdn_decode.supports(90, release="0.7.2.post1", scale=1.0).build is None
     wide = fi_ffi.gdn_decode.supports(90, release="0.7.2.post1", b=64, t=2)
     assert "wide_vec_sm_90a" in wide.module
+    apart = {"b": 3, "slots": 15, "slot_stride": 532480}
+    asked = fi_ffi.gdn_decode.supports(90, release="0.7.2.post1", **apart)
+    assert asked.build == f"{command}:batch=3,state=bf16,slots=15,slot_stride=532480"
     refused = fi_ffi.gdn_decode.supports(90, release="0.6.13")
     assert refused.status == "refused" and ">=0.7.2" in refused.reason
     assert fi_ffi.gdn_decode.supports(80, release="0.7.2.post1").status == "refused"

@@ -191,16 +191,29 @@ _OF_KDA = {
     "h": "initial_state", "o": "output", "initialstatesource": "initial_state_source",
     "initialstateindices": "initial_state_indices", "alog": "A_log", "dtbias": "dt_bias",
     "cuseqlens": "cu_seqlens", "ssmstateindices": "ssm_state_indices",
-    "numacceptedtokens": "num_accepted_tokens",
+    "numacceptedtokens": "num_accepted_tokens", "cu": "cu_seqlens", "ssm_idx": "ssm_state_indices",
+    "nat": "num_accepted_tokens", "state": "initial_state", "src": "initial_state_source",
+    "src_idx": "initial_state_indices", "out": "output", "a_log": "A_log",
+    "stride_q": "g_stride_q",
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "release", [release for release in RELEASES if fits(kda.row_of(128, True), release)]
-)
-def test_kimis_kernel_takes_what_the_row_says(release, sources):
-    row = kda.row_of(128, True)
-    found = launched(text_of(sources, release, row), "recurrent_kda_launch")
+_KDA = [
+    pytest.param(release, kernel, function, id=f"{release}-{function}-{kernel.is_packed:d}")
+    for release in RELEASES
+    for kernel, function in (
+        (kda.Kernel(), "recurrent_kda_launch"),
+        (kda.Kernel(is_packed=True), "recurrent_kda_launch"),
+        (kda.Kernel(t=3), "_grouped_kda_host"),
+    )
+    if fits(kda.row_of(kernel), release)
+]
+
+
+@pytest.mark.parametrize(("release", "kernel", "function"), _KDA)
+def test_kimis_kernel_takes_what_the_row_says(release, kernel, function, sources):
+    row = kda.row_of(kernel, kernel.names((9, 0))[1])
+    found = launched(text_of(sources, release, row), function)
     wanted = [_OF_KDA.get(name, name) for name in (
         one.removeprefix("m").lower() if one.startswith("m") else one for one in found
     )]  # fmt: skip

@@ -22,9 +22,11 @@ Options = Mapping[str, str]
 Arguments = dict[str, Any]
 
 
-def tensor(dtype: str, *shape: int) -> dict[str, object]:
-    """Return a placeholder for any tensor with this dtype and these compiled sizes."""
-    return {"tensor": DTYPES[dtype], "shape": list(shape)}
+def tensor(dtype: str, *shape: int, stride: int = 0) -> dict[str, object]:
+    """Return a placeholder for any tensor with this dtype and these compiled sizes. With `stride`,
+    that is the distance of the first axis, in elements."""
+    found: dict[str, object] = {"tensor": DTYPES[dtype], "shape": list(shape)}
+    return found | {"stride": stride} if stride else found
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,8 @@ def _gdn_decode_keys_first(options: Options) -> Arguments:
 def _gdn_decode(options: Options) -> Arguments:
     batch, tokens, q_heads, v_heads = _numbers(options, "batch", "tokens", "q_heads", "v_heads")
     state, index = options["state"], options["indices"]
-    states = tensor(state, batch, v_heads, 128, 128)
+    slots, stride = _numbers(options, "slots", "slot_stride")
+    states = tensor(state, slots or batch, v_heads, 128, 128, stride=stride)
     found: Arguments = {
         **_gdn_token(options, batch, tokens, q_heads, v_heads),
         "state": None,
@@ -139,29 +142,54 @@ def _gdn_prefill_name(options: Options) -> list[str]:
 
 
 def _kda_decode(options: Options) -> Arguments:
-    batch, tokens, heads, size = _numbers(options, "batch", "tokens", "heads", "head_size")
-    each = tensor("bf16", batch, tokens, heads, size)
-    gate = options["gate"] == "1"
+    batch, tokens, heads, group, size = _numbers(
+        options, "batch", "tokens", "heads", "group", "head_size"
+    )
+    is_on = {name: options[name] == "1" for name in ("gate", *_KDA_FLAGS)}
+    # With as many tokens as requests, FlashInfer would choose a kernel for just that.
+    axes = (1, batch + 1) if is_on["packed"] else (batch, tokens)
+    states = tensor("bf16", batch * tokens, heads * group, size, size)
+    each = tensor("bf16", *axes, heads, size)
+    each_value = tensor("bf16", *axes, heads * group, size)
     return {
         "q": each,
         "k": each,
-        "v": each,
-        "g": each,
-        "beta": tensor("bf16", batch, tokens, heads),
-        "A_log": tensor("f32", heads) if gate else None,
-        "dt_bias": tensor("f32", heads * size) if gate else None,
-        "initial_state": tensor("bf16", batch, heads, size, size),
+        "v": each_value,
+        "g": each_value,
+        "beta": tensor("bf16", *axes, heads * group),
+        "A_log": tensor("f32", heads) if is_on["gate"] else None,
+        "dt_bias": tensor("f32", heads * size) if is_on["gate"] and is_on["bias"] else None,
+        "initial_state": states,
         "output_final_state": True,
-        "use_gate_in_kernel": gate,
+        "use_qk_l2norm_in_kernel": is_on["norm"],
+        "use_gate_in_kernel": is_on["gate"],
+        "lower_bound": -5.0 if is_on["bound"] else None,  # any number: the call gives it again
+        "cu_seqlens": tensor("i32", batch + 1) if is_on["packed"] else None,
+        "ssm_state_indices": tensor("i32", batch) if is_on["packed"] else None,
+        "num_spec_tokens": tokens - 1 if tokens > 1 else None,
+        "beta_is_logit": is_on["logit"],
         "backend": "cute-dsl",
     }
 
 
+# What the names of modules tell where an option is not the default.
+_KDA_FLAGS = {
+    "bias": "nobias", "bound": "bound", "norm": "nonorm", "logit": "logit", "packed": "packed",
+}  # fmt: skip
+
+
 def _kda_decode_name(options: Options) -> list[str]:
-    gate = "gate" if options["gate"] == "1" else "nogate"
-    return [f"{name[0]}{options[name]}" for name in ("batch", "tokens", "heads")] + [
+    # The kernel for one token takes any number of heads.
+    group = [f"g{options['group']}"] if options["tokens"] != "1" else []
+    flags = [
+        word for name, word in _KDA_FLAGS.items() if options[name] != _KDA_OPTIONS[name].default
+    ]
+    return [
+        *(f"{name[0]}{options[name]}" for name in ("batch", "tokens", "heads")),
+        *group,
         f"d{options['head_size']}",
-        gate,
+        "gate" if options["gate"] == "1" else "nogate",
+        *flags,
     ]
 
 
@@ -270,6 +298,10 @@ def _count(default: int, doc: str) -> Option:
     return Option(None, str(default), doc, r"[1-9]\d{0,5}")
 
 
+def _size(doc: str) -> Option:
+    return Option(None, "0", doc, r"0|[1-9]\d{0,11}")
+
+
 def _flag(default: str, doc: str) -> Option:
     return Option(("0", "1"), default, doc)
 
@@ -286,6 +318,19 @@ _TOKEN = {
     "l2norm": _flag("1", "queries and keys normalised"),
 }
 _FLOATS = Option(("f16", "bf16"), "bf16", "type of inputs and outputs")
+_KDA_OPTIONS = {
+    "batch": _count(64, "requests of a call, by which FlashInfer chooses a kernel"),
+    "tokens": _count(1, "new tokens of each request"),
+    "heads": _count(16, "heads of queries and keys"),
+    "group": _count(1, "heads of values for each of them"),
+    "head_size": Option(("64", "128"), "128", "size of a head"),
+    "gate": _flag("1", "the gate is computed by the kernel"),
+    "bias": _flag("1", "with dt_bias, if it is"),
+    "bound": _flag("0", "the computed gate has a lower bound"),
+    "norm": _flag("1", "queries and keys normalised"),
+    "logit": _flag("0", "beta is a logit"),
+    "packed": _flag("0", "tokens side by side, with cu_seqlens and indices of states"),
+}
 OPTIONS: dict[str, dict[str, Option]] = {
     "gdn_decode": {
         **_TOKEN,
@@ -296,6 +341,8 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "split": _flag("0", "states written elsewhere than read"),
         "steps": _flag("0", "states kept after each token"),
         "update": _flag("1", "final states written"),
+        "slots": _size("states of the pool, if they lie apart; 0: any, one after another"),
+        "slot_stride": _size("elements from one such state to the next"),
     },
     "gdn_decode_keys_first": _TOKEN,
     "gdn_prefill": {
@@ -308,13 +355,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "checkpoints": Option(("0", *_STATES), "0", "type of states kept on the way"),
         "indices": Option(("0", "i32", "i64"), "0", "type of indices into a pool of states"),
     },
-    "kda_decode": {
-        "batch": _count(64, "requests of a call, by which FlashInfer chooses a kernel"),
-        "tokens": _count(1, "new tokens of each request"),
-        "heads": _count(16, "heads"),
-        "head_size": Option(("64", "128"), "128", "size of a head"),
-        "gate": _flag("1", "the gate is computed by the kernel"),
-    },
+    "kda_decode": _KDA_OPTIONS,
     "mla_decode": {
         "dtype": Option(("f16", "bf16", "e4m3"), "bf16", "type of queries and of the cache"),
         "page_size": Option(
@@ -368,7 +409,7 @@ def request_for(module: str) -> tuple[str, str] | None:
         choices = [
             [v for v in option.values if v in "01" or v in words or DTYPES.get(v, v) in words]
             if option.values
-            else [number for number in dict.fromkeys(numbers) if option.accepts(number)]
+            else [n for n in dict.fromkeys((option.default, *numbers)) if option.accepts(n)]
             for option in known.values()
         ]
         for values in itertools.product(*choices):

@@ -14,6 +14,7 @@ import importlib
 import importlib.util
 import inspect
 import json
+import math
 import os
 import re
 import subprocess
@@ -219,7 +220,7 @@ def _caught(maker: Maker) -> Iterator[None]:
 
     def streamed(value: Any) -> Any:
         """Replace a stream argument by TVM-FFI's current stream, which all other modules use."""
-        if isinstance(value, driver.CUstream):
+        if isinstance(value, (driver.CUstream, type(runtime.make_fake_stream()))):
             return runtime.make_fake_stream(use_tvm_ffi_env_stream=True)
         return value
 
@@ -237,14 +238,18 @@ def _caught(maker: Maker) -> Iterator[None]:
 def _value(value: Any, capability: tuple[int, int]) -> Any:
     """Return an argument of the call.
 
-    A dictionary stands for a tensor (dtype and shape), "torch.bfloat16" for a dtype, and "sm" for
-    the GPU's number.
+    A dictionary stands for a tensor (dtype, shape, and the stride of the first axis unless it is
+    the usual one), "torch.bfloat16" for a dtype, and "sm" for the GPU's number.
     """
     torch = importlib.import_module("torch")
     if isinstance(value, str) and value.startswith("torch."):
         return getattr(torch, value.removeprefix("torch."))
     if isinstance(value, dict):
-        return torch.zeros(value["shape"], dtype=getattr(torch, value["tensor"]))
+        shape, dtype = value["shape"], getattr(torch, value["tensor"])
+        if "stride" not in value:
+            return torch.zeros(shape, dtype=dtype)
+        inner = [math.prod(shape[i + 1 :]) for i in range(1, len(shape))]
+        return torch.empty_strided(shape, (value["stride"], *inner), dtype=dtype)
     return 10 * capability[0] + capability[1] if value == "sm" else value
 
 

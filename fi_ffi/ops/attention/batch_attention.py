@@ -6,14 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fi_ffi.abi.interop import TensorLike
+from fi_ffi.abi.interop import TensorLike, as_desc
 from fi_ffi.ops.attention import sizes
 from fi_ffi.ops.attention.arrays import Batch
 from fi_ffi.ops.attention.backends import CAUSAL, NON_CAUSAL
 from fi_ffi.ops.attention.options import AttentionKeywords, AttentionOptions
 from fi_ffi.ops.attention.plan import Plan
-from fi_ffi.ops.attention.rows import BATCH_ATTENTION
-from fi_ffi.ops.attention.run import Values, softmax_scale
+from fi_ffi.ops.attention.rows import BATCH_ATTENTION, BATCH_ATTENTION_FP4, FP4
+from fi_ffi.ops.attention.run import Values, block_scales, softmax_scale
 from fi_ffi.ops.attention.workspace import Workspace
 from fi_ffi.ops.call.arguments import check_number
 from fi_ffi.ops.row import Row
@@ -100,6 +100,8 @@ class BatchAttentionPlan(Plan):
         sm_scale: float | None = None,
         k_scale: float | None = None,
         v_scale: float | None = None,
+        k_cache_sf: TensorLike | None = None,
+        v_cache_sf: TensorLike | None = None,
         stream: object = None,
     ) -> None:
         """Compute the attention of `q` over the pages of a cache into `o`, on `stream`.
@@ -115,6 +117,8 @@ class BatchAttentionPlan(Plan):
             kv_indices: the pages, int32 on the device, if the plan has none.
             sm_scale: factor of q @ k; 1 / sqrt(head_dim_qk) by default.
             k_scale, v_scale: factors of k and v, such as the scales of an fp8 cache.
+            k_cache_sf, v_cache_sf: scales of NVFP4 keys and values, as in
+                `BatchPrefillPlan.paged_run`; their strides are an eighth of those of the cache.
         """
         bound = self._bound_run(0, self._check_indices("kv_indices", kv_indices))
         values = bound.template.fresh()
@@ -123,6 +127,11 @@ class BatchAttentionPlan(Plan):
             values.put(sm_scale=values.scale("k", k_scale, scale))
         if v_scale is not None:
             values.put(v_scale=check_number(self.op, "v_scale", v_scale, -math.inf))
+        dtype = self.options.kv_data_type
+        if dtype in FP4 or k_cache_sf is not None or v_cache_sf is not None:
+            given = {"k_cache": k_cache, "v_cache": v_cache}
+            descs = {name: as_desc(tensor, self.op, name) for name, tensor in given.items()}
+            block_scales(values, dtype, descs, k_cache_sf=k_cache_sf, v_cache_sf=v_cache_sf)
         values.put(
             q=q, k_cache=k_cache, v_cache=v_cache, o=o, maybe_lse=lse, kv_layout=kv_layout,
             kv_indices=kv_indices,
@@ -133,7 +142,7 @@ class BatchAttentionPlan(Plan):
         values.put(sm_scale=softmax_scale(self.op, None, self.options.head_dim_qk), v_scale=1.0)
 
     def _choose_rows(self) -> Sequence[Row]:
-        return BATCH_ATTENTION
+        return BATCH_ATTENTION_FP4 if self.options.kv_data_type in FP4 else BATCH_ATTENTION
 
     def _facts(self) -> dict[str, Any]:
         mask = CAUSAL if self.options.causal else NON_CAUSAL

@@ -205,7 +205,15 @@ class AttentionKeywords(_Attention, _Graphs, total=False):
         object, _dtype("dtype of q and the output: float16 or bfloat16", "bfloat16", *F16)
     ]
     kv_data_type: Annotated[
-        object, _dtype("dtype of k and v: that of q (also if None), or fp8", None, *F16, *FP8)
+        object,
+        _dtype(
+            "dtype of k and v: that of q (also if None), fp8, or uint8 for NVFP4, two values a "
+            "byte (FlashInfer 0.6.10 to 0.6.14)",
+            None,
+            *F16,
+            *FP8,
+            *FP4,
+        ),
     ]
     logits_soft_cap: Annotated[
         float, Option("c > 0 makes logits `c * tanh(logits / c)`", check_soft_cap, 0.0)
@@ -317,11 +325,19 @@ class Options:
         """Default the dtypes of keys and output to that of the queries, and check them."""
         q = self.q_data_type
         self._set_default("kv_data_type", q)
-        if self.kv_data_type in FP4:
-            vars(self)["kv_data_type"] = FP4[0]  # the dtype in module names
         of_output = partial(output_type, q=q, is_decode=self.has_fp8_outputs)
         self._set_default("o_data_type", F16[0] if q in FP8 else q, of_output)
         check_encoding(self.op, self.pos_encoding_mode, self.logits_soft_cap)
+
+    def _check_fp4(self) -> None:
+        """Check the sizes of heads of 4-bit keys and values."""
+        if self.kv_data_type not in FP4:
+            return
+        vars(self)["kv_data_type"] = FP4[0]  # the dtype in module names
+        for name in ("head_dim_qk", "head_dim_vo"):
+            if getattr(self, name) % 64:
+                expected = "a multiple of 64, for keys and values of 4 bits"
+                raise self.refuse(name, getattr(self, name), expected)
 
     def _set_default(self, name: str, default: object, check: Check | None = None) -> None:
         """Set an option that was left out; otherwise check its value."""
@@ -393,10 +409,7 @@ class PrefillOptions(Options, op="BatchPrefillPlan", keywords=PrefillKeywords):
         self._check_heads()
         self._check_scores()
         self._check_masks()
-        for name in ("head_dim_qk", "head_dim_vo"):
-            if self.kv_data_type in FP4 and getattr(self, name) % 64:
-                expected = "a multiple of 64, for keys and values of 4 bits"
-                raise self.refuse(name, getattr(self, name), expected)
+        self._check_fp4()
         if self.use_attention_sink:
             self._check_sink()
 
@@ -507,6 +520,7 @@ class AttentionOptions(Options, op="BatchAttentionPlan", keywords=AttentionKeywo
         self._set_default("kv_data_type", self.q_data_type)
         self.o_data_type = self.q_data_type
         self._check_heads()
+        self._check_fp4()
         lacks = fa2_lacks(self.kernel)
         if lacks:
             raise self.refuse("kv_data_type", self.kv_data_type, f"{self.q_data_type}: {lacks}")

@@ -368,6 +368,21 @@ BATCH_ATTENTION = (
     ),
 )  # fmt: skip
 
+# The same over keys and values of 4 bits.  Later releases find scales by strides of their own,
+# which their binding sets to 0: every token's scales are then those of the first.
+BATCH_ATTENTION_FP4 = (
+    BATCH_ATTENTION[0],
+    _row(
+        "batch_attention", "run", "_fp4", "batch_attention_jit_binding.cu",
+        "Attention over a paged cache of 4 bits, of prefills and decodes at once.",
+        *(_packed(arg) if isinstance(arg, Tensor) and arg.name in ("k_cache", "v_cache") else arg
+          for arg in BATCH_ATTENTION[1].args[:-2]),
+        _in_blocks("k", _PAGED_K.axes, "keys"), _in_blocks("v", _PAGED_V.axes, "values"),
+        same_strides=("k_cache", "v_cache"), nothing_axis="nnz_qo",
+        **_IN_4_BITS | {"releases": ">=0.6.10,<0.6.15"},
+    ),
+)  # fmt: skip
+
 # Multi-head latent attention over a paged cache.  From 0.7.0 on the planner leaves the copy to
 # the device to its caller, and returns how many bytes that is, after the plan's info.
 WITH_COPY = "Tuple<Array<int>, int>"
@@ -488,7 +503,7 @@ _XQA_ARGS: tuple[Arg, ...] = (
            since="0.6.7"),
     Tensor("kvCachePageList", "b max_pages", "int32", "each request's pages", contiguous=True),
     _number("maxSeqLen", "room for keys in the pages", int),
-    Tensor("seqLen", "b 1", "uint32", "each request's keys", contiguous=True),
+    Tensor("seqLen", "b 1", "LEN", "each request's keys", contiguous=True),
     _number("batchSize", "requests", int),
     _number("kvCacheScale", "of keys and values"),
     Tensor("kvScaleTensor", "1", "float32", "the same, on the device", **_ONE),
@@ -502,8 +517,10 @@ _XQA_ARGS: tuple[Arg, ...] = (
            contiguous=True, alignment=128, bytes_per_multiprocessor=SCRATCH_BYTES),
     _number("enable_pdl", "programmatic dependent launch", bool),
 )  # fmt: skip
+# The kernels read lengths as uint32; no length has other bits as int32.
+_LENGTHS: _Dtypes = {"LEN": ("uint32", "int32")}
 _XQA: dict[str, Any] = {
-    "dtypes": {"Q": F16, "KV": (*F16, "float8_e4m3fn"), "O": (*F16, "float8_e4m3fn")},
+    "dtypes": {"Q": F16, "KV": (*F16, "float8_e4m3fn"), "O": (*F16, "float8_e4m3fn")} | _LENGTHS,
     "vector": Vector(("head_dim",)), "same_strides": ("kCacheVLLM", "vCacheVLLM"),
     "requires": (*_HEADS, "page_size in (16, 32, 64, 128)", "head_dim % 16 == 0",
                  f"b <= {_GRID}", f"num_kv_heads <= {_GRID}", _IN_A_GRID),
@@ -566,7 +583,7 @@ XQA_MLA = _row(
     Tensor("vCacheVLLM", _MLA_CACHE, "Q", "the values' pages", offset_limit=_FAR),
     Tensor("kvCachePageList", "b max_pages", "int32", "each request's pages", contiguous=True),
     _number("maxSeqLen", "room for keys in the pages", int),
-    Tensor("seqLen", "b 1", "uint32", "each request's keys", contiguous=True),
+    Tensor("seqLen", "b 1", "LEN", "each request's keys", contiguous=True),
     _number("batchSize", "requests", int),
     _number("kvCacheScale", "of keys and values"),
     Tensor("kvScaleTensor", "1", "float32", "the same, on the device", **_ONE),
@@ -575,7 +592,7 @@ XQA_MLA = _row(
     Tensor("scratch", "scratch_size", "uint8", "partial results", writes=True, reads=False,
            contiguous=True, alignment=128, bytes_for=lambda sizes: _MLA_BUFFERS * sizes["b"]),
     _number("enable_pdl", "programmatic dependent launch", bool),
-    dtypes={"Q": ("bfloat16", "float8_e4m3fn")}, vector=Vector(("head_dim",)),
+    dtypes={"Q": ("bfloat16", "float8_e4m3fn")} | _LENGTHS, vector=Vector(("head_dim",)),
     same_strides=("kCacheVLLM", "vCacheVLLM"), capabilities=(12,), nothing_axis="b",
     offset_limit=_FAR,
     requires=(f"num_qo_heads in ({MLA_HEADS},)", f"head_dim in ({MLA_DIM},)",

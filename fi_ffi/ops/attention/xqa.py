@@ -9,14 +9,17 @@ from fi_ffi.abi.interop import TensorLike, as_desc
 from fi_ffi.abi.tensor import Device, TensorDesc, make_desc
 from fi_ffi.errors import ArgumentError
 from fi_ffi.loader import machine
-from fi_ffi.ops.attention.backends import in_use, module_name, multiprocessors
+from fi_ffi.ops.attention.backends import in_use, module_name, multiprocessors, release_for
 from fi_ffi.ops.attention.rows import XQA, XQA_MLA, XQA_ROWS, XQA_SPEC_DEC, query_blocks
 from fi_ffi.ops.attention.run import Values, compiled_row, launched
 from fi_ffi.ops.call.arguments import check_choice, check_int, check_number, shown
+from fi_ffi.ops.releases import is_in
 from fi_ffi.ops.row import KV_LAYOUTS, as_nhd
 
 _OP, _MLA = "xqa", "xqa_mla"
 _HOPPER = 9
+# Releases in which each of several queries has a window of its own.
+WINDOWS_OF_EACH = ">=0.6.16"
 # The limit for sizes that go into a module's name or count its heads.
 _MOST = 2**29
 
@@ -53,8 +56,8 @@ def xqa(
             num_kv_heads, page_size, head_dim], of q's dtype or float8_e4m3fn; with the same
             strides, which are multiples of head_dim. page_size is 16, 32, 64 or 128.
         page_table: [batch_size, max_pages] int32: each request's pages.
-        seq_lens: [batch_size, 1] uint32: each request's keys, at least 1. They include the keys of
-            its queries, so several queries need at least q_seq_len.
+        seq_lens: [batch_size, 1] uint32 or int32: each request's keys, at least 1. They include the
+            keys of its queries, so several queries need at least q_seq_len.
         output: as q, written; of q's dtype, or float8_e4m3fn with fp8 keys; contiguous.
         workspace_buffer: uint8 scratch that no other stream uses. By default each stream has
             scratch and semaphores allocated by fi_ffi.
@@ -66,6 +69,9 @@ def xqa(
         q_scale: a number, or [1] float32 on the device.
         kv_scale: the same, for fp8 caches.
         sliding_win_size: each query sees this many of the last keys, its own included; 0 for all.
+            Query i of a request is at `seq_lens - q_seq_len + i`, in a tree of drafts too. With
+            several queries, FlashInfer 0.6.16 and later; before, only 0, or as many as the pages of
+            `page_table` hold, which is the same.
         mask: required for several queries: [batch_size, q_seq_len, 2 * ceil(q_seq_len / 32)]
             uint16. Bit j of row i (lowest first, 16 a word) says whether query i sees the key of
             query j. Every query must see its own key, and sees all earlier keys.
@@ -92,9 +98,17 @@ def xqa(
     device = q.device
     (row,) = in_use((XQA if queries == 1 else XQA_SPEC_DEC,), device)
     window = check_int(_OP, "sliding_win_size", sliding_win_size, 0)
+    room = table.shape[1] * page_size
+    if queries > 1 and window >= room:
+        window = 0
     dtypes = {"Q": q.dtype.name, "KV": caches[0].dtype.name, "O": output.dtype.name}
     _check_dtypes(q, caches[0], output)
-    bits = _check_several(mask, batch, queries, heads // kv_heads, window, sinks is not None)
+    bits = _check_several(mask, batch, queries, heads // kv_heads, sinks is not None)
+    of = release_for(device)
+    if queries > 1 and window and of is not None and not is_in(of, WINDOWS_OF_EACH):
+        expected = f"0, or {room} or more, with several queries: the kernels of FlashInfer {of} "
+        expected += "hide only whole tiles"
+        raise ArgumentError(_OP, "sliding_win_size", got=window, expected=expected)
     module = module_name(
         "xqa", input_dtype=dtypes["Q"], output_dtype=dtypes["O"], kv_cache_dtype=dtypes["KV"],
         page_size=page_size, head_dim=head_dim, head_group_ratio=heads // kv_heads,
@@ -111,7 +125,7 @@ def xqa(
         rcpOutScale=check_number(_OP, "rcp_out_scale", rcp_out_scale, 0.0), q=q,
         attentionSinks=sinks,
         kCacheVLLM=caches[0], vCacheVLLM=caches[1], kvCachePageList=table,
-        maxSeqLen=table.shape[1] * page_size, seqLen=seq_lens, batchSize=batch, qSeqLen=queries,
+        maxSeqLen=room, seqLen=seq_lens, batchSize=batch, qSeqLen=queries,
         mask=bits, semaphores=semaphores, scratch=workspace_buffer, enable_pdl=enable_pdl,
         **_scale(_OP, "q_scale", q_scale, "qScale", "qScaleTensor"),
         **_scale(_OP, "kv_scale", kv_scale, "kvCacheScale", "kvScaleTensor"),
@@ -146,7 +160,7 @@ def xqa_mla(
             first 512 elements of `v_cache`. Both have the same strides. page_size is 16, 32, 64 or
             128.
         page_table: [batch_size, max_pages] int32: each request's pages.
-        seq_lens: [batch_size, 1] uint32: each request's keys, at least 1.
+        seq_lens: [batch_size, 1] uint32 or int32: each request's keys, at least 1.
         output: [batch_size, 1, 128, 512] bfloat16, written; contiguous.
         workspace_buffer: uint8 scratch that no other stream uses, 18432 bytes per request. By
             default each stream has scratch and semaphores allocated by fi_ffi.
@@ -238,7 +252,7 @@ def _heads(q: TensorDesc, kv_heads: int) -> tuple[int, int, int]:
 
 
 def _check_several(
-    mask: object, batch: int, queries: int, group: int, window: int, has_sinks: bool
+    mask: object, batch: int, queries: int, group: int, has_sinks: bool
 ) -> TensorDesc | None:
     """Return the mask of several queries; raise for combinations that the kernels compute
     wrongly."""
@@ -254,9 +268,6 @@ def _check_several(
     if desc.shape != shape:
         expected = f"shape {shape}: a bit for each query, in words of 16, two at a time"
         raise ArgumentError(_OP, "mask", got=desc.layout, expected=expected)
-    if window:
-        expected = "0 with several queries: the kernel hides only whole tiles of keys"
-        raise ArgumentError(_OP, "sliding_win_size", got=window, expected=expected)
     if has_sinks and query_blocks(queries, group) > 1 and XQA_ROWS % group:
         got = f"{queries} queries of {group} heads that share keys"
         expected = f"None: tiles of {XQA_ROWS} rows would begin at different heads"

@@ -139,18 +139,18 @@ def zeros(device: Device, count: int) -> TensorDesc:
     return TensorDesc(memory.desc.ptr, (count,), "float32", device=of).at(memory.desc.ptr, memory)
 
 
-def counting(device: Device, count: int) -> TensorDesc:
-    """Return the int32 numbers from 0 to `count` - 1, which kernels read in place of an absent
-    tensor."""
-    numbers = _numbers(device, max(1 << (count - 1).bit_length(), _LEAST_NUMBERS))
+def counting(device: Device, count: int, step: int = 1) -> TensorDesc:
+    """Return `count` int32 numbers from 0 on, in steps of `step`, which kernels read in place of an
+    absent tensor."""
+    numbers = _numbers(device, max(1 << (count - 1).bit_length(), _LEAST_NUMBERS), step)
     return frozen(numbers.ptr, (count,), (1,), numbers.kind, numbers.owner)
 
 
 @functools.cache
-def _numbers(device: Device, count: int) -> TensorDesc:
+def _numbers(device: Device, count: int, step: int) -> TensorDesc:
     of = device if device.is_cuda else parse_device("cpu")
     memory = cuda.allocate(4 * count, of)
-    numbers = ffi.new("int32_t[]", list(range(count)))
+    numbers = ffi.new("int32_t[]", [i * step for i in range(count)])
     cuda.copy_now(memory.desc.ptr, int(ffi.cast("uintptr_t", numbers)), 4 * count, of)
     return TensorDesc(memory.desc.ptr, (count,), "int32", device=of).at(memory.desc.ptr, memory)
 

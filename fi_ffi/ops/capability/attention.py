@@ -22,11 +22,13 @@ from fi_ffi.ops.attention.options import (
 )
 from fi_ffi.ops.attention.rows import (
     BATCH_ATTENTION,
+    BATCH_ATTENTION_FP4,
     BATCH_DECODE_RUN,
     BATCH_MLA,
     BATCH_PREFILL,
     BATCH_PREFILL_SINK,
     FORMS,
+    FP4,
     FP8,
     SINGLE_DECODE,
     SINGLE_PREFILL,
@@ -116,7 +118,9 @@ def _decode(op: str, query: Query, given: Mapping[str, Any]) -> _Choice:
 
 def _attention(op: str, query: Query, given: Mapping[str, Any]) -> _Choice:
     del query
-    return AttentionOptions(**_GIVEN[op] | dict(given)).kernel, "", BATCH_ATTENTION[1]
+    options = AttentionOptions(**_GIVEN[op] | dict(given))
+    rows = BATCH_ATTENTION_FP4 if options.kv_data_type in FP4 else BATCH_ATTENTION
+    return options.kernel, "", rows[1]
 
 
 def _mla(op: str, query: Query, given: Mapping[str, Any]) -> _Choice:
@@ -188,7 +192,8 @@ _SINKS = {
 SAMPLES: dict[str, dict[str, dict[str, Any]]] = {
     "BatchPrefillPlan": _FA | {"fa2, fp8 keys": {"backend": "fa2", "kv_data_type": "float8_e4m3fn"}}
     | _FP8_QUERIES | _SINKS,
-    "BatchAttentionPlan": {"": {}, "fp8 keys": {"kv_data_type": "float8_e4m3fn"}},
+    "BatchAttentionPlan": {"": {}, "fp8 keys": {"kv_data_type": "float8_e4m3fn"},
+                           "NVFP4 keys": {"kv_data_type": "uint8"}},
     "BatchDecodePlan": {"": {}, "fp8 keys": {"kv_data_type": "float8_e4m3fn"}},
     "BatchMlaPlan": _FA | {"fp8 cache": {"kv_data_type": "float8_e4m3fn"}},
     "single_prefill": _FA,

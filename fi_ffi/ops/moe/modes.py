@@ -26,7 +26,17 @@ from fi_ffi.ops.moe.interface import (
 from fi_ffi.ops.notation import round_up
 from fi_ffi.ops.providers import release_in_force
 from fi_ffi.ops.releases import is_in
-from fi_ffi.ops.row import Arg, IntArray, Row, Rule, Scalar, Tensor, TensorArray, Vector
+from fi_ffi.ops.row import (
+    MULTIPROCESSORS,
+    Arg,
+    IntArray,
+    Row,
+    Rule,
+    Scalar,
+    Tensor,
+    TensorArray,
+    Vector,
+)
 
 HALF = ("float16", "bfloat16")
 FP8 = "float8_e4m3fn"
@@ -346,10 +356,31 @@ def _count_rules(argument: str) -> tuple[Rule, ...]:
     return *counts, Rule(argument, "top_k <= experts * ep_size", expected)
 
 
-def _step_rule(axis: str, step: Callable[[int], int]) -> Rule:
+# Whether calls may have 4-bit rows of one step if they have so few tiles that no block gets two.
+# `test_one_step_of_few_tokens` in tests/gpu/test_moe.py says whether these are right.
+ONE_STEP_OF_FEW_TOKENS = False
+# The rows and columns of the smallest tile of any tactic.
+_TILE = 64, 16
+
+
+def _most_tiles(experts: int, tokens: int, top_k: int, inter: int, hidden: int) -> int:
+    """Return the most tiles that either product of a call has."""
+    pairs, rows = tokens * top_k, max(2 * inter, hidden)
+    return -(-rows // _TILE[0]) * (min(experts, pairs) + pairs // _TILE[1])
+
+
+def _step_rule(axis: str, step: Callable[[int], int], is_run: bool) -> Rule:
     expected = f"a {axis} of more columns than the kernel takes in one step"
     name = f"step_of_{axis}"
-    return Rule("fc2_expert_weights", f"{axis} > {name}({axis})", expected, {name: step})
+    holds = f"{axis} > {name}({axis})"
+    using: dict[str, Callable[..., int]] = {name: step}
+    if ONE_STEP_OF_FEW_TOKENS and is_run:
+        # With a margin, for kernels that do not use all multiprocessors.
+        tiles = "tiles(experts, tokens, top_k, inter_size, hidden_size)"
+        holds += f" or 2 * {tiles} <= {MULTIPROCESSORS}"
+        expected += ", or fewer tokens"
+        using["tiles"] = _most_tiles
+    return Rule("fc2_expert_weights", holds, expected, using)
 
 
 def _int4_rules(gates: int) -> tuple[Rule, ...]:
@@ -477,7 +508,7 @@ def row_of(
     )
     rules = [*_RANK_RULES, *_count_rules("token_selected_experts" if is_run else "top_k")]
     if mode.step is not None:
-        rules += [_step_rule(axis, mode.step) for axis in _INNER]
+        rules += [_step_rule(axis, mode.step, is_run) for axis in _INNER]
     if mode is INT4 and is_run:
         rules += _int4_rules(1 + is_gated)
     if mode.blocks is not None and is_run:

@@ -33,7 +33,11 @@ KERNELS: dict[str, _Kernels] = {
         "run_fa3_fp8": functools.partial(runs.single_prefill, variant.fa3_fp8),
         "run_fp4": fp4.single_prefill,
     },
-    "batch_attention": {"plan": plan.attention, "run": runs.attention_run},
+    "batch_attention": {
+        "plan": plan.attention,
+        "run": runs.attention_run,
+        "run_fp4": fp4.attention_run,
+    },
     "batch_decode": {"plan": plan.decode, "run": runs.batch_decode},
     "batch_prefill": {
         **_batch("", plan.FA2, variant.fa2),

@@ -63,3 +63,13 @@ def paged_run(
         indices, last_page_len, o, lse, mask_mode, layout, window_left, enable_pdl, *more,
         compiled=compiled,
     )  # fmt: skip
+
+
+def attention_run(
+    float_workspace: Array, int_workspace: Array, info: Any, q: Array, k: Array, v: Array,
+    *more: Any, compiled: Any,
+) -> None:  # fmt: skip
+    """batch_attention's `run`; the last arguments are the scales."""
+    k, v = dequantised(k, more[-2]), dequantised(v, more[-1])
+    given = float_workspace, int_workspace, info, q, k, v, *more[:-2], None, None
+    runs.attention_run(*given, compiled=compiled)

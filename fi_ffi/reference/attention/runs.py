@@ -316,10 +316,9 @@ def xqa_wrapper(
         seen = None if mask is None else _of_drafts(mask[request], length)
         where: tuple[Any, ...] = page_table[request], 0, length
         keys, values = gathered(k_cache, *where), gathered(v_cache, *where)
-        if compiled.use_sliding_window:
-            keys, values = keys[max(length - window, 0) :], values[max(length - window, 0) :]
         scale = of_kv * (rcp_out_scale if output.itemsize == 1 else 1.0)
-        options = Options(sm_scale, sink=flat, v_scale=scale, mask=seen)
+        left = window - 1 if compiled.use_sliding_window else -1
+        options = Options(sm_scale, window_left=left, sink=flat, v_scale=scale, mask=seen)
         found = exact(q[request], keys, values, options)
         store_saturated(output[request], found.out)
 
