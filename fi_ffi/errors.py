@@ -136,8 +136,9 @@ class FetchError(LoaderError, OSError):
 
 
 class BuildError(FiFfiError, RuntimeError):
-    """`fi-ffi build` could not build the kernels; `log` is the path of its log, or None."""
+    """`fi-ffi build` could not build the kernels; `log` is the path of its log, or None, and
+    `message` the text without it."""
 
     def __init__(self, message: str, log: str | None = None) -> None:
-        self.log = log
+        self.message, self.log = message, log
         super().__init__(message if log is None else f"{message}\nFull log: {log}")

@@ -266,6 +266,7 @@ def make_current(device: int) -> int | None:
     code = code or runtime.cudaSetDevice(device)
     if code:
         cuda_errors.check_lost(runtime, code, "cudaSetDevice")
+        capability(device)  # raises if there is no such device
         raise LoaderError(f"cuda:{device} cannot be used: CUDA error {code}{_hint(code)}")
     bound.add(device)
     device_count()  # sets the cached number, which marks that a GPU is in use
