@@ -6,6 +6,8 @@ expected type (`ValueError` for a bad argument, `RuntimeError` for a failed kern
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class FiFfiError(Exception):
     """Base class of every error that fi_ffi raises on purpose.
@@ -32,6 +34,7 @@ class ArgumentError(FiFfiError, ValueError):
 
 
 _MOST_TEXT = 1000
+_NEAREST = 5
 
 
 def _text(value: object) -> str:
@@ -62,6 +65,19 @@ def printable(text: str) -> str:
     return "".join(
         c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
     )
+
+
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.5) -> str:
+    """Return `; the nearest: …` with similar known names; "" if there are none.
+
+    A name of which another is the beginning comes first.
+    """
+    from difflib import get_close_matches  # imported here: only errors need it
+
+    every = sorted({*known})
+    longer = [one for one in every if one.startswith(f"{name}_") or name.startswith(f"{one}_")]
+    near = dict.fromkeys([*longer, *get_close_matches(name, every, _NEAREST, cutoff)])
+    return f"; the nearest: {', '.join([*near][:_NEAREST])}" if near else ""
 
 
 def _unprintable(value: object) -> str:
