@@ -6,7 +6,10 @@ expected type (`ValueError` for a bad argument, `RuntimeError` for a failed kern
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 
 class FiFfiError(Exception):
