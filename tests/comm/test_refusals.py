@@ -394,7 +394,8 @@ def test_a_process_that_is_killed(size, victim, how):
     assert len(told) == size - 1
     for words, closed, again in told:
         assert re.search(rf"waited \d\d?(\.\d)? s for rank {victim}\b", words), words
-        assert f"the process of rank {victim} has ended" in words
+        # Another rank may have ended by then, too: it has been told the same.
+        assert re.search(rf"the process of ranks? ([\d, ]+, )?{victim}\b.* has ended", words), words
         assert closed < 30 and again == [0, 1, 2, 3, 4]
 
 
