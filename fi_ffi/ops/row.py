@@ -296,6 +296,12 @@ class Required:
     def __repr__(self) -> str:
         return "REQUIRED"
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Required)
+
+    def __hash__(self) -> int:
+        return hash(Required)
+
     @property
     def __array_interface__(self) -> dict[str, Any]:
         raise self.missing("", "")
