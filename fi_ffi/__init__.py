@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from fi_ffi.ops.modules import object_type as object_type
     from fi_ffi.ops.modules import object_types as object_types
     from fi_ffi.ops.moe import *  # noqa: F403
+    from fi_ffi.ops.philox import Philox as Philox
     from fi_ffi.ops.prepare import prepare as prepare
     from fi_ffi.ops.table.renorm import top_p_renorm_workspace_size as top_p_renorm_workspace_size
     from fi_ffi.ops.watch.call_log import call_log as call_log
@@ -114,6 +115,7 @@ _MATMUL = (
 _LATER |= {
     **dict.fromkeys(_MATMUL, "fi_ffi.ops.matmul"),
     "Graph": "fi_ffi.ops.graphs",
+    "Philox": "fi_ffi.ops.philox",
     "call_log": "fi_ffi.ops.watch.call_log",
     "capture": "fi_ffi.ops.graphs",
     "file_signatures": "fi_ffi.loader.runtime",
@@ -129,11 +131,18 @@ _LATER |= {
     "top_p_renorm_workspace_size": "fi_ffi.ops.table.renorm",
     "watchdog": "fi_ffi.ops.watch.watchdog",
 }
+# Subpackages that are imported by their names.
+_ROOMS = ("cli", "comm", "families", "loader", "reference")
 
 
 def _later(name: str) -> object:
     if name not in _LATER:
         text = f"module {__name__!r} has no attribute {name!r}"
+        # Python itself asks for names such as __path__, and for subpackages before it imports them.
+        if not name.startswith("_") and name not in _ROOMS:
+            from fi_ffi.loader.api_map import hint
+
+            text += hint(name, __all__)
         # With `name` and `obj`, Python's traceback suggests the nearest name.
         raise AttributeError(text, name=name, obj=sys.modules[__name__])
     module = importlib.import_module(_LATER[name])

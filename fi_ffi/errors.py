@@ -6,6 +6,11 @@ expected type (`ValueError` for a bad argument, `RuntimeError` for a failed kern
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
 
 class FiFfiError(Exception):
     """Base class of every error that fi_ffi raises on purpose.
@@ -32,6 +37,7 @@ class ArgumentError(FiFfiError, ValueError):
 
 
 _MOST_TEXT = 1000
+_NEAREST = 5
 
 
 def _text(value: object) -> str:
@@ -62,6 +68,19 @@ def printable(text: str) -> str:
     return "".join(
         c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
     )
+
+
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.5) -> str:
+    """Return `; the nearest: …` with similar known names; "" if there are none.
+
+    A name of which another is the beginning comes first.
+    """
+    from difflib import get_close_matches  # imported here: only errors need it
+
+    every = sorted({*known})
+    longer = [one for one in every if one.startswith(f"{name}_") or name.startswith(f"{one}_")]
+    near = dict.fromkeys([*longer, *get_close_matches(name, every, _NEAREST, cutoff)])
+    return f"; the nearest: {', '.join([*near][:_NEAREST])}" if near else ""
 
 
 def _unprintable(value: object) -> str:
@@ -136,8 +155,9 @@ class FetchError(LoaderError, OSError):
 
 
 class BuildError(FiFfiError, RuntimeError):
-    """`fi-ffi build` could not build the kernels; `log` is the path of its log, or None."""
+    """`fi-ffi build` could not build the kernels; `log` is the path of its log, or None, and
+    `message` the text without it."""
 
     def __init__(self, message: str, log: str | None = None) -> None:
-        self.log = log
+        self.message, self.log = message, log
         super().__init__(message if log is None else f"{message}\nFull log: {log}")

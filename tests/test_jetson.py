@@ -183,7 +183,7 @@ def test_the_compiler_for_another_processor(
     assert environment.find_cxx(OTHER) == compiler.name
     with (
         pytest.raises(ArgumentError, match="riscv"),
-        open_workshop("0.6.13", ("8.7",), tmp_path, environment.DEFAULT_TORCH, None, "riscv"),
+        open_workshop("0.6.13", ("8.7",), tmp_path, None, None, "riscv"),
     ):
         pass
 

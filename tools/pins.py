@@ -31,6 +31,7 @@ from fi_ffi.cli.lock import entries  # noqa: E402
 from fi_ffi.errors import ArgumentError, ArtifactError, FiFfiError, LoaderError  # noqa: E402
 from fi_ffi.loader import cache  # noqa: E402
 from fi_ffi.loader.download import Reporter, fetch_file  # noqa: E402
+from fi_ffi.loader.fatbin import sass_named  # noqa: E402
 from fi_ffi.loader.lock import PinnedWheel, lock_path, read_lock  # noqa: E402
 from fi_ffi.loader.progress import reporter  # noqa: E402
 from fi_ffi.loader.remote import RemoteWheel  # noqa: E402
@@ -99,6 +100,8 @@ def add_wheel(
     where, sha256, address = _take(source, report)
     wheel = Wheel(where)
     found: dict[str, Any] = describe(where.name) | given
+    if "sm" in given:
+        found["sm"] = sass_named(given["sm"]).name.replace("_", "")
     missing = {"release", "cuda", "platform", "layout"} - found.keys()
     if missing:
         options = " ".join(f"--{key}" for key in sorted(missing))

@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from fi_ffi import __version__
-from fi_ffi.errors import ArgumentError, FiFfiError
+from fi_ffi.errors import ArgumentError, FiFfiError, nearest
 from fi_ffi.loader.cache import PARANOID
 
 _COMMANDS = {
@@ -52,8 +52,6 @@ class NearNames(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         name = args[0]
         if not name.startswith("-") and self.get_command(ctx, name) is None:
-            from fi_ffi.cli.output import nearest
-
             every = self.list_commands(ctx)
             known = nearest(name, every) or f"; the commands are {', '.join(every)}"
             if self is main and name in _ELSEWHERE:

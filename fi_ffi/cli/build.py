@@ -18,7 +18,7 @@ from fi_ffi.cli.output import print_json, say
 from fi_ffi.errors import printable
 from fi_ffi.loader.building.build import Available, available
 from fi_ffi.loader.building.build import build as build_wheel
-from fi_ffi.loader.building.environment import DEFAULT_TORCH, Progress
+from fi_ffi.loader.building.environment import Progress
 from fi_ffi.loader.building.names import (
     DEFAULT_ARCH,
     FAMILIES,
@@ -129,10 +129,11 @@ def _interruptible() -> Iterator[None]:
 )
 @click.option(
     "--arch",
+    "--sm",
     multiple=True,
     default=DEFAULT_ARCH,
     show_default=True,
-    help="GPU architecture such as 9.0a or 8.7. Repeat it, or give a list, for several.",
+    help="GPU architecture, such as 9.0a, 8.7 or sm_87. Repeat it, or give a list, for several.",
 )
 @click.option(
     "--cuda",
@@ -164,10 +165,9 @@ def _interruptible() -> Iterator[None]:
 @click.option(
     "--torch",
     "torch_requirement",
-    default=DEFAULT_TORCH,
-    show_default=True,
     metavar="REQUIREMENT",
-    help="The torch that runs FlashInfer's generators.",
+    help="Install this torch, such as torch==2.13.0, for modules that need it (default: none, "
+    "except for CuTe DSL).",
 )
 @click.option("--list", "list_only", is_flag=True, help="List what can be built.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")

@@ -31,10 +31,11 @@ def cache() -> None:
 @cache.command("list")
 @_as_json
 def list_(as_json: bool) -> None:
-    """List cached files and build folders."""
+    """List cached files, wheels and build folders."""
     root = cache_root()
     groups = {
         "objects": items(root, "object"),
+        "wheels": items(root, "wheel"),
         "builds": items(root, "build"),
         "downloads": items(root, "download"),
         "leftovers": items(root, "leftover"),
@@ -47,7 +48,9 @@ def list_(as_json: bool) -> None:
     files = [(i.name, f"{i.size:,}", str(i.sha256)[:12], _day(i)) for i in groups["objects"]]
     output.say(f"{output.counted(len(files), 'file')} in {root}")
     _print_table(("file", "bytes", "sha256", "last use"), files)
-    for kind, found in (("build", groups["builds"]), ("unfinished download", groups["downloads"])):
+    others = {"wheel": "wheels", "build": "builds", "unfinished download": "downloads"}
+    for kind, group in others.items():
+        found = groups[group]
         rows = [(item.name, f"{item.size:,}", _day(item)) for item in found]
         _print_table((kind, "bytes", "last written"), rows)
     left = groups["leftovers"]

@@ -42,7 +42,7 @@ class Finding:
 
 @click.command()
 @click.argument("names", nargs=-1, metavar="[NAME]...")
-@click.option("--sm", help="With NAME: ask for another GPU, such as 87 or 9.0.")
+@click.option("--sm", "--arch", help="With NAME: ask for another GPU, such as 87, 9.0 or sm_90a.")
 @click.option("--kernels", help="Directory or wheel of kernels (default: FI_FFI_KERNELS).")
 @click.option("--fetch", is_flag=True, help="Fetch missing kernels and check them too.")
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")

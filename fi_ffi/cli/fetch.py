@@ -45,7 +45,7 @@ class Put:
 @click.option(
     "--release", help="FlashInfer release (default: FI_FFI_RELEASE, or that of wheels.lock)."
 )
-@click.option("--arch", multiple=True, help="GPU architecture that is needed, such as 9.0a.")
+@click.option("--arch", "--sm", multiple=True, help="GPU that is needed, such as 9.0a or sm_87.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.option("--quiet", "-q", is_flag=True, help="Show no progress.")
 def fetch(

@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from fi_ffi.cli import output
-from fi_ffi.errors import FiFfiError, KernelNotFoundError
+from fi_ffi.errors import FiFfiError, KernelNotFoundError, nearest
 from fi_ffi.loader import progress, search
 from fi_ffi.loader.catalogue import Module, modules_of
 from fi_ffi.loader.held import facts_of
@@ -74,7 +74,7 @@ def _list(kernels: Path | None, family: str | None, entries: bool, as_json: bool
     if family is not None and not chosen:
         families = {module.family for module in modules}
         every = ", ".join(sorted(families)) or "none"
-        shown = f"; it has {every}{output.nearest(family, families)}"
+        shown = f"; it has {every}{nearest(family, families)}"
         raise output.Failure(f"{source.location} has no modules of {family}{shown}")
     listed = []
     with progress.counter("modules", len(chosen), quiet=not entries, lines=False) as count:
@@ -208,7 +208,7 @@ def _matrix(
     if not chosen:
         ops = dict.fromkeys(line.op for line in lines())
         known = {*ops, *(line.family for line in lines())}
-        shown = output.nearest(str(wanted), known) or f"; there are {', '.join(ops)}"
+        shown = nearest(str(wanted), known) or f"; there are {', '.join(ops)}"
         raise output.Failure(f"no op or family {wanted!r}{shown}")
     queries = {sm: Query.of(sm, release, cuda, None, kernels) for sm in SMS}
     found = {}

@@ -10,8 +10,7 @@ from functools import partial
 
 import click
 
-from fi_ffi.cli import output
-from fi_ffi.errors import LoaderError
+from fi_ffi.errors import LoaderError, nearest
 from fi_ffi.loader.kernels import KernelSource
 from fi_ffi.loader.listed import listed_in
 from fi_ffi.loader.uris import parse
@@ -57,7 +56,7 @@ def _named(name: str, known: list[Line], sources: Sequence[KernelSource], releas
     everything = {line.op for line in known} | {*_modules(sources, release)} | {*_entries()}
     everything |= {f"{module}.{entry}" for entry, all_of in _entries().items() for module in all_of}
     ops = dict.fromkeys(line.op for line in known)
-    hint = output.nearest(name, everything) or f"; the ops are {', '.join(ops)}"
+    hint = nearest(name, everything) or f"; the ops are {', '.join(ops)}"
     raise click.UsageError(f"no op, module or entry {name!r}{hint}")
 
 

@@ -11,7 +11,6 @@ import json
 import os
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
-from difflib import get_close_matches
 from typing import Any
 
 import click
@@ -23,7 +22,6 @@ from fi_ffi.errors import printable
 _INDENT = 4  # indentation of continuation lines
 _SHORT = 20  # longest cell that is shown as a name, not as prose
 _LEAST = 24  # least width for a table's last column; below it, rows are stacked
-_NEAREST = 5
 
 STATUS_STYLE = {"none": "dim", "ok": "green", "warn": "yellow", "fail": "bold red"}
 # Keys in a click context: whether `--json` was given, and whether a document was printed.
@@ -62,12 +60,6 @@ def wrapped(text: str, columns: int | None, hang: int = 0) -> Iterator[str]:
 def counted(count: int, noun: str) -> str:
     """Return a number with its noun: `1 file`, `2 files`, `1,234 files`."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Return `; the nearest: …` with similar known names; "" if there are none."""
-    near = get_close_matches(name, sorted({*known}), _NEAREST, 0.5)
-    return f"; the nearest: {', '.join(near)}" if near else ""
 
 
 def say(text: str, *, hang: int = _INDENT, err: bool = False) -> None:

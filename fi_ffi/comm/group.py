@@ -17,8 +17,9 @@ from fi_ffi.comm.algorithms import ALGORITHMS, Algorithms, Call
 from fi_ffi.comm.fusion import RANKS, FusionSize, has_kernels, pattern_of
 from fi_ffi.comm.hang import ENDED_S, ENDING_S, Monitor, ends
 from fi_ffi.comm.memory import Place, has_ended, place_of
-from fi_ffi.comm.ranks import Ranks, check_ranks, names
+from fi_ffi.comm.ranks import PATIENCE_S, Ranks, check_ranks, hurried, names
 from fi_ffi.errors import ArgumentError, ArgumentTypeError, HangError, KernelError, LoaderError
+from fi_ffi.loader import machine
 from fi_ffi.ops import cuda
 from fi_ffi.ops.call.arguments import check_choice, check_flag, check_int, check_number
 
@@ -49,8 +50,10 @@ class Group:
             the largest for which "oneshot" is the fastest, in 2 bytes an element, or `max_bytes` if
             that is less; there are none of the three if the ranks' kernels or GPUs lack them.
         nccl: whether to use NCCL on GPUs; None: if every rank has it installed.
-        timeout_s: how long to wait for a rank that does not arrive; for one whose process on this
-            machine has ended, a second.
+        timeout_s: how long to wait for a rank that does not arrive, in a call or while the group
+            is made or closed; for one whose process on this machine has ended, a second in calls.
+            By default 60, and what the ranks were made with while the group is made or closed.
+            MPI's ranks and your own (`Ranks`) keep their own time there.
         check: compare the arguments of every call with those of the other ranks first.
 
     Raises `ArgumentError` and `ArgumentTypeError`, `HangError` if a rank does not arrive,
@@ -65,16 +68,19 @@ class Group:
         max_bytes: int = MAX_BYTES,
         fusion: FusionSize | None = None,
         nccl: bool | None = None,
-        timeout_s: float = 60.0,
+        timeout_s: float | None = None,
         check: bool = False,
     ) -> None:
-        self._ranks = check_ranks("Group", ranks)
+        self._ranks = ranks = check_ranks("Group", ranks)
         self.rank, self.size = ranks.rank, ranks.size
+        self.timeout_s = PATIENCE_S
+        if timeout_s is not None:
+            self.timeout_s = check_number("Group", "timeout_s", timeout_s, above=0)
+            self._ranks = ranks = hurried(ranks, self.timeout_s)
         self.device = _device(device)
         most = check_int("Group", "max_bytes", max_bytes, _VECTOR)
         self.max_bytes = most // _VECTOR * _VECTOR
         self.fusion = _fusion_size(fusion)
-        self.timeout_s = check_number("Group", "timeout_s", timeout_s, above=0)
         self._checks = check_flag("Group", "check", check)
         wants_nccl = None if nccl is None else check_flag("Group", "nccl", nccl)
         self._hang, self._hung_at, self._calls = "", math.inf, 0
@@ -518,6 +524,8 @@ def _device(device: object) -> Device:
     found = parse_device(device, op="Group")
     if not found.is_cuda and found.type != "cpu":
         raise ArgumentError("Group", "device", got=found, expected="cuda or cpu")
+    if found.is_cuda:
+        machine.capability(found.index)  # raises if there is no such GPU
     return found
 
 

@@ -78,20 +78,32 @@ class _Ranks:
         return HangError(kind, f"{kind}: rank {self.rank} {what}")
 
 
-class Threads(_Ranks):
+class _Timed(_Ranks):
+    """Base class of ranks that wait for `timeout_s`, or as long as a caller of `gather` says."""
+
+    timeout_s: float
+
+    def all_gather(self, data: bytes) -> list[bytes]:
+        return self.gather(data, self.timeout_s)
+
+    def gather(self, data: bytes, seconds: float) -> list[bytes]:
+        raise NotImplementedError
+
+
+class Threads(_Timed):
     """A rank that is a thread of this process."""
 
     def __init__(self, rank: int, size: int, meeting: _Meeting, timeout_s: float) -> None:
         self.rank, self.size, self.timeout_s = rank, size, timeout_s
         self._meeting, self._round = meeting, 0
 
-    def all_gather(self, data: bytes) -> list[bytes]:
+    def gather(self, data: bytes, seconds: float) -> list[bytes]:
         self._round += 1
         given = self._meeting.put(self._round, self.rank, bytes(data))
         with self._meeting.changed:
-            self._meeting.changed.wait_for(lambda: len(given) == self.size, self.timeout_s)
+            self._meeting.changed.wait_for(lambda: len(given) == self.size, seconds)
             if len(given) < self.size:
-                raise self._late(self.timeout_s, {*range(self.size)} - {*given})
+                raise self._late(seconds, {*range(self.size)} - {*given})
         return [given[rank] for rank in range(self.size)]
 
 
@@ -112,7 +124,7 @@ class _Meeting:
             return given
 
 
-class Processes(_Ranks):
+class Processes(_Timed):
     """A rank that is a process, connected by pipes of `multiprocessing`; rank 0 collects.
 
     Pass it to its process as an argument of `Process`.
@@ -122,11 +134,11 @@ class Processes(_Ranks):
         self.rank, self.size, self.timeout_s = rank, size, timeout_s
         self._pipes = tuple(pipes)  # rank 0: one to each other rank; others: one to rank 0
 
-    def all_gather(self, data: bytes) -> list[bytes]:
+    def gather(self, data: bytes, seconds: float) -> list[bytes]:
         if self.rank:
-            return self._send(bytes(data))
+            return self._send(bytes(data), seconds)
         begun, given, missing = time.monotonic(), [bytes(data)], set()
-        end = begun + self.timeout_s
+        end = begun + seconds
         for rank, pipe in enumerate(self._pipes, 1):
             received = _receive(pipe, end)
             given.append(received or b"")
@@ -142,12 +154,12 @@ class Processes(_Ranks):
             raise self._late(time.monotonic() - begun, missing)
         return given
 
-    def _send(self, data: bytes) -> list[bytes]:
+    def _send(self, data: bytes, seconds: float) -> list[bytes]:
         (pipe,) = self._pipes
         begun, reply = time.monotonic(), None
         with contextlib.suppress(OSError):
             pipe.send_bytes(data)
-            reply = _receive(pipe, begun + self.timeout_s + _GRACE_S)
+            reply = _receive(pipe, begun + seconds + _GRACE_S)
         given, missing = ([], {0}) if reply is None else pickle.loads(reply)
         if missing:
             raise self._late(time.monotonic() - begun, missing)
@@ -163,7 +175,8 @@ def _receive(pipe: Connection, end: float) -> bytes | None:
 
 
 class Mpi(_Ranks):
-    """A rank of an MPI communicator, through mpi4py; MPI itself detects ranks that die."""
+    """A rank of an MPI communicator, through mpi4py; MPI itself detects ranks that die, and waits
+    for others without end."""
 
     def __init__(self, communicator: Any) -> None:
         self._communicator = communicator
@@ -209,7 +222,7 @@ class _RayMeeting:
 _LATEST_MEETINGS: collections.deque[Any] = collections.deque(maxlen=16)
 
 
-class Ray(_Ranks):
+class Ray(_Timed):
     """A rank that is an actor of Ray."""
 
     def __init__(self, name: str, rank: int, size: int, timeout_s: float) -> None:
@@ -224,16 +237,32 @@ class Ray(_Ranks):
         self._meeting = actor.remote(size)
         _LATEST_MEETINGS.append(self._meeting)
 
-    def all_gather(self, data: bytes) -> list[bytes]:
+    def gather(self, data: bytes, seconds: float) -> list[bytes]:
         self._round += 1
         gather = self._meeting.gather.remote
         try:
-            given = self._get(gather(self._round, self.rank, bytes(data), self.timeout_s))
+            given = self._get(gather(self._round, self.rank, bytes(data), seconds))
         except self._gone as error:
             raise self._hang("lost the others: the rank that came first has ended") from error
         if isinstance(given, set):
-            raise self._late(self.timeout_s, {*range(self.size)} - given)
+            raise self._late(seconds, {*range(self.size)} - given)
         return list(given)
+
+
+class _Hurried(_Timed):
+    """A rank that waits for the others as long as its user says, not as long as it was made for."""
+
+    def __init__(self, ranks: _Timed, seconds: float) -> None:
+        self.rank, self.size, self.timeout_s = ranks.rank, ranks.size, seconds
+        self._ranks = ranks
+
+    def gather(self, data: bytes, seconds: float) -> list[bytes]:
+        return self._ranks.gather(data, seconds)
+
+
+def hurried(ranks: Ranks, seconds: float) -> Ranks:
+    """Return this rank with another time to wait; one that has no such time stays as it is."""
+    return _Hurried(ranks, seconds) if isinstance(ranks, _Timed) else ranks
 
 
 def _size(op: str, size: object, timeout_s: object) -> tuple[int, float]:

@@ -71,12 +71,26 @@ class CudaCode:
         return capability >= made_for
 
 
+_NAME = re.compile(r"(?:sm_?)?(\d{1,2})\.?(\d)([af]?)", re.ASCII | re.IGNORECASE)
+
+
+def architecture_named(name: str) -> tuple[int, int, Suffix] | None:
+    """Return the architecture that a person names: 90a, 9.0a, sm90a and sm_90a are one.
+
+    The parts are the compute capability and the suffix. Every option and argument that takes a GPU
+    is read by this; None is for a text that names none.
+    """
+    found = _NAME.fullmatch(name.strip())
+    return found and (int(found[1]), int(found[2]), cast(Suffix, found[3].lower()))
+
+
 def sass_named(name: str) -> CudaCode:
-    """Return the machine code for a name such as "sm90a" or "sm_90a"."""
-    match = re.fullmatch(r"sm_?(\d{2,3})([af]?)", name)
-    if match is None:
+    """Return the machine code for an architecture's name."""
+    found = architecture_named(name)
+    if found is None:
         raise ArtifactError(f"{name!r} names no architecture; one looks like sm90a")
-    return CudaCode("sass", int(match[1]), cast(Suffix, match[2]))
+    major, minor, suffix = found
+    return CudaCode("sass", 10 * major + minor, suffix)
 
 
 @dataclass(frozen=True)

@@ -76,14 +76,9 @@ class Listed:
         return [(box, codes) for box, codes in self.modules if box.family == name]
 
 
-def code_named(architecture: str) -> CudaCode:
-    """Return the machine code for an architecture as in FLASHINFER_CUDA_ARCH_LIST: 9.0a."""
-    return sass_named("sm" + architecture.replace(".", ""))
-
-
 def in_wheel(codes: tuple[CudaCode, ...], cuda: str, machine: str) -> tuple[CudaCode, ...]:
     """Return those of a module's architectures that the published wheels of a CUDA tag have."""
-    published = {code_named(text) for text in WHEELS.get((cuda, machine), "").split()}
+    published = {sass_named(text) for text in WHEELS.get((cuda, machine), "").split()}
     return tuple(code for code in codes if code in published)
 
 

@@ -279,6 +279,7 @@ def make_current(device: int) -> int | None:
     code = -before if before < 0 else runtime.cudaSetDevice(device)
     if code:
         cuda_errors.check_lost(runtime, code, "cudaSetDevice")
+        capability(device)  # raises if there is no such device
         raise LoaderError(f"cuda:{device} cannot be used: CUDA error {code}{_hint(code)}")
     thread.bound.add(device)
     device_count()  # sets the cached number, which marks that a GPU is in use

@@ -19,12 +19,13 @@ from typing import Literal, NamedTuple
 from fi_ffi.errors import ArtifactError, LoaderError
 from fi_ffi.loader import cache, trust
 
-Kind = Literal["object", "build", "download", "note", "leftover"]
+Kind = Literal["object", "wheel", "build", "download", "note", "leftover"]
 
 _OBJECTS = ("objects", "[0-9a-f]{2}", "[0-9a-f]{64}")
 # Patterns of folder and file names, starting at the cache's directory.
 _PLACES: dict[Kind, tuple[tuple[str, ...], ...]] = {
     "object": ((*_OBJECTS, "[^.].*"),),
+    "wheel": (("wheels", r".*\.whl"),),
     "build": (("build", ".*"),),
     "download": (("downloads", r".*\.part"),),
     "note": (("facts", ".*", r".*\.json"), ("indexes", r".*\.json"), ("sources", r".*\.json")),
@@ -55,9 +56,9 @@ class Verdict(NamedTuple):
 def items(root: Path, kind: Kind) -> list[Item]:
     """Return all items of a kind, by name.
 
-    "object": a cached file; "build": a folder of `fi-ffi build`; "download": an unfinished
-    download; "note": a stored result; "leftover": a temporary of a killed process, or a stamp
-    without its file.
+    "object": a cached file; "wheel": a wheel of kernels, built or the user's own; "build": a folder
+    of `fi-ffi build`; "download": an unfinished download; "note": a stored result; "leftover": a
+    temporary of a killed process, or a stamp without its file.
     """
     found = []
     for place in _PLACES[kind]:

@@ -24,6 +24,7 @@ _WITHIN_DEVICE = 3  # cudaMemcpyDeviceToDevice
 _NO_TIMING = 2  # cudaEventDisableTiming
 _CPU = parse_device("cpu")
 _NOT_READY = 600  # cudaErrorNotReady
+_WITHOUT_GPU = (35, 100)  # cudaErrorInsufficientDriver, cudaErrorNoDevice
 _NON_BLOCKING = 1  # cudaStreamNonBlocking
 _handles_lock = threading.Lock()
 # Handles of CUDA libraries, by library and device. They are never destroyed: at exit the device's
@@ -32,8 +33,14 @@ _handles: dict[tuple[str, Device], int] = {}
 
 
 def check(code: int, what: str) -> None:
-    """Raise `KernelError` for a CUDA error code, or `DeviceError` if the GPU is lost."""
+    """Raise `KernelError` for a CUDA error code, or `DeviceError` if the GPU is lost.
+
+    Without a GPU every CUDA call fails, whatever its name: `LoaderError` says so.
+    """
     if code:
+        if code in _WITHOUT_GPU and not machine.device_count():
+            cuda_errors.forget(machine.load_cudart()[0])
+            machine.capability(0)
         raise cuda_errors.failed(machine.load_cudart()[0], code, what)
 
 

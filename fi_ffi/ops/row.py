@@ -13,6 +13,7 @@ from typing import Any
 
 from fi_ffi.abi.signature import Signature
 from fi_ffi.abi.tensor import TensorDesc, frozen
+from fi_ffi.errors import ArgumentTypeError
 from fi_ffi.ops.notation import Condition, names_in
 
 
@@ -282,13 +283,35 @@ def default_of(arg: Arg) -> str | None:
     return None if default is None else repr(default)
 
 
-class _Required:
+class Required:
+    """The default of a required parameter that follows an optional one.
+
+    `call` is how the op is called, for the error. The error comes where the value is used: as a
+    tensor, when its memory is asked for.
+    """
+
+    def __init__(self, call: str = "") -> None:
+        self.call = call
+
     def __repr__(self) -> str:
         return "REQUIRED"
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Required)
 
-# The default of a required parameter that follows an optional one.
-REQUIRED = _Required()
+    def __hash__(self) -> int:
+        return hash(Required)
+
+    @property
+    def __array_interface__(self) -> dict[str, Any]:
+        raise self.missing("", "")
+
+    def missing(self, op: str, argument: str) -> ArgumentTypeError:
+        error = ArgumentTypeError(op, "no", got="value", expected=f"one: {self.call}")
+        return error.of(op, argument) if op else error  # type: ignore[return-value]
+
+
+REQUIRED = Required()
 
 
 def defaults(args: Sequence[Arg]) -> list[str | None]:

@@ -76,7 +76,7 @@ def leave_a_temporary(root: Path) -> None:
 
 
 def test_an_empty_cache(root: Path) -> None:
-    groups = {name: [] for name in ("objects", "builds", "downloads", "leftovers")}
+    groups = {name: [] for name in ("objects", "wheels", "builds", "downloads", "leftovers")}
     assert document("list") == {"root": str(root), **groups, "total": 0}
     assert f"0 files in {root}" in run("list").output
     assert document("prune", "--all")["freed"] == 0
@@ -112,6 +112,20 @@ def test_list(root: Path) -> None:
     for part in ("norm.so", "4,000", path.parent.name[:12], "0.6.13-9.0a", "1 leftover of"):
         assert part in text
     assert f"total: {found['total']:,} bytes" in text
+
+
+def test_wheels_are_listed_and_stay(root: Path) -> None:
+    name = "flashinfer_jit_cache-0.6.13+cu130.sm90a-cp39-abi3-linux_x86_64.whl"
+    store(b"norm", "norm.so")
+    (root / "wheels").mkdir()
+    (root / "wheels" / name).write_bytes(b"w" * 1234)
+    (root / "wheels" / "notes.txt").write_text("mine")
+    found = document("list")["wheels"]
+    assert [(item["name"], item["size"]) for item in found] == [(name, 1234)]
+    text = run("list").output
+    assert name in text.replace("\n", "") and "1,234" in text and "notes.txt" not in text
+    removed = document("prune", "--all")["removed"]
+    assert names(removed) == ["norm.so"] and (root / "wheels" / name).exists()
 
 
 def test_plain_prune_removes_only_what_killed_processes_left(root: Path) -> None:

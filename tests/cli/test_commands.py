@@ -40,6 +40,22 @@ def findings_of():
     return doctor
 
 
+def test_the_package_runs_as_the_command():
+    program = "import runpy, sys; sys.argv[1:] = {}; runpy.run_module('fi_ffi', None, '__main__')"
+    code, out, _ = done(program.format(["--version"]))
+    assert code == 0 and out.startswith("fi-ffi, version ")
+    code, _, err = done(program.format(["docter"]))
+    assert code == 2 and "Usage: fi-ffi " in err and "doctor" in err
+
+
+@pytest.mark.parametrize("gpu", ["87", "8.7", "sm87", "sm_87"])
+@pytest.mark.parametrize("option", ["--sm", "--arch"])
+def test_doctor_takes_any_name_of_a_gpu(option, gpu):
+    text = run("doctor", "rmsnorm", option, gpu, "--json", code=1)
+    (answer,) = json.loads(text)
+    assert answer["sm"] == 87 and "--arch 8.7" in answer["build"]
+
+
 def test_doctor_without_kernels(findings_of, monkeypatch, tmp_path):
     monkeypatch.setenv("FI_FFI_SOURCES", "local")
     monkeypatch.setenv("FI_FFI_WHEELS", str(tmp_path))

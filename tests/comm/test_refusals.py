@@ -12,9 +12,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+import fi_ffi
 from fi_ffi import comm
 from fi_ffi.comm.memory import _pieces
 from fi_ffi.errors import ArgumentError, ArgumentTypeError, HangError, LoaderError
+from fi_ffi.loader import machine
+from fi_ffi.ops import cuda
 from fi_ffi.reference.comm import _ranks
 
 from tests.helpers import rank_programs, ranks
@@ -214,6 +217,53 @@ def test_ranks_that_do_not_come_are_named(make, absent):
             assert re.search(rf"rank {rank} waited [2-8](\.\d)? s for rank {absent}$", told), told
 
 
+@pytest.mark.parametrize("make", [comm.threads, comm.processes])
+def test_a_group_waits_as_long_as_it_says(make):
+    """Not as long as its ranks were made for, which is a minute."""
+    for rank, most in ((0, 10.0), (1, 20.0)):  # rank 0 has some seconds more, to tell the others
+        mine = make(2)[rank]
+        begun = time.monotonic()
+        missing = rf"waited [0-9.]+ s for rank {1 - rank}$"
+        with pytest.raises(HangError, match=missing):
+            group(mine, timeout_s=0.3)
+        assert time.monotonic() - begun < most
+        assert mine.timeout_s == 60.0
+
+
+def test_without_a_time_of_its_own_a_group_takes_its_ranks_time():
+    mine = comm.threads(2, timeout_s=0.3)[0]
+    with pytest.raises(HangError, match=r"rank 0 waited 0\.3 s for rank 1$"):
+        comm.Group(mine, device="cpu")
+    assert comm.Group(comm.threads(1, timeout_s=0.3)[0], device="cpu").timeout_s == 60.0
+
+
+def test_a_rank_that_does_not_come_to_close():
+    """Nor to a call with `check`: the group's time counts there too."""
+    given = comm.threads(2)
+
+    def body(rank):
+        made = group(given[rank], timeout_s=0.3, check=True)
+        if rank:
+            return
+        begun = time.monotonic()
+        with pytest.raises(HangError, match="waited 0.3 s for rank 1"):
+            made.all_reduce(np.zeros(4, F32))
+        assert time.monotonic() - begun < 5
+
+    assert ranks.run("threads", 2, body) == [None, None]
+
+
+@pytest.mark.skipif(machine.device_count() > 0, reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_named():
+    with pytest.raises(
+        LoaderError, match=r"^there is no cuda:0: this process sees 0 GPUs: `fi-ffi"
+    ):
+        comm.Group(comm.threads(1)[0])
+    for ask in (cuda.Event, lambda: cuda.allocate(8, fi_ffi.parse_device("cuda:0"))):
+        with pytest.raises(LoaderError, match=r"^there is no cuda:0: this process sees 0 GPUs"):
+            ask()
+
+
 def test_a_rank_that_has_ended_is_not_waited_for():
     first, second = comm.processes(2, timeout_s=60.0)
     for pipe in second._pipes:
@@ -344,7 +394,8 @@ def test_a_process_that_is_killed(size, victim, how):
     assert len(told) == size - 1
     for words, closed, again in told:
         assert re.search(rf"waited \d\d?(\.\d)? s for rank {victim}\b", words), words
-        assert f"the process of rank {victim} has ended" in words
+        # Another rank may have ended by then, too: it has been told the same.
+        assert re.search(rf"the process of ranks? ([\d, ]+, )?{victim}\b.* has ended", words), words
         assert closed < 30 and again == [0, 1, 2, 3, 4]
 
 

@@ -293,6 +293,11 @@ RAISED: list[HERE] = [
      lambda: fi_ffi.rmsnorm.supports(sm="hopper")),
     ("Invalid environment variable", errors.ArgumentError,
      in_environment(search.SOURCES, "somewhere", search.kinds_asked)),
+    ("Wrong rank or size", errors.ArgumentError, lambda: fi_ffi.sampling_from_probs(
+        np.ones((2, 4), np.float32), np.zeros(2, np.int32), np.zeros(2, bool),
+        maybe_seed_arr=np.zeros(3, np.int64))),
+    ("Missing argument", errors.ArgumentTypeError,
+     lambda: fi_ffi.softmax(np.ones((2, 4), np.float32))),
     ("ArgumentTypeError", errors.ArgumentTypeError, lambda: rmsnorm(x=[1, 2])),
     ("ArgumentTypeError", errors.ArgumentTypeError, lambda: fi_ffi.TensorDesc(64, (1,), "half")),
     ("ArgumentTypeError", errors.ArgumentTypeError,

@@ -182,6 +182,6 @@ def test_a_damaged_note_of_a_build(tmp_path):
     folder.mkdir()
     for content in (b"", b"\xff\xfe", b"{"):
         folder.with_name("made.json").write_bytes(content)
-        environment._make_once(folder, folder, {"a": "b"}, lambda: made.append(1))
-    environment._make_once(folder, folder, {"a": "b"}, lambda: made.append(1))
+        environment.make_once(folder, folder, {"a": "b"}, lambda: made.append(1))
+    environment.make_once(folder, folder, {"a": "b"}, lambda: made.append(1))
     assert len(made) == 3

@@ -34,7 +34,8 @@ def nothing_was_called(monkeypatch):
 
 
 @pytest.mark.parametrize(("ways", "capability"), [
-    ((90, "90", "9.0", 9.0, (9, 0), "sm90", "sm_90a", "9.0a"), (9, 0)), ((75,), (7, 5)),
+    ((90, "90", "9.0", 9.0, (9, 0), "sm90", "sm_90a", "90a", "9.0a"), (9, 0)),
+    ((75, "sm_75"), (7, 5)),
     ((103,), (10, 3)), (("12.1",), (12, 1)), (("sm_120f",), (12, 0)),
 ])  # fmt: skip
 def test_ways_to_say_a_gpu(ways, capability):

@@ -1,4 +1,4 @@
-"""tools/data/flashinfer-api.toml against FlashInfer's names: none lacks a row, none is invented."""
+"""FlashInfer's names against the table of names: none lacks a row, none is invented."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 
 import pytest
 
-from tools.api_map import release
+from fi_ffi.loader.api_map import release
 
 from tests.records.test_api_map import NAMES, label
 
@@ -107,4 +107,4 @@ def test_no_public_name_lacks_a_row(modules):
             wanted |= marked(tree)
     here = {name.rpartition(".")[2] for name in modules}
     lacking = sorted(name for name in wanted - known - here if is_public(name))
-    assert not lacking, f"no row of tools/data/flashinfer-api.toml: {', '.join(lacking)}"
+    assert not lacking, f"no row of fi_ffi/loader/data/flashinfer-api.toml: {', '.join(lacking)}"

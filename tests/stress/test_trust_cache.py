@@ -249,7 +249,7 @@ def test_programs_that_others_could_plant_are_not_run(what, root, tmp_path, monk
     for name in ("lib/python3.11/site-packages/pip/a.py", "../0.6.13-9.0a/build.ninja"):
         script(environment / name, "")
     needed = " ".join(building._NEEDED)
-    content = json.dumps({"needed": needed, "torch": building.DEFAULT_TORCH}, indent=1)
+    content = json.dumps({"needed": needed, "torch": ""}, indent=1)
     environment.with_name("env-0.6.13.json").write_text(content)
     with pytest.raises(FiFfiError):  # as it is, it is used
         build(["norm"], output=tmp_path)

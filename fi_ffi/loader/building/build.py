@@ -25,13 +25,12 @@ from typing import Any
 
 from fi_ffi.errors import ArgumentError, BuildError
 from fi_ffi.loader import trust
+from fi_ffi.loader.building.cute_install import install_cute_dsl, install_torch
 from fi_ffi.loader.building.environment import (
-    DEFAULT_TORCH,
     Missing,
     Progress,
     Report,
     Workshop,
-    install_cute_dsl,
     missing_part,
     open_workshop,
 )
@@ -258,6 +257,7 @@ def _compile(workshop: Workshop, answer: Any, jobs: int) -> None:
 def _make_cute(workshop: Workshop, requests: Sequence[Request]) -> list[dict[str, str]]:
     """Compile kernels of CuTe DSL for every architecture; return their modules."""
     dsl = install_cute_dsl(workshop.environment, workshop.say)
+    torch = None if workshop.torch else install_torch(workshop.environment, workshop.say)
     made: list[dict[str, str]] = []
     name, total = f"{len(requests)} of CuTe DSL", len(workshop.architectures)
     for done, architecture in enumerate(workshop.architectures):
@@ -266,6 +266,7 @@ def _make_cute(workshop: Workshop, requests: Sequence[Request]) -> list[dict[str
         question: dict[str, object] = {
             "packages": str(dsl.packages),
             "runtime": str(dsl.runtime),
+            "torch": torch and str(torch),
             "cxx": workshop.cxx,
             "arch": f"sm_{architecture.replace('.', '')}",
             "capability": [int(major), int(minor)],
@@ -342,7 +343,7 @@ def build(
     output: Path | str = ".",
     build_dir: Path | None = None,
     jobs: int | None = None,
-    torch_requirement: str = DEFAULT_TORCH,
+    torch_requirement: str | None = None,
     report: Report | None = None,
     cpu: str | None = None,
     keep: bool = False,
@@ -360,6 +361,8 @@ def build(
         keep: keep the other modules of a wheel of the same name in `output`.
         cuda: release of the toolkit, "12.8", or its major version; by default the one that this
             machine's driver supports.
+        torch_requirement: a torch for the generators, such as "torch==2.13.0", which modules that
+            are extensions of torch need. Without it, only kernels of CuTe DSL get one.
 
     Raises ArgumentError for an invalid name, release or architecture, and BuildError, with the path
     of a log, if a tool is missing or fails.
@@ -394,7 +397,7 @@ def available(
     release: str = DEFAULT_RELEASE,
     arch: str | Iterable[str] = DEFAULT_ARCH,
     build_dir: Path | None = None,
-    torch_requirement: str = DEFAULT_TORCH,
+    torch_requirement: str | None = None,
     report: Report | None = None,
     cuda: str | None = None,
 ) -> list[Available]:

@@ -272,6 +272,8 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
     """Make the modules of every request; failed requests get a reason."""
     packages = Path(question["packages"])
     sys.path[:0] = [str(packages / _KERNELS / "dsl_packages"), str(packages)]
+    if question["torch"]:
+        sys.path.append(question["torch"])
     os.environ["CUTE_DSL_ARCH"] = question["arch"]
     plain, capability = _sibling("driver"), tuple(question["capability"])
     for name in ("flashinfer", "flashinfer.cute_dsl"):

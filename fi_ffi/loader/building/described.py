@@ -42,11 +42,12 @@ def described(
     modules requested by name. `data` is the folder of the sources that are not generated.
     `unavailable` lists failed generators with the reasons.
     """
-    from fi_ffi.loader.building import build, environment, names
+    from fi_ffi.loader.building import build, cute_install, environment, names
 
-    architectures = names.parse_arch(arch)
+    architectures, torch = names.parse_arch(arch), cute_install.CUTE_TORCH
     requests = [names.parse_request(name).as_json(release) for name in unlisted]
-    with environment.open_workshop(release, architectures, build_dir) as workshop:
+    # With torch, so that the list has its extensions.
+    with environment.open_workshop(release, architectures, build_dir, torch) as workshop:
         # A generator compiles a helper that includes cuBLAS.
         environment.install_headers(workshop.environment, "cublas", workshop.toolkit, workshop.say)
         question: dict[str, object] = {"action": "sources", "requests": requests}

@@ -14,6 +14,7 @@ import inspect
 import json
 import os
 import re
+import runpy
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -21,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 _NO_DOWNLOAD = "FLASHINFER_NO_DOWNLOAD"
+NEEDS_TORCH = "needs torch itself, which --torch torch installs"
+_STAND_IN = Path(__file__).with_name("stand_in.py")
 
 
 def _load_bare_package(name: str) -> None:
@@ -42,6 +45,13 @@ def _load_bare_package(name: str) -> None:
 def reason(error: BaseException) -> str:
     if _NO_DOWNLOAD in str(error):
         return "needs files that FlashInfer downloads when the module is built"
+    # Where an import failed, or an attribute of a module.
+    where = error.name if isinstance(error, ImportError) else None
+    if isinstance(error, AttributeError):
+        where = getattr(getattr(error, "obj", None), "__name__", None)
+    torch = sys.modules.get("torch")
+    if str(where).partition(".")[0] == "torch" and not getattr(torch, "__file__", None):
+        return NEEDS_TORCH
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0]
 
@@ -154,6 +164,7 @@ def _describe(text: str, spec: Any) -> dict[str, Any]:
 
 def about() -> dict[str, Any]:
     """Load FlashInfer and return the environment's facts."""
+    runpy.run_path(str(_STAND_IN))["install"]()
     _load_bare_package("flashinfer")
     core = importlib.import_module("flashinfer.jit.core")
     version = importlib.import_module("flashinfer.version")

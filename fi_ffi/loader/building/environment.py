@@ -32,13 +32,12 @@ from fi_ffi.loader import cache, libraries, trust
 from fi_ffi.loader.lock import parse_release
 from fi_ffi.loader.machine import CPUS, CUDA_MAJORS, majors_here
 
-DEFAULT_TORCH = "torch==2.13.0"
 INDEX_CUDA = "13.0"  # toolkit of the package index if no other is requested
 _FIRST_INDEXED = 13  # first major version with an nvcc on the index
 _FIRST_OF_FAMILIES = (12, 9)  # first nvcc that compiles for a family such as 12.0f
 
-# Imports of FlashInfer's generators besides torch; its other dependencies only run kernels. The
-# release's own requirements determine the versions.
+# Imports of FlashInfer's generators besides torch, for which `stand_in.py` stands in; its other
+# dependencies only run kernels. The release's own requirements determine the versions.
 _NEEDED = (
     "apache-tvm-ffi",
     "filelock",
@@ -48,10 +47,6 @@ _NEEDED = (
     "packaging",
     "requests",
 )
-# The compiler of CuTe DSL and its parts. Its other requirements run or disassemble kernels.
-CUTE_DSL = "4.7.1"
-_CUTE_PARTS = ("", "-libs-base", "-libs-core", f"-libs-cu{CUDA_MAJORS[0]}")
-_CUTE_NEEDS = ("cuda-bindings>=13,<14", "cuda-pathfinder", "numpy", "typing-extensions")
 _ERROR_LINES = 6
 
 # A library's `-l` name, or the start of its headers' names -> the extra of the `cuda-toolkit`
@@ -326,7 +321,7 @@ def _create(environment: Environment) -> None:
     _run(what, [*command, str(environment.root)], environment.log)
 
 
-def _install(environment: Environment, *arguments: str) -> None:
+def install(environment: Environment, *arguments: str) -> None:
     """Run `pip install` by the environment's own pip, or by uv if uv created it."""
     if (environment.site_packages / "pip").is_dir():
         command = [str(environment.python), "-I", "-m", "pip", "install"]
@@ -339,12 +334,13 @@ def _install(environment: Environment, *arguments: str) -> None:
     _run(f"installing {' '.join(wanted)}", [*command, *arguments], environment.log)
 
 
-def _make_once(
+def make_once(
     result: Path, evidence: Path, content: Mapping[str, str], make: Callable[[], None]
 ) -> None:
     """Make the folder `result`, unless `evidence` exists and the same `content` was recorded.
 
-    The marker that records the content is written last, so an interrupted run is repeated.
+    The marker that records the content is written last, so an interrupted run is repeated. If the
+    first making fails, as for a release that does not exist, nothing is left of it.
     """
     marker = result.with_name(result.name + ".json")
     text = json.dumps(dict(content), indent=1, sort_keys=True)
@@ -352,15 +348,27 @@ def _make_once(
     with FileLock(f"{marker}.lock"):
         if evidence.exists() and marker.is_file() and marker.read_bytes() == text.encode():
             return
+        is_first = not marker.is_file()
         marker.unlink(missing_ok=True)
-        make()
+        try:
+            make()
+        except BuildError as error:
+            if not is_first:
+                raise
+            shutil.rmtree(result, ignore_errors=True)
+            for suffix in (".log", ".json.lock"):
+                result.with_name(result.name + suffix).unlink(missing_ok=True)
+            raise BuildError(error.message) from error
         temporary = marker.with_name(marker.name + ".part")
         temporary.write_text(text)
         os.replace(temporary, marker)
 
 
-def prepare_environment(root: Path, release: str, torch: str, say: Say) -> Environment:
-    """Return the environment for `release` under the folder `root`; create it if needed."""
+def prepare_environment(root: Path, release: str, torch: str | None, say: Say) -> Environment:
+    """Return the environment for `release` under the folder `root`; create it if needed.
+
+    With `torch`, a requirement, it has torch too. A failure leaves no environment.
+    """
     environment = Environment(root / f"env-{release}")
 
     def make() -> None:
@@ -371,13 +379,14 @@ def prepare_environment(root: Path, release: str, torch: str, say: Say) -> Envir
             _create(environment)
             created.touch()
         say(f"installing flashinfer-python {release}")
-        _install(environment, "--no-deps", f"flashinfer-python=={release}")
-        say(f"installing {torch} and what FlashInfer's generators import")
-        _install(environment, torch, *map(environment.requirement, _NEEDED))
+        install(environment, "--no-deps", f"flashinfer-python=={release}")
+        say(f"installing {f'{torch} and ' if torch else ''}what FlashInfer's generators import")
+        wanted = map(environment.requirement, _NEEDED)
+        install(environment, *filter(None, [torch]), *wanted)
 
-    content = {"torch": torch, "needed": " ".join(_NEEDED)}
+    content = {"torch": torch or "", "needed": " ".join(_NEEDED)}
     # The environment's Python is a link, which breaks when the Python that made it is removed.
-    _make_once(environment.root, environment.python, content, make)
+    make_once(environment.root, environment.python, content, make)
     return environment
 
 
@@ -398,12 +407,12 @@ def _unpack(
     def make() -> None:
         say(f"installing {requirement}")
         shutil.rmtree(folder, ignore_errors=True)
-        _install(environment, "--target", str(folder), *options, requirement)
+        install(environment, "--target", str(folder), *options, requirement)
         if not libraries:
             for unused in folder.glob("nvidia/*/lib"):
                 shutil.rmtree(unused)
 
-    _make_once(folder, folder, {"requirement": requirement}, make)
+    make_once(folder, folder, {"requirement": requirement}, make)
     if not _cuda_roots(folder):
         raise BuildError(f"{requirement} has no headers in {folder}", str(environment.log))
     return folder
@@ -435,35 +444,6 @@ def _unpack_extra(
     whole = part == "-lib" or extra not in PARTS.values()
     requirement = f"cuda-toolkit[{extra}]=={release}.*"
     return _unpack(environment, name, requirement, say, libraries=whole)
-
-
-@dataclass(frozen=True)
-class CuteDsl:
-    """CuTe DSL in its own folder: its packages, and the folder of its runtime library."""
-
-    packages: Path
-
-    @property
-    def runtime(self) -> Path:
-        return self.packages / "nvidia_cutlass_dsl" / f"cu{CUDA_MAJORS[0]}" / "lib"
-
-
-def install_cute_dsl(environment: Environment, say: Say) -> CuteDsl:
-    """Install the version of CuTe DSL that FlashInfer's release accepts."""
-    accepted = Requirement(environment.requirement("nvidia-cutlass-dsl")).specifier
-    wanted = f"=={CUTE_DSL}" if accepted.contains(CUTE_DSL, prereleases=True) else str(accepted)
-    folder = environment.root.with_name(f"cute-dsl{re.sub(r'[^0-9a-z.]+', '-', wanted)}")
-    parts = [f"nvidia-cutlass-dsl{part}{wanted}" for part in _CUTE_PARTS]
-
-    def make() -> None:
-        say(f"installing nvidia-cutlass-dsl{wanted}")
-        shutil.rmtree(folder, ignore_errors=True)
-        # Without dependencies, which are a second compiler, for CUDA 12, and a disassembler.
-        _install(environment, "--no-deps", "--target", str(folder), *parts, *_CUTE_NEEDS)
-
-    content = {"parts": " ".join(parts), "needs": " ".join(_CUTE_NEEDS)}
-    _make_once(folder, folder, content | {"python": environment.site_packages.parent.name}, make)
-    return CuteDsl(folder)
 
 
 def install_headers(environment: Environment, extra: str, toolkit: Toolkit, say: Say) -> None:
@@ -560,6 +540,8 @@ class Workshop:
     report: Report
     # The target processor, if it is not this machine's.
     cpu: str | None = None
+    # The torch that was asked for, which is in the environment.
+    torch: str | None = None
 
     @property
     def log(self) -> Path:
@@ -652,7 +634,7 @@ def open_workshop(
     release: str,
     architectures: tuple[str, ...],
     build_dir: Path | None,
-    torch: str = DEFAULT_TORCH,
+    torch: str | None = None,
     report: Report | None = None,
     cpu: str | None = None,
     cuda: str | None = None,
@@ -693,4 +675,5 @@ def open_workshop(
                 link_folder,
                 report or (lambda progress: None),
                 cpu,
+                torch,
             )

@@ -15,6 +15,7 @@ from itertools import product
 from fi_ffi.errors import ArgumentError
 from fi_ffi.loader.building import cute
 from fi_ffi.loader.building.options import Option
+from fi_ffi.loader.fatbin import architecture_named
 from fi_ffi.loader.uris import DTYPES, ModuleName, Row, Value, family_row, parse, uri
 
 DEFAULT_RELEASE = "0.6.13"
@@ -219,14 +220,14 @@ def with_options(names: Sequence[str], choices: Mapping[str, Sequence[str]]) -> 
 
 
 def parse_arch(values: str | Iterable[str]) -> tuple[str, ...]:
-    """Parse `9.0a` or `8.7 9.0a` (as in FLASHINFER_CUDA_ARCH_LIST); sorted, without duplicates."""
+    """Parse `9.0a` or `8.7 9.0a` (as in FLASHINFER_CUDA_ARCH_LIST), or `sm87`, `90a`; return them
+    as FlashInfer writes them, sorted, without duplicates."""
     texts = [values] if isinstance(values, str) else list(values)
     found: set[tuple[int, int, str]] = set()
     for text in re.split(r"[\s,;]+", " ".join(texts).strip()):
-        match = re.fullmatch(r"(\d{1,2})\.(\d)([af]?)", text)
-        if match is None or (int(match[1]), int(match[2])) < (7, 5):
-            raise _error("arch", repr(text), "7.5 or later, such as 8.7, 9.0a or 12.0f")
+        named = architecture_named(text)
+        if named is None or not (7, 5) <= named[:2] < (20, 0):
+            raise _error("arch", repr(text), "7.5 or later, such as 8.7, sm87, 9.0a or 12.0f")
         # FlashInfer has no kernels for plain 9.0 and interprets it as 9.0a.
-        suffix = "a" if text == "9.0" else match[3]
-        found.add((int(match[1]), int(match[2]), suffix))
+        found.add((9, 0, "a") if named == (9, 0, "") else named)
     return tuple(f"{major}.{minor}{suffix}" for major, minor, suffix in sorted(found))

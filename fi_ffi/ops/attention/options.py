@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, TypedDict, get_type_hints
 
-from fi_ffi.errors import ArgumentError
+from fi_ffi.errors import ArgumentError, nearest
 from fi_ffi.ops.attention.backends import (
     BACKENDS,
     CAUSAL,
@@ -266,7 +266,8 @@ class Options:
         """Check a plan's keywords. A `TypeError` names the plan, as for a plain Python call."""
         for name in given:
             if name not in self.table:
-                raise TypeError(f"{self.op}() got an unexpected keyword argument {name!r}")
+                near = nearest(name, self.table)
+                raise TypeError(f"{self.op}() got an unexpected keyword argument {name!r}{near}")
         missing = [name for name in self.table if name in self.required and name not in given]
         if missing:
             raise TypeError(f"{self.op}() missing required keyword arguments: {', '.join(missing)}")

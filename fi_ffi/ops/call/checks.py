@@ -18,6 +18,7 @@ from fi_ffi.ops.notation import Axis, names_in, parse_axis, replaced
 from fi_ffi.ops.row import (
     IN_PLACE,
     MULTIPROCESSORS,
+    REQUIRED,
     SHARED_MEMORY,
     Absent,
     Arg,
@@ -39,6 +40,13 @@ def parameters(row: Row) -> str:
     both = zip(row.given, defaults(row.given), strict=True)
     parts = [arg.name + ("" if default is None else f"={default}") for arg, default in both]
     return ", ".join([*parts, "*", "stream=None"])
+
+
+def call_text(row: Row) -> str:
+    """Return how an op is called, for the errors of calls with other arguments."""
+    names = parameters(row).replace(f"={REQUIRED!r}", "")
+    written = [arg.name for arg in row.tensors if arg.writes and not arg.is_scratch]
+    return f"{row.name}({names}) writes {' and '.join(written) or 'no argument'}"
 
 
 def frame_layout(row: Row, last: frozenset[str] = frozenset()) -> FrameLayout:

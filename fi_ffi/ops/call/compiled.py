@@ -24,7 +24,7 @@ from fi_ffi.abi.tensor import (
 from fi_ffi.loader import generation, machine
 from fi_ffi.ops import cuda
 from fi_ffi.ops.call import memory
-from fi_ffi.ops.call.checks import Form, frame_layout, is_number
+from fi_ffi.ops.call.checks import Form, call_text, frame_layout, is_number
 from fi_ffi.ops.call.launch import LaunchTarget, launch
 from fi_ffi.ops.call.refuse import Refusals
 from fi_ffi.ops.call.source import (
@@ -43,6 +43,7 @@ from fi_ffi.ops.row import (
     Absent,
     Arg,
     KvLayout,
+    Required,
     Row,
     Scalar,
     Tensor,
@@ -272,8 +273,7 @@ class CompiledRow:
     def call(self) -> Callable[..., Any]:
         """A method for ops, with the op's parameters, that launches."""
         made = self._compile(call_source(self.form), "call")
-        # Python's TypeError for wrong arguments shows this name.
-        made.__name__ = made.__qualname__ = self.row.name
+        made.__name__ = self.row.name
         return made
 
     @functools.cached_property
@@ -304,7 +304,7 @@ class CompiledRow:
             "add_variant": self._add_variant, "as_vector": as_vector,
             "check_stream": memory.check_stream, "describe": as_desc, "exchanged": exchanged,
             "inf": math.inf, "launch": launch, "refuse": self.refuse, "variants": self.variants,
-            repr(REQUIRED): REQUIRED, "zeros": memory.zeros,
+            repr(REQUIRED): Required(call_text(row)), "zeros": memory.zeros,
         }  # fmt: skip
         namespace |= FUNCTIONS
         for rule in row.rules:
@@ -320,6 +320,8 @@ class CompiledRow:
         linecache.cache[file] = len(source), None, source.splitlines(keepends=True), file
         exec(compile(source, file, "exec"), namespace)
         made: Callable[..., Any] = namespace[name]
+        # Python's own TypeError for missing and unknown arguments begins with this name.
+        made.__qualname__ = f"{call_text(row)}: {self.refuse.op}"
         return made
 
     def _add_variant(self, descs: Sequence[TensorDesc | None], layout: str) -> Variant:

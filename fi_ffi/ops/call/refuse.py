@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from fi_ffi.abi.tensor import TensorDesc, c_strides, is_row_major
 from fi_ffi.errors import ArgumentError, ArgumentTypeError, printed
-from fi_ffi.ops.row import KV_LAYOUTS, Row, Scalar, Tensor, Text
+from fi_ffi.ops.row import KV_LAYOUTS, Required, Row, Scalar, Tensor, Text
 
 if TYPE_CHECKING:
     from fi_ffi.abi.tensor import Device
@@ -91,7 +91,11 @@ class Refusals:
         """Refuse a size that differs from the one fixed by another argument or a plan."""
         source = f", as in `{self.name(fixed_by)}`" if fixed_by else ""
         source = ", as planned" if fixed_by == PLANNED else source
-        raise self.error(argument, desc.layout, f"{axis} = {size}{source}")
+        expected = f"{axis} = {size}{source}"
+        if axis.isdecimal():  # an axis of one size only
+            names = self._tensors[argument].axis_names
+            expected = f"shape [{', '.join(names)}]"
+        raise self.error(argument, desc.layout, expected)
 
     def unsolved(
         self, argument: str, desc: TensorDesc, axis: str, size: int, least: int, times: int
@@ -113,6 +117,8 @@ class Refusals:
         With `is_free`, its value is unlimited: the kernel does not use it.
         """
         arg = self._scalars[name]
+        if isinstance(value, Required):
+            raise value.missing(self.op, self.name(name))
         return check_number(self.op, self.name(name), unlimited(arg) if is_free else arg, value)
 
     def text(self, name: str, value: object) -> NoReturn:

@@ -17,7 +17,7 @@ from fi_ffi import loader
 from fi_ffi.errors import ArgumentError, FiFfiError, printed
 from fi_ffi.loader import machine
 from fi_ffi.loader.catalogue import build_advice
-from fi_ffi.loader.fatbin import CudaCode
+from fi_ffi.loader.fatbin import CudaCode, architecture_named
 from fi_ffi.loader.held import facts_of
 from fi_ffi.loader.kernels import KernelSource, open_source, release_of
 from fi_ffi.loader.listed import in_wheel, listed_in, recorded_releases
@@ -29,7 +29,6 @@ from fi_ffi.ops.row import Row, Tensor, form_on
 # The entries that the GPU tests have called; tools/record_called.py merges their records.
 GPU_RUNS = Path(loader.__file__).with_name("data") / "called.json"
 _COMMAND = re.compile(r"`(fi-ffi build [^`]+)` makes it")
-_SM = re.compile(r"(?:sm_?)?(\d{1,2})\.?(\d)[af]?")
 _CUDA = re.compile(r"cu(\d{2})(\d)")
 DEFAULT_CUDA = f"cu{machine.CUDA_MAJORS[0]}0"
 # Sources on this machine; reading them fetches nothing.
@@ -44,12 +43,12 @@ def capability_of(sm: Sm) -> tuple[int, int] | None:
         return None
     if isinstance(sm, tuple) and len(sm) == 2 and all(type(part) is int for part in sm):
         return sm
-    found = _SM.fullmatch(str(sm)) if isinstance(sm, (int, float, str)) else None
-    if found is None or isinstance(sm, bool) or not 5 <= int(found[1]) < 20:
+    found = architecture_named(str(sm)) if isinstance(sm, (int, float, str)) else None
+    if found is None or isinstance(sm, bool) or not 5 <= found[0] < 20:
         raise ArgumentError(
             "supports", "sm", got=printed(sm), expected="such as 90, '9.0' or 'sm90a'"
         )
-    return int(found[1]), int(found[2])
+    return found[:2]
 
 
 RUN, BUILT, REFUSED, MISSING, UNKNOWN = "run", "built", "refused", "missing", "unknown"

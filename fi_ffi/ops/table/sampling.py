@@ -52,7 +52,10 @@ def _drawn(of: str, number: str, doc: str) -> tuple[Arg, ...]:
 
 
 _SEED = "the seed, a signed 64-bit number"
-_OFFSET = "random words to skip, because earlier calls have used them"
+_OFFSET = (
+    "random words to skip, because earlier calls have used them: a call with the seed and the "
+    "offset of another, such as the defaults, draws the same tokens; `fi_ffi.Philox` counts"
+)
 _SEEDS = (
     Scalar("philox_seed", int, 0, _SEED, until=_ARRAYS),
     Scalar("philox_offset", int, 0, _OFFSET, until=_ARRAYS),

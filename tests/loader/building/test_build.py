@@ -52,6 +52,8 @@ from tests.helpers import sampling
         ("9.0a", ("9.0a",)),
         ("9.0", ("9.0a",)),
         (["10.0a", "8.7,9.0a", "8.7", "12.0f"], ("8.7", "9.0a", "10.0a", "12.0f")),
+        (["87", "sm_87", "sm87", "8.7"], ("8.7",)),
+        (["90", "90a", "SM_90a", "120f sm_103a"], ("9.0a", "10.3a", "12.0f")),
     ],
 )
 def test_architectures(given: str | list[str], expected: tuple[str, ...]) -> None:
@@ -59,7 +61,7 @@ def test_architectures(given: str | list[str], expected: tuple[str, ...]) -> Non
 
 
 def test_what_is_refused_before_anything_is_done() -> None:
-    for given in ("", "sm_90", "90", "9.0b", "7.0", "9", "9.0a;rm", []):
+    for given in ("", "sm_9", "sm-90", "9.0b", "70", "7.0", "9", "987", "9.0a;rm", []):
         with pytest.raises(ArgumentError, match="argument `arch`"):
             parse_arch(given)
     assert parse_release("0.7.2.post1") == "0.7.2.post1"

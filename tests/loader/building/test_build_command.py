@@ -53,6 +53,13 @@ def test_options_reach_the_build(calls: list[dict[str, Any]], tmp_path: Path) ->
     assert (call["arch"], call["jobs"], call["output"]) == (("8.7", "9.0a"), 3, tmp_path)
 
 
+@pytest.mark.parametrize("gpu", ["8.7", "87", "sm_87", "sm87"])
+@pytest.mark.parametrize("option", ["--arch", "--sm"])
+def test_a_gpu_is_named_in_any_way(calls: list[dict[str, Any]], option: str, gpu: str) -> None:
+    assert _run("norm", option, gpu).exit_code == 0
+    assert calls[0]["arch"] == ("8.7",)
+
+
 def test_progress_goes_to_stderr_and_the_wheel_to_stdout(calls: list[dict[str, Any]]) -> None:
     result = _run("page")
     assert result.stdout == "a.whl\n"

@@ -19,7 +19,7 @@ import fi_ffi
 from fi_ffi.abi import library
 from fi_ffi.abi.function import Entry
 from fi_ffi.loader.building.build import run_ninja
-from fi_ffi.loader.building.environment import DEFAULT_TORCH, open_workshop
+from fi_ffi.loader.building.environment import open_workshop
 from fi_ffi.loader.elf import FUNCTION_PREFIX
 from fi_ffi.loader.kernels import open_source
 from fi_ffi.loader.runtime import file_signatures, tvm_ffi_version
@@ -46,7 +46,7 @@ def page(built_wheel_sm87, tmp_path_factory) -> Path:
     """page.so by FlashInfer's own build file, with nothing but the headers changed."""
     folder = tmp_path_factory.mktemp("older")
     include = headers(folder)
-    with open_workshop("0.6.13", ("8.7",), None, DEFAULT_TORCH, None) as workshop:
+    with open_workshop("0.6.13", ("8.7",), None) as workshop:
         built = next(workshop.folder.rglob("cached_ops/page/build.ninja"))
         text, found = re.subn(r"\S+/site-packages/tvm_ffi/include", str(include), built.read_text())
         assert found

@@ -1,19 +1,27 @@
-"""Where FlashInfer's public names and vLLM's operators are: `data/flashinfer-api.toml`, read."""
+"""Where FlashInfer's public names and vLLM's operators are: `data/flashinfer-api.toml`, read.
+
+docs/flashinfer-api.md is made from it, and the error for a name that `fi_ffi` lacks.
+"""
 
 from __future__ import annotations
 
 import functools
 import re
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+
+from fi_ffi.errors import nearest
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib
+    import tomli as tomllib  # type: ignore[import-not-found,unused-ignore]
 
 TABLE = Path(__file__).with_name("data") / "flashinfer-api.toml"
+_VLLM = "vLLM: "
+_ALIKE = 0.75  # how similar a name is that is worth a hint
 _PART = re.compile(r"(?:^| )(fi_ffi|entry): ([\w.]+(?:, [\w.]+)*)(?= (?:fi_ffi|entry):|$)")
 
 
@@ -60,3 +68,39 @@ def rows() -> tuple[Row, ...]:
         if isinstance(texts, dict)
         for name, text in texts.items()
     )
+
+
+def hint(name: str, public: Collection[str]) -> str:
+    """Return what to use instead of a name that is not `public`: "" if nothing is like it.
+
+    The name may be FlashInfer's, or either's with other underscores, capitals or order of words.
+    """
+    found = {row.name: row for row in rows() if not row.section.startswith(_VLLM)}
+    if name in found:
+        return f"; {_told(found[name])}"
+    # fi_ffi's own name wins over the same name of FlashInfer's.
+    for key in (_squeezed, _sorted):
+        alike = {key(one): one for one in (*found, *public)}
+        if (other := alike.get(key(name))) is not None:
+            return f"; {_told(found[other])}" if other not in public else f"; use fi_ffi.{other}"
+    return nearest(name, [*found, *public], _ALIKE)
+
+
+def _squeezed(name: str) -> str:
+    return name.replace("_", "").lower()
+
+
+def _sorted(name: str) -> str:
+    return "_".join(sorted(name.lower().split("_")))
+
+
+def _told(row: Row) -> str:
+    """Return a sentence about a name of FlashInfer's."""
+    if row.reason:
+        told = f"FlashInfer's {row.name} has no counterpart: {row.reason}"
+    else:
+        entries = (entry.rpartition(".") for entry in row.entries)
+        calls = [f'fi_ffi.module("{module}").entry("{entry}")' for module, _, entry in entries]
+        names = [f"fi_ffi.{op}" for op in row.ops]
+        told = f"FlashInfer's {row.name} is {' or '.join([*names, *calls])} here"
+    return f"{told} ({row.remark})" if row.remark else told
