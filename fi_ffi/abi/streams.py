@@ -216,13 +216,14 @@ def open_scope(device: Device, op: str) -> stream:
 
 
 def handle_for(stream: object, device: Device, op: str) -> int:
-    """Return the handle of the stream to launch on: `stream`, or the open scope's; 0 on the CPU."""
-    if not device.is_cuda:
-        return 0
+    """Return the handle of the stream to launch on: `stream`, or the open scope's; 0 on the CPU,
+    where what is no stream is refused all the same."""
     if stream is None:
-        return open_scope(device, op).handle
+        return open_scope(device, op).handle if device.is_cuda else 0
     is_plain = type(stream) is int and 0 <= stream < 2**64
     handle: int = stream if is_plain else stream_handle(stream, op)  # type: ignore[assignment]
+    if not device.is_cuda:
+        return 0
     check_stream(handle, device, op)
     return handle
 

@@ -66,6 +66,8 @@ def launch(frame: Frame, stream: object, is_watched: bool = False) -> None:
     if watching.hooks and not is_watched:
         _launch_watched(frame, target, stream)
     elif not target.is_cuda:
+        if stream is not None:
+            streams.handle_for(stream, target.device, target.op)
         if frame.invoke():
             raise _error_of(frame)
     elif target.get_device is not None and (
@@ -112,14 +114,14 @@ def _launch_in_scope(frame: Frame, target: LaunchTarget) -> None:
 
 def _launch_watched(frame: Frame, target: LaunchTarget, stream: object) -> None:
     """Make a call through the open hooks, with its device current."""
-    handle = streams.handle_for(stream, target.device, target.op) if target.is_cuda else None
+    handle = streams.handle_for(stream, target.device, target.op)
 
     def call() -> Any:
         launch(frame, stream, is_watched=True)
         return frame.peek_result()
 
     with cuda.current(target.device):
-        watching.watched(frame, handle, call)
+        watching.watched(frame, handle if target.is_cuda else None, call)
 
 
 def _error_of(frame: Frame) -> BaseException:

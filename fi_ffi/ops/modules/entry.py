@@ -29,7 +29,7 @@ from fi_ffi.abi.objects import (
 )
 from fi_ffi.abi.reflection import Field, Method, TypeInfo, get_field, set_field, type_info
 from fi_ffi.abi.signature import Signature
-from fi_ffi.abi.streams import current_handle, current_scope, stream_context
+from fi_ffi.abi.streams import current_handle, current_scope, stream_context, stream_handle
 from fi_ffi.abi.tensor import Device, DType, TensorDesc, parse_device
 from fi_ffi.abi.values import ints_of, pack, pack_arguments, packer_of
 from fi_ffi.errors import AbiError, ArgumentError, ArgumentTypeError, KernelNotFoundError, printed
@@ -154,6 +154,8 @@ class ModuleEntry(Unique):
             packed = self._pack(args, arena)
             place, needs_stream = _place_of(arena, device, self._home)
             if place is None:
+                if stream is not None:
+                    stream_handle(stream, self.name)
                 return self._invoke(self._find(None), packed, args, arena, None)
             # Refuse a missing stream before the entry is looked up.
             on_stream = _stream_of(stream, place, needs_stream, self.name)
