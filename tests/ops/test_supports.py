@@ -240,7 +240,9 @@ def test_the_matrix_agrees_with_the_list():
                 assert answer.status == "missing"
                 assert answer.build
             else:
-                has = any(code.runs_on(capability) for code in in_wheel(codes, "cu130", "x86_64"))
+                has = any(
+                    code.runs_on(capability) for code in in_wheel(codes, DEFAULT, "cu130", "x86_64")
+                )
                 assert bool(answer) == has, (name, sm, answer)
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fi_ffi.loader.fatbin import sass_named
-from fi_ffi.loader.listed import WHEELS, Box, code_named, in_wheel, listed_in, recorded_releases
+from fi_ffi.loader.listed import Box, code_named, in_wheel, listed_in, recorded_releases
 from fi_ffi.loader.lock import the_lock
 from fi_ffi.loader.sources import boxes
 from fi_ffi.loader.uris import parse, uri
@@ -99,7 +99,6 @@ def test_codes():
     assert listed.codes("gemm_sm90") == (sass_named("sm90a"),)
     assert listed.codes("concat_mla") is None
     assert [code.name for code in listed.codes("trtllm_comm")] == ["sm_90a", "sm_100a", "sm_103a"]
-    assert in_wheel(listed.codes("fp4_quantization_110"), "cu130", "x86_64") == ()
-    assert in_wheel(listed.codes("fp4_quantization_110"), "cu130", "aarch64")
+    assert in_wheel(listed.codes("fp4_quantization_110"), DEFAULT, "cu130", "x86_64") == ()
+    assert in_wheel(listed.codes("fp4_quantization_110"), DEFAULT, "cu130", "aarch64")
     assert code_named("9.0a") == sass_named("sm90a")
-    assert all(code_named(text) for texts in WHEELS.values() for text in texts.split())
