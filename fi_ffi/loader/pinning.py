@@ -106,10 +106,11 @@ def links_at(address: str, client: Client | None = None) -> tuple[str, list[Link
     final, text = _page(url, client or Client())
     reader = _Links(final)
     reader.feed(text)
-    found = {link: None for link in map(Link.of, reader.found) if _is_kernels(link.file)}
-    for link in found:
+    found = [Link.of(each) for each in dict.fromkeys(reader.found)]
+    kernels = [link for link in found if _is_kernels(link.file)]
+    for link in kernels:
         check_url(link.url)
-    return final, [*found]
+    return final, kernels
 
 
 def _is_kernels(file: str) -> bool:

@@ -492,4 +492,6 @@ def _code_names(codes: Sequence[CudaCode] | set[CudaCode]) -> str:
 
 
 def _short(source: KernelSource) -> str:
-    return Path(source.location).name or source.location
+    """Return a wheel's name, or the folder of other kernels."""
+    is_wheel = source.location.endswith(".whl")
+    return Path(source.location).name if is_wheel else source.location
