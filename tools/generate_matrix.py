@@ -40,12 +40,17 @@ Ask an op whether it works on a GPU and with a release of FlashInfer:
 ```python
 import fi_ffi
 
-answer = fi_ffi.rmsnorm.supports(sm=90)          # with the kernels in use
+answer = fi_ffi.rmsnorm.supports(sm=90)          # with the kernels that a call would find
 answer = fi_ffi.gdn_prefill.supports(sm=100, release="0.6.13")
 if not answer:
     print(answer.reason, answer.build)           # the reason, and the command that builds it
 fi_ffi.BatchPrefillPlan.supports(sm=90, head_dim_qk=96, q_data_type="bfloat16", backend="fa2")
 ```
+
+Without `release=` or `cuda=`, the answer comes from the same search as a call's
+([loading.md](loading.md#search-order)): `place` says where the kernel would come from, and
+`is_here` whether its file is on this machine. Nothing is fetched: what a pinned wheel has that is
+not here, the record of its release tells.
 
 `fi-ffi list --matrix` prints the tables of this page for your kernels or for a `--release`;
 `--json` adds the reasons.
@@ -56,7 +61,7 @@ fi_ffi.BatchPrefillPlan.supports(sm=90, head_dim_qk=96, q_data_type="bfloat16", 
 | built | FlashInfer compiles it for such a GPU; this project has not run it |
 | lacks | not in the wheel; `supports(...).build` is the command that builds it |
 | - | not possible; `supports(...).reason` says why |
-| ? | not recorded for the wheels of this release |
+| ? | there is no record to tell it |
 
 *Run* means that one module of the family ran, not every dtype and option. The contents of published
 wheels are taken from FlashInfer's generators and release workflow; the wheels themselves were not
