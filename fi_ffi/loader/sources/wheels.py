@@ -83,7 +83,8 @@ class SourceWheel:
 
         Raises `BuildError` if the list cannot be read.
         """
-        found = sorted({int(number) for number in _TARGET.findall(self.text("aot.py"))})
+        text = self.text("aot.py") if "aot.py" in self.members else ""
+        found = sorted({int(number) for number in _TARGET.findall(text)})
         if not found:
             raise BuildError(f"{self.path}: aot.py asks for no GPU, so its list cannot be read")
         return found
