@@ -14,10 +14,13 @@ sys.path.insert(0, str(ROOT))
 from generated import write_or_check  # noqa: E402
 
 from fi_ffi.loader.listed import (  # noqa: E402
-    WHEELS,
     entries_in,
+    gpus_in,
     known_releases,
+    published,
     recorded_releases,
+    spans_of_wheels,
+    wheels_of,
 )
 from fi_ffi.loader.lock import the_lock  # noqa: E402
 from fi_ffi.ops.capability.judgement import Query, Support, gpu_runs  # noqa: E402
@@ -37,12 +40,17 @@ Ask an op whether it works on a GPU and with a release of FlashInfer:
 ```python
 import fi_ffi
 
-answer = fi_ffi.rmsnorm.supports(sm=90)          # with the kernels in use
+answer = fi_ffi.rmsnorm.supports(sm=90)          # with the kernels that a call would find
 answer = fi_ffi.gdn_prefill.supports(sm=100, release="0.6.13")
 if not answer:
     print(answer.reason, answer.build)           # the reason, and the command that builds it
 fi_ffi.BatchPrefillPlan.supports(sm=90, head_dim_qk=96, q_data_type="bfloat16", backend="fa2")
 ```
+
+Without `release=` or `cuda=`, the answer comes from the same search as a call's
+([loading.md](loading.md#search-order)): `place` says where the kernel would come from, and
+`is_here` whether its file is on this machine. Nothing is fetched: what a pinned wheel has that is
+not here, the record of its release tells.
 
 `fi-ffi list --matrix` prints the tables of this page for your kernels or for a `--release`;
 `--json` adds the reasons.
@@ -53,7 +61,7 @@ fi_ffi.BatchPrefillPlan.supports(sm=90, head_dim_qk=96, q_data_type="bfloat16", 
 | built | FlashInfer compiles it for such a GPU; this project has not run it |
 | lacks | not in the wheel; `supports(...).build` is the command that builds it |
 | - | not possible; `supports(...).reason` says why |
-| ? | not recorded for the wheels of this release |
+| ? | there is no record to tell it |
 
 *Run* means that one module of the family ran, not every dtype and option. The contents of published
 wheels are taken from FlashInfer's generators and release workflow; the wheels themselves were not
@@ -69,7 +77,7 @@ def _query(sm: int, release: str, cuda: str = CUDA) -> Query:
 
 def _by_sm(release: str) -> Iterator[str]:
     yield f"## By GPU: FlashInfer {release}, {CUDA}\n"
-    compiled = WHEELS[CUDA, CPU]
+    compiled = published(release, CUDA, CPU)
     yield (
         f"The {CPU} wheel is compiled for {compiled}, the aarch64 wheel also for 11.0a. Code for "
         "8.0 does not serve 8.7 ([Jetson Orin](howto/jetson.md)); code for 12.0f serves 12.1.\n"
@@ -121,16 +129,18 @@ def _releases() -> Iterator[str]:
     yield (
         "*Entries* are the functions and methods that a release exports. *Rows* are the typed "
         "entries of fi_ffi that fit the release; `tests/releases` compares each with the release's "
-        "sources.\n"
+        "sources. *GPUs* are those from SM90 on that the release's list of modules has cases for; "
+        "all compile for SM75 and SM8x.\n"
     )
-    yield "| release | entries | rows | list of modules | kernels pinned | called on |"
-    yield "|---|---|---|---|---|---|"
+    yield "| release | entries | rows | GPUs | list of modules | kernels pinned | called on |"
+    yield "|---|---|---|---|---|---|---|"
     pinned = {file.release for file in the_lock().kernels}
     for release in known_releases():
         fitting = sum(entry.form(release) is not None for entry in declared())
         devices = sorted({run.device for run in gpu_runs() if run.release == release})
         yield (
             f"| {release} | {entries_in(release)} | {fitting} "
+            f"| {' '.join(map(str, gpus_in(release)))} "
             f"| {'recorded' if release in recorded_releases() else ''} "
             f"| {'yes' if release in pinned else ''} | {', '.join(devices)} |"
         )
@@ -139,9 +149,18 @@ def _releases() -> Iterator[str]:
 
 def _by_cuda() -> Iterator[str]:
     pins = ", ".join(f"{f.release} {f.cuda} {f.platform}" for f in the_lock().kernels)
-    yield "## By CUDA tag\n\n| tag | its driver | the x86_64 wheel is compiled for |\n|---|---|---|"
-    for tag in sorted({cuda for cuda, _ in WHEELS}):
-        yield f"| {tag} | of CUDA {tag[2:4]} or later | {WHEELS[tag, CPU]} |"
+    yield "## By CUDA tag\n"
+    yield (
+        "The architectures that FlashInfer's release workflow compiles wheels for; from "
+        "0.7.0.post1 on, each has a wheel of its own. The lists up to 0.6.17 are those at the "
+        "releases' tags. Later ones are pieced together from changes to the workflow, and less "
+        "certain. A tag's wheels need a driver of its major version or later.\n"
+    )
+    yield "| releases | tag | x86_64 wheel | aarch64 wheel |\n|---|---|---|---|"
+    for first, last in spans_of_wheels():
+        for tag, (x86_64, aarch64) in wheels_of(first).items():
+            other = "the same" if aarch64 == x86_64 else aarch64
+            yield f"| {first} to {last} | {tag} | {x86_64} | {other} |"
     yield (
         "\nThis project's runs used CUDA 13; for another tag, *run* reads *built*. A process uses "
         "one CUDA version ([loading.md](loading.md#which-cuda))."

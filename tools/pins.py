@@ -5,13 +5,10 @@ Comments and order of the file stay as they are, and it is never half written.
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import json
-import os
 import re
 import sys
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +21,6 @@ sys.path.insert(0, str(ROOT))
 
 import click  # noqa: E402
 import tomlkit  # noqa: E402
-from packaging.utils import InvalidWheelFilename, parse_wheel_filename  # noqa: E402
 from tomlkit.exceptions import TOMLKitError  # noqa: E402
 
 from fi_ffi.cli.lock import entries  # noqa: E402
@@ -33,13 +29,11 @@ from fi_ffi.loader import cache  # noqa: E402
 from fi_ffi.loader.download import Reporter, fetch_file  # noqa: E402
 from fi_ffi.loader.fatbin import sass_named  # noqa: E402
 from fi_ffi.loader.lock import PinnedWheel, lock_path, read_lock  # noqa: E402
+from fi_ffi.loader.pinning import append, describe, write  # noqa: E402
 from fi_ffi.loader.progress import reporter  # noqa: E402
 from fi_ffi.loader.remote import RemoteWheel  # noqa: E402
 from fi_ffi.loader.urls import check_url, is_file_url, redact  # noqa: E402
 from fi_ffi.loader.wheel import Wheel  # noqa: E402
-
-_PROJECT = re.compile(r"flashinfer_jit_cache(?:_(?P<sm>sm\d+[af]?))?")
-_LOCAL = re.compile(r"(?P<cuda>cu\d+)(?:\.(?P<sm>sm\d+[af]?))?(?:\.sm\d+[af]?)*")
 
 
 @dataclass(frozen=True)
@@ -58,30 +52,6 @@ class Pinned:
     record_sha256: str
     trust: str
     changed: bool
-
-
-def describe(name: str) -> dict[str, str]:
-    """What a kernel wheel's name tells: release, cuda, platform, layout, sm."""
-    try:
-        _, version, _, tags = parse_wheel_filename(name)
-    except InvalidWheelFilename as error:
-        raise ArgumentError("add", "FILE", got=name, expected="a wheel's name") from error
-    found = {"release": version.public}
-    project = _PROJECT.fullmatch(name.partition("-")[0])
-    local = _LOCAL.fullmatch(version.local or "")
-    platforms = {tag.platform for tag in tags}
-    machines = {match[1] for p in platforms if (match := re.search(r"linux(?:_\d+)*_(\w+)", p))}
-    if len(machines) == 1:
-        found["platform"] = f"linux-{machines.pop()}"
-    if project:
-        found["layout"] = "provider" if project["sm"] else "monolithic"
-    several = (version.local or "").count(".sm") > 1
-    sm = (project and project["sm"]) or (local and not several and local["sm"])
-    if local:
-        found["cuda"] = local["cuda"]
-    if sm:
-        found["sm"] = sm
-    return found
 
 
 def add_wheel(
@@ -118,7 +88,7 @@ def add_wheel(
     _choose_url(path, entry, where, url or address)
     same = next((file for file in lock.kernels if file.file == where.name), None)
     if same is None:
-        _append(path, entry)
+        append(path, entry)
         return Added(entry, False)
     if same.sha256 != sha256:
         raise ArtifactError(
@@ -193,46 +163,13 @@ def _load(path: Path) -> Any:
         raise LoaderError(f"{path} is not a readable lock: {error}") from error
 
 
-def _append(path: Path, entry: Mapping[str, object]) -> None:
-    """Add a kernel wheel at the end."""
-    document = _load(path)
-    table = tomlkit.table()
-    table.update(entry)
-    files = document["kernels"].setdefault("files", tomlkit.aot())
-    if files:
-        files[-1].add(tomlkit.nl())
-    files.append(table)
-    _write(path, document)
-
-
 def _update(path: Path, file: str, entry: Mapping[str, object]) -> None:
     """Set keys of the entry of a file."""
     document = _load(path)
     for table in document["kernels"]["files"]:
         if table["file"] == file:
             table.update(entry)
-    _write(path, document)
-
-
-def _write(path: Path, document: Any) -> None:
-    try:
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as new:
-            try:
-                new.write(tomlkit.dumps(document))
-                new.flush()
-                read_lock(Path(new.name))  # what could not be read again is not written
-                os.fsync(new.fileno())
-                os.chmod(new.name, path.stat().st_mode & 0o777)
-                os.replace(new.name, path)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    os.unlink(new.name)
-                raise
-    except OSError as error:
-        raise LoaderError(
-            f"{path} cannot be written: {error.strerror}; --lock names another lock, and "
-            "FI_FFI_LOCK makes it the one in use"
-        ) from error
+    write(path, tomlkit.dumps(document))
 
 
 _lock = click.option(

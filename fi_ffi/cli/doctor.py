@@ -7,8 +7,8 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 
 import click
 
@@ -17,8 +17,8 @@ from fi_ffi.cli import output
 from fi_ffi.cli.names import Named, named
 from fi_ffi.errors import FiFfiError, KernelNotFoundError, LoaderError
 from fi_ffi.loader import cache, lock, machine, progress, runtime, search, seed, upkeep
-from fi_ffi.loader.urls import UNASKED, fetching, may_fetch
-from fi_ffi.ops.capability.judgement import Query, how_built
+from fi_ffi.loader.urls import fetching, is_withheld, may_fetch
+from fi_ffi.ops.capability.judgement import Query
 from fi_ffi.ops.capability.known_issues import KNOWN_ISSUES
 from fi_ffi.ops.capability.matrix import Line
 from fi_ffi.ops.functions import OPS
@@ -38,6 +38,8 @@ class Finding:
     status: str
     found: str
     advice: str = ""
+    # Facts of the finding, by name.
+    values: Mapping[str, str] = field(default_factory=dict)
 
 
 @click.command()
@@ -86,11 +88,6 @@ def _short(finding: Finding) -> tuple[str, str]:
     return output.counted(len(names), "module"), f"{finding.found}: {finding.check}"
 
 
-def _is_withheld(error: Exception) -> bool:
-    """Return whether an error says that something was not fetched because `--fetch` is missing."""
-    return isinstance(error, LoaderError) and UNASKED in str(error)
-
-
 def _guarded(
     check: Callable[[str | None], Iterator[Finding]], kernels: str | None
 ) -> list[Finding]:
@@ -101,7 +98,7 @@ def _guarded(
             findings.append(finding)
     except Exception as error:
         name = check.__name__.strip("_")
-        if _is_withheld(error):
+        if is_withheld(error):
             return [*findings, Finding(name, "none", "not fetched yet", _FETCH)]
         advice = "" if isinstance(error, FiFfiError) else f"unexpected {type(error).__name__}"
         findings.append(Finding(name, "fail", str(error), advice))
@@ -206,6 +203,19 @@ def _cache(kernels: str | None) -> Iterator[Finding]:
         yield Finding("seed cache", "ok", f"{seeded}, read-only")
 
 
+def _release(kernels: str | None) -> Iterator[Finding]:
+    """The release in force, whose rows calls take, and what determines it."""
+    if kernels:
+        runtime.use_source(kernels)
+    release, by = search.decided()
+    values = {"release": release, "decided_by": by}
+    if release:
+        yield Finding("release", "ok", f"FlashInfer {release}, by {by}", values=values)
+        return
+    advice = f"{lock.RELEASE} names it"
+    yield Finding("release", "warn", f"unknown: {by} does not say it", advice, values)
+
+
 def _kernels(kernels: str | None) -> Iterator[Finding]:
     if kernels:
         runtime.use_source(kernels)
@@ -272,7 +282,7 @@ def _module(module: str, missing: dict[str, list[tuple[str, str]]]) -> Iterator[
         try:
             source, file, facts = search.find_module(module, device)
         except LoaderError as error:
-            reason = _FETCH if _is_withheld(error) else str(error)
+            reason = _FETCH if is_withheld(error) else str(error)
             missing.setdefault(reason.replace(module, ""), []).append((where, reason))
             continue
         codes = ", ".join(code.name for code in facts.codes)
@@ -295,7 +305,7 @@ def _attestation(module: str, device: int | None) -> Iterator[Finding]:
             runtime.kernel_entry(module, row.signature, row.releases, device)
             attested.append(row.name)
         except FiFfiError as error:
-            if _is_withheld(error):
+            if is_withheld(error):
                 yield Finding(f"{module} entries", "none", "not checked: needs libtvm_ffi", _FETCH)
                 return
             advice = f"use kernels of FlashInfer {row.releases} for this op"
@@ -304,7 +314,7 @@ def _attestation(module: str, device: int | None) -> Iterator[Finding]:
         yield Finding(f"{module} entries", "ok", f"attested: {', '.join(attested)}")
 
 
-_CHECKS = (_python, _gpus, _cudart, _libtvm_ffi, _cache, _kernels, _known_cases)
+_CHECKS = (_python, _gpus, _cudart, _libtvm_ffi, _cache, _release, _kernels, _known_cases)
 
 
 # Answers for named ops
@@ -312,13 +322,20 @@ _CHECKS = (_python, _gpus, _cudart, _libtvm_ffi, _cache, _kernels, _known_cases)
 
 @dataclass(frozen=True)
 class Answer:
-    """Whether an op can be called on a GPU, and why; `build` is a command for missing kernels."""
+    """Whether an op can be called on a GPU, and why; `build` is a command for missing kernels.
+
+    `release` is the release in force, `place` where the kernel would come from (docs/loading.md),
+    and `is_here` whether its file is on this machine.
+    """
 
     op: str
     sm: int
     works: bool
     reason: str
     build: str | None = None
+    release: str = ""
+    place: str = ""
+    is_here: bool = False
 
 
 def _answer_for(names: Sequence[str], sm: str | None, kernels: str | None, as_json: bool) -> None:
@@ -358,39 +375,30 @@ def _answer(
     assert query.capability is not None
     major, minor = query.capability
     found = line.ask(query)
-    works, reason, build = bool(found), found.reason, found.build
+    works, reason = bool(found), found.reason
     if works and missing:  # the kernel is not even loaded then
         works, reason = False, "; ".join(missing)
-    elif works and query.sources:
+    elif works and found.is_here:
         try:
-            reason += _exported(one, query, device) if one.module else ""
+            reason += _exported(one, query) if one.module else ""
             reason += "; entry attested" if _attest(line.op, query.release, device) else ""
         except FiFfiError as error:
             works, reason = False, str(error)
-    elif works:
-        works, reason = _would_be_fetched(query, reason)
-        build = build if works else how_built(found.module, query)[0]
-    return Answer(line.name, 10 * major + minor, works, reason, build)
+    place, is_here = (found.place, found.is_here) if works else ("", False)
+    return Answer(
+        line.name, 10 * major + minor, works, reason, found.build, found.release, place, is_here
+    )
 
 
-def _would_be_fetched(query: Query, reason: str) -> tuple[bool, str]:
-    """Return whether a pinned wheel can provide missing kernels, and the reason."""
-    if "remote" not in search.kinds_asked():
-        return False, f"{reason}, and nothing is here: {search.SOURCES} leaves out `remote`"
-    try:
-        search.pinned(query.release, query.capability)
-    except LoaderError as error:
-        return False, f"nothing is here, and {error}"
-    return True, f"{reason}, and nothing is here yet: it is fetched when it is first called"
-
-
-def _exported(one: Named, query: Query, device: int | None) -> str:
+def _exported(one: Named, query: Query) -> str:
     """Return a module's exports as text; raise if the named entry is not among them."""
     from fi_ffi.ops.modules.module import unexported
 
-    if not any(one.module in source.modules() for source in query.sources):
-        return ""  # a family, or a module that is not here
-    _, file, facts = search.find_module(one.module, device)
+    asked = (search.ask(place, one.module, query.capability) for place in query.places)
+    said = next((said for said in asked if said.status == search.HERE), None)
+    if said is None or said.file is None or said.facts is None:
+        return ""  # a family
+    file, facts = said.file, said.facts
     if one.symbol and one.symbol not in facts.functions:
         raise KernelNotFoundError(unexported(str(file.path), one.symbol, facts.functions))
     if one.symbol:

@@ -14,12 +14,13 @@ from fi_ffi.cli.names import Named, named
 from fi_ffi.errors import ArchitectureError, FiFfiError, KernelNotFoundError
 from fi_ffi.loader import cache, progress, search
 from fi_ffi.loader.building.names import FAMILIES, parse_arch, parse_request
-from fi_ffi.loader.catalogue import without
+from fi_ffi.loader.catalogue import may_have, without
 from fi_ffi.loader.fatbin import runs_on
 from fi_ffi.loader.held import facts_of
 from fi_ffi.loader.lock import wanted_release
 from fi_ffi.loader.search import PinnedKernels
 from fi_ffi.loader.uris import parse
+from fi_ffi.loader.urls import fetching
 from fi_ffi.ops.capability.judgement import REFUSED, Query, capability_of
 
 _FEW = 3  # members of a family that an error lists
@@ -42,9 +43,7 @@ class Put:
 
 @click.command()
 @click.argument("names", nargs=-1, required=True, metavar="NAME...")
-@click.option(
-    "--release", help="FlashInfer release (default: FI_FFI_RELEASE, or that of wheels.lock)."
-)
+@click.option("--release", help="FlashInfer release (default: that of the kernels in use).")
 @click.option("--arch", "--sm", multiple=True, help="GPU that is needed, such as 9.0a or sm_87.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.option("--quiet", "-q", is_flag=True, help="Show no progress.")
@@ -59,7 +58,7 @@ def fetch(
 
     Exits with 1 if a module could not be fetched, and with 2 if a name is unknown.
     """
-    release = release or wanted_release()
+    release = release or search.release() or wanted_release()
     wanted = [capability_of(text) for text in parse_arch(arch)] if arch else []
     capabilities = [one for one in wanted if one is not None]
     sources = _sources(release, capabilities)
@@ -112,7 +111,11 @@ def _modules(
             continue
         # Names that follow the naming rules are known without reading the wheel.
         is_known = parse(name.rpartition(".")[0] or name, release) is not None
-        (one,) = named([name], () if is_known else sources, release)
+        # Nor is it read for a name that the release's modules cannot have.
+        module = name.rpartition(".")[0] or name
+        ask = any(one.names_of is None or may_have(one.names_of, module) for one in sources)
+        with fetching(ask):
+            (one,) = named([name], () if is_known else sources, release)
         found += [one.module] if one.module else _of_op(one, release, capabilities)
     for module in found:
         if parse(module, release) is None:

@@ -38,7 +38,7 @@ _FEW = 4  # most lines of the matrix whose reasons are printed
 @click.option(
     "--kernels",
     type=click.Path(exists=True, path_type=Path),
-    help="Directory or wheel of kernels (default: the first place that has any).",
+    help="Directory or wheel of kernels (default: the places that calls search, in order).",
 )
 @click.option("--family", help="Only modules of this family, such as batch_prefill or norm.")
 @click.option("--fetch", is_flag=True, help="Fetch FlashInfer's kernels first.")
@@ -54,8 +54,8 @@ def list(
     """List kernel modules: family, dtypes, head sizes, backend, and the ops that use them.
 
     The names of modules have all of this: only --entries opens files, and only --fetch fetches.
-    --matrix shows the kernels in use. It shows FlashInfer's published wheels if there are none,
-    or if you name a release or a CUDA tag.
+    --matrix shows the kernels in use, the pinned wheel included. It shows FlashInfer's published
+    wheels if you name a release or a CUDA tag.
     """
     if matrix:
         _matrix(None if kernels is None else str(kernels), release, cuda, family, as_json)
@@ -68,42 +68,63 @@ def list(
 
 def _list(kernels: Path | None, family: str | None, entries: bool, as_json: bool) -> None:
     with progress.doing("looking for kernels"):
-        source = _source(kernels)
-        modules = modules_of(source).values()
-    chosen = [module for module in modules if family in (None, module.family)]
+        found, notes = _places(kernels)
+    first = found[0][0]
+    families = {module.family for _, modules in found for module in modules}
+    chosen = [
+        (source, module)
+        for source, modules in found
+        for module in modules
+        if family in (None, module.family)
+    ]
     if family is not None and not chosen:
-        families = {module.family for module in modules}
         every = ", ".join(sorted(families)) or "none"
         shown = f"; it has {every}{nearest(family, families)}"
-        raise output.Failure(f"{source.location} has no modules of {family}{shown}")
+        raise output.Failure(f"{first.location} has no modules of {family}{shown}")
     listed = []
     with progress.counter("modules", len(chosen), quiet=not entries, lines=False) as count:
-        for module in chosen:
+        for source, module in chosen:
             count(module.name)
             listed.append(_described(source, module, entries))
     if as_json:
-        document = {"kernels": source.location, "version": source.version}
+        document = {"kernels": first.location, "version": first.version, "others": notes}
         output.print_json({**document, "modules": listed})
-    else:
-        _print(source, listed)
+        return
+    for source, _ in found:
+        of = [entry for entry in listed if entry["kernels"] == source.location]
+        if of:
+            _print(source, of)
+    for note in notes:
+        output.say(note)
 
 
-def _source(kernels: Path | None) -> KernelSource:
-    """Return the source to list: the given one, or the first source in use that has modules."""
+def _places(
+    kernels: Path | None,
+) -> tuple[Sequence[tuple[KernelSource, Sequence[Module]]], Sequence[str]]:
+    """Return the sources, each with the modules that a call takes from it, and notes on others.
+
+    A call takes a module from the first place that has it. Places that have it for other GPUs are
+    listed with it too.
+    """
     if kernels is not None:
-        return open_source(kernels)
-    notes = []
+        source = open_source(kernels)
+        return [(source, (*modules_of(source).values(),))], []
+    found, notes, reasons = [], [], []
     for place in search.places():
         note = place.note or "no modules"
         if place.source is not None:
             try:
-                if place.source.modules():
-                    return place.source
+                if modules := modules_of(place.source):
+                    found.append((place.source, (*modules.values(),)))
+                    continue
             except FiFfiError as error:
                 note = str(error)
-        notes.append(f"  {place.kind}: {note}")
+                notes.append(f"{place.kind}: {place.source.location}: {note}")
+        reasons.append(f"  {place.kind}: {note}")
+    if found:
+        return found, notes
     raise KernelNotFoundError(
-        "no kernels in any of the places they come from:\n" + "\n".join(notes) + "\n"
+        "no kernels in any of the places they come from:\n" + "\n".join(reasons) + "\n"
         f"`fi-ffi build --release {wanted_release()} norm` makes some; FI_FFI_KERNELS or --kernels "
         "names a directory or a flashinfer_jit_cache wheel; --fetch fetches FlashInfer's."
     )
@@ -113,6 +134,7 @@ def _described(source: KernelSource, module: Module, entries: bool) -> dict[str,
     parsed = module.parsed
     found: dict[str, Any] = {
         "module": module.name,
+        "kernels": source.location,
         "family": module.family,
         "dtypes": parsed.dtypes if parsed else {},
         "head_dims": parsed.head_dims if parsed else (),
@@ -252,6 +274,8 @@ def _support(answer: Support) -> dict[str, Any]:
         "works": bool(answer),
         "reason": answer.reason,
         "module": answer.module,
+        "place": answer.place,
+        "is_here": answer.is_here,
         "build": answer.build,
     }
 

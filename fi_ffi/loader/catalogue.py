@@ -11,15 +11,19 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
-from fi_ffi.errors import ArgumentError
+from fi_ffi.errors import ArgumentError, LoaderError
 from fi_ffi.loader.kernels import KernelDirectory, KernelSource, release_of
+from fi_ffi.loader.listed import listed_in
 from fi_ffi.loader.uris import ModuleName, Value, parse, uri
+from fi_ffi.loader.urls import fetching, is_withheld
 from fi_ffi.loader.wheel import Wheel
 
 _NEAREST = 3  # modules that an error lists
 # The suffix of a name for one architecture: `_sm90`, `_90`, `_sm103a`.
 _FOR_SM = re.compile(r"_(?:sm)?(\d{1,2})(\d)([af]?)")
 _HEAD_DIM = "head_dim"
+# The suffix of a module whose sources FlashInfer names by their hash.
+_HASHED = re.compile(r"_[0-9a-f]{16,}")
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,46 @@ def nearest(source: KernelSource, name: str, count: int = _NEAREST) -> list[Modu
     return sorted(related, key=lambda module: _distance(params, module))[:count]
 
 
+def members(source: KernelSource, name: str) -> list[str]:
+    """Return the module of that name, or those of the family."""
+    names = source.modules()
+    if name in names:
+        return [name]
+    return [other for other in names if (found := parse(other)) and found.family == name]
+
+
+def may_have(release: str, module: str) -> bool:
+    """Return whether a release may have a module of this name; true if its names are unknown."""
+    if listed_in(release) is None:
+        return True
+    return parse(module, release) is not None or bool(_HASHED.search(module))
+
+
 def without(source: KernelSource, module: str) -> str:
-    """Return the message that a source lacks `module`, with the nearest it has."""
+    """Return the message that a source lacks `module`, with the nearest it has.
+
+    Nothing is fetched for it: without a source's names, those of its release count.
+    """
+    try:
+        with fetching(False):
+            return _without(source, module)
+    except LoaderError as error:
+        if not is_withheld(error):
+            return str(error)
+        why = no_such_name(module, release_of(source))
+        return f"{source.location} is not asked for {module}: {why}"
+
+
+def no_such_name(module: str, release: str | None) -> str:
+    """Return the message that a release has no module of this name, with the nearest."""
+    listed = listed_in(release) if release else None
+    families = {box.family for box, _ in listed.modules} if listed else set()
+    near = get_close_matches(module, families, _NEAREST)
+    shown = f"; the nearest: {', '.join(near)}" if near else ""
+    return f"FlashInfer {release} has no module of this name{shown}"
+
+
+def _without(source: KernelSource, module: str) -> str:
     wanted, near = _read(module, release_of(source)), nearest(source, module)
     text = f"{source.location} has no module {module}; "
     if near:
@@ -96,9 +138,7 @@ def build_advice(
         return _other_release(any_release, release)
     build = f"fi-ffi build --release {release} --arch {arch}"
     if found is None:
-        return (
-            f"FlashInfer {release} has no module of this name; `{build} --list` shows those it has."
-        )
+        return f"{no_such_name(module, release)}; `{build} --list` shows those it has."
     if found.params and found.row.generator is None:
         return (
             f"FlashInfer {release} makes it on a machine with a GPU only; fi-ffi cannot build it."

@@ -1,8 +1,9 @@
 """The modules that FlashInfer builds ahead of time in a release, and their GPUs.
 
 `data/modules.json` records what the generators of some releases list, with the architectures in
-their compiler flags (made by `fi-ffi release record --modules`). The generators were asked for more
-architectures than published wheels have; `WHEELS` lists the published ones.
+their compiler flags (made by `fi-ffi release record --modules`). The generators were asked for
+`architectures`, more than published wheels have; `published` returns those of the wheels. Of a GPU
+that is in no record, nothing is claimed.
 """
 
 from __future__ import annotations
@@ -15,20 +16,55 @@ from pathlib import Path
 from typing import Any
 
 from fi_ffi.loader.fatbin import CudaCode, sass_named
-from fi_ffi.loader.uris import ModuleName, Value, parse
+from fi_ffi.loader.uris import ModuleName, Value, parse, version_of
 
 _DATA = Path(__file__).with_name("data") / "modules.json"
-# Architectures that FlashInfer's release workflow compiles for, by CUDA tag and machine; not
-# checked against published wheels.
-_CU130 = "7.5 8.0 8.9 9.0a 10.0a 10.3a 12.0f"
-WHEELS = {
-    ("cu128", "x86_64"): "7.5 8.0 8.9 9.0a 10.0a 12.0a",
-    ("cu128", "aarch64"): "7.5 8.0 8.9 9.0a 10.0a 12.0a",
-    ("cu129", "x86_64"): _CU130,
-    ("cu129", "aarch64"): _CU130,
-    ("cu130", "x86_64"): _CU130,
-    ("cu130", "aarch64"): "7.5 8.0 8.9 9.0a 10.0a 10.3a 11.0a 12.0f",
+# The first release whose `flashinfer-jit-cache` has no kernels, but names those of each SM.
+FIRST_OF_PROVIDERS = "0.7.0.post1"
+# Architectures that FlashInfer's release workflow compiles published wheels for, by the first
+# release, then by CUDA tag, on x86_64 and on aarch64. The lists up to 0.6.17 are those at the
+# releases' tags; later ones are pieced together from changes to the workflow. Not checked against
+# published wheels.
+_WHEELS: dict[str, dict[str, tuple[str, str]]] = {
+    "0.6.3": {
+        "cu128": ("7.5 8.0 8.9 9.0a 10.0a 12.0a",) * 2,
+        "cu129": ("7.5 8.0 8.9 9.0a 10.0a 12.0a",) * 2,
+        "cu130": ("7.5 8.0 8.9 9.0a 10.0a 10.3a 11.0a 12.0f",) * 2,
+    },
+    "0.6.6": {
+        "cu128": ("7.5 8.0 8.9 9.0a 10.0a 12.0a",) * 2,
+        "cu129": ("7.5 8.0 8.9 9.0a 10.0a 10.3a 12.0f",) * 2,
+        "cu130": ("7.5 8.0 8.9 9.0a 10.0a 10.3a 11.0a 12.0f",) * 2,
+    },
+    "0.6.11": {
+        "cu128": ("7.5 8.0 8.9 9.0a 10.0a 12.0a",) * 2,
+        "cu129": ("7.5 8.0 8.9 9.0a 10.0a 10.3a 12.0f",) * 2,
+        "cu130": (
+            "7.5 8.0 8.9 9.0a 10.0a 10.3a 12.0f",
+            "7.5 8.0 8.9 9.0a 10.0a 10.3a 11.0a 12.0f",
+        ),
+    },
+    "0.6.18": {
+        "cu129": ("8.0 8.9 9.0a 10.0a 10.3a 12.0f",) * 2,
+        "cu130": ("8.0 8.9 9.0a 10.0a 10.3a 12.0f", "8.0 8.9 9.0a 10.0a 10.3a 11.0a 12.0f"),
+        "cu134": (
+            "8.0 8.9 9.0a 10.0a 10.3a 10.7a 12.0f",
+            "8.0 8.9 9.0a 10.0a 10.3a 10.7a 11.0a 12.0f",
+        ),
+    },
+    FIRST_OF_PROVIDERS: {
+        "cu129": ("8.0 8.6 8.9 9.0a 10.0a 10.3a 12.0f",) * 2,
+        "cu130": (
+            "8.0 8.6 8.9 9.0a 10.0a 10.3a 12.0f",
+            "8.0 8.6 8.9 9.0a 10.0a 10.3a 11.0a 12.0f 12.1a",
+        ),
+        "cu134": (
+            "8.0 8.6 8.9 9.0a 10.0a 10.3a 10.7a 12.0f",
+            "8.0 8.6 8.9 9.0a 10.0a 10.3a 10.7a 11.0a 12.0f 12.1a",
+        ),
+    },
 }
+CPUS = ("x86_64", "aarch64")
 
 
 @dataclass(frozen=True)
@@ -76,10 +112,68 @@ class Listed:
         return [(box, codes) for box, codes in self.modules if box.family == name]
 
 
-def in_wheel(codes: tuple[CudaCode, ...], cuda: str, machine: str) -> tuple[CudaCode, ...]:
-    """Return those of a module's architectures that the published wheels of a CUDA tag have."""
-    published = {sass_named(text) for text in WHEELS.get((cuda, machine), "").split()}
-    return tuple(code for code in codes if code in published)
+def wheels_of(release: str) -> dict[str, tuple[str, str]]:
+    """Return the architectures of a release's published wheels, by CUDA tag: on x86_64, on aarch64.
+
+    Empty for a release before the first that is recorded, or after the last that is known.
+    """
+    last = known_releases()[-1]
+    if not version_of(next(iter(_WHEELS))) <= version_of(release) <= version_of(last):
+        return {}
+    since = [first for first in _WHEELS if version_of(first) <= version_of(release)]
+    return _WHEELS[max(since, key=version_of)]
+
+
+def spans_of_wheels() -> list[tuple[str, str]]:
+    """Return the first and the last known release with each set of architectures."""
+    known = known_releases()
+    starts = [known.index(first) for first in _WHEELS]
+    ends = [*starts[1:], len(known)]
+    return [(known[start], known[end - 1]) for start, end in zip(starts, ends, strict=True)]
+
+
+def published(release: str, cuda: str, machine: str) -> str:
+    """Return the architectures of a published wheel, as in FLASHINFER_CUDA_ARCH_LIST, or ""."""
+    lists = wheels_of(release).get(cuda)
+    return lists[CPUS.index(machine)] if lists and machine in CPUS else ""
+
+
+def in_wheel(
+    codes: tuple[CudaCode, ...], release: str, cuda: str, machine: str
+) -> tuple[CudaCode, ...]:
+    """Return those of a module's architectures that a release's published wheels of a tag have."""
+    published_codes = {sass_named(text) for text in published(release, cuda, machine).split()}
+    return tuple(code for code in codes if code in published_codes)
+
+
+def is_recorded(release: str, capability: tuple[int, int]) -> bool:
+    """Return whether the record of a release's modules says what it compiles for a GPU.
+
+    Its generators were asked for some architectures only, and for Orin's neighbours.
+    """
+    about = _data()["releases"].get(release)
+    if about is None:
+        return False
+    asked = (*map(sass_named, about["architectures"].split()), _ORIN)
+    return any(code.runs_on(capability) for code in asked)
+
+
+def gpus_in(release: str) -> tuple[int, ...]:
+    """Return the GPUs from SM90 on that a known release's list of modules has cases for."""
+    about = _releases().get(release)
+    return tuple(about["gpus"]) if about else ()
+
+
+def compiles_for(release: str, capability: tuple[int, int]) -> bool:
+    """Return whether a record says that a release compiles anything for a GPU.
+
+    That is its record of modules, or its list of them, which has cases for GPUs from SM90 on. Every
+    release compiles for SM75 and SM8x.
+    """
+    if (7, 5) <= capability < (9, 0):
+        return True
+    listed = 10 * capability[0] + capability[1] in gpus_in(release)
+    return listed or is_recorded(release, capability)
 
 
 @functools.cache

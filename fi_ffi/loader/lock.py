@@ -10,7 +10,7 @@ import os
 import platform
 import re
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -69,10 +69,35 @@ def lock_path() -> Path:
     return inside if inside.exists() else package.parent / "wheels.lock"
 
 
+def own_lock_path() -> Path | None:
+    """Return the lock in the user's cache, which `fi-ffi lock add` writes; None without a cache."""
+    from fi_ffi.loader.cache import cache_root
+
+    try:
+        return cache_root() / "wheels.lock"
+    except LoaderError:  # a user without a home directory
+        return None
+
+
+def lock_in_use() -> Lock:
+    """Read the lock that FI_FFI_LOCK names, or the package's with the user's own pins before it.
+
+    Raises `ArtifactError` if others could write the user's lock.
+    """
+    lock, own = read_lock(lock_path()), own_lock_path()
+    if os.environ.get(ENVIRONMENT) or own is None or not os.path.lexists(own):
+        return lock
+    from fi_ffi.loader import trust
+
+    trust.check_root(own.parent)
+    trust.check_object(own, os.lstat(own))
+    return replace(lock, kernels=(*read_lock(own, lock).kernels, *lock.kernels))
+
+
 @functools.cache
 def the_lock() -> Lock:
     """Return the lock in use, read once."""
-    return read_lock(lock_path())
+    return lock_in_use()
 
 
 def named_release() -> str | None:
@@ -94,8 +119,12 @@ def parse_release(text: str, argument: str = "release") -> str:
     return text
 
 
-def read_lock(path: Path) -> Lock:
-    """Read a lock; `LoaderError` names the file and the problem."""
+def read_lock(path: Path, above: Lock | None = None) -> Lock:
+    """Read a lock; `LoaderError` names the file and the problem.
+
+    A user's own lock is read with the one `above` it, whose default it does not repeat. Its entries
+    have addresses.
+    """
     if sys.version_info >= (3, 11):
         import tomllib
     else:
@@ -105,15 +134,19 @@ def read_lock(path: Path) -> Lock:
         if data["schema"] != SCHEMA:
             raise ValueError(f"schema {data['schema']}, not {SCHEMA}")
         kernels = data["kernels"]
-        wheels = [_wheel({"url": _url(kernels, e)} | e) for e in kernels.get("files", [])]
-        return Lock(path, kernels["default"], tuple(wheels))
+        wheels = [_wheel(e | {"url": _url(kernels, e)}) for e in kernels.get("files", [])]
+        default = kernels["default"] if above is None else above.default_release
+        return Lock(path, default, tuple(wheels))
     except (OSError, LookupError, AttributeError, TypeError, ValueError, RecursionError) as error:
         raise LoaderError(f"{path} is not a readable lock: {error!r}") from error
 
 
 def _url(kernels: dict[str, Any], entry: dict[str, Any]) -> str:
+    """Return an entry's own address, or the one that the lock's pattern gives."""
     from urllib.parse import quote
 
+    if "url" in entry:
+        return str(entry["url"])
     url: str = kernels["url"].format(release=entry["release"], file=quote(entry["file"]))
     return url
 

@@ -20,7 +20,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,15 @@ from fi_ffi.loader.kernels import (
     open_source,
     release_of,
 )
-from fi_ffi.loader.lock import PinnedWheel, named_release, the_lock, this_platform, wanted_release
+from fi_ffi.loader.lock import (
+    RELEASE,
+    PinnedWheel,
+    named_release,
+    the_lock,
+    this_platform,
+    wanted_release,
+)
+from fi_ffi.loader.urls import fetching, is_withheld, may_fetch
 from fi_ffi.loader.wheel import Wheel, hex_of
 
 KERNELS, SOURCES, WHEELS = "FI_FFI_KERNELS", "FI_FFI_SOURCES", "FI_FFI_WHEELS"
@@ -64,6 +72,11 @@ _LOOKED_AT = 3  # modules to examine if the source's version does not name its C
 _OTHERS = tuple(f"_{cpu}" for cpu in machine.CPUS if cpu != platform.machine())
 
 
+# A distribution or wheel for one SM, and a wheel that was built for one.
+_PROVIDER = re.compile(r"flashinfer_jit_cache_(sm\d+[af]?)-")
+_BUILT = re.compile(r"[^-]+-[^-]+\+cu\d+\.(sm\d+[af]?)-")
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A place that was searched: a source, or the reason why it has none."""
@@ -73,6 +86,8 @@ class Candidate:
     note: str = ""
     # The only architecture it has code for, if its name says so.
     sm: str | None = None
+    # Whether there is nothing at all, as opposed to kernels that are not used.
+    is_empty: bool = False
 
 
 def distributions(name: str) -> list[Path]:
@@ -87,25 +102,53 @@ def distributions(name: str) -> list[Path]:
 
 
 def _installed(release: str | None) -> Iterator[Candidate]:
+    """Yield installed kernels; of distributions for one SM each, the latest SM first.
+
+    Those of another version than the `flashinfer-jit-cache` that names them are left over from an
+    upgrade; FlashInfer ignores them as well.
+    """
     # Imported here: it imports the email package, and most processes name their kernels.
     import importlib.metadata
 
-    found = [*map(importlib.metadata.Distribution.at, distributions("flashinfer_jit_cache"))]
-    for distribution in found:
-        # By the folder of modules; a shim of the provider layout has none.
-        hashes: dict[Path, dict[Path, str]] = {}
-        for file in distribution.files or ():
-            if file.name.endswith(".so") and file.parent.parent.name == "jit_cache":
-                path = Path(str(distribution.locate_file(file)))
-                known = hashes.setdefault(path.parent.parent, {})
-                # not every installer records it
-                if file.hash is not None and file.hash.mode == "sha256":
-                    known[path] = hex_of(f"sha256={file.hash.value}", str(file))
-        for root, known in hashes.items():
+    folders = sorted(distributions("flashinfer_jit_cache"), key=_nearness_named, reverse=True)
+    found = {folder: importlib.metadata.Distribution.at(folder) for folder in folders}
+    shims = {d.version for f, d in found.items() if not _PROVIDER.match(f.name)}
+    is_empty = True
+    for folder, distribution in found.items():
+        provider = _PROVIDER.match(folder.name)
+        sm = provider[1] if provider else None
+        if provider and shims and distribution.version not in shims:
+            named = " and ".join(sorted(shims))
+            note = f"{folder} is of {distribution.version}, and flashinfer-jit-cache of {named}"
+            yield Candidate("installed", None, note)
+            is_empty = False
+            continue
+        for root, known in _hashes_in(distribution).items():
             source = KernelDirectory(root, distribution.version, known)
-            yield _of_release("installed", source, release)
-    if not found:
-        yield Candidate("installed", None, "no flashinfer-jit-cache distribution is installed")
+            yield _of_release("installed", source, release, sm)
+            is_empty = False
+    if is_empty:
+        note = "no flashinfer-jit-cache distribution is installed"
+        if shims:
+            note = f"flashinfer-jit-cache {' and '.join(sorted(shims))} has no kernels of its own, "
+            note += "and no distribution of a GPU's kernels is installed beside it"
+        yield Candidate("installed", None, note, is_empty=True)
+
+
+def _hashes_in(distribution: Any) -> dict[Path, dict[Path, str]]:
+    """Return the recorded hashes of a distribution's modules, by the folder of modules.
+
+    The `flashinfer-jit-cache` of releases with a distribution for each SM has none.
+    """
+    hashes: dict[Path, dict[Path, str]] = {}
+    for file in distribution.files or ():
+        if file.name.endswith(".so") and file.parent.parent.name == "jit_cache":
+            path = Path(str(distribution.locate_file(file)))
+            known = hashes.setdefault(path.parent.parent, {})
+            # not every installer records it
+            if file.hash is not None and file.hash.mode == "sha256":
+                known[path] = hex_of(f"sha256={file.hash.value}", str(file))
+    return hashes
 
 
 def flashinfer_folder() -> Path:
@@ -122,7 +165,8 @@ def _jit(release: str | None) -> Iterator[Candidate]:
         if source.modules():
             yield _of_release("jit", source, release)
     if not folders:
-        yield Candidate("jit", None, f"FlashInfer has compiled nothing in {root}")
+        note = f"FlashInfer has compiled nothing in {root}"
+        yield Candidate("jit", None, note, is_empty=True)
 
 
 def _local(release: str | None) -> Iterator[Candidate]:
@@ -131,9 +175,10 @@ def _local(release: str | None) -> Iterator[Candidate]:
     if not named and Path(folders[0]).is_dir():
         trust.check_root(cache.cache_root())
         trust.check_owner(Path(folders[0]))
-    wheels = [
-        w for folder in folders for w in sorted(Path(folder).glob("flashinfer_jit_cache*.whl"))
-    ]
+    wheels: list[Path] = []
+    for folder in folders:
+        found = sorted(Path(folder).glob("flashinfer_jit_cache*.whl"))
+        wheels += sorted(found, key=_nearness_named, reverse=True)
     for wheel in wheels:
         trust.check_named(wheel)
         if not named:
@@ -141,17 +186,27 @@ def _local(release: str | None) -> Iterator[Candidate]:
         if wheel.stem.endswith(_OTHERS):
             yield Candidate("local", None, f"{wheel} is not for {platform.machine()}")
             continue
-        yield _of_release("local", KernelWheel(str(wheel), Wheel(wheel)), release)
+        source = KernelWheel(str(wheel), Wheel(wheel))
+        provider = _PROVIDER.match(wheel.name)
+        yield _of_release("local", source, release, provider[1] if provider else None)
     if not wheels:
-        yield Candidate("local", None, f"no flashinfer_jit_cache wheel in {' or '.join(folders)}")
+        note = f"no flashinfer_jit_cache wheel in {' or '.join(folders)}"
+        yield Candidate("local", None, note, is_empty=True)
 
 
-def _remote(release: str | None) -> Iterator[Candidate]:
+def _gpus() -> list[tuple[int, int]]:
+    return [*map(machine.capability, range(machine.device_count()))]
+
+
+def _remote(
+    release: str | None, gpus: Sequence[tuple[int, int]] | None = None
+) -> Iterator[Candidate]:
+    """Yield the pinned wheels for these GPUs, by default for those of this machine."""
     wanted = release or wanted_release()
-    gpus = [*map(machine.capability, range(machine.device_count()))]
+    chosen = _gpus() if gpus is None else gpus
     try:
         # If wheels are built for one SM each: one for each kind of GPU.
-        pins = dict.fromkeys([pinned(wanted, gpu) for gpu in gpus] or [pinned(wanted)])
+        pins = dict.fromkeys([pinned(wanted, gpu) for gpu in chosen] or [pinned(wanted)])
     except LoaderError as error:
         yield Candidate("remote", None, str(error))
         return
@@ -159,11 +214,13 @@ def _remote(release: str | None) -> Iterator[Candidate]:
         yield Candidate("remote", PinnedKernels(pin), sm=pin.sm)
 
 
-def _of_release(kind: str, source: KernelSource, release: str | None) -> Candidate:
+def _of_release(
+    kind: str, source: KernelSource, release: str | None, sm: str | None = None
+) -> Candidate:
     found = release_of(source)
     if release is not None and found is not None and found != release:
         return Candidate(kind, None, f"{source.location} is of {found}, wanted is {release}")
-    return Candidate(kind, source)
+    return Candidate(kind, source, sm=sm)
 
 
 _KINDS: dict[str, Callable[[str | None], Iterator[Candidate]]] = {
@@ -198,9 +255,10 @@ def candidates(
     chosen = explicit or os.environ.get(KERNELS)
     if chosen:
         source, wanted = open_source(chosen), named_release()
-        if isinstance(source, KernelDirectory):
-            source.version = source.version or wanted
-        yield Candidate("explicit", source)
+        note = "use_kernels" if explicit else KERNELS
+        if isinstance(source, KernelDirectory) and source.version is None:
+            source.version, note = wanted, RELEASE if wanted else note
+        yield Candidate("explicit", source, note)
         return
     release = named_release()
     for kind in kinds_asked():
@@ -226,7 +284,7 @@ def pinned(release: str, capability: tuple[int, int] | None = None) -> PinnedWhe
     here = [f for f in lock.kernels if (f.release, f.platform) == (release, this_platform())]
     fitting = [f for f in here if _runs_here(f, capability)]
     if fitting:
-        return max(fitting, key=lambda file: (_cuda_version(file.cuda), _nearness(file)))
+        return max(fitting, key=lambda file: (_cuda_version(file.cuda), _nearness(file.sm)))
     of_release = [f for f in lock.kernels if f.release == release]
     if not of_release:
         others = sorted({f.release for f in lock.kernels})
@@ -243,10 +301,16 @@ def pinned(release: str, capability: tuple[int, int] | None = None) -> PinnedWhe
     )
 
 
-def _nearness(file: PinnedWheel) -> tuple[int, int]:
+def _nearness(sm: str | None) -> tuple[int, int]:
     """Return a sort key: the latest architecture is the nearest, and a specific one is nearer."""
-    code = sass_named(file.sm) if file.sm else None
+    code = sass_named(sm) if sm else None
     return (code.sm, ("", "f", "a").index(code.suffix)) if code else (0, 0)
+
+
+def _nearness_named(path: Path) -> tuple[int, int]:
+    """Return the same key for a wheel or distribution whose name has one architecture."""
+    found = _PROVIDER.match(path.name) or _BUILT.match(path.name)
+    return _nearness(found[1] if found else None)
 
 
 def _cuda_version(tag: str) -> tuple[int, int]:
@@ -306,9 +370,15 @@ class PinnedKernels:
                 try:
                     self._opened = _open_pinned(self.pin)
                 except FetchError as error:
-                    self._refusal, self._refused_at = str(error), time.monotonic()
+                    if may_fetch():  # otherwise nobody was asked
+                        self._refusal, self._refused_at = str(error), time.monotonic()
                     raise
             return self._opened
+
+    @property
+    def names_of(self) -> str | None:
+        """The release whose modules' names it has; None for a wheel that was built by others."""
+        return None if _BUILT.match(self.pin.file) else self.pin.release
 
     @property
     def trust(self) -> str:
@@ -434,37 +504,140 @@ def cuda_of_kernels() -> int | None:
 machine.ask_kernels = cuda_of_kernels
 
 
+# What a place says about a module: it has it; a call would fetch it; it lacks it; it has no code
+# for the GPU; it cannot be read; there are no kernels.
+HERE, LATER, LACKS, OTHER_GPU, FAILS, NONE = "here", "later", "lacks", "other", "fails", "none"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a place says about a module. `file` and `facts` are set for HERE and OTHER_GPU, except
+    that a place for another SM opens no file. `reason` is set for everything but HERE."""
+
+    place: Candidate
+    status: str
+    reason: str = ""
+    file: ModuleFile | None = None
+    facts: Facts | None = None
+
+
+def ask(
+    place: Candidate,
+    module: str,
+    capability: tuple[int, int] | None = None,
+    members: Callable[[KernelSource, str], Sequence[str]] | None = None,
+) -> Answer:
+    """Ask a place for a module with code for a GPU; without `capability`, for any code.
+
+    `members` returns the modules that would do, by default those of this very name. Inside
+    `fetching(False)` nothing is fetched, and the answer may be LATER.
+    """
+    source = place.source
+    if source is None:
+        return Answer(place, NONE, place.note)
+    if place.sm and capability is not None:
+        named = runs_on([sass_named(place.sm)], capability)
+        if not named.ok:
+            return Answer(place, OTHER_GPU, f"{source.location}: {named.reason}")
+    other: Answer | None = None
+    try:
+        names: Sequence[str] = _names_in(source, module, members)
+    except LoaderError as error:
+        return Answer(place, LATER if is_withheld(error) else FAILS, str(error))
+    for name in names:
+        try:
+            file = source.file(name)
+        except LoaderError as error:
+            return Answer(place, LATER if is_withheld(error) else FAILS, str(error))
+        facts = facts_of(file)
+        verdict = runs_on(facts.codes, capability) if capability is not None else None
+        if verdict is None or verdict.ok:
+            return Answer(place, HERE, "", file, facts)
+        reason = f"{source.location}: {name} {verdict.reason}"
+        other = Answer(place, OTHER_GPU, reason, file, facts)
+    return other or Answer(place, LACKS, f"{source.location} has no module {module}")
+
+
+def _names_in(
+    source: KernelSource,
+    module: str,
+    members: Callable[[KernelSource, str], Sequence[str]] | None,
+) -> Sequence[str]:
+    """Return the modules of a source that would do; one with other names alone is not asked."""
+    release = source.names_of if isinstance(source, PinnedKernels) else None
+    if release is not None and members is None:
+        from fi_ffi.loader.catalogue import may_have
+
+        if not may_have(release, module):
+            with fetching(False):  # it may be here, and have more than its release lists
+                return [module] if module in _listed(source) else []
+    if members is not None:
+        return members(source, module)
+    return [module] if module in source.modules() else []
+
+
+def _listed(source: KernelSource) -> list[str]:
+    """Return a source's modules; none if they are not known here."""
+    try:
+        return source.modules()
+    except LoaderError:
+        return []
+
+
+def places_for(capability: tuple[int, int] | None) -> Iterator[Candidate]:
+    """Yield the places that a machine with such a GPU would search, in order."""
+    is_asked = False
+    for place in places():
+        is_pinned = place.kind == "remote" and capability is not None
+        if not is_pinned or capability in _gpus():
+            yield place
+        elif not is_asked and capability is not None:
+            is_asked = True
+            yield from _remote(release(), [capability])
+
+
+def decided() -> tuple[str, str]:
+    """Return the release in force, or "", and what determines it.
+
+    That is FI_FFI_RELEASE, the kernels that `use_kernels` or FI_FFI_KERNELS name, the first kernels
+    that are found, or the lock's default.
+    """
+    named = named_release()
+    place = next((place for place in places() if place.source is not None), None)
+    if place is not None and place.source is not None and place.kind == "explicit":
+        found, where = release_of(place.source), place.source.location
+        return found or "", RELEASE if place.note == RELEASE else f"{place.note}: {where}"
+    if named is not None:
+        return named, RELEASE
+    if place is not None and place.source is not None and place.kind != "remote":
+        what = {
+            "installed": "an installed flashinfer-jit-cache",
+            "jit": "FlashInfer's own compiled modules",
+            "local": "a wheel",
+        }[place.kind]
+        return release_of(place.source) or "", f"{what}: {place.source.location}"
+    return the_lock().default_release, f"the default of {the_lock().path}"
+
+
 def find_module(module: str, device: int | None = None) -> tuple[KernelSource, ModuleFile, Facts]:
     """Find a module: the first source's file that the device, if one is given, can run.
 
     Raises `ArchitectureError` if only the device code did not fit, and otherwise
     `KernelNotFoundError`, with the reason of every place.
     """
+    capability = None if device is None else machine.capability(device)
     reasons, wrong_code = [], False
     for place in places():
-        if place.source is None:
-            reasons.append(f"{place.kind}: {place.note}")
-            continue
-        if place.sm and device is not None:
-            named = runs_on([sass_named(place.sm)], machine.capability(device))
-            if not named.ok:
-                wrong_code = True
-                reasons.append(f"{place.kind}: {place.source.location}: {named.reason}")
-                continue
-        try:
-            if module not in place.source.modules():
-                reasons.append(f"{place.kind}: {_lack(place.source, module)}")
-                continue
-            file = place.source.file(module)
-        except LoaderError as error:
-            reasons.append(f"{place.kind}: {error}")
-            continue
-        facts = facts_of(file)
-        verdict = runs_on(facts.codes, machine.capability(device)) if device is not None else None
-        if verdict is None or verdict.ok:
-            return place.source, file, facts
-        wrong_code = True
-        reasons.append(f"{place.kind}: {place.source.location}: {module} {verdict.reason}")
+        said = ask(place, module, capability)
+        if said.status == HERE:
+            assert place.source is not None
+            assert said.file is not None
+            assert said.facts is not None
+            return place.source, said.file, said.facts
+        wrong_code |= said.status == OTHER_GPU
+        lacks = said.status == LACKS and place.source is not None
+        reason = _lack(place.source, module) if lacks and place.source else said.reason
+        reasons.append(f"{place.kind}: {reason}")
     kind = ArchitectureError if wrong_code else KernelNotFoundError
     where = "" if device is None else f" for cuda:{device}"
     text = "\n".join(f"  {line}" for line in reasons)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from urllib.parse import urljoin, urlsplit
 
-from fi_ffi.errors import FetchError
+from fi_ffi.errors import FetchError, LoaderError
 
 # Parsers disagree about text before or after the brackets of an IPv6 address.
 _HOST = re.compile(r"(.*@)?([^\[\]@]*|\[[^\[\]@]*\](:\d*)?)")
@@ -37,7 +37,7 @@ def is_file_url(url: str) -> bool:
 
 
 _fetching: ContextVar[bool] = ContextVar("fi_ffi.fetching", default=True)
-# part of an error of `refuse_offline`, which callers recognise
+# part of an error of `refuse_offline`, which `is_withheld` recognises
 UNASKED = "nothing is fetched unasked"
 
 
@@ -56,19 +56,23 @@ def may_fetch() -> bool:
     return _fetching.get()
 
 
+def is_withheld(error: Exception) -> bool:
+    """Return whether something was not fetched only because a `fetching` block forbids it."""
+    return isinstance(error, LoaderError) and UNASKED in str(error)
+
+
 def refuse_offline(what: str) -> None:
     """Raise `FetchError` if fetching is not allowed; `what` is what would have been fetched."""
     from fi_ffi.loader.cache import cache_root
 
-    if not may_fetch():
-        raise FetchError(
-            f"{what} is not in the cache at {cache_root()}, and nothing is fetched unasked"
-        )
+    # First: being asked would not help.
     if os.environ.get("FI_FFI_OFFLINE") == "1":
         raise FetchError(
             f"FI_FFI_OFFLINE=1, and {what} is not in the cache at {cache_root()}: fetch it once "
             "where there is a network, or copy a cache that has it"
         )
+    if not may_fetch():
+        raise FetchError(f"{what} is not in the cache at {cache_root()}, and {UNASKED}")
 
 
 def check_url(url: str) -> None:

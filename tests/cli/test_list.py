@@ -51,8 +51,8 @@ def test_json(kernels):
     assert document["version"] == "0.6.13+cu130"
     dtypes = dict.fromkeys(("dtype_q", "dtype_kv", "dtype_o"), "f16") | {"dtype_idx": "i32"}
     assert document["modules"] == [{
-        "module": FA3, "family": "batch_prefill", "dtypes": dtypes, "head_dims": [128, 128],
-        "backend": "fa3", "options": {}, "ops": [], "size": 10,
+        "module": FA3, "kernels": kernels, "family": "batch_prefill", "dtypes": dtypes,
+        "head_dims": [128, 128], "backend": "fa3", "options": {}, "ops": [], "size": 10,
     }]  # fmt: skip
     norm = json.loads(run("--kernels", kernels, "--json", "--family", "norm").output)
     assert "rmsnorm" in norm["modules"][0]["ops"]

@@ -164,6 +164,18 @@ ROWS = {
 }
 
 
+TARGETS = """
+def detect_sm_capabilities():
+    return {
+        "sm90": has_sm("compute_90", "12.3"),
+        "sm107": has_sm(
+            'compute_107', "12.9"
+        ),
+        "sm100": has_sm("compute_100", "12.8") or has_sm("compute_90", "12.3"),
+    }  # not has_sms("compute_13")
+"""
+
+
 @pytest.fixture
 def own_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("FI_FFI_CACHE_DIR", str(tmp_path / "cache"))
@@ -173,7 +185,7 @@ def own_cache(monkeypatch, tmp_path):
 def wheels(tmp_path, own_cache):
     """The two releases' wheels."""
     made = []
-    for release, files in (("0.6.13", OLD), ("0.6.13.post1", NEW)):
+    for release, files in (("0.6.13", OLD), ("0.6.13.post1", NEW | {"aot.py": TARGETS})):
         path = tmp_path / f"flashinfer_python-{release}-py3-none-any.whl"
         info = f"flashinfer_python-{release}.dist-info"
         metadata = f"Metadata-Version: 2.1\nName: flashinfer-python\nVersion: {release}\n"
@@ -348,12 +360,14 @@ def test_a_release_is_recorded(wheels, checkout):
     assert run(*asked).endswith(f"{path}: written\n")
     after = json.loads(path.read_text())["releases"]
     sha256 = hashlib.sha256(Path(wheels[1]).read_bytes()).hexdigest()
-    made = {"sha256": sha256, "names": 6, "files": 7, "entries": 8}
+    made = {"sha256": sha256, "names": 6, "files": 7, "entries": 8, "gpus": [90, 100, 107]}
     assert after == before | {"0.6.13.post1": made}
     assert [*after][17:20] == ["0.6.12", "0.6.13", "0.6.13.post1"]
     assert "written" not in run(*asked) and "stale" not in run(*asked, "--check")
     result = CliRunner().invoke(main, ["release", "record", "0.6.13", "--to", str(checkout / "x")])
     assert result.exit_code == 2 and "expected a checkout of the repository" in result.output
+    text = run("record", wheels[0], "--to", str(checkout), code=1)
+    assert "aot.py asks for no GPU, so its list cannot be read" in text
 
 
 def test_what_is_recorded_is_written_alike():
@@ -366,7 +380,8 @@ def test_what_is_recorded_is_written_alike():
     flags = {"cflags": [], "cuda_cflags": ["-gencode=arch=compute_90a,code=sm_90a"], "sources": []}
     answer = {"modules": [{"name": "norm", **flags}], "unavailable": {}, "architectures": []}
     fresh = record.with_modules(modules, {"0.6.12": answer})
-    assert fresh["releases"]["0.6.12"] == {"count": 1, "unknown": []}
+    about = {"architectures": record.EVERY_ARCH, "count": 1, "unknown": []}
+    assert fresh["releases"]["0.6.12"] == about
     of_it = [group for group in fresh["groups"] if "0.6.12" in group["releases"]]
     assert of_it == [{"family": "norm", "compiled_for": "sm90a", "releases": ["0.6.12"]}]
     rest = [

@@ -11,7 +11,7 @@ import pytest
 import fi_ffi
 from fi_ffi.errors import ArgumentError, KernelNotFoundError
 from fi_ffi.loader import machine, search
-from fi_ffi.loader.listed import in_wheel, listed_in
+from fi_ffi.loader.listed import compiles_for, in_wheel, is_recorded, listed_in
 from fi_ffi.loader.lock import the_lock
 from fi_ffi.ops.attention.rows import ROWS as ATTENTION
 from fi_ffi.ops.capability import judgement
@@ -241,7 +241,9 @@ def test_the_matrix_agrees_with_the_list():
                 assert answer.status == "missing"
                 assert answer.build
             else:
-                has = any(code.runs_on(capability) for code in in_wheel(codes, "cu130", "x86_64"))
+                has = any(
+                    code.runs_on(capability) for code in in_wheel(codes, DEFAULT, "cu130", "x86_64")
+                )
                 assert bool(answer) == has, (name, sm, answer)
 
 
@@ -280,3 +282,66 @@ def test_the_record_of_what_was_called_names_real_entries():
             methods = {m for g in groups for kind in g.objects.values() for m in kind}
             names = methods | {name for group in groups for name in group.entries}
             assert not record or {*symbols} <= names, family
+
+
+# A GPU, a release and a CUDA tag; the status, a part of the reason, and whether building helps.
+GPUS = [
+    # In no list of 0.6.13; from 0.6.16 on FlashInfer's list of modules has cases for it.
+    (
+        107,
+        DEFAULT,
+        "cu130",
+        "missing",
+        "no record that FlashInfer 0.6.13 compiles for sm_107",
+        False,
+    ),
+    (107, "0.7.2.post1", "cu130", "missing", "the cu130 wheels are not compiled for it", True),
+    (107, "0.7.2.post1", "cu134", "unknown", "compiles norm for on sm_107", True),
+    (107, "0.6.18", "cu130", "missing", "the cu130 wheels are not compiled for it", True),
+    (87, DEFAULT, "cu130", "missing", "the cu130 wheels are not compiled for it", True),
+    (110, DEFAULT, "cu130", "missing", "only the aarch64 wheel has norm for it", True),
+    (121, DEFAULT, "cu130", "built", "norm is in FlashInfer 0.6.13's cu130 wheels", False),
+    ("12.0", DEFAULT, "cu130", "built", "norm is in FlashInfer 0.6.13's cu130 wheels", False),
+    (75, DEFAULT, "cu130", "built", "norm is in FlashInfer 0.6.13's cu130 wheels", False),
+    (75, "0.6.18", "cu130", "missing", "the cu130 wheels are not compiled for it", True),
+    (86, DEFAULT, "cu130", "built", "norm is in FlashInfer 0.6.13's cu130 wheels", False),
+    (103, "0.6.3", "cu129", "missing", "the cu129 wheels are not compiled for it", True),
+    (90, DEFAULT, "cu134", "missing", "FlashInfer 0.6.13 publishes no cu134 wheels", True),
+    (
+        130,
+        DEFAULT,
+        "cu130",
+        "missing",
+        "no record that FlashInfer 0.6.13 compiles for sm_130",
+        False,
+    ),
+]
+
+
+@pytest.mark.parametrize(("sm", "release", "cuda", "status", "reason", "is_built"), GPUS)
+def test_of_a_gpu_only_what_a_record_says(sm, release, cuda, status, reason, is_built):
+    query = replace(Query.of(sm, release, cuda), cpu="x86_64")
+    answer = judge("rmsnorm", fi_ffi.rmsnorm.rows, query)
+    assert answer.status == status and reason in answer.reason, answer
+    assert (answer.build is not None) == is_built, answer
+    # A list that was never made for the GPU is not quoted.
+    assert " only" not in answer.reason.replace("only the aarch64", "")
+
+
+@pytest.mark.parametrize("sm", [107, 87, 110, 121, "12.0"])
+@pytest.mark.parametrize("release", [DEFAULT, "0.6.18", "0.7.2.post1"])
+def test_no_answer_contradicts_itself(sm, release, built_wheel):
+    """What is refused is built by no command, and what is built is not ruled out."""
+    queries = [Query.of(sm, release, cuda) for cuda in ("cu130", "cu134")]
+    for query in [*queries, Query.of(sm, kernels=built_wheel)]:
+        for line in lines():
+            answer = line.ask(query)
+            if answer.status == "refused":
+                assert answer.build is None, answer
+            if "compiles" in answer.reason and answer.reason.endswith(" only"):
+                codes = listed_in(query.release)
+                assert codes is not None and answer.status == "refused"
+                assert is_recorded(query.release, query.capability), answer
+            if answer.build is not None:
+                assert "no record that" not in answer.reason, answer
+                assert compiles_for(query.release, query.capability), answer

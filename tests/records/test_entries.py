@@ -10,10 +10,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fi_ffi.loader.fatbin import sass_named
-from fi_ffi.loader.listed import WHEELS, Box, in_wheel, listed_in, recorded_releases
+from fi_ffi.loader.listed import (
+    Box,
+    compiles_for,
+    gpus_in,
+    in_wheel,
+    is_recorded,
+    known_releases,
+    listed_in,
+    published,
+    recorded_releases,
+    spans_of_wheels,
+    wheels_of,
+)
 from fi_ffi.loader.lock import the_lock
 from fi_ffi.loader.sources import boxes
-from fi_ffi.loader.uris import parse, uri
+from fi_ffi.loader.uris import parse, uri, version_of
 from tools.entries import entries_of
 
 DEFAULT = the_lock().default_release
@@ -99,7 +111,43 @@ def test_codes():
     assert listed.codes("gemm_sm90") == (sass_named("sm90a"),)
     assert listed.codes("concat_mla") is None
     assert [code.name for code in listed.codes("trtllm_comm")] == ["sm_90a", "sm_100a", "sm_103a"]
-    assert in_wheel(listed.codes("fp4_quantization_110"), "cu130", "x86_64") == ()
-    assert in_wheel(listed.codes("fp4_quantization_110"), "cu130", "aarch64")
+    assert in_wheel(listed.codes("fp4_quantization_110"), DEFAULT, "cu130", "x86_64") == ()
+    assert in_wheel(listed.codes("fp4_quantization_110"), DEFAULT, "cu130", "aarch64")
     assert sass_named("9.0a") == sass_named("sm90a")
-    assert all(sass_named(text) for texts in WHEELS.values() for text in texts.split())
+
+
+def test_the_gpus_of_a_release():
+    """By its own list and the record of its modules; nothing else is claimed."""
+    assert gpus_in("0.6.15.post1") == (90, 100, 103, 110, 120, 121)
+    assert gpus_in("0.6.16.post1") == gpus_in("0.7.2.post1") == (90, 100, 103, 107, 110, 120, 121)
+    assert gpus_in("0.6.2") == ()
+    for release in known_releases():
+        assert (
+            {90, 100, 103, 110, 120, 121}
+            <= {*gpus_in(release)}
+            <= {90, 100, 103, 107, 110, 120, 121}
+        )
+    rubin = [release for release in known_releases() if compiles_for(release, (10, 7))]
+    assert rubin == [r for r in known_releases() if version_of(r) >= version_of("0.6.16")]
+    for capability in ((7, 5), (8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (11, 0), (12, 1)):
+        assert compiles_for(DEFAULT, capability) and is_recorded(DEFAULT, capability)
+    assert not compiles_for(DEFAULT, (13, 0)) and not compiles_for(DEFAULT, (7, 0))
+    assert not is_recorded("0.7.2.post1", (10, 7)) and not is_recorded("0.6.8", (9, 0))
+
+
+def test_the_wheels_of_a_release():
+    assert spans_of_wheels()[0][0] == known_releases()[0]
+    assert spans_of_wheels()[-1][1] == known_releases()[-1]
+    assert published("0.6.17", "cu130", "x86_64") == published(DEFAULT, "cu130", "x86_64")
+    assert "7.5" in published("0.6.17", "cu129", "aarch64").split()
+    assert "7.5" not in published("0.6.18", "cu129", "aarch64").split()
+    assert "11.0a" in published("0.6.10", "cu130", "x86_64").split()
+    assert "11.0a" not in published("0.6.11", "cu130", "x86_64").split()
+    assert "10.7a" in published("0.7.2.post1", "cu134", "x86_64").split()
+    assert "12.1a" in published("0.7.2.post1", "cu130", "aarch64").split()
+    assert published(DEFAULT, "cu134", "x86_64") == published(DEFAULT, "cu130", "riscv64") == ""
+    for release in ("0.6.2", "99.0", "0.7.3"):
+        assert published(release, "cu130", "x86_64") == ""
+    for first, _ in spans_of_wheels():
+        for lists in wheels_of(first).values():
+            assert all(sass_named(text) for text in " ".join(lists).split())

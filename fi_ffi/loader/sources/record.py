@@ -33,7 +33,8 @@ _MADE_BY = "Made by `fi-ffi release record`: "
 ABOUT_RELEASES = (
     f"{_MADE_BY}the wheels of flashinfer-python whose sources rows are held against. `names` are "
     "those that TVM_FFI_DLL_EXPORT_TYPED_FUNC is written out with below csrc, in so many `files`; "
-    "`entries` are all that is exported, methods and variants of generators included."
+    "`entries` are all that is exported, methods and variants of generators included; `gpus` are "
+    "those from SM90 on that its list of what is built ahead of time has cases for."
 )
 ABOUT_ENTRIES = (
     f"{_MADE_BY}what every module that FlashInfer builds ahead of time "
@@ -42,8 +43,8 @@ ABOUT_ENTRIES = (
     "Groups that are not `listed` are made only when they are asked for; of families, one or two."
 )
 ABOUT_MODULES = (
-    f"{_MADE_BY}what FlashInfer's generators list for "
-    f"{EVERY_ARCH}, and the architectures in their flags. `count` includes modules that are "
+    f"{_MADE_BY}what FlashInfer's generators list, and the architectures in their flags. They were "
+    "asked for a release's `architectures`. `count` includes modules that are "
     "named by hashes, which are left out; `unknown` has generators that could not be asked."
 )
 ABOUT_NAMES = (
@@ -95,7 +96,7 @@ def with_sources(document: Document, releases: Iterable[str], say: Say) -> Docum
         found = wheel.interface()
         known[wheel.release] = {
             "sha256": wheel.sha256, "names": len(found.names), "files": found.files,
-            "entries": len(found.exports),
+            "entries": len(found.exports), "gpus": wheel.gpus(),
         }  # fmt: skip
     return {
         "about": ABOUT_RELEASES,
@@ -182,6 +183,7 @@ def with_modules(document: Document, answers: Mapping[str, Mapping[str, Any]]) -
             for box in boxes.boxes_of(names, release):
                 found.setdefault((box, codes_text), []).append(release)
         about[release] = {
+            "architectures": EVERY_ARCH,
             "count": len(answer["modules"]),
             "unknown": sorted(answer["unavailable"]),
         }

@@ -35,6 +35,8 @@ _READERS = ("conditions", "cpp", "exports", "generators", "interface", "types")
 _READ = ("flashinfer/data/csrc/", "flashinfer/data/include/")
 _MAX_TEXT = 64 << 20  # bytes of one file
 _CHUNK = 1 << 20
+# Where FlashInfer's list of what is built ahead of time asks whether a GPU is among the targets.
+_TARGET = re.compile(r"""\bhas_sm\(\s*["']compute_(\d+)["']""")
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,17 @@ class SourceWheel:
             return self._archive.read(info).decode(errors="replace")
         except (OSError, zipfile.BadZipFile) as error:
             raise ArtifactError(f"{self.path}: {info.filename} cannot be read: {error}") from error
+
+    def gpus(self) -> list[int]:
+        """Return the GPUs from SM90 on that its list of modules has cases for, as in 107.
+
+        Raises `BuildError` if the list cannot be read.
+        """
+        text = self.text("aot.py") if "aot.py" in self.members else ""
+        found = sorted({int(number) for number in _TARGET.findall(text)})
+        if not found:
+            raise BuildError(f"{self.path}: aot.py asks for no GPU, so its list cannot be read")
+        return found
 
     def interface(self) -> Interface:
         """Return all declarations of the sources, from the cache if the wheel was read before."""

@@ -99,8 +99,8 @@ class Op:
         """Say whether the op works on a GPU: on `sm=90`, or by default on this machine's first GPU.
 
         The answer is true or false, with a `reason` and, if building helps, a `build` command.  It
-        is about the kernels in use, or those at `kernels`.  If you name a `release` or a `cuda` tag
-        such as "cu130", or this machine has no kernels, it is about what FlashInfer publishes.
+        is about the kernels that a call would find, or those at `kernels`.  If you name a `release`
+        or a `cuda` tag such as "cu130", it is about what FlashInfer publishes.
         `dtypes` are names, or a dict by the type variables of the docstring.
         """
         from fi_ffi.ops.capability.judgement import Query, judge

@@ -3,7 +3,7 @@
     answer = fi_ffi.rmsnorm.supports(sm=90)
     if not answer: print(answer.reason, answer.build)
 
-The answer follows from the op's rows and from an artifact: the kernels in use, or the record of
-what FlashInfer builds into its wheels. The record is used if a release or a CUDA tag is named, or
-if there are no kernels. Nothing is fetched.
+The answer follows from the op's rows and from the kernels that a call would find: the same search
+is asked (`loader.search.ask`). If a release or a CUDA tag is named, and for a pinned wheel that is
+not here, the record of what FlashInfer builds into its wheels counts. Nothing is fetched.
 """

@@ -4,25 +4,34 @@ record."""
 from __future__ import annotations
 
 import functools
-import itertools
 import json
 import os
 import platform
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fi_ffi import loader
 from fi_ffi.errors import ArgumentError, FiFfiError, printed
-from fi_ffi.loader import machine
-from fi_ffi.loader.catalogue import build_advice
-from fi_ffi.loader.fatbin import CudaCode, architecture_named
-from fi_ffi.loader.held import facts_of
-from fi_ffi.loader.kernels import KernelSource, open_source, release_of
-from fi_ffi.loader.listed import in_wheel, listed_in, recorded_releases
-from fi_ffi.loader.lock import the_lock, wanted_release
+from fi_ffi.loader import machine, search
+from fi_ffi.loader.catalogue import build_advice, members
+from fi_ffi.loader.fatbin import CudaCode, architecture_named, sass_named
+from fi_ffi.loader.kernels import KernelSource, release_of
+from fi_ffi.loader.listed import (
+    CPUS,
+    compiles_for,
+    in_wheel,
+    is_recorded,
+    listed_in,
+    published,
+    recorded_releases,
+    wheels_of,
+)
+from fi_ffi.loader.lock import PinnedWheel, the_lock, wanted_release
+from fi_ffi.loader.search import Candidate
 from fi_ffi.loader.uris import parse
+from fi_ffi.loader.urls import fetching
 from fi_ffi.ops.releases import fits, span_of
 from fi_ffi.ops.row import Row, Tensor, form_on
 
@@ -31,9 +40,6 @@ GPU_RUNS = Path(loader.__file__).with_name("data") / "called.json"
 _COMMAND = re.compile(r"`(fi-ffi build [^`]+)` makes it")
 _CUDA = re.compile(r"cu(\d{2})(\d)")
 DEFAULT_CUDA = f"cu{machine.CUDA_MAJORS[0]}0"
-# Sources on this machine; reading them fetches nothing.
-_LOCAL = ("explicit", "installed", "jit", "local")
-
 Sm = int | float | str | tuple[int, int] | None
 
 
@@ -71,7 +77,11 @@ class Support:
     - "built": there is code for such a GPU, which this project has not run;
     - "refused": it cannot be called there, whatever is built;
     - "missing": the artifact lacks it; `build` is the command that makes it, if there is one;
-    - "unknown": the artifact's contents were not recorded.
+    - "unknown": there is no record to tell it.
+
+    `place` is where a call would take the kernel from, if it is known: "explicit", "installed",
+    "jit", "local" or "remote" (docs/loading.md). `is_here` is whether its file is on this machine;
+    otherwise a call fetches it from the pinned wheel.
     """
 
     op: str
@@ -81,6 +91,8 @@ class Support:
     # The module, or the family if any of its modules would do.
     module: str = ""
     release: str = ""
+    place: str = ""
+    is_here: bool = False
 
     def __bool__(self) -> bool:
         return self.status in (RUN, BUILT)
@@ -97,8 +109,8 @@ class Query:
     capability: tuple[int, int] | None
     release: str
     cuda: str
-    # Kernels to look at; if empty, the record of what FlashInfer builds.
-    sources: tuple[KernelSource, ...]
+    # Places to search, as a call would; if empty, the record of what FlashInfer builds counts.
+    places: tuple[Candidate, ...]
     # Dtypes by the row's variables, or under "" for any of its tensors.
     dtypes: Mapping[str, tuple[str, ...]]
     # The wheels' CPU, x86_64 or aarch64.
@@ -119,17 +131,23 @@ class Query:
             raise ArgumentError(
                 "supports", "cuda", got=printed(cuda), expected="a tag such as cu130"
             )
-        sources: tuple[KernelSource, ...] = ()
-        if kernels is not None:
-            sources = (open_source(kernels),)
-        elif release is None and cuda is None:
-            sources = _in_use()
-        found = release or next(filter(None, map(release_of, sources)), None)
         capability = capability_of(sm) if sm is not None else _first_gpu()
+        places: tuple[Candidate, ...] = ()
+        if kernels is not None:
+            places = (*search.candidates(kernels),)
+        elif release is None and cuda is None:
+            places = (*search.places_for(capability),)
+        sources = [place.source for place in places if place.source is not None]
+        found = release or next(filter(None, map(release_of, sources)), None)
         return cls(
             capability, found or wanted_release(), cuda or _tag(sources) or DEFAULT_CUDA,
-            sources, _dtype_names(dtypes),
+            places, _dtype_names(dtypes),
         )  # fmt: skip
+
+    @property
+    def sources(self) -> tuple[KernelSource, ...]:
+        """The places that have kernels."""
+        return tuple(place.source for place in self.places if place.source is not None)
 
     @property
     def cuda_major(self) -> int:
@@ -147,13 +165,6 @@ class Query:
         return f"{major}.{minor}" + ("a" if major >= 9 else "")
 
 
-def _in_use() -> tuple[KernelSource, ...]:
-    from fi_ffi.loader import search
-
-    local = itertools.takewhile(lambda place: place.kind in _LOCAL, search.places())
-    return tuple(place.source for place in local if place.source is not None)
-
-
 def _first_gpu() -> tuple[int, int] | None:
     try:
         return machine.capability(0) if machine.device_count() else None
@@ -161,7 +172,7 @@ def _first_gpu() -> tuple[int, int] | None:
         return None
 
 
-def _tag(sources: tuple[KernelSource, ...]) -> str | None:
+def _tag(sources: Sequence[KernelSource]) -> str | None:
     """Return the CUDA tag in a version such as 0.6.13+cu130.sm90a."""
     for source in sources:
         found = _CUDA.search((source.version or "").partition("+")[2])
@@ -245,13 +256,13 @@ def judge(
         is_other_cuda = query.cuda_major not in machine.CUDA_MAJORS
         build = how_built(name, query)[0] if is_other_cuda else None
         return Support(op, REFUSED, refusal, build, name, release)
-    status, reason, build = _available(name, query)
-    if status == BUILT and query.capability is not None:
+    found = replace(_available(name, query), op=op, module=name, release=release)
+    if found.status == BUILT and query.capability is not None:
         devices = _devices_that_called(name, row.symbol, query)
-        status = RUN if devices else BUILT
         ran = f"called on {' and '.join(devices)}" if devices else "not run here on such a GPU"
-        reason = f"{reason}; {ran}"
-    return Support(op, status, reason, build, name, release)
+        status = RUN if devices else BUILT
+        found = replace(found, status=status, reason=f"{found.reason}; {ran}")
+    return found
 
 
 def _devices_that_called(module: str, symbol: str, query: Query) -> list[str]:
@@ -301,29 +312,69 @@ def _sm_refusal(row: Row, query: Query) -> str:
     return f"it is written for {others}" if others else ""
 
 
-def _available(name: str, query: Query) -> tuple[str, str, str | None]:
-    """Return whether the artifact has the module for the GPU: a status, the reason, and the build
-    command."""
-    if not query.sources:
+def _available(name: str, query: Query) -> Support:
+    """Ask each place for the module, in order, as a call does; without places, ask the record.
+
+    Nothing is fetched. What a wheel has that is not here, the record of its release tells.
+    """
+    if not query.places:
         return _published(name, query)
-    said = []
-    for source in query.sources:
-        found = _modules(source, name)
-        if not found:
-            said.append(f"{_short(source)} has no module {name}")
-            continue
-        try:
-            codes = {code for module in found for code in facts_of(source.file(module)).codes}
-        except FiFfiError as error:
-            said.append(str(error))
-            continue
-        if _runs(codes, query):
-            return BUILT, f"{name} in {_short(source)} is compiled for {_code_names(codes)}", None
-        said.append(f"{name} in {_short(source)} is compiled for {_code_names(codes)} only")
+    said, is_unknown = [], False
+    with fetching(False):
+        for place in query.places:
+            found = _in_place(place, name, query)
+            if found.status == BUILT:
+                return found
+            is_unknown |= found.status == UNKNOWN
+            said += [found.reason] if found.reason else []
+    if not any(place.kind in ("explicit", "remote") for place in query.places):
+        said.append(f"{search.SOURCES} leaves out `remote`, from which it could be fetched")
+    reason = "; ".join(said)
+    if is_unknown:
+        return _answered(UNKNOWN, reason, how_built(name, query)[0])
     made = listed_codes(name, query.release)
-    if made and not _runs(made, query):  # a build would have no code for the GPU either
-        return REFUSED, f"FlashInfer compiles {name} for {_code_names(made)} only", None
-    return _missing("; ".join(said), name, query)
+    # A build would have no code for the GPU either.
+    if made and _is_recorded(query) and not _runs(made, query):
+        return _answered(REFUSED, _compiled_for(name, made))
+    return _missing(reason, name, query)
+
+
+def _in_place(place: Candidate, name: str, query: Query) -> Support:
+    """Ask a place; without a `reason`, it has nothing to say."""
+    try:
+        found = search.ask(place, name, query.capability, members)
+    except FiFfiError as error:
+        return _answered(MISSING, str(error))
+    source, status = place.source, found.status
+    if status == search.LATER and isinstance(source, search.PinnedKernels):
+        return _in_pinned(source.pin, name, query)
+    if source is None or status == search.FAILS:
+        return _answered(MISSING, "" if place.is_empty else found.reason)
+    if status == search.LACKS:
+        return _answered(MISSING, f"{_short(source)} has no module {name}")
+    if found.facts is None:  # a place for another GPU, by its name
+        return _answered(MISSING, f"{_short(source)} is for another GPU")
+    text = f"{name} in {_short(source)} is compiled for {_code_names(found.facts.codes)}"
+    if status == search.OTHER_GPU:
+        return _answered(MISSING, f"{text} only")
+    return replace(_answered(BUILT, text), place=place.kind, is_here=True)
+
+
+def _in_pinned(pin: PinnedWheel, name: str, query: Query) -> Support:
+    """Judge a pinned wheel that is not here, by the record of its release."""
+    found = _published(name, replace(query, release=pin.release, cuda=pin.cuda), pin)
+    if found.status == BUILT:
+        how = "nothing is here yet: it is fetched when it is first called, from the pinned wheel"
+        return replace(found, reason=f"{found.reason}, and {how} {pin.file}", place="remote")
+    if found.status == UNKNOWN:
+        reason = f"{found.reason}; a call fetches the pinned wheel {pin.file}, and looks"
+        return replace(found, reason=reason)
+    return found
+
+
+def _answered(status: str, reason: str, build: str | None = None) -> Support:
+    """Return an answer; `judge` fills in what it is about."""
+    return Support("", status, reason, build)
 
 
 def listed_codes(name: str, release: str) -> tuple[CudaCode, ...] | None:
@@ -338,25 +389,57 @@ def listed_codes(name: str, release: str) -> tuple[CudaCode, ...] | None:
     return tuple(dict.fromkeys(every)) or None
 
 
-def _published(name: str, query: Query) -> tuple[str, str, str | None]:
-    release = query.release
+def _published(name: str, query: Query, pin: PinnedWheel | None = None) -> Support:
+    """Judge by the record of what FlashInfer builds: its published wheels, or the pinned one."""
+    release, cpu = query.release, query.cpu
     if listed_in(release) is None:
         recorded = ", ".join(recorded_releases())
         reason = f"what the wheels of {release} have is not recorded, only of {recorded}"
-        return UNKNOWN, reason, how_built(name, query)[0]
-    codes = listed_codes(name, query.release)
+        return _answered(UNKNOWN, reason, how_built(name, query)[0])
+    codes = listed_codes(name, release)
     if codes is None:
         return _missing(f"FlashInfer {release} does not build {name} ahead of time", name, query)
-    if not _runs(codes, query):
-        return REFUSED, f"FlashInfer compiles {name} for {_code_names(codes)} only", None
-    cpu = query.cpu
-    if _runs(in_wheel(codes, query.cuda, cpu), query):
+    if _is_recorded(query) and not _runs(codes, query):
+        return _answered(REFUSED, _compiled_for(name, codes))
+    if pin is not None and pin.sm is not None:
+        architectures = [sass_named(pin.sm)]
+    else:
+        architectures = [*map(sass_named, published(release, query.cuda, cpu).split())]
+    if not _runs(architectures, query):
+        return _missing(_left_out(name, codes, query, pin), name, query)
+    if not _is_recorded(query):
+        reason = f"there is no record of what FlashInfer {release} compiles {name} for"
+        return _answered(UNKNOWN, f"{reason} on {_sm(query)}", how_built(name, query)[0])
+    if _runs([code for code in codes if code in architectures], query):
         where = f"FlashInfer {release}'s {query.cuda} wheels"
-        return BUILT, f"{name} is in {where}{_pin(query)}", None
-    others = [other for other in ("aarch64", "x86_64") if other != cpu]
-    if any(_runs(in_wheel(codes, query.cuda, other), query) for other in others):
-        return _missing(f"only the {others[0]} wheel has {name} for it", name, query)
-    return _missing(f"the {query.cuda} wheels are not compiled for it", name, query)
+        return _answered(BUILT, f"{name} is in {where}{'' if pin is not None else _pin(query)}")
+    return _missing(f"the {query.cuda} wheels have {name} for other GPUs only", name, query)
+
+
+def _left_out(name: str, codes: tuple[CudaCode, ...], query: Query, pin: PinnedWheel | None) -> str:
+    """Return the reason why a wheel has nothing for the GPU."""
+    if pin is not None and pin.sm is not None:
+        return f"the pinned wheel {pin.file} is for {pin.sm}"
+    (other,) = (cpu for cpu in CPUS if cpu != query.cpu)
+    if _runs(in_wheel(codes, query.release, query.cuda, other), query):
+        return f"only the {other} wheel has {name} for it"
+    if query.cuda not in wheels_of(query.release):
+        return f"FlashInfer {query.release} publishes no {query.cuda} wheels"
+    return f"the {query.cuda} wheels are not compiled for it"
+
+
+def _is_recorded(query: Query) -> bool:
+    """Return whether the record of the release's modules is about the GPU."""
+    return query.capability is None or is_recorded(query.release, query.capability)
+
+
+def _sm(query: Query) -> str:
+    assert query.capability is not None
+    return "sm_{}{}".format(*query.capability)
+
+
+def _compiled_for(name: str, codes: Sequence[CudaCode]) -> str:
+    return f"FlashInfer compiles {name} for {_code_names(codes)} only"
 
 
 def _pin(query: Query) -> str:
@@ -368,9 +451,13 @@ def _pin(query: Query) -> str:
     return ", of which wheels.lock pins none"
 
 
-def _missing(reason: str, name: str, query: Query) -> tuple[str, str, str | None]:
+def _missing(reason: str, name: str, query: Query) -> Support:
+    if query.capability is not None and not compiles_for(query.release, query.capability):
+        remark = f"there is no record that FlashInfer {query.release} compiles for {_sm(query)}"
+        return _answered(MISSING, f"{reason}, and {remark}" if reason else remark)
     build, advice = how_built(name, query)
-    return MISSING, reason if build or not advice else f"{reason}. {advice.rstrip('.')}", build
+    text = reason if build or not advice else f"{reason}. {advice.rstrip('.')}"
+    return _answered(MISSING, text, build)
 
 
 def how_built(name: str, query: Query) -> tuple[str | None, str]:
@@ -392,14 +479,6 @@ def _is_family(name: str) -> bool:
     return name in FAMILIES
 
 
-def _modules(source: KernelSource, name: str) -> list[str]:
-    """Return the module of that name, or those of the family."""
-    names = source.modules()
-    if name in names:
-        return [name]
-    return [other for other in names if (found := parse(other)) and found.family == name]
-
-
 def _runs(codes: Sequence[CudaCode] | set[CudaCode], query: Query) -> bool:
     if query.capability is None:
         return bool(codes)
@@ -411,4 +490,6 @@ def _code_names(codes: Sequence[CudaCode] | set[CudaCode]) -> str:
 
 
 def _short(source: KernelSource) -> str:
-    return Path(source.location).name or source.location
+    """Return a wheel's name, or the folder of other kernels."""
+    is_wheel = source.location.endswith(".whl")
+    return Path(source.location).name if is_wheel else source.location
