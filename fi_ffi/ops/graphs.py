@@ -62,7 +62,8 @@ class Graph:
             expected = "a graph with a finished capture"
             raise ArgumentError("Graph", "self", got="an empty graph", expected=expected)
         handle = handle_for(stream, self.device, "Graph")
-        if machine.is_current(self.device.index):
+        # A default stream is the current device's; any other knows its own.
+        if handle > PER_THREAD or machine.is_current(self.device.index):
             code = self._launch(cuda.pointer(handle))
         else:
             with cuda.current(self.device):

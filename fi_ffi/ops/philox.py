@@ -34,9 +34,8 @@ class Philox:
     """A seed and an offset that moves on with each call.
 
         random = fi_ffi.Philox(1)
-        fi_ffi.sampling_from_probs(
-            probs, tokens, valid, **random.draw(fi_ffi.sampling_from_probs), stream=stream
-        )
+        numbers = random.draw(fi_ffi.sampling_from_probs)
+        fi_ffi.sampling_from_probs(probs, tokens, valid, **numbers, stream=stream)
 
     Threads may share one: no two calls get the same words.  `Philox(*random.state)` repeats what
     follows, also in another process, and a pickle or a copy starts where the object is.

@@ -240,6 +240,27 @@ def test_who_asks_for_the_current_device(gpu, monkeypatch):
         assert len(asked) == 3 * each, (devices, name)
 
 
+@pytest.mark.parametrize("name", ["rmsnorm", "silu_and_mul"])
+def test_the_callers_device_after_a_first_call(name, gpu):
+    """With or without a guard of its own: each new stream, scope and thread begins with it."""
+    gpu.with_devices(2)
+    op = OPS[name]
+    case = draw(op.row, {"T": "float16"}, {})
+    (made,) = placed(case, {}, 1)
+    values = made.scalars | {
+        name: fi_ffi.TensorDesc(d.ptr, d.shape, d.dtype, device="cuda:0")
+        for name, d in made.descs.items()
+    }
+    gpu.runtime.device = 1
+    for handle in (0x51, 0x61, 0):
+        op(**values, stream=handle)
+        assert gpu.runtime.device == 1
+        with fi_ffi.stream(handle):
+            op.prepare(**values)()
+            assert gpu.runtime.device == 1
+    assert 0 in machine.thread.bound, "the thread was given the GPU's context"
+
+
 def test_more_streams_than_are_remembered(gpu, mine, monkeypatch):
     monkeypatch.setattr(launch, "_MOST_HANDLES", 10)
     calls = Calls(mine)

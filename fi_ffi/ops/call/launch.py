@@ -132,8 +132,9 @@ def _error_of(frame: Frame) -> BaseException:
 
 
 def _pointer(target: LaunchTarget, handle: int) -> Any:
-    """Return a stream's handle as a C pointer; make the device's context current on this thread."""
-    machine.make_current(target.index)
+    """Return a stream's handle as a C pointer; the thread has the device's context then."""
+    with cuda.current(target.device):  # of an entry that has a guard it need not be current before
+        pass
     pointers = _thread.pointers[target.index]
     if len(pointers) >= _MOST_HANDLES:
         pointers.clear()
