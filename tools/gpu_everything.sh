@@ -64,7 +64,7 @@ if [ $# -gt 0 ]; then
     echo "memcheck: $?"
   ) &
   (
-    export FI_FFI_KERNELS=$1 FI_FFI_CACHE_DIR=$work/cache/bench OUT=$work/bench CUDA_VISIBLE_DEVICES=0
+    export FI_FFI_KERNELS=$1 FI_FFI_CACHE_DIR=$work/cache/bench OUT=$work/bench
     timeout "$(left 200)" tools/gpu_bench.sh --quick \
       --rows prepared,pointers,typed,lengths,lengths-torch,decode,decode-plan,decode-step \
       >"$work/bench.txt" 2>&1
@@ -75,15 +75,15 @@ fi
 wait $building
 python3 tools/unpack_kernels.py "$work/kernels" "$@" "$work"/built/*/*.whl
 
-# The suite: a process for each file, the longest first, the GPUs in turn.
+# The suite: a process for each file, the longest first.  Each sees all GPUs, the first of which
+# differs from file to file.
 export FI_FFI_KERNELS=$work/kernels FI_FFI_CACHE_DIR=$work/cache/suite
 test_file() {
   name=$(basename "$1" .py)
   began=$(date +%s)
-  case $name in
-    test_devices | test_device_errors | test_coexistence | test_watchdog) ;;
-    *) export CUDA_VISIBLE_DEVICES=$(($(cksum <<<"$name" | cut -d' ' -f1) % gpus)) ;;
-  esac
+  first=$(($(cksum <<<"$name" | cut -d' ' -f1) % gpus))
+  CUDA_VISIBLE_DEVICES=$(for i in $(seq 0 $((gpus - 1))); do echo $(((first + i) % gpus)); done | paste -sd,)
+  export CUDA_VISIBLE_DEVICES
   timeout --kill-after=5 "$(left $((deadline - 10)))" \
     python3 -m pytest "$1" -q -p no:cacheprovider >"$work/$name.txt" 2>&1
   printf '%-24s %3s %4s s  %s\n' "$name" "$?" "$(($(date +%s) - began))" "$(tail -n 1 "$work/$name.txt")"

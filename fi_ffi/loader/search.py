@@ -466,16 +466,8 @@ def release() -> str | None:
 
 @generation.cached
 def release_in_force() -> str:
-    """Return the FlashInfer release whose arguments ops have, on every device.
-
-    It is that of the first kernels on this machine. Without kernels it is what FI_FFI_RELEASE
-    names, or the lock's default: the one that would be fetched. The driver is not asked, so that
-    calls on the CPU use no GPU.
-    """
-    for place in candidates(_location, but="remote"):
-        if place.source is not None:
-            return release_of(place.source) or wanted_release()
-    return wanted_release()
+    """Return the FlashInfer release whose arguments ops have, on every device."""
+    return decided()[0] or wanted_release()
 
 
 def cuda_of_kernels() -> int | None:
@@ -600,16 +592,18 @@ def decided() -> tuple[str, str]:
     """Return the release in force, or "", and what determines it.
 
     That is FI_FFI_RELEASE, the kernels that `use_kernels` or FI_FFI_KERNELS name, the first kernels
-    that are found, or the lock's default.
+    on this machine, or the lock's default: the one that would be fetched. The driver is not asked,
+    so that calls on the CPU use no GPU.
     """
     named = named_release()
-    place = next((place for place in places() if place.source is not None), None)
+    here = candidates(_location, but="remote")
+    place = next((place for place in here if place.source is not None), None)
     if place is not None and place.source is not None and place.kind == "explicit":
         found, where = release_of(place.source), place.source.location
         return found or "", RELEASE if place.note == RELEASE else f"{place.note}: {where}"
     if named is not None:
         return named, RELEASE
-    if place is not None and place.source is not None and place.kind != "remote":
+    if place is not None and place.source is not None:
         what = {
             "installed": "an installed flashinfer-jit-cache",
             "jit": "FlashInfer's own compiled modules",

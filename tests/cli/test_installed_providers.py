@@ -63,15 +63,14 @@ DOCTOR = "from fi_ffi.cli import main; main(['doctor', *{names!r}, '--json'])"
 FIRST_CALL = """\
 import fi_ffi
 from fi_ffi.loader import machine, runtime, search
-from fi_ffi.ops.providers import release_in_use
+from fi_ffi.ops.providers import release_in_force
 answer = fi_ffi.rmsnorm.supports(sm=90)
 machine.capability = lambda device: (9, 0)
-fi_ffi.rmsnorm.select_release(release_in_use())
 row = fi_ffi.rmsnorm.row
 source, file, facts = search.find_module("norm", 0)
 runtime.kernel_entry("norm", row.signature, row.releases)
 print(json.dumps([bool(answer), answer.place, answer.is_here, answer.release, answer.reason,
-                  release_in_use(), row.releases, str(file.path), source.trust]))
+                  release_in_force(), row.releases, str(file.path), source.trust]))
 """
 
 
@@ -87,13 +86,9 @@ def test_the_rows_are_those_of_the_release(ask, site):
     """Of an op that another release calls with other arguments."""
     program = """\
 from fi_ffi.ops.functions import OPS
-from fi_ffi.ops.providers import release_in_use
 from fi_ffi.ops.releases import fits
 several = [op for op in OPS.values() if len(op.rows) > 1]
-first = [op.row for op in several]
-for op in several:
-    op.select_release(release_in_use())
-print(json.dumps([[op.row is row, fits(op.row, "0.7.2.post1")] for op, row in zip(several, first)]))
+print(json.dumps([[op.row is op.rows[0], fits(op.row, "0.7.2.post1")] for op in several]))
 """
     rows = ask(program, site)
     assert any(not same for same, _ in rows)

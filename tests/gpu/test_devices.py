@@ -17,6 +17,7 @@ from fi_ffi.loader import per_device, search
 from fi_ffi.ops.functions import OPS
 
 from tests.helpers.cases import make_case
+from tests.helpers.decode_calls import DecodeCall
 from tests.helpers.moe_layers import make as make_layer
 from tests.helpers.pod_calls import Batch, Spec
 from tests.helpers.prepared_calls import or_skip
@@ -291,6 +292,41 @@ def test_a_threads_first_calls(of, mine, places, rng):
         thread = threading.Thread(target=first, args=(what,))
         thread.start()
         thread.join()
+    assert not failures
+
+
+class OnPlace:
+    """A place as `DecodeCall` wants a machine."""
+
+    is_gpu = True
+
+    def __init__(self, place: Place) -> None:
+        self.place, self.stream = place, place.stream
+
+    def need(self, module: str) -> None:
+        need(module)
+
+
+@pytest.mark.parametrize("mine", [0, 1])
+@pytest.mark.parametrize("of", [0, 1])
+def test_a_kernel_of_cute_by_a_new_thread(of, mine, places, rng):
+    """A kernel in CuTe DSL has no guard, and finds its GPU by the current device."""
+    made, failures = DecodeCall(rng), []
+    need(made.module())
+
+    def first() -> None:
+        try:
+            if mine:
+                check(runtime.cudaSetDevice(mine))
+            for _ in range(2):
+                assert made.worst(OnPlace(places[of])) <= 1
+                assert current() == mine
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    thread.join()
     assert not failures
 
 

@@ -117,7 +117,6 @@ def test_the_names_are_those_of_the_release() -> None:
         assert fi_ffi.Philox(3, 4).draw(op) == {"philox_seed": 3, "philox_offset": 4}
     finally:
         op.forget()
-        op.select_release(None)
     assert fi_ffi.Philox(3, 4).draw(op) == {"seed_val": 3, "offset_val": 4}
 
 
