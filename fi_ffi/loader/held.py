@@ -37,7 +37,7 @@ class Held:
     """An open file with a known sha256; `name` refers to this file even if its path changes."""
 
     def __init__(self, path: Path, sha256: str, fd: int) -> None:
-        self.path, self.sha256, self.fd = path, sha256, fd
+        self.path, self.sha256, self.fd, self.is_kept = path, sha256, fd, False
         self._before = os.fstat(fd)
         name = f"/proc/self/fd/{fd}"
         self.name = name if os.path.exists(name) else str(path)
@@ -50,6 +50,7 @@ class Held:
         """
         before, after = self._before, os.fstat(self.fd)
         _kept[before.st_dev, before.st_ino] = self.fd, self.sha256
+        self.is_kept = True
         replaced = in_place and not os.path.samestat(before, os.stat(self.path))
         # The change time also changes when the file gets or loses another name, which is harmless.
         written = cache.state_of(before) != cache.state_of(after) and _hash(self.fd) != self.sha256
@@ -64,7 +65,7 @@ def checked(path: Path, sha256: str, state: cache.State | None = None) -> Iterat
     `state` is its state at that time (`cache.state_of`). Without one the file is in the cache: its
     stamp is checked, or it is hashed again. Raises `ArtifactError` for any other file.
     """
-    fd = _open(path, os.O_NOFOLLOW if state is None else 0)
+    fd, opened = _open(path, os.O_NOFOLLOW if state is None else 0), None
     try:
         status = os.fstat(fd)
         if state is None:
@@ -77,15 +78,17 @@ def checked(path: Path, sha256: str, state: cache.State | None = None) -> Iterat
         known, of = _kept.get((status.st_dev, status.st_ino), (fd, sha256))
         if of != sha256:
             raise changed(path, "in place after this process had loaded it; start it again")
-        yield Held(path, sha256, known)
+        opened = Held(path, sha256, known)
+        yield opened
     finally:
-        if all(fd != known for known, _ in _kept.values()):
+        if opened is None or not opened.is_kept or opened.fd != fd:
             os.close(fd)
 
 
 def descriptor(sha256: str) -> int:
     """Return the descriptor of a loaded library, whose path may lead to another file now."""
-    return next(fd for fd, of in _kept.values() if of == sha256)
+    # Of a copy: other threads load libraries meanwhile.
+    return next(fd for fd, of in _kept.copy().values() if of == sha256)
 
 
 def _open(path: Path, flags: int) -> int:

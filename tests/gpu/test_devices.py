@@ -17,11 +17,11 @@ from fi_ffi.loader import per_device, search
 from fi_ffi.ops.functions import OPS
 
 from tests.helpers.cases import make_case
-from tests.helpers.decode_calls import DecodeCall
 from tests.helpers.moe_layers import make as make_layer
 from tests.helpers.pod_calls import Batch, Spec
 from tests.helpers.prepared_calls import or_skip
 from tests.helpers.stress_strength import scaled
+from tests.ops.test_kda import Call as KdaCall
 from tests.ops.test_threads import at_once
 
 F16 = np.dtype(np.float16)
@@ -296,7 +296,7 @@ def test_a_threads_first_calls(of, mine, places, rng):
 
 
 class OnPlace:
-    """A place as `DecodeCall` wants a machine."""
+    """A place as `KdaCall` wants a machine."""
 
     is_gpu = True
 
@@ -311,8 +311,8 @@ class OnPlace:
 @pytest.mark.parametrize("of", [0, 1])
 def test_a_kernel_of_cute_by_a_new_thread(of, mine, places, rng):
     """A kernel in CuTe DSL has no guard, and finds its GPU by the current device."""
-    made, failures = DecodeCall(rng), []
-    need(made.module())
+    made, failures = KdaCall(rng), []
+    need(made.kernel.names((9, 0))[0])
 
     def first() -> None:
         try:
