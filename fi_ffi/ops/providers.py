@@ -46,7 +46,8 @@ def entry_for(row: Row, device: Device, module: str | None = None) -> Entry:
     from fi_ffi import reference
 
     names = ["" if isinstance(arg, Absent) else arg.name for arg in row.args]
-    compiled = _compiled(module)
+    # Of the other families there is one module, named as they are.
+    compiled = () if module in (None, row.module) else _compiled(module)
     return reference.entry(row.module, row.signature, row.reference, compiled, row.formula, names)
 
 
@@ -78,12 +79,12 @@ _HAVE_INFINITY = ">=0.7.0"
 
 
 @generation.cached
-def _compiled(module: str | None) -> tuple[tuple[str, object], ...]:
+def _compiled(module: str) -> tuple[tuple[str, object], ...]:
     """Return what a module of a family was compiled for, from its name and the release in force."""
     from fi_ffi.loader import uris  # imported late: starting up needs no module names
 
     release = release_in_force()
-    parsed = None if module is None else uris.parse(module)
+    parsed = uris.parse(module)
     if parsed is None:
         return ()
     found = tuple((name, parsed.params[name]) for name in _IN_NAMES if name in parsed.params)
