@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Set before numpy is imported.  The tests' products are small: threads of OpenBLAS that wait for
@@ -19,6 +20,7 @@ from tests.helpers import expectations, sampling
 
 expectations.install()  # before any module is imported that has an `assert`
 
+from fi_ffi.loader import generation  # noqa: E402
 from fi_ffi.loader.building.build import build  # noqa: E402
 
 from tests.helpers.compiler import why_not_build  # noqa: E402
@@ -53,6 +55,19 @@ def rng() -> np.random.Generator:
     seed = int.from_bytes(os.urandom(8), "little")
     print(f"seed {seed}")  # shown with a failure
     return np.random.default_rng(seed)
+
+
+@pytest.fixture
+def put_release(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Put a release of FlashInfer in force, as a user does."""
+
+    def put(release: str) -> None:
+        monkeypatch.setenv("FI_FFI_RELEASE", release)
+        generation.advance()
+
+    yield put
+    monkeypatch.undo()
+    generation.advance()
 
 
 def _build(folder: Path, arch: str, *modules: str) -> Path:

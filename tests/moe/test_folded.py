@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 import fi_ffi
-from fi_ffi.loader import generation
 from fi_ffi.reference import moe_weights
 
 from tests.helpers import moe_layers
@@ -28,21 +27,8 @@ FIELDS = (
 
 
 @pytest.fixture
-def of_release(monkeypatch):
-    """Put a release's layouts in force."""
-
-    def put(release: str) -> None:
-        monkeypatch.setenv("FI_FFI_RELEASE", release)
-        generation.advance()
-
-    yield put
-    monkeypatch.undo()
-    generation.advance()
-
-
-@pytest.fixture
-def folded(of_release) -> None:
-    of_release("0.6.18")
+def folded(put_release) -> None:
+    put_release("0.6.18")
 
 
 def shifted(word: int) -> int:
@@ -78,10 +64,10 @@ def test_the_order_is_the_kernels(folded, rng):
 
 
 @pytest.mark.parametrize("release", [*FOLDED, *IN_ROWS])
-def test_which_order_a_release_has(release, of_release, rng):
+def test_which_order_a_release_has(release, put_release, rng):
     """MXFP4's differs, int4's is one."""
     weight = rng.integers(0, 256, (1, 16, 32), dtype=np.uint8)
-    of_release(release)
+    put_release(release)
     for kind in ("fp4", "int4"):
         found = np.zeros_like(weight)
         fi_ffi.interleave_moe_weights_for_sm90_mixed_gemm(weight, found, kind)
@@ -131,12 +117,12 @@ def test_results(mode, dtype, activation, folded, rng):
 
 
 @each_mode
-def test_scales_of_the_other_layout(mode, dtype, of_release, rng):
+def test_scales_of_the_other_layout(mode, dtype, put_release, rng):
     """Those of a release that folds are refused where rows are in a line, and the other way."""
     for release, other in (("0.6.18", "0.6.13"), ("0.6.13", "0.6.18")):
-        of_release(release)
+        put_release(release)
         made = make(rng, mode, dtype, dtype)
-        of_release(other)
+        put_release(other)
         error = refused(made, "quant_scales[0] (fc1_weight_scales)")
         assert f"rank {8 - made.scales[0].ndim}" in error.expected
 

@@ -30,6 +30,17 @@ class Stream:
         return (0, self.handle)
 
 
+def given_on_gpu(name, **more):
+    """An op, a call's arguments as if on cuda:0, and what keeps their memory."""
+    op = OPS[name]
+    (made,) = placed(draw(op.row, {"T": "float16"}, more), {}, 1)
+    descs = {
+        name: fi_ffi.TensorDesc(d.ptr, d.shape, d.dtype, device="cuda:0")
+        for name, d in made.descs.items()
+    }
+    return op, made.scalars | descs, made
+
+
 @pytest.mark.parametrize("handle", HANDLES)
 def test_the_stream_of_a_call(handle, gpu, mine):
     calls = Calls(mine)
@@ -159,13 +170,7 @@ def test_every_op_on_a_stream(op, dtypes, more, gpu, monkeypatch):
 def test_scratch_of_each_stream(gpu, monkeypatch):
     """A prepared call has its own; calls that are not have one for each stream."""
     monkeypatch.setattr(memory, "_owned", {})
-    op = OPS["gdn_prefill"]
-    case = draw(op.row, {"T": "float16"}, {"without": ("workspace_buffer",)})
-    (made,) = placed(case, {}, 1)
-    values = made.scalars | {
-        name: fi_ffi.TensorDesc(d.ptr, d.shape, d.dtype, device="cuda:0")
-        for name, d in made.descs.items()
-    }
+    op, values, _kept = given_on_gpu("gdn_prefill", without=("workspace_buffer",))
     calls = [op.prepare(**values, stream=stream) for stream in (0x51, 0x51, None)]
     assert len({call.given["workspace_buffer"].ptr for call in calls}) == 3
     for call in calls[:2]:
@@ -223,13 +228,7 @@ def test_who_asks_for_the_current_device(gpu, monkeypatch):
     for devices, name, each in [(1, "silu_and_mul", 0), (2, "rmsnorm", 0), (2, "silu_and_mul", 1)]:
         gpu.with_devices(devices)
         gpu.forget()
-        op = OPS[name]
-        case = draw(op.row, {"T": "float16"}, {})
-        (made,) = placed(case, {}, 1)
-        values = made.scalars | {
-            name: fi_ffi.TensorDesc(d.ptr, d.shape, d.dtype, device="cuda:0")
-            for name, d in made.descs.items()
-        }
+        op, values, _kept = given_on_gpu(name)
         prepared = op.prepare(**values)
         with fi_ffi.stream(0x51):
             prepared()
@@ -244,13 +243,7 @@ def test_who_asks_for_the_current_device(gpu, monkeypatch):
 def test_the_callers_device_after_a_first_call(name, gpu):
     """With or without a guard of its own: each new stream, scope and thread begins with it."""
     gpu.with_devices(2)
-    op = OPS[name]
-    case = draw(op.row, {"T": "float16"}, {})
-    (made,) = placed(case, {}, 1)
-    values = made.scalars | {
-        name: fi_ffi.TensorDesc(d.ptr, d.shape, d.dtype, device="cuda:0")
-        for name, d in made.descs.items()
-    }
+    op, values, _kept = given_on_gpu(name)
     gpu.runtime.device = 1
     for handle in (0x51, 0x61, 0):
         op(**values, stream=handle)

@@ -21,19 +21,6 @@ RELEASES = ["0.6.3", "0.6.13", "0.6.18", "0.7.0", "0.7.2.post1"]
 CHANGED = [name for name, op in OPS.items() if len(op.rows) > 1]
 
 
-@pytest.fixture
-def put(monkeypatch):
-    """Put a release in force, as a user does."""
-
-    def named(release: str) -> None:
-        monkeypatch.setenv("FI_FFI_RELEASE", release)
-        generation.advance()
-
-    yield named
-    monkeypatch.undo()
-    generation.advance()
-
-
 def case_of(name: str, rng):
     op = OPS[name]
     sizes = {**inputs_of(op.row).small, "seeds": 1, "offsets": 1, "page_size": 4}
@@ -41,10 +28,10 @@ def case_of(name: str, rng):
 
 
 @pytest.mark.parametrize("release", RELEASES)
-def test_ops_have_the_arguments_of_the_release(release, put):
-    put("0.6.13")
+def test_ops_have_the_arguments_of_the_release(release, put_release):
+    put_release("0.6.13")
     before = {name: op.row for name, op in OPS.items()}
-    put(release)
+    put_release(release)
     for name, op in OPS.items():
         fitting = [row for row in op.rows if fits(row, release)]
         assert op.row is (fitting or op.rows)[0]
@@ -53,22 +40,22 @@ def test_ops_have_the_arguments_of_the_release(release, put):
 
 
 @pytest.mark.parametrize("name", CHANGED)
-def test_calls_on_the_cpu_are_of_the_release(name, put, rng):
+def test_calls_on_the_cpu_are_of_the_release(name, put_release, rng):
     for release in rng.permutation(RELEASES).tolist():
-        put(release)
+        put_release(release)
         op, case = case_of(name, rng)
         op(**case.arrays, **case.scalars)
         for out in case.expected:
             assert case.error(out, case.arrays[out])[1] <= 1, release
 
 
-def test_a_seed_for_each_request_of_a_later_release(put, rng):
-    put("0.7.2.post1")
+def test_a_seed_for_each_request_of_a_later_release(put_release, rng):
+    put_release("0.7.2.post1")
     seeds = next(a for a in fi_ffi.sampling_from_probs.row.tensors if a.name == "maybe_seed_arr")
-    put("0.6.13")
+    put_release("0.6.13")
     one = next(a for a in fi_ffi.sampling_from_probs.row.tensors if a.name == "maybe_seed_arr")
     assert (one.axes, seeds.axes) == ("1", "seeds")
-    put("0.7.2.post1")
+    put_release("0.7.2.post1")
     probs = rng.dirichlet(np.ones(50), 6).astype(np.float32)
     output = np.full(6, -1, np.int32)
     each = {"maybe_seed_arr": np.arange(6, dtype=np.uint64)}
@@ -82,9 +69,9 @@ def test_a_seed_for_each_request_of_a_later_release(put, rng):
 
 @pytest.mark.parametrize("release", ["0.6.18.post1", "0.7.0"])
 @pytest.mark.parametrize("kind", ["decode", "prefill"])
-def test_logarithms_of_requests_without_keys(kind, release, put, rng):
+def test_logarithms_of_requests_without_keys(kind, release, put_release, rng):
     """-5e4 before 0.7.0, and minus infinity from it on."""
-    put(release)
+    put_release(release)
     nothing = -np.inf if release == "0.7.0" else -5e4
     q = rng.standard_normal((2, 2, 64)).astype(np.float16)
     cache = rng.standard_normal((2, 3, 16, 1, 64)).astype(np.float16)
