@@ -96,10 +96,7 @@ def test_pythons_own_errors_say_how_the_op_is_called(is_first: bool) -> None:
         fi_ffi.rmsnorm(np.empty_like(x), x, weight)
     wrong = {
         "missing 1 required positional argument: 'weight'": ((x, x), {}),
-        "takes from 3 to 5 positional arguments but 7 were given": (
-            (x, x, weight, 1e-6, False, 1, 2),
-            {},
-        ),
+        "positional arguments but ": ((x, x, weight, 1e-6, False, 1, 2), {}),
         "got an unexpected keyword argument 'epsilon'": ((x, x, weight), {"epsilon": 1e-6}),
         "got multiple values for argument 'out'": ((x, x, weight), {"out": x}),
     }

@@ -70,7 +70,7 @@ def test_it_is_found_without_a_variable(jetson: Path) -> None:
     ("sm", "op", "reasons", "arch"),
     [
         ("87", OP, ["compiled for sm_87", "entry attested"], None),
-        ("90", OP, ["sm_87 only"], "9.0a page"),
+        ("90", OP, ["nothing is here yet", "pinned wheel"], None),
         ("87", "rmsnorm", ["has no module norm"], "8.7 norm"),
         ("87", "gdn_prefill", ["9.x"], None),
         ("87", "gemm_fp8_nt_groupwise", ["10.x or 12.x"], None),
@@ -79,13 +79,21 @@ def test_it_is_found_without_a_variable(jetson: Path) -> None:
 def test_yes_or_no_with_the_reason(
     jetson: Path, sm: str, op: str, reasons: list[str], arch: str | None
 ) -> None:
-    works = "compiled for" in reasons[0]
+    works = "compiled for" in reasons[0] or "nothing is here yet" in reasons[0]
     answer = asked(op, "--sm", sm, code=0 if works else 1)
     assert answer["sm"] == int(sm) and all(reason in answer["reason"] for reason in reasons)
     assert answer["build"] == (arch and f"fi-ffi build --release 0.6.13 --arch {arch}")
     text = run("doctor", op, "--sm", f"{sm[0]}.{sm[1]}").stdout
     assert f" {'yes' if works else 'no'} " in text
     assert (f"`{answer['build']}` builds it where fi_ffi finds it" in text) == bool(arch)
+
+
+def test_no_where_it_is_the_only_place(jetson: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(search.SOURCES, "local")
+    runtime.use_source(None)
+    answer = asked(OP, "--sm", "90", code=1)
+    assert "sm_87 only" in answer["reason"]
+    assert answer["build"] == "fi-ffi build --release 0.6.13 --arch 9.0a page"
 
 
 def test_a_familys_entry_is_not_said_to_be_attested(built_wheel: Path) -> None:

@@ -131,14 +131,14 @@ REFUSED: list[Refused] = [
     *(("concat_mla_k", {axis: size}, "", f"{axis} of {right}")
       for axis, right in (("num_heads", 128), ("nope_dim", 128), ("rope_dim", 64))
       for size in (right // 2, 2 * right)),
-    ("concat_mla_k", {"k_rope": {"shape": (2, 128, 64)}}, "k_rope", "1 = 1"),
+    ("concat_mla_k", {"k_rope": {"shape": (2, 128, 64)}}, "k_rope", "shape [n, 1, rope_dim]"),
     ("concat_mla_k", {"n": 2**24 + 1}, "k", f"n = {2**24 + 1} of at most {2**24}"),
     *(("concat_mla_k", {name: {"strides": (128, 2**31 // 112 // 16 * 16, 1)}}, name,
        f"strides below {2**31 // 112 // 16 * 16}") for name in ("k", "k_nope")),
     # Diffusion transformers: for most of it FlashInfer ends the process.
     *((DIT[2:], {part: {"strides": (3 * 3072, 3072, 1)}}, part, "one of 6 parts")
       for part in ("gate", "scale", "shift")),
-    (DIT, {"input": {"shape": (2, 3, 2048)}}, "input", "3072 = 3072"),
+    (DIT, {"input": {"shape": (2, 3, 2048)}}, "input", "shape [n, num_rows, 3072]"),
     *((DIT[2], {f"{part}_bias": {"shape": (3071,)}}, f"{part}_bias", "3072")
       for part in ("gate", "scale", "shift")),
     *(("fused_qk_rmsnorm_rope", change, argument, words)

@@ -110,7 +110,9 @@ def related(monkeypatch):
 
 @pytest.fixture(params=["settled", "unsettled"], autouse=True)
 def settled(request, related):
-    related.op.select_release("0.6.13" if request.param == "settled" else None)
+    related.op.forget()
+    if request.param == "settled":
+        related.op.select_release("0.6.13")
 
 
 def test_each_call_is_as_it_is_given(related):

@@ -200,7 +200,7 @@ def test_the_wheel_is_the_same_from_the_sdist(wheel, backend, tmp_path, tmp_path
 def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     names = set(members(wheel))
     kinds = {name.rpartition(".")[2] for name in names if name.startswith("fi_ffi/")}
-    assert kinds == {"py", "pyi", "typed", "h", "json", "lock"}
+    assert kinds == {"py", "pyi", "typed", "h", "json", "lock", "toml"}
     needed = ("py.typed", "wheels.lock", "ops/functions.pyi", "abi/declarations.h")
     assert {f"fi_ffi/{name}" for name in needed} <= names
     assert {name.partition("/")[0] for name in names} == {"fi_ffi", "fi_ffi-0.1.0.dist-info"}
