@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import os
 import weakref
-from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -17,8 +16,8 @@ from fi_ffi.abi.tensor import Device, parse_device
 from fi_ffi.errors import ArgumentError, ArgumentTypeError
 from fi_ffi.loader import machine
 from fi_ffi.ops import cuda
+from fi_ffi.ops.call import hooks
 from fi_ffi.ops.call.memory import recording, recording_var, stream_key
-from fi_ffi.ops.watch import watching
 
 _RESULT_WORDS = 3  # 64-bit words of a cudaGraphExecUpdateResultInfo
 _THREAD_LOCAL = 1  # cudaStreamCaptureModeThreadLocal: other threads may make unsafe calls
@@ -62,6 +61,8 @@ class Graph:
             expected = "a graph with a finished capture"
             raise ArgumentError("Graph", "self", got="an empty graph", expected=expected)
         handle = handle_for(stream, self.device, "Graph")
+        if hooks.watcher is not None:
+            self._log("is launched", handle)
         # A default stream is the current device's; any other knows its own.
         if handle > PER_THREAD or machine.is_current(self.device.index):
             code = self._launch(cuda.pointer(handle))
@@ -103,35 +104,18 @@ class Graph:
         self._finalizer = weakref.finalize(
             self, cuda.unless_cut_off, runtime.cudaGraphExecDestroy, executable[0]
         )
-        self._arm()
+        self._launch = functools.partial(runtime.cudaGraphLaunch, executable[0])
         _graphs.add(self)
 
-    def _arm(self) -> None:
-        """Choose the launch function: with logging if a call log is open."""
-        if machine.is_cut_off():
-            self._launch = _refuse_launch
-            return
-        launch = functools.partial(machine.load_cudart()[0].cudaGraphLaunch, self._executable)
-        if watching.logs():
-            launch = functools.partial(_launch_logged, weakref.ref(self), launch)
-        self._launch = launch
-
     def _log(self, what: str, stream: int | None) -> None:
-        for log in watching.logs():
+        watcher = hooks.watcher
+        if watcher is not None:
             words = f"a graph of {self.nodes} nodes at {id(self):#x}, updated {self.updates} times"
-            log.note(f"Graph {what}", words, self.device, stream)
+            watcher.noted(f"Graph {what}", words, self.device, stream)
 
 
 # Graphs that have been recorded.
 _graphs: weakref.WeakSet[Graph] = weakref.WeakSet()
-
-
-def _launch_logged(graph: weakref.ref[Graph], launch: Callable[[Any], int], stream: Any) -> int:
-    """Log a launch, then launch."""
-    launched = graph()
-    if launched is not None:
-        launched._log("is launched", int(ffi.cast("uintptr_t", stream)))
-    return launch(stream)
 
 
 def _refuse_launch(stream: Any) -> int:
@@ -139,14 +123,14 @@ def _refuse_launch(stream: Any) -> int:
     return 0
 
 
-def rearm() -> None:
-    """Choose the launch function of all graphs again, after a call log was opened or closed and
-    after a fork."""
-    for graph in [*_graphs]:
-        graph._arm()
+def _refuse_after_fork() -> None:
+    """Have the graphs of a parent that has used a GPU refuse to be launched in its child."""
+    if machine.is_cut_off():
+        for graph in [*_graphs]:
+            graph._launch = _refuse_launch
 
 
-os.register_at_fork(after_in_child=rearm)
+os.register_at_fork(after_in_child=_refuse_after_fork)
 
 
 class capture:  # a context manager reads as a verb

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 import fi_ffi
+from fi_ffi.ops.call import hooks
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.watch import watching
 from fi_ffi.ops.watch.call_log import open_by_environment
@@ -34,7 +35,7 @@ HEAD = re.compile(r"\[(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{6}) (\d+)\] #(\d+) (.*
 @pytest.fixture(autouse=True)
 def _nothing_is_left():
     yield
-    assert watching.hooks == ()
+    assert watching.hooks == () and hooks.watcher is None
 
 
 @pytest.fixture

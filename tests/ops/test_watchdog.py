@@ -23,7 +23,7 @@ import fi_ffi
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.tensor import parse_device
 from fi_ffi.loader import machine as of_loader
-from fi_ffi.ops.call import memory
+from fi_ffi.ops.call import hooks, memory
 from fi_ffi.ops.call.compiled import Variant
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.providers import entry_for
@@ -48,7 +48,7 @@ def threads() -> list[str]:
 @pytest.fixture(autouse=True)
 def _nothing_is_left():
     yield
-    assert watching.hooks == ()
+    assert watching.hooks == () and hooks.watcher is None
     assert threads() == []
 
 

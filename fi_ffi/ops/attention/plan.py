@@ -27,12 +27,11 @@ from fi_ffi.ops.attention.rows import WITH_COPY
 from fi_ffi.ops.attention.run import BoundRow, Values, asked_of, compiled_row
 from fi_ffi.ops.attention.sizes import Need, aligned
 from fi_ffi.ops.attention.workspace import Workspace
-from fi_ffi.ops.call import memory
+from fi_ffi.ops.call import hooks, memory
 from fi_ffi.ops.call.launch import launch
 from fi_ffi.ops.call.prepared import PackedCall, tensor_like
 from fi_ffi.ops.notation import parse_axis
 from fi_ffi.ops.row import PlanInfo, Row
-from fi_ffi.ops.watch import watching
 
 if TYPE_CHECKING:
     from fi_ffi.ops.capability.judgement import Support
@@ -355,7 +354,7 @@ class Plan:
             words, given = frame.addresses, (stage.ptr, batch.size, batch.room_for_rows)
             for word, of, more in self._changing:
                 words[word] = given[of] + more
-            with watching.running(self):
+            with hooks.running(self):
                 launch(frame, handle if self.device.is_cuda else None)
             result, has_sent = frame.take_result(), planner.compiled.row.result != WITH_COPY
             return (result, placed.kernel_bytes) if has_sent else (array_values(result)[0], 0)
@@ -597,11 +596,11 @@ class Plan:
             frame.place_objects()
         if memory.recording() is not None:
             memory.hold(workspace, self._info)
-        if watching.hooks:
-            with watching.running(self):
-                launch(frame, stream)
-        else:
+        if hooks.watcher is None:
             launch(frame, stream)
+        else:
+            with hooks.running(self):
+                launch(frame, stream)
         if event is not None:
             event.record(handle)
 

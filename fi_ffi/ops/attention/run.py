@@ -65,10 +65,8 @@ def compiled_row(
 ) -> CompiledRow:  # fmt: skip
     """Compile a row for a module of these dtypes; all plans of a generation of kernels with the
     same arguments share the result."""
-    key = (
-        row, module, op, device, tuple((bound or {}).items()), known, not_less, first,
-        generation.number,
-    )  # fmt: skip
+    kinds = tuple((bound or {}).items())
+    key = (row, module, op, device, kinds, known, not_less, first, generation.number)
     found = _compiled_rows.get(key)
     if found is None:
         own = {

@@ -15,7 +15,7 @@ from fi_ffi.abi.function import NO_STREAM, Frame
 from fi_ffi.abi.tensor import Device
 from fi_ffi.loader import machine
 from fi_ffi.ops import cuda
-from fi_ffi.ops.watch import watching
+from fi_ffi.ops.call import hooks
 
 if TYPE_CHECKING:
     from fi_ffi.abi.streams import stream as Scope
@@ -60,11 +60,12 @@ def launch(frame: Frame, stream: object, is_watched: bool = False) -> None:
     """Call a frame on `stream`, or on the open scope's; raise the entry's error.
 
     The frame's device is current during the call, and the caller's again after it. The entry's
-    result is left in the frame. Hooks see the call, unless it `is_watched` by them already.
+    result is left in the frame. A watcher sees the call, unless it `is_watched` already.
     """
     target: LaunchTarget = frame.target
-    if watching.hooks and not is_watched:
-        _launch_watched(frame, target, stream)
+    watcher = hooks.watcher
+    if watcher is not None and not is_watched:
+        _launch_watched(frame, target, stream, watcher)
     elif not target.is_cuda:
         if stream is not None:
             streams.handle_for(stream, target.device, target.op)
@@ -112,8 +113,10 @@ def _launch_in_scope(frame: Frame, target: LaunchTarget) -> None:
         raise _error_of(frame)
 
 
-def _launch_watched(frame: Frame, target: LaunchTarget, stream: object) -> None:
-    """Make a call through the open hooks, with its device current."""
+def _launch_watched(
+    frame: Frame, target: LaunchTarget, stream: object, watcher: hooks.Watcher
+) -> None:
+    """Have a call made by who watches, with its device current."""
     handle = streams.handle_for(stream, target.device, target.op)
 
     def call() -> Any:
@@ -121,7 +124,7 @@ def _launch_watched(frame: Frame, target: LaunchTarget, stream: object) -> None:
         return frame.peek_result()
 
     with cuda.current(target.device):
-        watching.watched(frame, handle if target.is_cuda else None, call)
+        watcher.watched(frame, handle if target.is_cuda else None, call)
 
 
 def _error_of(frame: Frame) -> BaseException:

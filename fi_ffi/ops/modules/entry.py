@@ -34,7 +34,7 @@ from fi_ffi.abi.tensor import Device, DType, TensorDesc, parse_device
 from fi_ffi.abi.values import ints_of, pack, pack_arguments, packer_of
 from fi_ffi.errors import AbiError, ArgumentError, ArgumentTypeError, KernelNotFoundError, printed
 from fi_ffi.ops import cuda
-from fi_ffi.ops.watch import watching
+from fi_ffi.ops.call import hooks
 
 if TYPE_CHECKING:
     import inspect
@@ -195,10 +195,11 @@ class ModuleEntry(Unique):
         count = len(args) + (self._bound is not None)
         invoke = functools.partial(entry.invoke, packed, count)
         with cuda.kernel_memory().installed():
-            if watching.hooks:
-                value = watching.called(self.name, invoke, args, arena.descs, place)
-            else:
+            watcher = hooks.watcher
+            if watcher is None:
                 value = invoke()
+            else:
+                value = watcher.called(self.name, invoke, args, arena.descs, place)
         if not isinstance(value, Object):
             return value
         stream = None if place is None else current_handle(place)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
@@ -75,7 +74,6 @@ class call_log:  # a verb, as `open` is
         writer = Writer(dest) if level else None
         self._log: Log | None = Log(level, writer, dumped)
         watching.add(self._log)
-        _rearm_graphs()
 
     def close(self) -> None:
         """Close the log; closing it again does nothing."""
@@ -83,7 +81,6 @@ class call_log:  # a verb, as `open` is
         if log is None:
             return
         watching.remove(log)
-        _rearm_graphs()
         log.close()
 
     def __enter__(self) -> call_log:
@@ -101,13 +98,6 @@ def _check_level(name: str, level: object) -> None:
         raise ArgumentTypeError("call_log", name, got=shown(level), expected=expected)
     if level not in _LEVELS:
         raise ArgumentError("call_log", name, got=level, expected=expected)
-
-
-def _rearm_graphs() -> None:
-    """Make launches of graphs follow the open logs, if graphs were imported."""
-    graphs = sys.modules.get("fi_ffi.ops.graphs")
-    if graphs is not None:
-        graphs.rearm()
 
 
 def open_by_environment(environment: Mapping[str, str] = os.environ) -> call_log | None:

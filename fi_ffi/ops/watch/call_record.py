@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.function import Frame, Packed
 from fi_ffi.abi.tensor import Device, TensorDesc
+from fi_ffi.ops.call import hooks
 from fi_ffi.ops.row import (
     KV_LAYOUTS,
     Absent,
@@ -26,7 +27,6 @@ from fi_ffi.ops.row import (
     TensorArray,
     Text,
 )
-from fi_ffi.ops.watch import watching
 
 if TYPE_CHECKING:
     from fi_ffi.ops.call.compiled import Variant
@@ -74,7 +74,7 @@ class CallRecord:
         self._list_arguments = list_arguments
         # Set for calls that a row describes.
         self.row, self.module = row, module
-        self.plan = watching.thread.plan
+        self.plan = hooks.thread.plan
         self.plan_generation = self.plan._generation if self.plan is not None else 0
         self.thread = threading.current_thread()
         self.method, self.file, self.line, self.function = _caller(sys._getframe(1))

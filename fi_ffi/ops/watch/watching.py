@@ -1,18 +1,20 @@
-"""The hooks that every call passes: inboxes of open watchdogs, and open call logs.
+"""The hooks that calls pass: inboxes of open watchdogs, and open call logs.
 
-Without hooks, a call costs one test of `hooks`. `call_record`, which records calls, is imported
-with the first hook.
+With hooks this module is the watcher of calls (`fi_ffi.ops.call.hooks`). `call_record`, which
+records calls, is imported with the first hook.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
+import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
+
+from fi_ffi.ops.call import hooks as calls
 
 if TYPE_CHECKING:
     from fi_ffi.abi.function import Frame
@@ -26,15 +28,6 @@ hooks: tuple[deque[CallRecord] | Log, ...] = ()
 lock = threading.RLock()  # held while `hooks` changes
 # The number of forks that led to this process: a watchdog belongs to one process.
 generation = 0
-_NOTHING = contextlib.nullcontext()
-
-
-class _Thread(threading.local):
-    plan: Any = None
-
-
-# `plan` is the plan whose calls this thread makes.
-thread = _Thread()
 
 
 def logs() -> list[Log]:
@@ -44,16 +37,27 @@ def logs() -> list[Log]:
 
 def add(hook: deque[CallRecord] | Log) -> None:
     """Show a hook every call of the process from now on."""
-    global hooks
     with lock:
-        hooks = (*hooks, hook)
+        _install((*hooks, hook))
 
 
 def remove(hook: deque[CallRecord] | Log) -> None:
     """Stop showing calls to a hook."""
-    global hooks
     with lock:
-        hooks = tuple(other for other in hooks if other is not hook)
+        _install(tuple(other for other in hooks if other is not hook))
+
+
+def _install(chosen: tuple[deque[CallRecord] | Log, ...]) -> None:
+    """Replace the hooks, and watch calls if there are any."""
+    global hooks
+    hooks = chosen
+    calls.watcher = sys.modules[__name__] if chosen else None
+
+
+def noted(op: str, words: str, device: Device, stream: int | None) -> None:
+    """Write something that is no call into all logs."""
+    for log in logs():
+        log.note(op, words, device, stream)
 
 
 def watched(frame: Frame, stream: int | None, call: Callable[[], Any]) -> Any:
@@ -67,11 +71,7 @@ def called(
     name: str, call: Callable[[], Any], values: Sequence[Any],
     tensors: Sequence[tuple[str, TensorDesc]], device: Device | None,
 ) -> Any:  # fmt: skip
-    """Make the call of a function without a row, through all hooks.
-
-    `tensors` are the tensors among the `values`, by their numbers. `device` is the call's device,
-    which is current; the stream is the thread's current one.
-    """
+    """Make the call of a function without a row, through all hooks."""
     from fi_ffi.abi.streams import current_handle as current_stream
     from fi_ffi.ops.watch.call_record import of_values
 
@@ -92,26 +92,12 @@ def _hooked(record: CallRecord, call: Callable[[], Any]) -> Any:
     return call()
 
 
-def running(plan: Any) -> contextlib.AbstractContextManager[None]:
-    """Record this thread's calls inside the block as a plan's."""
-    return _running(plan) if hooks else _NOTHING
-
-
-@contextlib.contextmanager
-def _running(plan: Any) -> Iterator[None]:
-    before, thread.plan = thread.plan, plan
-    try:
-        yield
-    finally:
-        thread.plan = before
-
-
 def _continue_in_child() -> None:
     """Keep the parent's logs in a forked child, and drop its watchdogs, whose threads do not exist
     there."""
-    global generation, hooks, lock
+    global generation, lock
     generation, lock = generation + 1, threading.RLock()
-    hooks = tuple(logs())
+    _install(tuple(logs()))
     for log in logs():
         log.continue_in_child()
 
