@@ -230,3 +230,53 @@ def test_function_calls_leave_kernels_out(monkeypatch):
     assert with_kernel.python == without.python
     assert with_kernel.in_c == without.in_c
     assert 0 < with_kernel.python.total() < 50
+
+
+# ------------------------------------------------------- benchmarks/visible.py: its judgement
+
+
+@pytest.fixture
+def visible():
+    spec = importlib.util.spec_from_file_location("visible", BENCHMARKS / "visible.py")
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("one", "every", "is_met"),
+    [([(5000, None)], [(5299, None)], True),  # 1.06
+     ([(5000, None)], [(5351, None)], False),
+     ([(9000, 6000.0)], [(9541, 6000.0)], False),
+     ([(9000, 6000.0)], [(13000, 8700.0)], True),  # the peer too takes longer
+     ([(9000, 6000.0), (12000, 5000.0)], [(9300, 6100.0), (20000, 9000.0)], True),  # the quickest
+     ([(3000, None)], [(3349, None)], True),  # 0.35 us
+     ([(3000, None)], [], False)],
+)  # fmt: skip
+def test_a_row_with_all_gpus_beside_one(visible, one, every, is_met):
+    documents = [
+        {"entries": [{"what": "w", "peer": "p", "fi_ffi_ns": mine, "peer_ns": peer}]}
+        for mine, peer in (*one, *every)
+    ]
+    documents.append({"entries": [{"what": "no figure", "peer": "", "fi_ffi_ns": None}]})
+    few, many = {}, {}
+    for i, document in enumerate(documents):
+        visible.add(few if i < len(one) else many, document)
+    line, found = visible.shown(("w", "p"), few, many)
+    assert found == is_met and line.endswith("| yes |" if is_met else "| NO |")
+    assert {*few, *many} == {("w", "p")}
+
+
+def test_a_run_sees_one_gpu_or_all(visible, tmp_path, monkeypatch):
+    """The child process is a real one, which writes what it sees."""
+    program = tmp_path / "host.py"
+    program.write_text(
+        "import json, os, sys\n"
+        "folder = sys.argv[sys.argv.index('--output') + 1]\n"
+        "seen = os.environ.get('CUDA_VISIBLE_DEVICES')\n"
+        "json.dump([seen, sys.argv[3:]], open(folder + '/host.json', 'w'))\n"
+    )
+    monkeypatch.setattr(visible, "_HOST", program)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    assert visible.run(tmp_path / "a", True, ["--quick"]) == ["0", ["--quick"]]
+    assert visible.run(tmp_path / "b", False, []) == [None, []]

@@ -15,7 +15,7 @@ from typing import Any
 from fi_ffi.ops.row import Arg, Ranged, Row, Tensor
 
 OLDEST = "0.6.3"
-# The lock's default release. Its forms come first, and the CPU's reference has them.
+# The lock's default release. Its forms come first.
 FIRST = "0.6.13"
 
 # Sources whose exports make the tensors' device current by a `CUDADeviceGuard` before they use
