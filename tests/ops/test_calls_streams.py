@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import fi_ffi
+from fi_ffi.abi import streams
 from fi_ffi.loader import machine
 from fi_ffi.ops.call import launch, memory
 from fi_ffi.ops.call.op import Op
@@ -252,6 +253,31 @@ def test_the_callers_device_after_a_first_call(name, gpu):
             op.prepare(**values)()
             assert gpu.runtime.device == 1
     assert 0 in machine.thread.bound, "the thread was given the GPU's context"
+
+
+def test_a_stream_that_is_known_for_one_gpu_is_refused_for_the_other(gpu, monkeypatch):
+    """By an op of either kind, however often it was launched on; a default stream is of both."""
+    gpu.with_devices(2)
+    launch._thread.pointers.clear()  # of other tests, whose streams were of either GPU
+    streams.thread.checked.clear()
+    monkeypatch.setattr(streams, "device_of", lambda handle: {0x51: 0, 0x61: 1}.get(handle))
+    for name in ("rmsnorm", "silu_and_mul"):
+        op, values, _kept = given_on_gpu(name)
+        there = {
+            name: fi_ffi.TensorDesc(v.ptr, v.shape, v.dtype, device="cuda:1")
+            if isinstance(v, fi_ffi.TensorDesc) else v
+            for name, v in values.items()
+        }  # fmt: skip
+        for handle, mine, theirs in ((0x51, values, there), (0x61, there, values)):
+            for _ in range(3):
+                op(**mine, stream=handle)
+                with pytest.raises(fi_ffi.ArgumentError, match="`stream`.*a stream of cuda"):
+                    op(**theirs, stream=handle)
+        machine.thread.bound.clear()
+        launch._thread.pointers.clear()
+        op(**values, stream=0)
+        op(**there, stream=0)
+        assert {*machine.thread.bound} == {0, 1}, "the thread has both GPUs' contexts"
 
 
 def test_more_streams_than_are_remembered(gpu, mine, monkeypatch):
