@@ -49,7 +49,6 @@ from fi_ffi.ops.row import (
     Tensor,
     TensorArray,
     Text,
-    default_of,
     exchanged,
 )
 
@@ -335,11 +334,6 @@ class CompiledRow:
         kinds = [None if desc is None else desc.kind for desc in descs]
         key = (layout, *kinds) if has_layout else tuple(kinds)
         return self.variants.setdefault(key, made)
-
-    def is_on_cuda(self, values: Mapping[str, Any]) -> bool:
-        """Whether the first required tensor is on a GPU."""
-        first = next(arg for arg in self.tensors if default_of(arg) is None)
-        return as_desc(values[first.name], self.refuse.op, first.name).device.is_cuda
 
     def forget(self) -> None:
         """Drop what earlier calls cached, after the source of kernels changed."""

@@ -35,7 +35,7 @@ class Op:
     def __init__(self, *rows: Row, op: str = "", names: Mapping[str, str] | None = None) -> None:
         self.rows = rows
         self.__name__ = self.__qualname__ = rows[0].name
-        self._compiled = [CompiledRow(row, op=op, names=names) for row in rows]
+        self._compiled = [CompiledRow(row, op=op, names=names, follows=False) for row in rows]
         self._in_force: CompiledRow | None = None
         # A class for each op, so that its `__call__` can be the function compiled from its row.
         self.__class__ = type(f"_{rows[0].name}", (Op,), {"__doc__": Op.__dict__["__doc__"]})
