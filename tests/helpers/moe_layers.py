@@ -156,6 +156,8 @@ def make(
         for name, low, high in (("alpha", 0.5, 2.0), ("beta", -1.0, 1.0), ("limit", 0.3, 1.0)):
             if name in limits:
                 value = rng.uniform(low, high, experts).astype(np.float32)
+                if name == "alpha":  # 1 would change nothing
+                    value = np.where(value > 1, value + 0.5, value - 0.25).astype(np.float32)
                 tensors[f"swiglu_{name}"] = value
                 layer.limits[name] = _number(value)
         if activation == "Swiglu":
