@@ -30,7 +30,7 @@ import fi_ffi
 from fi_ffi import comm
 from fi_ffi.errors import ArgumentError
 from fi_ffi.loader import search
-from fi_ffi.ops import cuda
+from fi_ffi.ops.call import cuda
 
 KIB, MIB = 1 << 10, 1 << 20
 SIZES = (512, 2 * KIB, 8 * KIB, 32 * KIB, 64 * KIB, 128 * KIB, 256 * KIB, 512 * KIB, MIB, 2 * MIB,

@@ -34,9 +34,9 @@ MODULE_BYTES = 1_070_000  # about 950 of them make 1 GB
 CHILD = """
 import json, sys, time
 begun = time.perf_counter()
-from fi_ffi.loader.download import fetch_file
-from fi_ffi.loader.http import Client
-from fi_ffi.loader.remote import RemoteWheel
+from fi_ffi.loader.fetch.download import fetch_file
+from fi_ffi.loader.fetch.http import Client
+from fi_ffi.loader.fetch.remote import RemoteWheel
 from fi_ffi.loader.wheel import Wheel
 how, url, name, sha256, record, member = sys.argv[1:]
 client = Client()

@@ -24,10 +24,10 @@ from marks.gpu import Gpu
 from marks.peers import Peers
 
 import fi_ffi
-from fi_ffi.ops import cuda
 from fi_ffi.ops.attention import plan as planning
 from fi_ffi.ops.attention.arrays import Arrays
 from fi_ffi.ops.attention.workspace import Workspace
+from fi_ffi.ops.call import cuda
 from fi_ffi.ops.call.staging import StagePool
 
 _RUNS = 32

@@ -13,7 +13,8 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from fi_ffi.abi.interop import as_desc
 from fi_ffi.abi.signature import Signature, parse_signature
@@ -34,6 +35,7 @@ from fi_ffi.errors import (
     KernelNotFoundError,
     LoaderError,
 )
+from fi_ffi.ops.call import support
 from fi_ffi.ops.functions import *  # noqa: F403
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.on_host import (
@@ -47,45 +49,50 @@ from fi_ffi.ops.on_host import (
 )
 
 if TYPE_CHECKING:
+    from fi_ffi.graphs import Graph as Graph
+    from fi_ffi.graphs import capture as capture
     from fi_ffi.loader.runtime import file_signatures as file_signatures
+    from fi_ffi.modules import function as function
+    from fi_ffi.modules import functions as functions
+    from fi_ffi.modules import module as module
+    from fi_ffi.modules import object_type as object_type
+    from fi_ffi.modules import object_types as object_types
     from fi_ffi.ops.attention import *  # noqa: F403
-    from fi_ffi.ops.gdn import gdn_decode as gdn_decode
-    from fi_ffi.ops.graphs import Graph as Graph
-    from fi_ffi.ops.graphs import capture as capture
-    from fi_ffi.ops.kda import recurrent_kda as recurrent_kda
-    from fi_ffi.ops.mamba import selective_state_update as selective_state_update
+    from fi_ffi.ops.call.row import Row
+    from fi_ffi.ops.call.support import Support
     from fi_ffi.ops.matmul import *  # noqa: F403
-    from fi_ffi.ops.modules import function as function
-    from fi_ffi.ops.modules import functions as functions
-    from fi_ffi.ops.modules import module as module
-    from fi_ffi.ops.modules import object_type as object_type
-    from fi_ffi.ops.modules import object_types as object_types
     from fi_ffi.ops.moe import *  # noqa: F403
     from fi_ffi.ops.philox import Philox as Philox
+    from fi_ffi.ops.plans import *  # noqa: F403
     from fi_ffi.ops.prepare import prepare as prepare
+    from fi_ffi.ops.states.gdn import gdn_decode as gdn_decode
+    from fi_ffi.ops.states.kda import recurrent_kda as recurrent_kda
+    from fi_ffi.ops.states.mamba import selective_state_update as selective_state_update
     from fi_ffi.ops.table.renorm import top_p_renorm_workspace_size as top_p_renorm_workspace_size
-    from fi_ffi.ops.watch.call_log import call_log as call_log
-    from fi_ffi.ops.watch.watchdog import watchdog as watchdog
+    from fi_ffi.watch.call_log import call_log as call_log
+    from fi_ffi.watch.watchdog import watchdog as watchdog
 
 __version__ = "0.1.0"
 
 # Names imported on first use, and the modules that define them.
 _ATTENTION = (
-    "BatchAttentionPlan",
     "BatchDecodePlan",
     "BatchMlaPlan",
-    "BatchPodPlan",
     "BatchPrefillPlan",
+    "Workspace",
+    "WorkspaceSize",
+    "alibi_slopes",
+    "pack_custom_mask",
+)
+_PLANS = (
+    "BatchAttentionPlan",
+    "BatchPodPlan",
     "BlockSparseAttentionPlan",
     "MultiLevelCascadePlan",
     "PodPlan",
     "SharedPrefixPlan",
     "VariableBlockSparseAttentionPlan",
-    "Workspace",
-    "WorkspaceSize",
-    "alibi_slopes",
     "pack_block_mask",
-    "pack_custom_mask",
     "single_decode",
     "single_decode_workspace_size",
     "single_prefill",
@@ -101,7 +108,6 @@ _MOE = (
     "interleave_moe_weights_for_sm90_mixed_gemm",
     "set_deepgemm_jit_include_dirs",
 )
-_LATER = dict.fromkeys(_ATTENTION, "fi_ffi.ops.attention") | dict.fromkeys(_MOE, "fi_ffi.ops.moe")
 _MATMUL = (
     "bmm_fp8_get_algos",
     "bmm_fp8_run_with_algo",
@@ -112,27 +118,30 @@ _MATMUL = (
     "segment_gemm",
     "tinygemm_bf16",
 )
-_LATER |= {
+_LATER = {
+    **dict.fromkeys(_ATTENTION, "fi_ffi.ops.attention"),
+    **dict.fromkeys(_PLANS, "fi_ffi.ops.plans"),
+    **dict.fromkeys(_MOE, "fi_ffi.ops.moe"),
     **dict.fromkeys(_MATMUL, "fi_ffi.ops.matmul"),
-    "Graph": "fi_ffi.ops.graphs",
+    "Graph": "fi_ffi.graphs",
     "Philox": "fi_ffi.ops.philox",
-    "call_log": "fi_ffi.ops.watch.call_log",
-    "capture": "fi_ffi.ops.graphs",
+    "call_log": "fi_ffi.watch.call_log",
+    "capture": "fi_ffi.graphs",
     "file_signatures": "fi_ffi.loader.runtime",
-    "function": "fi_ffi.ops.modules",
-    "functions": "fi_ffi.ops.modules",
-    "gdn_decode": "fi_ffi.ops.gdn",
-    "module": "fi_ffi.ops.modules",
-    "object_type": "fi_ffi.ops.modules",
-    "object_types": "fi_ffi.ops.modules",
+    "function": "fi_ffi.modules",
+    "functions": "fi_ffi.modules",
+    "gdn_decode": "fi_ffi.ops.states.gdn",
+    "module": "fi_ffi.modules",
+    "object_type": "fi_ffi.modules",
+    "object_types": "fi_ffi.modules",
     "prepare": "fi_ffi.ops.prepare",
-    "recurrent_kda": "fi_ffi.ops.kda",
-    "selective_state_update": "fi_ffi.ops.mamba",
+    "recurrent_kda": "fi_ffi.ops.states.kda",
+    "selective_state_update": "fi_ffi.ops.states.mamba",
     "top_p_renorm_workspace_size": "fi_ffi.ops.table.renorm",
-    "watchdog": "fi_ffi.ops.watch.watchdog",
+    "watchdog": "fi_ffi.watch.watchdog",
 }
 # Subpackages that are imported by their names.
-_ROOMS = ("cli", "comm", "families", "loader", "reference")
+_ROOMS = ("capability", "cli", "comm", "families", "loader", "modules", "reference", "watch")
 
 
 def _later(name: str) -> object:
@@ -160,6 +169,21 @@ def __dir__() -> list[str]:
     return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
 
 
+def _judge(op: str, asked: Mapping[str, Any], rows: Sequence[Row]) -> Support:
+    """Put the judge of capabilities where ops ask it, and answer."""
+    try:
+        matrix = importlib.import_module("fi_ffi.capability.matrix")
+    except ModuleNotFoundError as error:
+        if error.name not in ("fi_ffi.capability", "fi_ffi.capability.matrix"):
+            raise
+        return support.no_judge(op, asked, rows)
+    support.judge = matrix.judge_asked
+    return support.judge(op, asked, rows)
+
+
+support.judge = _judge
+
+
 def use_kernels(location: str | os.PathLike[str]) -> None:
     """Take kernels from `location` from now on, and from nowhere else.
 
@@ -176,7 +200,7 @@ def use_kernels(location: str | os.PathLike[str]) -> None:
 
 
 if os.environ.get("FI_FFI_LOG_LEVEL", "0") not in ("", "0") or os.environ.get("FI_FFI_DUMP_DIR"):
-    importlib.import_module("fi_ffi.ops.watch.call_log").open_by_environment()
+    importlib.import_module("fi_ffi.watch.call_log").open_by_environment()
 
 __all__ = [
     "DTYPES",

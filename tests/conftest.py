@@ -21,7 +21,7 @@ from tests.helpers import expectations, sampling
 expectations.install()  # before any module is imported that has an `assert`
 
 from fi_ffi.loader import generation  # noqa: E402
-from fi_ffi.loader.building.build import build  # noqa: E402
+from fi_ffi_build.build import build  # noqa: E402
 
 from tests.helpers.compiler import why_not_build  # noqa: E402
 

@@ -11,8 +11,8 @@ import pytest
 import fi_ffi
 from fi_ffi.errors import ArgumentError, ArgumentTypeError
 from fi_ffi.loader import api_map
+from fi_ffi.ops.call.row import Required, Scalar, defaults
 from fi_ffi.ops.functions import OPS
-from fi_ffi.ops.row import Required, Scalar, defaults
 
 HINTS = {
     "BatchDecodeWithPagedKVCacheWrapper":

@@ -13,14 +13,14 @@ import pytest
 from click.testing import CliRunner, Result
 
 import fi_ffi
-from fi_ffi.cli import build as build_command
 from fi_ffi.cli import main
 from fi_ffi.errors import ArgumentError, BuildError
 from fi_ffi.loader import cache, lock, machine, runtime, search
-from fi_ffi.loader.building import environment
-from fi_ffi.loader.building.build import build
-from fi_ffi.loader.building.environment import open_workshop
 from fi_ffi.loader.kernels import open_source
+from fi_ffi_build import command as build_command
+from fi_ffi_build import environment
+from fi_ffi_build.build import build
+from fi_ffi_build.environment import open_workshop
 
 OTHER = "aarch64" if platform.machine() == "x86_64" else "x86_64"
 OP = "append_paged_kv_cache"

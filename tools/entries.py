@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
-from fi_ffi.loader.sources.entries import Entries, Entry, Group, read_entries
+from tools.release.entries import Entries, Entry, Group, read_entries
 
 __all__ = ["Entries", "Entry", "Group", "entries_of"]
 _DATA = Path(__file__).with_name("data")

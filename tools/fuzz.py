@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-PACKAGES = ["fi_ffi.abi", "fi_ffi.loader", "fi_ffi.ops.watch.safetensors", "elftools", "tomlkit"]
+PACKAGES = ["fi_ffi.abi", "fi_ffi.loader", "fi_ffi.watch.safetensors", "elftools", "tomlkit"]
 _MOST = 1 << 20  # bytes kept of what a run prints
 
 

@@ -13,17 +13,18 @@ sys.path.insert(0, str(ROOT))
 
 from generated import write_or_check  # noqa: E402
 
+from fi_ffi.capability.judgement import Query  # noqa: E402
+from fi_ffi.capability.matrix import SMS, Line, lines  # noqa: E402
 from fi_ffi.loader.listed import listed_in, published, sass_named  # noqa: E402
 from fi_ffi.loader.lock import the_lock  # noqa: E402
 from fi_ffi.loader.uris import parse  # noqa: E402
 from fi_ffi.ops.attention.rows import FORMS  # noqa: E402
-from fi_ffi.ops.capability.judgement import RUN, Query, Support  # noqa: E402
-from fi_ffi.ops.capability.matrix import SMS, Line, lines  # noqa: E402
+from fi_ffi.ops.call.releases import fits, is_in  # noqa: E402
+from fi_ffi.ops.call.row import Absent, Arg, Row, Rule, Tensor  # noqa: E402
+from fi_ffi.ops.call.support import RUN, Support  # noqa: E402
 from fi_ffi.ops.functions import OPS  # noqa: E402
 from fi_ffi.ops.moe.interface import activation_numbers  # noqa: E402
 from fi_ffi.ops.moe.modes import MODES, Mode  # noqa: E402
-from fi_ffi.ops.releases import fits, is_in  # noqa: E402
-from fi_ffi.ops.row import Absent, Arg, Row, Rule, Tensor  # noqa: E402
 
 TARGET = ROOT / "docs" / "default-release.md"
 CUDA, CPU = "cu130", "x86_64"
@@ -264,7 +265,7 @@ STEPS = """\
 3. **Run all ops on a GPU**: `tools/gpu_build.sh` with `RELEASE={release}` for every part,
    `tools/gpu_run.sh`, and `python3 tools/record_called.py` ([contributing.md](contributing.md)).
 4. **Change the name**: `default` of `[kernels]` in wheels.lock, `DEFAULT_RELEASE` in
-   `fi_ffi/loader/building/names.py`, `FIRST` in `fi_ffi/ops/releases.py`, and the first of
+   `fi_ffi_build/names.py`, `FIRST` in `fi_ffi/ops/call/releases.py`, and the first of
    `INTERFACES` in `fi_ffi/ops/moe/interface.py`. Then run the generators of pages and stubs.
 """
 

@@ -13,6 +13,9 @@ sys.path.insert(0, str(ROOT))
 
 from generated import write_or_check  # noqa: E402
 
+from fi_ffi.capability.judgement import Query, gpu_runs  # noqa: E402
+from fi_ffi.capability.known_issues import KNOWN_ISSUES, KnownIssue  # noqa: E402
+from fi_ffi.capability.matrix import SMS, lines  # noqa: E402
 from fi_ffi.loader.listed import (  # noqa: E402
     entries_in,
     gpus_in,
@@ -23,10 +26,8 @@ from fi_ffi.loader.listed import (  # noqa: E402
     wheels_of,
 )
 from fi_ffi.loader.lock import the_lock  # noqa: E402
-from fi_ffi.ops.capability.judgement import Query, Support, gpu_runs  # noqa: E402
-from fi_ffi.ops.capability.known_issues import KNOWN_ISSUES, KnownIssue  # noqa: E402
-from fi_ffi.ops.capability.matrix import SMS, lines  # noqa: E402
-from fi_ffi.ops.declared import declared  # noqa: E402
+from fi_ffi.ops.call.support import Support  # noqa: E402
+from tools.release.declared import declared  # noqa: E402
 
 TARGET = ROOT / "docs" / "matrix.md"
 CUDA, CPU = "cu130", "x86_64"

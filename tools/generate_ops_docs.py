@@ -14,17 +14,17 @@ sys.path.insert(0, str(ROOT))
 from generated import write_or_check  # noqa: E402
 
 import fi_ffi  # noqa: E402
+from fi_ffi.capability.judgement import listed_codes  # noqa: E402
+from fi_ffi.capability.matrix import PACKAGES, package_entries  # noqa: E402
 from fi_ffi.families import FAMILIES  # noqa: E402
 from fi_ffi.loader.lock import the_lock  # noqa: E402
 from fi_ffi.ops import attention  # noqa: E402
 from fi_ffi.ops.attention.rows import FORMS  # noqa: E402
 from fi_ffi.ops.call.op import Op  # noqa: E402
-from fi_ffi.ops.capability.judgement import listed_codes  # noqa: E402
-from fi_ffi.ops.capability.matrix import PACKAGES, package_entries  # noqa: E402
+from fi_ffi.ops.call.releases import span_of  # noqa: E402
+from fi_ffi.ops.call.row import Arg, Row, Tensor, default_of, defaults  # noqa: E402
 from fi_ffi.ops.functions import OPS  # noqa: E402
 from fi_ffi.ops.moe import interface  # noqa: E402
-from fi_ffi.ops.releases import span_of  # noqa: E402
-from fi_ffi.ops.row import Arg, Row, Tensor, default_of, defaults  # noqa: E402
 
 TARGET = ROOT / "docs" / "ops.md"
 HEADER = """\

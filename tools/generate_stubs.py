@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT))
 
 from generated import write_or_check  # noqa: E402
 
-from fi_ffi.ops.row import (  # noqa: E402
+from fi_ffi.ops.call.row import (  # noqa: E402
     KV_LAYOUTS,
     Arg,
     KvLayout,

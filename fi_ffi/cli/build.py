@@ -16,21 +16,21 @@ import click
 from fi_ffi.cli import INTERRUPTED
 from fi_ffi.cli.output import print_json, say
 from fi_ffi.errors import printable
-from fi_ffi.loader.building.build import Available, available
-from fi_ffi.loader.building.build import build as build_wheel
-from fi_ffi.loader.building.environment import Progress
-from fi_ffi.loader.building.names import (
+from fi_ffi.loader.cache import cache_root
+from fi_ffi.loader.fetch.progress import shown
+from fi_ffi.loader.lock import wanted_release
+from fi_ffi.loader.machine import CPUS
+from fi_ffi_build.build import Available, available
+from fi_ffi_build.build import build as build_wheel
+from fi_ffi_build.environment import Progress
+from fi_ffi_build.names import (
     DEFAULT_ARCH,
     FAMILIES,
     OPTIONS,
     parse_arch,
     with_options,
 )
-from fi_ffi.loader.building.options import Option
-from fi_ffi.loader.cache import cache_root
-from fi_ffi.loader.lock import wanted_release
-from fi_ffi.loader.machine import CPUS
-from fi_ffi.loader.progress import shown
+from fi_ffi_build.options import Option
 
 
 @contextmanager

@@ -13,8 +13,9 @@ from typing import Any
 import click
 
 from fi_ffi.cli import NearNames, output
-from fi_ffi.loader import progress, trust, upkeep
+from fi_ffi.loader import trust, upkeep
 from fi_ffi.loader.cache import cache_root
+from fi_ffi.loader.fetch import progress
 from fi_ffi.loader.upkeep import Item, items
 
 _as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")

@@ -12,7 +12,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from fi_ffi.ops.row import Row
+from fi_ffi.ops.call.row import Row
 from fi_ffi.reference import EXACT, MOVES
 from fi_ffi.reference.arrays import Array
 from fi_ffi.reference.formula import SLACK, Expected, Judge, as_inputs

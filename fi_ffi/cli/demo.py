@@ -16,7 +16,8 @@ from fi_ffi.abi.tensor import Device, parse_device
 from fi_ffi.cli import output
 from fi_ffi.cli.demo_calls import COUNT, Call, calls
 from fi_ffi.errors import FiFfiError, KernelNotFoundError, LoaderError
-from fi_ffi.loader import progress, search
+from fi_ffi.loader import search
+from fi_ffi.loader.fetch import progress
 from fi_ffi.reference.arrays import Array
 
 _TIMED_CALLS = 20

@@ -13,17 +13,18 @@ from dataclasses import asdict, dataclass, field
 import click
 
 import fi_ffi
+from fi_ffi.capability.judgement import Query
+from fi_ffi.capability.known_issues import KNOWN_ISSUES
+from fi_ffi.capability.matrix import Line
 from fi_ffi.cli import output
 from fi_ffi.cli.names import Named, named
 from fi_ffi.errors import FiFfiError, KernelNotFoundError, LoaderError
-from fi_ffi.loader import cache, lock, machine, progress, runtime, search, seed, upkeep
-from fi_ffi.loader.urls import fetching, is_withheld, may_fetch
-from fi_ffi.ops.capability.judgement import Query
-from fi_ffi.ops.capability.known_issues import KNOWN_ISSUES
-from fi_ffi.ops.capability.matrix import Line
+from fi_ffi.loader import cache, lock, machine, runtime, search, seed, upkeep
+from fi_ffi.loader.fetch import progress
+from fi_ffi.loader.fetch.urls import fetching, is_withheld, may_fetch
+from fi_ffi.ops.call.releases import fits
+from fi_ffi.ops.call.row import Row
 from fi_ffi.ops.functions import OPS
-from fi_ffi.ops.releases import fits
-from fi_ffi.ops.row import Row
 from fi_ffi.ops.table import ROWS
 
 _UNREACHED = "build kernels with `fi-ffi build`, or name others in FI_FFI_KERNELS"
@@ -392,7 +393,7 @@ def _answer(
 
 def _exported(one: Named, query: Query) -> str:
     """Return a module's exports as text; raise if the named entry is not among them."""
-    from fi_ffi.ops.modules.module import unexported
+    from fi_ffi.modules.module import unexported
 
     asked = (search.ask(place, one.module, query.capability) for place in query.places)
     said = next((said for said in asked if said.status == search.HERE), None)

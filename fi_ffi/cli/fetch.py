@@ -9,19 +9,21 @@ from dataclasses import asdict, dataclass
 
 import click
 
+from fi_ffi.capability.judgement import Query, capability_of
 from fi_ffi.cli import output
 from fi_ffi.cli.names import Named, named
 from fi_ffi.errors import ArchitectureError, FiFfiError, KernelNotFoundError
-from fi_ffi.loader import cache, progress, search
-from fi_ffi.loader.building.names import FAMILIES, parse_arch, parse_request
+from fi_ffi.loader import cache, search
 from fi_ffi.loader.catalogue import may_have, without
 from fi_ffi.loader.fatbin import runs_on
+from fi_ffi.loader.fetch import progress
+from fi_ffi.loader.fetch.urls import fetching
 from fi_ffi.loader.held import facts_of
 from fi_ffi.loader.lock import wanted_release
 from fi_ffi.loader.search import PinnedKernels
 from fi_ffi.loader.uris import parse
-from fi_ffi.loader.urls import fetching
-from fi_ffi.ops.capability.judgement import REFUSED, Query, capability_of
+from fi_ffi.ops.call.support import REFUSED
+from fi_ffi_build.names import FAMILIES, parse_arch, parse_request
 
 _FEW = 3  # members of a family that an error lists
 

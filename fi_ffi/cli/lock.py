@@ -18,8 +18,13 @@ from fi_ffi.cli import NearNames
 from fi_ffi.cli.output import print_json, print_table, say
 from fi_ffi.errors import ArgumentError, ArtifactError, FetchError, LoaderError
 from fi_ffi.loader import cache
-from fi_ffi.loader.download import Reporter, fetch_file
-from fi_ffi.loader.http import Client
+from fi_ffi.loader.fetch.download import Reporter, fetch_file
+from fi_ffi.loader.fetch.http import Client
+from fi_ffi.loader.fetch.pinning import Link, append, describe, links_at
+from fi_ffi.loader.fetch.progress import counter, reporter
+from fi_ffi.loader.fetch.ranges import NoRanges, RemotePieces
+from fi_ffi.loader.fetch.remote import RemoteWheel
+from fi_ffi.loader.fetch.urls import is_file_url, redact
 from fi_ffi.loader.listed import FIRST_OF_PROVIDERS
 from fi_ffi.loader.lock import (
     ENVIRONMENT,
@@ -32,12 +37,7 @@ from fi_ffi.loader.lock import (
     this_platform,
     wanted_release,
 )
-from fi_ffi.loader.pinning import Link, append, describe, links_at
-from fi_ffi.loader.progress import counter, reporter
-from fi_ffi.loader.ranges import NoRanges, RemotePieces
-from fi_ffi.loader.remote import RemoteWheel
 from fi_ffi.loader.uris import version_of
-from fi_ffi.loader.urls import is_file_url, redact
 from fi_ffi.loader.wheel import Wheel
 
 _SHOWN = 12  # wheels of a page that an error lists

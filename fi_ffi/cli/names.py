@@ -10,12 +10,12 @@ from functools import partial
 
 import click
 
+from fi_ffi.capability.judgement import gpu_runs, judge
+from fi_ffi.capability.matrix import Line, entry_row, lines
 from fi_ffi.errors import LoaderError, nearest
 from fi_ffi.loader.kernels import KernelSource
 from fi_ffi.loader.listed import listed_in
 from fi_ffi.loader.uris import parse
-from fi_ffi.ops.capability.judgement import gpu_runs, judge
-from fi_ffi.ops.capability.matrix import Line, entry_row, lines
 from fi_ffi.ops.table import ROWS
 
 

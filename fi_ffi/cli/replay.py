@@ -27,18 +27,19 @@ from fi_ffi.abi.tensor import DTYPES, Device, DType, TensorDesc, make_desc, pars
 from fi_ffi.cli import output
 from fi_ffi.cli.cases import case_of
 from fi_ffi.errors import ArtifactError, FiFfiError
-from fi_ffi.loader import machine, progress, runtime, search
-from fi_ffi.ops import cuda
+from fi_ffi.loader import machine, runtime, search
+from fi_ffi.loader.fetch import progress
 from fi_ffi.ops.attention.rows import FORMS
 from fi_ffi.ops.attention.workspace import FLOAT_BYTES, INT_BYTES
+from fi_ffi.ops.call import cuda
 from fi_ffi.ops.call.compiled import CompiledRow
+from fi_ffi.ops.call.releases import fits
+from fi_ffi.ops.call.row import PlanInfo, Row, Tensor
 from fi_ffi.ops.functions import OPS
-from fi_ffi.ops.releases import fits
-from fi_ffi.ops.row import PlanInfo, Row, Tensor
-from fi_ffi.ops.watch import safetensors
-from fi_ffi.ops.watch.dump import AFTER, BEFORE, FORMAT, PLAN
 from fi_ffi.reference import EXACT, MOVES
 from fi_ffi.reference.arrays import Array, bits
+from fi_ffi.watch import safetensors
+from fi_ffi.watch.dump import AFTER, BEFORE, FORMAT, PLAN
 
 _CPU = parse_device("cpu")
 

@@ -16,7 +16,7 @@ from fi_ffi.comm.nccl import Nccl
 from fi_ffi.comm.ranks import Ranks
 from fi_ffi.comm.vllm import VllmAllReduce
 from fi_ffi.errors import ArgumentError, LoaderError
-from fi_ffi.ops import cuda
+from fi_ffi.ops.call import cuda
 
 ALGORITHMS = ("oneshot", "twoshot", "vllm", "nccl")
 Call = Callable[[TensorDesc, TensorDesc, int], None]

@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.streams import PER_THREAD
 from fi_ffi.abi.tensor import DTYPES, Device, TensorDesc, parse_dtype
+from fi_ffi.comm import entries as entries
 from fi_ffi.errors import ArgumentError, ArgumentTypeError
 from fi_ffi.loader import machine
-from fi_ffi.ops import comm as entries
-from fi_ffi.ops import cuda
+from fi_ffi.ops.call import cuda
 from fi_ffi.ops.call.arguments import check_int
-from fi_ffi.ops.notation import round_up
+from fi_ffi.ops.call.notation import round_up
 from fi_ffi.ops.table.comm import PATTERNS
 
 # numbers of ranks that allreduce_fusion_op() of trtllm_allreduce_fusion.cuh supports

@@ -20,7 +20,7 @@ from fi_ffi.comm.memory import Place, has_ended, place_of
 from fi_ffi.comm.ranks import PATIENCE_S, Ranks, check_ranks, hurried, names
 from fi_ffi.errors import ArgumentError, ArgumentTypeError, HangError, KernelError, LoaderError
 from fi_ffi.loader import machine
-from fi_ffi.ops import cuda
+from fi_ffi.ops.call import cuda
 from fi_ffi.ops.call.arguments import check_choice, check_flag, check_int, check_number
 
 MAX_BYTES = 8 << 20

@@ -19,7 +19,7 @@ from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.tensor import Device
 from fi_ffi.errors import DeviceError
 from fi_ffi.loader import machine
-from fi_ffi.ops import cuda
+from fi_ffi.ops.call import cuda
 
 _NON_BLOCKING = 1  # cudaStreamNonBlocking
 _ANY_DIRECTION = 4  # cudaMemcpyDefault

@@ -21,7 +21,7 @@ from fi_ffi.abi.tensor import Device
 from fi_ffi.comm.ranks import Ranks
 from fi_ffi.errors import LoaderError
 from fi_ffi.loader import machine
-from fi_ffi.ops import cuda
+from fi_ffi.ops.call import cuda
 
 _ROUND = 2 << 20  # CUDA shares memory between processes in whole blocks of this size
 _LAZY_PEER_ACCESS = 1  # cudaIpcMemLazyEnablePeerAccess

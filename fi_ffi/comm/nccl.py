@@ -9,7 +9,7 @@ from fi_ffi.abi.tensor import Device, TensorDesc
 from fi_ffi.comm.hang import ends
 from fi_ffi.comm.ranks import Ranks
 from fi_ffi.errors import KernelError, LoaderError
-from fi_ffi.ops import cuda
+from fi_ffi.ops.call import cuda
 
 _SUM = 0  # ncclSum
 _DTYPES = {"float16": 6, "float32": 7, "bfloat16": 9}  # ncclDataType_t

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable, Sequence
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.streams import PER_THREAD
 from fi_ffi.abi.tensor import Device, TensorDesc
+from fi_ffi.comm import entries as entries
 from fi_ffi.errors import ArgumentError
-from fi_ffi.ops import comm as entries
-from fi_ffi.ops import cuda
-from fi_ffi.ops.notation import round_up
+from fi_ffi.ops.call import cuda
+from fi_ffi.ops.call.notation import round_up
 from fi_ffi.ops.table.comm import MOST_CTAS
 
 SIZES = (2, 4, 6, 8)  # numbers of ranks that allreduce() of vllm_custom_all_reduce.cuh supports

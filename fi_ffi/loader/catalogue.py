@@ -12,10 +12,10 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from fi_ffi.errors import ArgumentError, LoaderError
+from fi_ffi.loader.fetch.urls import fetching, is_withheld
 from fi_ffi.loader.kernels import KernelDirectory, KernelSource, release_of
 from fi_ffi.loader.listed import listed_in
 from fi_ffi.loader.uris import ModuleName, Value, parse, uri
-from fi_ffi.loader.urls import fetching, is_withheld
 from fi_ffi.loader.wheel import Wheel
 
 _NEAREST = 3  # modules that an error lists
@@ -118,8 +118,8 @@ def build_advice(
     The architecture in the module's name counts, unless the module is known to be for `arch`.
     """
     # Imported here: this is the only dependency on the build.
-    from fi_ffi.loader.building.cute import request_for
-    from fi_ffi.loader.building.names import DEFAULT_ARCH, DEFAULT_RELEASE
+    from fi_ffi_build.cute import request_for
+    from fi_ffi_build.names import DEFAULT_ARCH, DEFAULT_RELEASE
 
     release = release or DEFAULT_RELEASE
     if (request := request_for(module)) is not None:

@@ -36,6 +36,7 @@ from fi_ffi.errors import (
 )
 from fi_ffi.loader import cache, generation, machine, trust
 from fi_ffi.loader.fatbin import runs_on, sass_named
+from fi_ffi.loader.fetch.urls import fetching, is_withheld, may_fetch
 from fi_ffi.loader.held import Facts, cuda_of, facts_of
 from fi_ffi.loader.kernels import (
     KernelDirectory,
@@ -53,7 +54,6 @@ from fi_ffi.loader.lock import (
     this_platform,
     wanted_release,
 )
-from fi_ffi.loader.urls import fetching, is_withheld, may_fetch
 from fi_ffi.loader.wheel import Wheel, hex_of
 
 KERNELS, SOURCES, WHEELS = "FI_FFI_KERNELS", "FI_FFI_SOURCES", "FI_FFI_WHEELS"
@@ -396,7 +396,7 @@ class PinnedKernels:
 
 
 def _open_pinned(pin: PinnedWheel) -> KernelWheel:
-    from fi_ffi.loader.remote import RemoteWheel
+    from fi_ffi.loader.fetch.remote import RemoteWheel
 
     verify = os.environ.get(VERIFY) or "full"
     if verify not in ("full", "record"):
@@ -408,7 +408,7 @@ def _open_pinned(pin: PinnedWheel) -> KernelWheel:
             # imported here: importing rich takes longer than a start, and most processes fetch
             # nothing
             if not show:
-                from fi_ffi.loader.progress import reporter
+                from fi_ffi.loader.fetch.progress import reporter
 
                 print(_WHOLE.format(pin.file), file=sys.stderr)
                 show.append(stack.enter_context(reporter()) or (lambda progress: None))

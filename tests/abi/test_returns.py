@@ -18,7 +18,7 @@ from fi_ffi.abi.library import TypeIndex
 from fi_ffi.abi.objects import OBJECT_TYPES, Object
 from fi_ffi.abi.tensor import parse_device
 from fi_ffi.errors import AbiError, KernelError
-from fi_ffi.ops.modules.entry import Origin, adopted
+from fi_ffi.modules.entry import Origin, adopted
 
 from tests.abi.conftest import Abuse, cell
 

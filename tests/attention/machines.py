@@ -18,7 +18,7 @@ from fi_ffi.ops.attention.backends import (
     fa2_lacks,
     fa3_lacks,
 )
-from fi_ffi.ops.providers import release_in_force
+from fi_ffi.ops.call.providers import release_in_force
 
 from tests.helpers.calls import HostArray
 

@@ -19,9 +19,8 @@ from fi_ffi.abi.tensor import TensorDesc, make_desc, parse_device
 from fi_ffi.loader import generation
 from fi_ffi.loader import machine as of_loader
 from fi_ffi.loader.runtime import ensure_tvm_ffi
-from fi_ffi.ops import cuda, providers
 from fi_ffi.ops.attention import backends
-from fi_ffi.ops.call import compiled, op
+from fi_ffi.ops.call import compiled, cuda, op, providers
 from fi_ffi.reference import arrays
 
 from tests.attention.machines import Cpu

@@ -12,8 +12,8 @@ import fi_ffi
 from fi_ffi.abi.tensor import TensorDesc
 from fi_ffi.ops.attention.backends import Kernel
 from fi_ffi.ops.attention.run import OWN_STRIDES
-from fi_ffi.ops.providers import release_in_force
-from fi_ffi.ops.releases import is_in
+from fi_ffi.ops.call.providers import release_in_force
+from fi_ffi.ops.call.releases import is_in
 
 from tests.attention import judge
 from tests.attention.cases import E4M3, dequantised, make

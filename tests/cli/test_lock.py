@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from fi_ffi.cli import main
 from fi_ffi.errors import ArgumentError
 from fi_ffi.loader import cache
-from fi_ffi.loader.download import fetch_file
+from fi_ffi.loader.fetch.download import fetch_file
 from fi_ffi.loader.lock import PinnedWheel, lock_path, read_lock
 
 from tests.loader import server as faults

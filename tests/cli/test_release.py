@@ -16,10 +16,10 @@ from fi_ffi.cli import main
 from fi_ffi.errors import ArgumentError, ArtifactError, BuildError, FetchError
 from fi_ffi.loader import cache
 from fi_ffi.loader.listed import sha256_of
-from fi_ffi.loader.sources import Function, record
-from fi_ffi.loader.sources.compare import changes
-from fi_ffi.loader.sources.wheels import open_release, published
-from fi_ffi.ops.declared import GONE, declared
+from tools.release import Function, record
+from tools.release.compare import changes
+from tools.release.declared import GONE, declared
+from tools.release.wheels import open_release, published
 
 from tests.helpers import sampling
 

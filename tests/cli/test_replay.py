@@ -21,9 +21,9 @@ from fi_ffi.cli import main
 from fi_ffi.cli.replay import Placed as Replaced
 from fi_ffi.cli.replay import load
 from fi_ffi.ops.functions import OPS
-from fi_ffi.ops.watch import safetensors, tensor_bytes, watching
-from fi_ffi.ops.watch.dump import AFTER, BEFORE
 from fi_ffi.reference import norm as kernels
+from fi_ffi.watch import safetensors, tensor_bytes, watching
+from fi_ffi.watch.dump import AFTER, BEFORE
 
 from tests.helpers.cases import default_dtypes, make_case
 from tests.helpers.children import done

@@ -17,7 +17,7 @@ from fi_ffi import comm
 from fi_ffi.comm.memory import _pieces
 from fi_ffi.errors import ArgumentError, ArgumentTypeError, HangError, LoaderError
 from fi_ffi.loader import machine
-from fi_ffi.ops import cuda
+from fi_ffi.ops.call import cuda
 from fi_ffi.reference.comm import _ranks
 
 from tests.helpers import rank_programs, ranks

@@ -16,7 +16,7 @@ import fi_ffi
 from fi_ffi.abi import streams
 from fi_ffi.cli.cuda import check
 from fi_ffi.loader.runtime import ensure_tvm_ffi
-from fi_ffi.ops import cuda
+from fi_ffi.ops.call import cuda
 from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.functions import OPS
 

@@ -18,8 +18,8 @@ from fi_ffi.cli import main
 from fi_ffi.cli.cuda import check
 from fi_ffi.loader import search
 from fi_ffi.ops.functions import OPS
-from fi_ffi.ops.watch.dump import BEFORE
-from fi_ffi.ops.watch.tensor_bytes import read as read_memory
+from fi_ffi.watch.dump import BEFORE
+from fi_ffi.watch.tensor_bytes import read as read_memory
 
 from tests.helpers import children
 from tests.helpers.bodies import bodies_of

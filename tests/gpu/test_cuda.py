@@ -21,7 +21,7 @@ import numpy as np
 import fi_ffi
 from fi_ffi.cli.cuda import DeviceArray
 from fi_ffi.loader import machine, runtime
-from fi_ffi.ops import cuda
+from fi_ffi.ops.call import cuda
 
 device = fi_ffi.parse_device("cuda:0")
 room = cuda.allocate(1 << 20, device, zeroed=True)

@@ -15,7 +15,7 @@ import fi_ffi
 from fi_ffi.cli.cuda import CudaError, DeviceArray, check
 from fi_ffi.loader import machine as of_loader
 from fi_ffi.loader import search
-from fi_ffi.ops import cuda
+from fi_ffi.ops.call import cuda
 from fi_ffi.ops.functions import OPS
 
 from tests.helpers import children
@@ -31,7 +31,7 @@ import fi_ffi
 from fi_ffi.abi.tensor import parse_device
 from fi_ffi.cli.cuda import DeviceArray, check
 from fi_ffi.loader import machine
-from fi_ffi.ops import cuda
+from fi_ffi.ops.call import cuda
 
 x = DeviceArray(np.ones((8, 512), np.float16))
 out = DeviceArray(np.full((8, 512), np.nan, np.float16))

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 import fi_ffi
+from fi_ffi.comm.entries import OPS, setup
 from fi_ffi.loader import machine, search
-from fi_ffi.ops.comm import OPS, setup
-from fi_ffi.ops.releases import FIRST, is_in
+from fi_ffi.ops.call.releases import FIRST, is_in
 from fi_ffi.ops.table.comm import PATTERNS
 
 from tests.helpers.fusion_calls import Call, MoeCall, Sizes

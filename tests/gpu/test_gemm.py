@@ -9,7 +9,7 @@ import pytest
 import fi_ffi
 from fi_ffi.loader import libraries
 from fi_ffi.loader import machine as of_loader
-from fi_ffi.ops.cuda import own_handle
+from fi_ffi.ops.call.cuda import own_handle
 from fi_ffi.ops.functions import OPS
 from fi_ffi.reference.gemm import fp8_products
 

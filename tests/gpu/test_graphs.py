@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import fi_ffi
-from fi_ffi.ops import cuda
+from fi_ffi.ops.call import cuda
 from fi_ffi.ops.functions import OPS
 
 from tests.helpers.cases import make_case

@@ -18,7 +18,7 @@ from cuda.bindings import runtime
 from fi_ffi.cli.cases import Case
 from fi_ffi.cli.cuda import check
 from fi_ffi.ops.call.op import Op
-from fi_ffi.ops.row import Row
+from fi_ffi.ops.call.row import Row
 
 from tests.helpers import cases
 from tests.helpers.calls import EVERY_CALL, padded

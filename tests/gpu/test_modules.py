@@ -15,8 +15,8 @@ from fi_ffi.abi import library
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.objects import lent_count
 from fi_ffi.cli.cuda import check
+from fi_ffi.modules import ModuleObject
 from fi_ffi.ops.functions import OPS
-from fi_ffi.ops.modules import ModuleObject
 
 from tests.helpers.cases import make_case
 from tests.helpers.prepared_calls import poison, settle

@@ -15,13 +15,13 @@ from cuda.bindings import runtime
 import fi_ffi
 from fi_ffi.cli.cuda import check as checked
 from fi_ffi.loader import machine, search
-from fi_ffi.ops import cuda
+from fi_ffi.ops.call import cuda
 from fi_ffi.ops.moe import deepgemm, modes
 from fi_ffi.ops.moe.interface import MODULE, MODULES
 from fi_ffi.ops.moe.modes import MODES
-from fi_ffi.ops.watch import watching
-from fi_ffi.ops.watch.call_record import CallRecord
 from fi_ffi.reference import moe_weights
+from fi_ffi.watch import watching
+from fi_ffi.watch.call_record import CallRecord
 
 from tests.helpers import moe_layers
 from tests.helpers.moe_bounds import ON_HOPPER, moe

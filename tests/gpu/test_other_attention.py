@@ -12,9 +12,9 @@ import fi_ffi
 from fi_ffi.cli.cuda import check
 from fi_ffi.loader import machine
 from fi_ffi.ops.attention.rows import SCRATCH_BYTES
-from fi_ffi.ops.attention.xqa import WINDOWS_OF_EACH
-from fi_ffi.ops.providers import release_in_force
-from fi_ffi.ops.releases import is_in
+from fi_ffi.ops.call.providers import release_in_force
+from fi_ffi.ops.call.releases import is_in
+from fi_ffi.ops.plans.xqa import WINDOWS_OF_EACH
 
 from tests.attention.test_xqa_mla import SPECS as XQA_MLA
 from tests.helpers import batch_pod_calls, pod_calls, xqa_calls, xqa_mla_calls

@@ -229,7 +229,7 @@ OVERLAP = """
     import fi_ffi
     from fi_ffi.abi._cffi import ffi
     from fi_ffi.cli.cuda import DeviceArray, check
-    from fi_ffi.ops import cuda
+    from fi_ffi.ops.call import cuda
 
     fi_ffi.use_kernels(os.environ["FI_FFI_KERNELS"])
     flags = runtime.cudaStreamNonBlocking

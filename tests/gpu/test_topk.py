@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 import fi_ffi
+from fi_ffi.ops.call.providers import release_in_force
+from fi_ffi.ops.call.releases import fits
+from fi_ffi.ops.call.row import Scalar
 from fi_ffi.ops.functions import OPS
-from fi_ffi.ops.providers import release_in_force
-from fi_ffi.ops.releases import fits
-from fi_ffi.ops.row import Scalar
 
 from tests.helpers.bodies import bodies_of
 from tests.helpers.every_op import check_on

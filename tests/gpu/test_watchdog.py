@@ -18,7 +18,7 @@ import fi_ffi
 from fi_ffi.cli.cuda import DeviceArray, check, gpus, on_device
 from fi_ffi.ops.call import memory
 from fi_ffi.ops.functions import OPS
-from fi_ffi.ops.watch import stream_progress
+from fi_ffi.watch import stream_progress
 
 from tests.helpers import children
 from tests.helpers.bodies import bodies_of

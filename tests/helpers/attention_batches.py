@@ -8,7 +8,7 @@ import numpy as np
 
 from fi_ffi import reference
 from fi_ffi.abi.interop import as_desc
-from fi_ffi.ops.row import KvLayout, Row, Scalar
+from fi_ffi.ops.call.row import KvLayout, Row, Scalar
 from fi_ffi.reference.attention.formula import Exact, exact_batch, from_pages
 
 HEADS, KV_HEADS, DIM, PAGE = 8, 2, 64, 5

@@ -154,7 +154,7 @@ def _parse(block: Block) -> None:
 def _check_signature(block: Block) -> None:
     """`package.name(arguments)` is what `inspect` says of it."""
     import fi_ffi
-    from fi_ffi.ops.row import REQUIRED
+    from fi_ffi.ops.call.row import REQUIRED
 
     name, _, arguments = block.code.strip().partition("(")
     (stub,) = ast.parse(f"def _({arguments}: ...").body

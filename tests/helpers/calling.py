@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from fi_ffi.abi.function import Entry
+from fi_ffi.capability.judgement import key_of
 from fi_ffi.cli.cuda import gpus
 from fi_ffi.loader import search
 from fi_ffi.loader.uris import parse
-from fi_ffi.ops.capability.judgement import key_of
 from tools.entries import entries_of
 
 # More arguments than these ask a function for its signature, and call nothing.

@@ -11,8 +11,8 @@ import pytest
 
 import fi_ffi
 from fi_ffi.cli.cases import Case
+from fi_ffi.ops.call.row import Row
 from fi_ffi.ops.functions import OPS
-from fi_ffi.ops.row import Row
 from fi_ffi.ops.table import norm, page
 
 # From one vector of 8 to the largest in use; 24, 127 and 1001 are not powers of two.

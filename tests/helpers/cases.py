@@ -10,8 +10,8 @@ import numpy as np
 
 from fi_ffi.abi.tensor import DTYPES
 from fi_ffi.cli.cases import Case, case_of
-from fi_ffi.ops.notation import parse_axis
-from fi_ffi.ops.row import KvLayout, Row, Scalar, Tensor, Text
+from fi_ffi.ops.call.notation import parse_axis
+from fi_ffi.ops.call.row import KvLayout, Row, Scalar, Tensor, Text
 from fi_ffi.reference import MOVES
 from fi_ffi.reference.arrays import Array
 

@@ -17,8 +17,8 @@ import pytest
 
 from fi_ffi.errors import BuildError
 from fi_ffi.loader import tvm_ffi
-from fi_ffi.loader.building.environment import find_cxx, find_toolkits
 from fi_ffi.loader.machine import CUDA_MAJORS, majors_here
+from fi_ffi_build.environment import find_cxx, find_toolkits
 
 from tests.helpers import sampling
 

@@ -10,7 +10,7 @@ import numpy as np
 import fi_ffi
 from fi_ffi.abi.tensor import DTYPES
 from fi_ffi.cli.cases import bound, case_of
-from fi_ffi.ops.gdn import Kernel, least_states, row_of
+from fi_ffi.ops.states.gdn import Kernel, least_states, row_of
 
 from tests.helpers.calls import called, of_bound, padded
 

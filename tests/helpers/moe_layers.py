@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 import fi_ffi
+from fi_ffi.ops.call.providers import release_in_force
+from fi_ffi.ops.call.releases import is_in
 from fi_ffi.ops.moe.interface import FOLDED_RELEASES
-from fi_ffi.ops.providers import release_in_force
-from fi_ffi.ops.releases import is_in
 from fi_ffi.reference.moe import Layer
 
 from tests.helpers.moe_bounds import worst

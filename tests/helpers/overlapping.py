@@ -13,7 +13,7 @@ import pytest
 import fi_ffi
 from fi_ffi.cli.cases import Case
 from fi_ffi.ops.call.compiled import CompiledRow
-from fi_ffi.ops.row import Row, Tensor
+from fi_ffi.ops.call.row import Row, Tensor
 
 from tests.helpers.prepared_calls import room_for
 

@@ -13,8 +13,8 @@ import fi_ffi
 from fi_ffi.cli.cases import Case
 from fi_ffi.ops.call.compiled import CompiledRow
 from fi_ffi.ops.call.op import Op
+from fi_ffi.ops.call.row import KvLayout, Row, Scalar, Tensor
 from fi_ffi.ops.functions import OPS
-from fi_ffi.ops.row import KvLayout, Row, Scalar, Tensor
 
 from tests.helpers.calls import EVERY_CALL
 from tests.helpers.cases import default_dtypes, make_case

@@ -35,14 +35,14 @@ from fi_ffi.loader import (
     search,
     trust,
     tvm_ffi,
-    urls,
-)  # fmt: skip
-from fi_ffi.loader.building import environment
+)
+from fi_ffi.loader.fetch import urls  # fmt: skip
 from fi_ffi.loader.kernels import KernelFile, open_source
-from fi_ffi.ops import cuda, providers
+from fi_ffi.ops.call import cuda, providers
 from fi_ffi.ops.call.op import Op
+from fi_ffi.ops.call.row import Row, Tensor
 from fi_ffi.ops.functions import OPS
-from fi_ffi.ops.row import Row, Tensor
+from fi_ffi_build import environment
 
 from tests.helpers.plan_calls import Case, aligned
 

@@ -9,7 +9,7 @@ import numpy as np
 import fi_ffi
 from fi_ffi.abi.tensor import DTYPES
 from fi_ffi.cli.cases import Case, bound, case_of
-from fi_ffi.ops.mamba import ALGORITHMS, INT16, RANDOM, module_of, row_of
+from fi_ffi.ops.states.mamba import ALGORITHMS, INT16, RANDOM, module_of, row_of
 
 from tests.helpers.calls import called, of_bound
 

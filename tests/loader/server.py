@@ -22,7 +22,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from fi_ffi.errors import LoaderError
-from fi_ffi.loader.http import Policy
+from fi_ffi.loader.fetch.http import Policy
 
 # Patient enough for a busy machine, and quick.
 QUICK = Policy(tries=3, first_wait=0.01, longest_wait=1.0, connect_timeout=2, read_timeout=1.0)

@@ -12,10 +12,11 @@ from typing import ClassVar
 import pytest
 
 import fi_ffi
+from fi_ffi import graphs
 from fi_ffi.abi import failure
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.loader import cuda_errors, machine
-from fi_ffi.ops import cuda, graphs
+from fi_ffi.ops.call import cuda
 from fi_ffi.ops.functions import OPS
 
 INVALID_DEVICE, NOT_READY, ILLEGAL, UPDATE_FAILED = 101, 600, 700, 910

@@ -18,10 +18,11 @@ from dataclasses import replace
 import pytest
 
 from fi_ffi.errors import ArtifactError, FetchError, LoaderError
-from fi_ffi.loader import cache, methods, progress, ranges, runtime
-from fi_ffi.loader.download import Downloaded, fetch_file
-from fi_ffi.loader.http import Client
-from fi_ffi.loader.remote import RemoteWheel
+from fi_ffi.loader import cache, methods, runtime
+from fi_ffi.loader.fetch import progress, ranges
+from fi_ffi.loader.fetch.download import Downloaded, fetch_file
+from fi_ffi.loader.fetch.http import Client
+from fi_ffi.loader.fetch.remote import RemoteWheel
 
 from tests.helpers.children import start
 from tests.loader import server as faults
@@ -273,7 +274,7 @@ def test_names_that_are_none(web, root, name):
 
 FETCH = """
 import sys
-from fi_ffi.loader.download import fetch_file
+from fi_ffi.loader.fetch.download import fetch_file
 print(fetch_file(sys.argv[1], sys.argv[2], sha256=sys.argv[3]).path)
 """
 

@@ -17,9 +17,9 @@ import fi_ffi
 from fi_ffi.cli import main
 from fi_ffi.errors import ArtifactError, BuildError, KernelNotFoundError, LoaderError
 from fi_ffi.loader import cache, held, lock, runtime, search
-from fi_ffi.loader.building import environment
 from fi_ffi.loader.kernels import KernelFile, open_source
 from fi_ffi.ops.functions import OPS
+from fi_ffi_build import environment
 
 from tests.helpers.children import done
 from tests.helpers.forking import in_child

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from fi_ffi.errors import FetchError
-from fi_ffi.loader.http import Client
-from fi_ffi.loader.ranges import Changed, NoRanges, RemotePieces
-from fi_ffi.loader.urls import check_url, redact, redirected
+from fi_ffi.loader.fetch.http import Client
+from fi_ffi.loader.fetch.ranges import Changed, NoRanges, RemotePieces
+from fi_ffi.loader.fetch.urls import check_url, redact, redirected
 
 from tests.loader import server as faults
 from tests.loader.server import QUICK, File, Server, changed, header, redirect, status

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from fi_ffi.errors import ArtifactError, FetchError, LoaderError
 from fi_ffi.loader import search
-from fi_ffi.loader.http import Client
+from fi_ffi.loader.fetch.http import Client
+from fi_ffi.loader.fetch.remote import RemoteWheel
 from fi_ffi.loader.lock import PinnedWheel
-from fi_ffi.loader.remote import RemoteWheel
 
 from tests.loader import server as faults
 from tests.loader.server import (

@@ -16,7 +16,7 @@ from fi_ffi.abi.signature import Signature
 from fi_ffi.errors import AbiError, KernelError, KernelNotFoundError, LoaderError
 from fi_ffi.loader import libraries, runtime
 from fi_ffi.loader.kernels import open_source
-from fi_ffi.ops.cuda import own_handle
+from fi_ffi.ops.call.cuda import own_handle
 from fi_ffi.ops.table import ROWS
 
 from tests.helpers import compiler

@@ -12,10 +12,10 @@ import pytest
 from packaging.version import Version
 
 import fi_ffi
+from fi_ffi.capability.judgement import Query
 from fi_ffi.errors import ArtifactError, KernelNotFoundError, LoaderError
 from fi_ffi.loader import lock, machine, runtime, search
 from fi_ffi.loader.kernels import LAYOUT, KernelDirectory, KernelWheel, open_source, release_of
-from fi_ffi.ops.capability.judgement import Query
 
 from tests.loader.server import make_wheel, sha256
 

@@ -16,14 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fi_ffi.errors import ArgumentError
-from fi_ffi.loader.building.build import available
-from fi_ffi.loader.building.described import generated_names
-from fi_ffi.loader.building.names import DEFAULT_RELEASE, parse_request
 from fi_ffi.loader.catalogue import build_advice, modules_of, nearest, without
 from fi_ffi.loader.kernels import open_source
-from fi_ffi.loader.sources.record import EVERY_ARCH
 from fi_ffi.loader.uris import DTYPES, KINDS, ROWS, Number, Words, family_row, parse, uri
+from fi_ffi_build.build import available
+from fi_ffi_build.described import generated_names
+from fi_ffi_build.names import DEFAULT_RELEASE, parse_request
 from tools import gpu_kernels
+from tools.release.record import EVERY_ARCH
 
 from tests.helpers.compiler import why_not_build
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import fi_ffi
-from fi_ffi.ops.modules import Module
+from fi_ffi.modules import Module
 
 from tests.helpers import compiler
 from tests.helpers.pinned import (

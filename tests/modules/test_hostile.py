@@ -16,7 +16,7 @@ import fi_ffi
 from fi_ffi import ArgumentError, ArgumentTypeError
 from fi_ffi.abi.function import Entry, global_function, make_array, probe
 from fi_ffi.abi.objects import CallArena, Function, Object, String, Tensor
-from fi_ffi.ops.modules.entry import Life
+from fi_ffi.modules.entry import Life
 
 MANY = 100_000
 

@@ -12,8 +12,8 @@ import fi_ffi
 from fi_ffi.abi import objects
 from fi_ffi.abi.signature import Signature
 from fi_ffi.errors import AbiError, ArgumentError, KernelError, KernelNotFoundError
-from fi_ffi.ops import cuda
-from fi_ffi.ops.modules import FunctionObject, ModuleEntry, ModuleObject
+from fi_ffi.modules import FunctionObject, ModuleEntry, ModuleObject
+from fi_ffi.ops.call import cuda
 
 from tests.helpers.children import done
 from tests.ops.test_threads import at_once

@@ -12,7 +12,7 @@ from fi_ffi.abi import reflection
 from fi_ffi.abi.objects import Object, find_global
 from fi_ffi.abi.signature import Signature
 from fi_ffi.errors import AbiError, ArgumentError, ArgumentTypeError, KernelError
-from fi_ffi.ops.modules import ReflectedObject
+from fi_ffi.modules import ReflectedObject
 
 from tests.helpers.children import done
 from tests.ops.test_threads import at_once

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import fi_ffi
-from fi_ffi.ops.modules import ArrayObject, MapObject, TensorObject
+from fi_ffi.modules import ArrayObject, MapObject, TensorObject
 
 
 def owned(value: object) -> object:

@@ -10,7 +10,7 @@ import pytest
 
 import fi_ffi
 from fi_ffi.cli.replay import load
-from fi_ffi.ops.watch.dump import BEFORE
+from fi_ffi.watch.dump import BEFORE
 
 LIMIT, LONG = 0.25, 30.0
 THE_LINE = "every.apply_typed(waits, 7)"

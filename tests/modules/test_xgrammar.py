@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import fi_ffi
-from fi_ffi.ops.modules import ModuleEntry, ReflectedObject
+from fi_ffi.modules import ModuleEntry, ReflectedObject
 
 from tests.attention.machines import Cpu
 from tests.helpers import grammars

@@ -118,7 +118,7 @@ def test_the_module_is_told(headers, nvcc, monkeypatch, tmp_path, recording):
         return module.entry(signature.name)
 
     monkeypatch.setattr(runtime, "kernel_entry", entry)
-    monkeypatch.setattr("fi_ffi.ops.cuda.current", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr("fi_ffi.ops.call.cuda.current", lambda device: contextlib.nullcontext())
     fi_ffi.set_deepgemm_jit_include_dirs([headers], "cuda:1")
     assert module.last() == f"dirs: {headers}"
     fi_ffi.set_deepgemm_jit_include_dirs([])

@@ -15,8 +15,7 @@ import pytest
 import fi_ffi
 from fi_ffi.abi.function import make_array, probe
 from fi_ffi.loader import search
-from fi_ffi.ops import cuda
-from fi_ffi.ops.call import memory
+from fi_ffi.ops.call import cuda, memory
 from fi_ffi.ops.moe import profile
 from fi_ffi.ops.moe.interface import INTERLEAVE, SET_INCLUDE_DIRS, Runner, of_release
 

@@ -13,8 +13,7 @@ from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.allocator import Source
 from fi_ffi.abi.function import register
 from fi_ffi.loader.runtime import ensure_tvm_ffi
-from fi_ffi.ops import cuda
-from fi_ffi.ops.call import compiled
+from fi_ffi.ops.call import compiled, cuda
 from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.functions import OPS
 

@@ -20,8 +20,8 @@ import pytest
 import fi_ffi
 from fi_ffi.ops.call import hooks
 from fi_ffi.ops.functions import OPS
-from fi_ffi.ops.watch import watching
-from fi_ffi.ops.watch.call_log import open_by_environment
+from fi_ffi.watch import watching
+from fi_ffi.watch.call_log import open_by_environment
 
 from tests.helpers import children
 from tests.helpers.cases import make_case
@@ -164,7 +164,7 @@ def test_statistics_of_rows_apart(mine, path):
 
 @pytest.mark.parametrize("dtype", [*fi_ffi.DTYPES])
 def test_statistics_of_every_dtype(dtype):
-    from fi_ffi.ops.watch.tensor_bytes import statistics
+    from fi_ffi.watch.tensor_bytes import statistics
 
     rng = np.random.default_rng()
     array = np.round(rng.uniform(0, 100, (3, 5))).astype(fi_ffi.DTYPES[dtype].numpy)
@@ -180,7 +180,7 @@ def test_statistics_of_every_dtype(dtype):
 
 
 def test_what_has_no_statistics(monkeypatch):
-    from fi_ffi.ops.watch import tensor_bytes as module
+    from fi_ffi.watch import tensor_bytes as module
 
     def of(array: np.ndarray) -> str:
         desc = fi_ffi.as_desc(array)
@@ -548,13 +548,13 @@ def test_what_a_level_imports(level):
     code = """
         import sys
         import fi_ffi
-        from fi_ffi.ops.watch import watching
+        from fi_ffi.watch import watching
         from fi_ffi.abi.tensor import parse_device
 
         if watching.hooks:
             x = fi_ffi.TensorDesc(4096, (4,), "float16", device="cpu")
             watching.called("mine", print, (x, 3), [("0", x)], parse_device("cpu"))
-        print("numpy" in sys.modules, "fi_ffi.ops.watch.call_log" in sys.modules)
+        print("numpy" in sys.modules, "fi_ffi.watch.call_log" in sys.modules)
     """
     _, out, err = children.done(code, FI_FFI_LOG_LEVEL=level)
     assert out.strip() == f"False {level != '0'}", err
@@ -619,7 +619,7 @@ def test_memory_that_cannot_be_read(mine, cuda, path, tmp_path):
 def test_graphs(cuda, path):
     """Their launches are told while a log is open, and are CUDA's function and nothing more
     while none is."""
-    from fi_ffi.ops import graphs
+    from fi_ffi import graphs
 
     runtime, launched = cuda.runtime, []
     runtime.cudaStreamBeginCapture = lambda stream, mode: 0

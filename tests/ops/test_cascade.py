@@ -10,8 +10,8 @@ import pytest
 
 from fi_ffi.cli.cases import Case
 from fi_ffi.ops.call.op import Op
+from fi_ffi.ops.call.releases import fits
 from fi_ffi.ops.functions import OPS
-from fi_ffi.ops.releases import fits
 
 from tests.helpers.cases import make_case
 from tests.helpers.every_op import check_on

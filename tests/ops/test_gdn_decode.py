@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import fi_ffi
-from fi_ffi.ops.gdn import Kernel, least_states, row_of
+from fi_ffi.ops.states.gdn import Kernel, least_states, row_of
 
 from tests.attention.machines import Cpu
 from tests.helpers.calls import refused

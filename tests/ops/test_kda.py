@@ -10,8 +10,8 @@ import pytest
 
 import fi_ffi
 from fi_ffi.cli.cases import bound, case_of
-from fi_ffi.loader.building.names import parse_request
-from fi_ffi.ops.kda import Kernel, row_of
+from fi_ffi.ops.states.kda import Kernel, row_of
+from fi_ffi_build.names import parse_request
 
 from tests.helpers.calls import called, of_bound, refused
 

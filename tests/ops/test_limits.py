@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 import fi_ffi
+from fi_ffi.ops.call.notation import parse_axis
+from fi_ffi.ops.call.releases import fits
+from fi_ffi.ops.call.row import Row, Scalar
 from fi_ffi.ops.functions import OPS
-from fi_ffi.ops.notation import parse_axis
-from fi_ffi.ops.releases import fits
-from fi_ffi.ops.row import Row, Scalar
 
 from tests.helpers.calls import MOST_HEADS
 from tests.helpers.cases import default_dtypes, make_case

@@ -10,9 +10,9 @@ from packaging.specifiers import SpecifierSet
 import fi_ffi
 from fi_ffi.loader.listed import known_releases
 from fi_ffi.ops.call.compiled import CompiledRow
-from fi_ffi.ops.notation import Condition, names_in, replaced, round_up
-from fi_ffi.ops.releases import forms_of, is_in, span_of
-from fi_ffi.ops.row import Row, Rule, Scalar, Tensor
+from fi_ffi.ops.call.notation import Condition, names_in, replaced, round_up
+from fi_ffi.ops.call.releases import forms_of, is_in, span_of
+from fi_ffi.ops.call.row import Row, Rule, Scalar, Tensor
 
 
 def row_of(*requires: str | Rule, **fields: object) -> Row:

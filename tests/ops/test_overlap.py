@@ -16,8 +16,8 @@ import pytest
 
 from fi_ffi.cli.cases import Case
 from fi_ffi.ops.call.op import Op
+from fi_ffi.ops.call.row import Row, Tensor
 from fi_ffi.ops.functions import OPS
-from fi_ffi.ops.row import Row, Tensor
 
 from tests.helpers.cases import default_dtypes, make_case
 from tests.helpers.inputs import inputs_of

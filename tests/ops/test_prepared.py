@@ -12,8 +12,8 @@ from fi_ffi.abi.tensor import make_desc
 from fi_ffi.cli.cases import Case
 from fi_ffi.ops.call.compiled import KEEP
 from fi_ffi.ops.call.prepared import Prepared
+from fi_ffi.ops.call.row import KvLayout, Scalar
 from fi_ffi.ops.functions import OPS
-from fi_ffi.ops.row import KvLayout, Scalar
 
 from tests.helpers.cases import make_case
 from tests.helpers.inputs import inputs_of

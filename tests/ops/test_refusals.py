@@ -19,9 +19,9 @@ import pytest
 import fi_ffi
 from fi_ffi.cli.cases import Case
 from fi_ffi.ops.call.compiled import CompiledRow
+from fi_ffi.ops.call.notation import parse_axis
+from fi_ffi.ops.call.row import KvLayout, Row, Scalar, Tensor, default_of
 from fi_ffi.ops.functions import OPS
-from fi_ffi.ops.notation import parse_axis
-from fi_ffi.ops.row import KvLayout, Row, Scalar, Tensor, default_of
 
 from tests.helpers.calls import having
 from tests.helpers.cases import default_dtypes, make_case

@@ -12,7 +12,7 @@ from fi_ffi import reference
 from fi_ffi.abi.interop import as_desc
 from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.call.refuse import may_overlap
-from fi_ffi.ops.row import IN_PLACE, Absent, Row, Rule, Scalar, Tensor
+from fi_ffi.ops.call.row import IN_PLACE, Absent, Row, Rule, Scalar, Tensor
 from fi_ffi.reference import norm
 
 from tests.helpers.prepared_calls import refusal_of, same_error

@@ -8,9 +8,9 @@ import pytest
 import fi_ffi
 from fi_ffi.loader import generation, search
 from fi_ffi.ops.call import compiled
+from fi_ffi.ops.call.releases import fits
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.moe import fused
-from fi_ffi.ops.releases import fits
 
 from tests.helpers.cases import default_dtypes, make_case
 from tests.helpers.decode_calls import DecodeCall

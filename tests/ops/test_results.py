@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fi_ffi.ops.call.notation import FUNCTIONS
 from fi_ffi.ops.call.op import Op
+from fi_ffi.ops.call.row import Tensor
 from fi_ffi.ops.functions import OPS
-from fi_ffi.ops.notation import FUNCTIONS
-from fi_ffi.ops.row import Tensor
 from fi_ffi.ops.table import norm
 
 from tests.helpers.calls import EVERY_CALL, HIDDEN, edges, padded

@@ -13,8 +13,8 @@ import fi_ffi
 from fi_ffi import reference
 from fi_ffi.ops import functions
 from fi_ffi.ops.call.op import Op
+from fi_ffi.ops.call.row import Row, Scalar, Tensor, default_of, defaults
 from fi_ffi.ops.functions import OPS
-from fi_ffi.ops.row import Row, Scalar, Tensor, default_of, defaults
 from fi_ffi.ops.table import ROWS
 from fi_ffi.reference import EXACT, MOVES
 

@@ -9,8 +9,7 @@ import pytest
 
 import fi_ffi
 from fi_ffi.loader import machine
-from fi_ffi.ops import cuda
-from fi_ffi.ops.call import memory, staging
+from fi_ffi.ops.call import cuda, memory, staging
 from fi_ffi.ops.call.staging import StagePool
 
 GPU, CPU = fi_ffi.parse_device("cuda:0"), fi_ffi.parse_device("cpu")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import fi_ffi
-from fi_ffi.ops.mamba import ALGORITHMS
+from fi_ffi.ops.states.mamba import ALGORITHMS
 
 from tests.helpers.calls import refused
 from tests.helpers.state_calls import PAD, StateCall

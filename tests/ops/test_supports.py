@@ -9,18 +9,19 @@ import numpy as np
 import pytest
 
 import fi_ffi
+from fi_ffi.capability import judgement
+from fi_ffi.capability.attention import SAMPLES
+from fi_ffi.capability.judgement import Query, capability_of, judge
+from fi_ffi.capability.known_issues import KNOWN_ISSUES
+from fi_ffi.capability.matrix import SMS, entry_row, lines
 from fi_ffi.errors import ArgumentError, KernelNotFoundError
 from fi_ffi.loader import machine, search
 from fi_ffi.loader.listed import compiles_for, in_wheel, is_recorded, listed_in
 from fi_ffi.loader.lock import the_lock
 from fi_ffi.ops.attention.rows import ROWS as ATTENTION
-from fi_ffi.ops.capability import judgement
-from fi_ffi.ops.capability.attention import SAMPLES
-from fi_ffi.ops.capability.judgement import Query, capability_of, judge
-from fi_ffi.ops.capability.known_issues import KNOWN_ISSUES
-from fi_ffi.ops.capability.matrix import SMS, entry_row, lines
+from fi_ffi.ops.call.releases import span_of
+from fi_ffi.ops.call.support import WORDS
 from fi_ffi.ops.functions import OPS
-from fi_ffi.ops.releases import span_of
 from tools.entries import entries_of
 
 DEFAULT = the_lock().default_release
@@ -92,7 +93,7 @@ def test_answers(name, asked, status, reason, build):
     assert (answer.status, bool(answer)) == (status, status == "built")
     assert reason in answer.reason
     assert answer.build == build
-    assert str(answer).startswith(f"{name}: {judgement.WORDS[status]}: {answer.reason}.")
+    assert str(answer).startswith(f"{name}: {WORDS[status]}: {answer.reason}.")
 
 
 @pytest.mark.parametrize(("asked", "words"), [

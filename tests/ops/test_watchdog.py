@@ -25,10 +25,10 @@ from fi_ffi.abi.tensor import parse_device
 from fi_ffi.loader import machine as of_loader
 from fi_ffi.ops.call import hooks, memory
 from fi_ffi.ops.call.compiled import Variant
+from fi_ffi.ops.call.providers import entry_for
 from fi_ffi.ops.functions import OPS
-from fi_ffi.ops.providers import entry_for
-from fi_ffi.ops.watch import call_record, stream_progress, watching
-from fi_ffi.ops.watch import watchdog as module
+from fi_ffi.watch import call_record, stream_progress, watching
+from fi_ffi.watch import watchdog as module
 
 from tests.helpers.forking import in_child
 from tests.helpers.frames import write_tensor

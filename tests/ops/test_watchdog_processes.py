@@ -7,7 +7,7 @@ import textwrap
 
 import pytest
 
-from fi_ffi.ops.watch.watchdog import EXIT_STATUS
+from fi_ffi.watch.watchdog import EXIT_STATUS
 
 from tests.helpers import children
 
@@ -18,7 +18,7 @@ before = set(sys.modules)
 import threading, time
 import numpy as np
 from fi_ffi.ops.call.op import Op
-from fi_ffi.ops.row import Row, Scalar, Tensor
+from fi_ffi.ops.call.row import Row, Scalar, Tensor
 from fi_ffi.reference import norm
 
 ROW = Row("slow", "norm", "slow", "here", "Slow.",
@@ -67,7 +67,7 @@ def test_abort_takes_place_though_on_hang_fails_or_blocks():
     assert status == 124 and "slow has not returned" in out
     assert "ValueError: mine" in err and "most recent call first" in err
     status, out, err = child("""
-        from fi_ffi.ops.watch import watchdog
+        from fi_ffi.watch import watchdog
         watchdog._LAST_PATIENCE = 0.5
         with fi_ffi.watchdog(0.2, on_hang=lambda report: time.sleep(500.0), abort=True):
             slow(500.0)
@@ -101,9 +101,9 @@ def test_without_a_stderr_of_python_the_process_has_one(stderr):
 def test_importing_fi_ffi_imports_no_watchdog():
     status, out, err = child("""
         names = ("call_record", "stream_progress", "watchdog")
-        late = {f"fi_ffi.ops.watch.{name}" for name in names}
+        late = {f"fi_ffi.watch.{name}" for name in names}
         print(*sorted(late & before))
         assert fi_ffi.watchdog is fi_ffi.watchdog
-        assert "fi_ffi.ops.watch.watchdog" in sys.modules and "watchdog" in dir(fi_ffi)
+        assert "fi_ffi.watch.watchdog" in sys.modules and "watchdog" in dir(fi_ffi)
     """)
     assert (status, out.strip()) == (0, ""), err

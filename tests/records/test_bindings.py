@@ -10,11 +10,11 @@ import pytest
 from fi_ffi import file_signatures
 from fi_ffi.errors import BuildError
 from fi_ffi.loader.lock import the_lock
-from fi_ffi.loader.sources import Source, abi_type, read
-from fi_ffi.loader.sources.conditions import truth
-from fi_ffi.loader.sources.modules import Reader, architectures, defines
-from fi_ffi.loader.sources.types import PRINTED
 from tools.entries import entries_of
+from tools.release import Source, abi_type, read
+from tools.release.conditions import truth
+from tools.release.modules import Reader, architectures, defines
+from tools.release.types import PRINTED
 
 from tests.helpers.compiler import library
 

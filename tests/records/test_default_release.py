@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from fi_ffi.capability.matrix import lines
 from fi_ffi.loader.lock import the_lock
 from fi_ffi.ops.attention.rows import BATCH_MLA
-from fi_ffi.ops.capability.judgement import BUILT, MISSING, RUN, Support
-from fi_ffi.ops.capability.matrix import lines
+from fi_ffi.ops.call.support import BUILT, MISSING, RUN, Support
 from fi_ffi.ops.functions import OPS
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))

@@ -24,9 +24,9 @@ from fi_ffi.loader.listed import (
     wheels_of,
 )
 from fi_ffi.loader.lock import the_lock
-from fi_ffi.loader.sources import boxes
 from fi_ffi.loader.uris import parse, uri, version_of
 from tools.entries import entries_of
+from tools.release import boxes
 
 DEFAULT = the_lock().default_release
 NAMES = json.loads((Path(__file__).parents[1] / "loader" / "data" / "uris.json").read_text())

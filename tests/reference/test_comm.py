@@ -8,8 +8,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from fi_ffi.comm.entries import OPS, init_custom_ar, setup
 from fi_ffi.errors import ArgumentError, KernelError, KernelNotFoundError
-from fi_ffi.ops.comm import OPS, init_custom_ar, setup
 from fi_ffi.reference.peers import waiting_at_most
 
 from tests.helpers import ranks

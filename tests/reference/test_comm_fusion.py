@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from fi_ffi.abi.tensor import TensorDesc
+from fi_ffi.comm.entries import OPS, setup
 from fi_ffi.errors import ArgumentError, KernelError
-from fi_ffi.ops.comm import OPS, setup
 from fi_ffi.ops.table.comm import PATTERNS
 from fi_ffi.reference.peers import waiting_at_most
 

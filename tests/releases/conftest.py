@@ -7,8 +7,8 @@ import os
 
 import pytest
 
-from fi_ffi.loader.sources.interface import Interface
-from fi_ffi.loader.sources.wheels import SourceWheel, open_release
+from tools.release.interface import Interface
+from tools.release.wheels import SourceWheel, open_release
 
 from tests.helpers import sampling
 from tests.releases.bindings import RELEASES, SOME

@@ -8,10 +8,10 @@ import pytest
 
 import fi_ffi
 from fi_ffi.loader.lock import the_lock
-from fi_ffi.loader.sources.generators import added_parameters
 from fi_ffi.ops.attention.rows import BATCH_ATTENTION_FP4, FORMS, ROWS, of_release
-from fi_ffi.ops.releases import FIRST, fits, is_in
-from fi_ffi.ops.row import Row, Tensor
+from fi_ffi.ops.call.releases import FIRST, fits, is_in
+from fi_ffi.ops.call.row import Row, Tensor
+from tools.release.generators import added_parameters
 
 from tests.releases.bindings import RELEASES
 

@@ -14,7 +14,8 @@ import pytest
 
 import fi_ffi
 from fi_ffi.errors import ArtifactError, KernelError, KernelNotFoundError
-from fi_ffi.loader import cubins, http, search
+from fi_ffi.loader import search
+from fi_ffi.loader.fetch import cubins, http
 
 from tests.helpers import compiler
 from tests.helpers.children import done, start

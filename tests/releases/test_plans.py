@@ -18,10 +18,11 @@ from fi_ffi.abi.interop import as_desc
 from fi_ffi.abi.tensor import parse_device
 from fi_ffi.loader import generation
 from fi_ffi.loader.runtime import ensure_tvm_ffi
-from fi_ffi.ops.attention import backends, plan, single
+from fi_ffi.ops.attention import backends, plan
 from fi_ffi.ops.attention.rows import BATCH_MLA, FORMS, ROWS, WITH_COPY, of_release
 from fi_ffi.ops.call import compiled
-from fi_ffi.ops.releases import is_in
+from fi_ffi.ops.call.releases import is_in
+from fi_ffi.ops.plans import single
 from fi_ffi.reference.attention.formula import Options, exact
 
 # One of each form that an entry has.

@@ -11,14 +11,14 @@ import pytest
 
 from fi_ffi.loader.listed import known_releases, recorded_releases, sha256_of
 from fi_ffi.loader.lock import the_lock
-from fi_ffi.loader.sources.wheels import published
-from fi_ffi.ops import gdn, kda
-from fi_ffi.ops.declared import ABSENT, FITS, UNCOVERED, answers, declared, why_refused
+from fi_ffi.ops.call.releases import OLDEST, fits, is_in
+from fi_ffi.ops.call.row import Row
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.matmul import rows as matmul
-from fi_ffi.ops.releases import OLDEST, fits, is_in
-from fi_ffi.ops.row import Row
+from fi_ffi.ops.states import gdn, kda
 from fi_ffi.ops.table import ROWS, gemm_sm100
+from tools.release.declared import ABSENT, FITS, UNCOVERED, answers, declared, why_refused
+from tools.release.wheels import published
 
 from tests.helpers import sampling
 from tests.releases.bindings import RELEASES

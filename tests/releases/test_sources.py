@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 
-from fi_ffi.ops import providers
 from fi_ffi.ops.attention.backends import FP8_WINDOWS, decode_groups
 from fi_ffi.ops.attention.rows import UNIFORM
 from fi_ffi.ops.attention.run import OWN_STRIDES
 from fi_ffi.ops.attention.sizes import BY_QUERY
+from fi_ffi.ops.call import providers
+from fi_ffi.ops.call.releases import GUARDED, fits, is_in
+from fi_ffi.ops.call.row import KV_LAYOUTS, Row
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.matmul.rows import RUN_GEMM
-from fi_ffi.ops.releases import GUARDED, fits, is_in
-from fi_ffi.ops.row import KV_LAYOUTS, Row
 from fi_ffi.ops.table import renorm, rope, sampling, topk
 
 from tests.releases.bindings import RELEASES

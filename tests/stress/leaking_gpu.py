@@ -19,7 +19,7 @@ from cuda.bindings import runtime
 import fi_ffi
 from fi_ffi.cli.cuda import DeviceArray, check
 from fi_ffi.loader import search
-from fi_ffi.ops import cuda
+from fi_ffi.ops.call import cuda
 from fi_ffi.ops.functions import OPS
 
 from tests.helpers.cases import make_case

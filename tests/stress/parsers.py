@@ -30,9 +30,9 @@ from fi_ffi.loader import cache, held, lock
 from fi_ffi.loader.elf import inspect_elf
 from fi_ffi.loader.fatbin import architectures, sass_named
 from fi_ffi.loader.wheel import Wheel, parse_record
-from fi_ffi.ops.modules.module import AtPath
-from fi_ffi.ops.watch import safetensors
-from fi_ffi.ops.watch.dump import AFTER, BEFORE
+from fi_ffi.modules.module import AtPath
+from fi_ffi.watch import safetensors
+from fi_ffi.watch.dump import AFTER, BEFORE
 
 from tests.helpers.plan_calls import Case
 from tests.loader import test_elf as made

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 
 import fi_ffi
+from fi_ffi import graphs
 from fi_ffi.loader import machine as of_loader
 from fi_ffi.loader import runtime
-from fi_ffi.ops import cuda, graphs
+from fi_ffi.ops.call import cuda
 from fi_ffi.ops.functions import OPS
 
 from tests.helpers.children import done
@@ -202,7 +203,8 @@ def test_locks_of_other_threads() -> None:
     """Another thread was loading, or looking an entry up, when this one forked."""
     from fi_ffi import reference
     from fi_ffi.abi import library
-    from fi_ffi.loader import methods, remote, search
+    from fi_ffi.loader import methods, search
+    from fi_ffi.loader.fetch import remote
     from fi_ffi.ops.call import memory
 
     places = [(runtime, "_linking"), (search, "_lock"), (methods, "_lock"), (reference, "_lock"),

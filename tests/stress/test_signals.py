@@ -57,7 +57,7 @@ def check_nothing_is_left(root: Path) -> None:
 
 FETCH = """
 import sys
-from fi_ffi.loader.remote import RemoteWheel
+from fi_ffi.loader.fetch.remote import RemoteWheel
 print("ready", flush=True)
 print(RemoteWheel(sys.argv[1], verify="record").extract(sys.argv[2]))
 """

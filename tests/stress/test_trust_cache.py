@@ -16,12 +16,12 @@ from urllib3.util import parse_url
 
 from fi_ffi.errors import ArtifactError, FetchError, FiFfiError, LoaderError
 from fi_ffi.loader import cache, held, libraries, search
-from fi_ffi.loader.building import environment as building
-from fi_ffi.loader.building.build import build
-from fi_ffi.loader.http import Client
+from fi_ffi.loader.fetch.http import Client
+from fi_ffi.loader.fetch.urls import check_url, redirected
 from fi_ffi.loader.kernels import ModuleFile
-from fi_ffi.loader.urls import check_url, redirected
 from fi_ffi.loader.wheel import Wheel
+from fi_ffi_build import environment as building
+from fi_ffi_build.build import build
 
 from tests.loader.server import QUICK, File, Server, make_wheel, record, redirect, sha256
 

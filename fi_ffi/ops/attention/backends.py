@@ -13,9 +13,9 @@ from fi_ffi.loader import machine
 from fi_ffi.ops.attention.rows import DECODE_GROUPS, F16, FORMS, FP4, FP8, MLA_FP8, of_release
 from fi_ffi.ops.attention.sizes import BY_QUERY, Geometry
 from fi_ffi.ops.call.arguments import check_choice, check_number
-from fi_ffi.ops.providers import release_in_force
-from fi_ffi.ops.releases import fits, is_in
-from fi_ffi.ops.row import Row
+from fi_ffi.ops.call.providers import release_in_force
+from fi_ffi.ops.call.releases import fits, is_in
+from fi_ffi.ops.call.row import Row
 
 # flashinfer/utils.py: PosEncodingMode and MaskMode
 POS_ENCODING_MODES = {"NONE": 0, "ROPE_LLAMA": 1, "ALIBI": 2}

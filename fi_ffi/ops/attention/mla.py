@@ -16,7 +16,7 @@ from fi_ffi.ops.attention.rows import BATCH_MLA, FP8, NEED_KEYS
 from fi_ffi.ops.attention.run import Values, softmax_scale
 from fi_ffi.ops.attention.workspace import Workspace
 from fi_ffi.ops.call.arguments import check_number, shown
-from fi_ffi.ops.row import Row
+from fi_ffi.ops.call.row import Row
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

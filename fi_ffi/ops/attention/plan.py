@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 from types import NoneType
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.function import Frame, array_values
@@ -19,22 +19,19 @@ from fi_ffi.abi.streams import current_scope, handle_for
 from fi_ffi.abi.tensor import Device, TensorDesc, TensorKind, make_desc, parse_device
 from fi_ffi.errors import ArgumentError, ArgumentTypeError
 from fi_ffi.loader import machine
-from fi_ffi.ops import cuda
 from fi_ffi.ops.attention.arrays import Arrays, Batch
 from fi_ffi.ops.attention.backends import geometry_on, in_use, multiprocessors
 from fi_ffi.ops.attention.options import Options, SignatureWithOptions
 from fi_ffi.ops.attention.rows import WITH_COPY
-from fi_ffi.ops.attention.run import BoundRow, Values, asked_of, compiled_row
+from fi_ffi.ops.attention.run import BoundRow, Values, compiled_row
 from fi_ffi.ops.attention.sizes import Need, aligned
 from fi_ffi.ops.attention.workspace import Workspace
-from fi_ffi.ops.call import hooks, memory
+from fi_ffi.ops.call import cuda, hooks, memory
 from fi_ffi.ops.call.launch import launch
+from fi_ffi.ops.call.notation import parse_axis
 from fi_ffi.ops.call.prepared import PackedCall, tensor_like
-from fi_ffi.ops.notation import parse_axis
-from fi_ffi.ops.row import PlanInfo, Row
-
-if TYPE_CHECKING:
-    from fi_ffi.ops.capability.judgement import Support
+from fi_ffi.ops.call.row import PlanInfo, Row
+from fi_ffi.ops.call.support import Support, supports
 
 # Bytes that the CPU's reference stores for each request.
 _REFERENCE_BYTES = 64
@@ -175,7 +172,7 @@ class Plan:
     def supports(cls, sm: Any = None, **asked: Any) -> Support:
         """Ask whether the plan can be made for a GPU (`sm=90`), with kernels of a `release` and a
         `cuda` tag, and these options: see `Op.supports`."""
-        return asked_of(cls.__name__, sm, **asked)
+        return supports(cls.__name__, sm=sm, **asked)
 
     @classmethod
     def workspace_size(cls, *arrays: Any, **arguments: Any) -> WorkspaceSize:
@@ -238,7 +235,7 @@ class Plan:
             for arg in row.tensors
         }
         dtypes = self.options.kernel.dtypes
-        compiled = compiled_row(row, self.module, dtypes, self.op, self.device, bound)
+        compiled = compiled_row(row, self.module, dtypes, self.op, self.device, bound=bound)
         self._planner = BoundRow(compiled, Values(self.op, compiled, self.backend, {}))
         self._planner_needs_kv_len = any(
             _PLANNED_ARRAYS.get(arg.name) == "kv_len" for arg in row.tensors
@@ -529,9 +526,16 @@ class Plan:
         of_batch = [axis for axis in _BATCH_AXES if axis in axes]
         own = [axis for axis in facts if axis in axes]
         compiled = compiled_row(
-            row, module, self.options.kernel.dtypes, self.op, self.device, bound,
-            (*of_batch, *own), not_less, tuple(self._run_given),
-        )  # fmt: skip
+            row,
+            module,
+            self.options.kernel.dtypes,
+            self.op,
+            self.device,
+            bound=bound,
+            known=(*of_batch, *own),
+            not_less=not_less,
+            first=tuple(self._run_given),
+        )
         made = BoundRow(compiled, Values(self.op, compiled, self.backend, self._other_rows(kind)))
         made.batch_sizes = attrgetter(*(_BATCH_AXES[axis] for axis in of_batch))
         made.own_sizes = tuple(facts[axis] for axis in own)

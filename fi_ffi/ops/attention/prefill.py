@@ -24,8 +24,8 @@ from fi_ffi.ops.attention.run import (
 )
 from fi_ffi.ops.attention.workspace import Workspace
 from fi_ffi.ops.call.arguments import check_int
-from fi_ffi.ops.releases import is_in
-from fi_ffi.ops.row import Row
+from fi_ffi.ops.call.releases import is_in
+from fi_ffi.ops.call.row import Row
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -15,8 +15,8 @@ from dataclasses import replace
 from typing import Any
 
 from fi_ffi.errors import KernelNotFoundError
-from fi_ffi.ops.releases import OLDEST, fits, forms_of, span_of
-from fi_ffi.ops.row import Arg, IntArray, KvLayout, PlanInfo, Row, Rule, Scalar, Tensor, Vector
+from fi_ffi.ops.call.releases import OLDEST, fits, forms_of, span_of
+from fi_ffi.ops.call.row import Arg, IntArray, KvLayout, PlanInfo, Row, Rule, Scalar, Tensor, Vector
 
 _Dtypes = dict[str, tuple[str, ...]]
 F16 = ("float16", "bfloat16")

@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import numbers
-import os
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Generic, NoReturn, ParamSpec
+from typing import Any, NoReturn
 
 from fi_ffi.abi.function import Frame
 from fi_ffi.abi.interop import as_desc
-from fi_ffi.abi.tensor import Device, TensorDesc, TensorKind
+from fi_ffi.abi.tensor import Device, TensorDesc
 from fi_ffi.errors import ArgumentError, ArgumentTypeError
-from fi_ffi.loader import generation
 from fi_ffi.ops.attention.rows import FP4
+from fi_ffi.ops.call import keyword_call
 from fi_ffi.ops.call.arguments import check_number, shown
 from fi_ffi.ops.call.compiled import CompiledRow, Variant
-from fi_ffi.ops.call.prepared import Prepared, prepare_call, prepared_by_caller
-from fi_ffi.ops.row import Row, Scalar, Tensor
-
-if TYPE_CHECKING:
-    from fi_ffi.ops.capability.judgement import Query, Support
-
-    # Judges whether a function, by its name, can be called with these options.
-    Judge = Callable[[str, Query, Mapping[str, Any]], Support]
+from fi_ffi.ops.call.row import Row, Scalar, Tensor
 
 # The binding's names of options, if they differ.
 _ABI_NAMES = {
@@ -55,80 +45,32 @@ NEUTRAL = {
 }  # fmt: skip
 _MASK = 2**64 - 1
 _OF_KIND = {"": "", "fp8": " with fp8 queries", "fp4": " with keys of 4 bits"}
-_compiled_rows: dict[tuple[object, ...], CompiledRow] = {}
 
 
 def compiled_row(
     row: Row, module: str, dtypes: Mapping[str, str], op: str, device: Device | None = None,
-    bound: Mapping[str, TensorKind | None] | None = None, known: tuple[str, ...] = (),
-    not_less: tuple[tuple[str, str], ...] = (), first: tuple[str, ...] = (),
+    **how: Any,
 ) -> CompiledRow:  # fmt: skip
-    """Compile a row for a module of these dtypes; all plans of a generation of kernels with the
-    same arguments share the result."""
-    kinds = tuple((bound or {}).items())
-    key = (row, module, op, device, kinds, known, not_less, first, generation.number)
-    found = _compiled_rows.get(key)
-    if found is None:
-        own = {
-            name: FP4 if dtype in FP4 else (dtype,)
-            for name, dtype in dtypes.items()
-            if name in row.dtypes
-        }
-        pairs = (f"{more} >= {less}" for more, less in not_less)
-        form = replace(row, dtypes={**row.dtypes, **own}, requires=(*row.requires, *pairs))
-        made = CompiledRow(
-            form,
-            module,
-            op=op,
-            names=CALLER_NAMES,
-            known=known,
-            bound=bound,
-            device=device,
-            first=first,
-            follows=False,
-        )
-        found = _compiled_rows.setdefault(key, made)
-    return found
+    """Compile a row for a module of these dtypes: see `fi_ffi.ops.call.keyword_call`."""
+    types = {name: FP4 if dtype in FP4 else (dtype,) for name, dtype in dtypes.items()}
+    return keyword_call.compiled_row(row, module, types, op, device, names=CALLER_NAMES, **how)
 
 
-class Values:
-    """The arguments of a row's call: a list in the ABI's order, filled by name."""
+class Values(keyword_call.Values):
+    """The arguments of an entry of attention; `others` are the rows of the other backends."""
 
-    __slots__ = ("backend", "compiled", "index", "op", "others", "values")
+    __slots__ = ("backend", "others")
 
     def __init__(
         self, op: str, compiled: CompiledRow, backend: str, others: Mapping[str, Row]
     ) -> None:
-        self.op, self.compiled, self.backend, self.others = op, compiled, backend, others
-        scalars = {arg.name for arg in compiled.row.given if isinstance(arg, Scalar)}
-        names = compiled.form.packed_names
-        self.index = {name: i for i, name in enumerate(names)}
-        self.values: list[Any] = [NEUTRAL.get(name) if name in scalars else None for name in names]
-
-    def fresh(self) -> Values:
-        """Copy the values, to fill the copy for one call."""
-        return self.of(self.values.copy())
+        super().__init__(op, compiled, NEUTRAL)
+        self.backend, self.others = backend, others
 
     def of(self, values: list[Any]) -> Values:
-        """Return an object for the same row with these values."""
-        copy: Values = object.__new__(Values)
-        copy.op, copy.backend, copy.others = self.op, self.backend, self.others
-        copy.compiled, copy.index, copy.values = self.compiled, self.index, values
+        copy = super().of(values)
+        copy.backend, copy.others = self.backend, self.others
         return copy
-
-    def call(self, stream: object) -> None:
-        """Call the row's entry with the values."""
-        self.compiled.call(None, *self.values, stream=stream)
-
-    def prepare(self, stream: object) -> Prepared:
-        """Prepare a call of the row's entry with the values."""
-        return prepare_call(self.compiled, dict(zip(self.index, self.values, strict=True)), stream)
-
-    def put(self, **values: object) -> None:
-        """Set arguments by the binding's names; ignore names that the row lacks."""
-        for name, value in values.items():
-            if name in self.index:
-                self.values[self.index[name]] = value
 
     def option(self, name: str, value: object) -> None:
         """Set an option that the caller passed; raise `ArgumentError` if this backend lacks it."""
@@ -336,51 +278,6 @@ class BoundRow:
             variant.give_back(frame)
         else:
             self._free.setdefault(variant, []).append(frame)
-
-
-def asked_of(
-    op: str, sm: Any = None, judge: Judge | None = None, /, *, release: str | None = None,
-    cuda: str | None = None, kernels: str | os.PathLike[str] | None = None, **options: Any,
-) -> Support:  # fmt: skip
-    """Judge whether a call or plan can be made with these options: see `Op.supports`."""
-    from fi_ffi.ops.capability.attention import judge_attention
-    from fi_ffi.ops.capability.judgement import Query
-
-    query = Query.of(sm, release, cuda, None, kernels)
-    return (judge or judge_attention)(op, query, options)
-
-
-_P = ParamSpec("_P")
-
-
-class Launched(Generic[_P]):
-    """A function that fills in the arguments of a row's entry, and launches it when called.
-
-    `judge` answers `supports`; without one, the function is judged as attention.
-    """
-
-    def __init__(self, fill: Callable[_P, Values], judge: Judge | None = None) -> None:
-        self._fill, self._judge = fill, judge
-        functools.update_wrapper(self, fill)
-
-    def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> None:
-        self._fill(*args, **kwargs).call(kwargs.get("stream"))
-
-    def prepare(self, *args: _P.args, **kwargs: _P.kwargs) -> Prepared:
-        """Pack the same call without launching it."""
-        made = self._fill(*args, **kwargs).prepare(kwargs.get("stream"))
-        return prepared_by_caller(made)
-
-    def supports(self, sm: Any = None, **asked: Any) -> Support:
-        """Ask whether the function can be called on a GPU (`sm=90`), with kernels of a `release`
-        and a `cuda` tag, and with these dtypes, head size and options (`q_data_type`,
-        `kv_data_type`, `o_data_type`, `head_dim`, `head_dim_vo`, and the call's own). See
-        `Op.supports`."""
-        name: str = self.__name__  # type: ignore[attr-defined]
-        return asked_of(name, sm, self._judge, **asked)
-
-
-launched = Launched
 
 
 def only_with(

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fi_ffi.ops.notation import ceil_div, round_up
+from fi_ffi.ops.call.notation import ceil_div, round_up
 
 _ALIGNMENT = 16
 # The most blocks on a multiprocessor; a decode kernel's block has at least 128 threads.

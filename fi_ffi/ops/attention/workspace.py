@@ -9,7 +9,7 @@ from fi_ffi.abi.interop import as_desc
 from fi_ffi.abi.streams import PER_THREAD
 from fi_ffi.abi.tensor import Device, TensorDesc, make_desc, parse_device
 from fi_ffi.errors import ArgumentError
-from fi_ffi.ops import cuda
+from fi_ffi.ops.call import cuda
 from fi_ffi.ops.call.arguments import INT64_MAX, check_int
 from fi_ffi.ops.call.memory import StreamKey, stream_key
 from fi_ffi.ops.call.staging import StagePool

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 
 from fi_ffi.abi.function import FrameLayout
 from fi_ffi.abi.tensor import DTYPES
+from fi_ffi.ops.call.notation import Axis, names_in, parse_axis, replaced
 from fi_ffi.ops.call.refuse import PLANNED, unlimited
-from fi_ffi.ops.notation import Axis, names_in, parse_axis, replaced
-from fi_ffi.ops.row import (
+from fi_ffi.ops.call.row import (
     IN_PLACE,
     MULTIPROCESSORS,
     REQUIRED,

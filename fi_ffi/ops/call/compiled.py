@@ -22,22 +22,14 @@ from fi_ffi.abi.tensor import (
     tensor_kind,
 )
 from fi_ffi.loader import generation, machine
-from fi_ffi.ops import cuda
-from fi_ffi.ops.call import memory
+from fi_ffi.ops.call import cuda, memory
 from fi_ffi.ops.call.checks import Form, call_text, frame_layout, is_number
 from fi_ffi.ops.call.launch import LaunchTarget, launch
+from fi_ffi.ops.call.notation import FUNCTIONS
+from fi_ffi.ops.call.providers import entry_for
 from fi_ffi.ops.call.refuse import Refusals
-from fi_ffi.ops.call.source import (
-    bind_source,
-    call_source,
-    check_source,
-    pack_source,
-    update_source,
-)
-from fi_ffi.ops.notation import FUNCTIONS
-from fi_ffi.ops.providers import entry_for
-from fi_ffi.ops.releases import GUARDED
-from fi_ffi.ops.row import (
+from fi_ffi.ops.call.releases import GUARDED
+from fi_ffi.ops.call.row import (
     KV_LAYOUTS,
     REQUIRED,
     Absent,
@@ -50,6 +42,13 @@ from fi_ffi.ops.row import (
     TensorArray,
     Text,
     exchanged,
+)
+from fi_ffi.ops.call.source import (
+    bind_source,
+    call_source,
+    check_source,
+    pack_source,
+    update_source,
 )
 
 # The file name of compiled code in tracebacks, inside the package.

@@ -1,6 +1,6 @@
 """What stands around every call while somebody watches: nothing here knows who does.
 
-`fi_ffi.ops.watch` installs itself as `watcher` while a call log or a watchdog is open. Without one
+`fi_ffi.watch` installs itself as `watcher` while a call log or a watchdog is open. Without one
 a call costs one test of it.
 """
 

@@ -14,8 +14,7 @@ from fi_ffi.abi.failure import take_kernel_error, take_raised
 from fi_ffi.abi.function import NO_STREAM, Frame
 from fi_ffi.abi.tensor import Device
 from fi_ffi.loader import machine
-from fi_ffi.ops import cuda
-from fi_ffi.ops.call import hooks
+from fi_ffi.ops.call import cuda, hooks
 
 if TYPE_CHECKING:
     from fi_ffi.abi.streams import stream as Scope

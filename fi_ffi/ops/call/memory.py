@@ -13,8 +13,8 @@ from fi_ffi.abi.library import renew_after_fork
 from fi_ffi.abi.streams import PER_THREAD, handle_for
 from fi_ffi.abi.tensor import DTYPES, Device, TensorDesc, frozen, parse_device
 from fi_ffi.loader import machine
-from fi_ffi.ops import cuda
-from fi_ffi.ops.row import Tensor
+from fi_ffi.ops.call import cuda
+from fi_ffi.ops.call.row import Tensor
 
 if TYPE_CHECKING:
     from fi_ffi.ops.call.refuse import Refusals

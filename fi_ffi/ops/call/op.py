@@ -8,17 +8,16 @@ from typing import TYPE_CHECKING, Any
 from fi_ffi.loader import generation
 from fi_ffi.ops.call.checks import parameters
 from fi_ffi.ops.call.compiled import CompiledRow
+from fi_ffi.ops.call.docs import docstring
 from fi_ffi.ops.call.prepared import Prepared, prepare_call
-from fi_ffi.ops.docs import docstring
-from fi_ffi.ops.providers import release_in_force
-from fi_ffi.ops.releases import fits
-from fi_ffi.ops.row import Row
+from fi_ffi.ops.call.providers import release_in_force
+from fi_ffi.ops.call.releases import fits
+from fi_ffi.ops.call.row import Row
+from fi_ffi.ops.call.support import Support, supports
 
 if TYPE_CHECKING:
     import inspect
     import os
-
-    from fi_ffi.ops.capability.judgement import Support
 
 
 class Op:
@@ -103,9 +102,8 @@ class Op:
         or a `cuda` tag such as "cu130", it is about what FlashInfer publishes.
         `dtypes` are names, or a dict by the type variables of the docstring.
         """
-        from fi_ffi.ops.capability.judgement import Query, judge
-
-        return judge(self.__name__, self.rows, Query.of(sm, release, cuda, dtypes, kernels))
+        asked = {"sm": sm, "release": release, "cuda": cuda, "dtypes": dtypes, "kernels": kernels}
+        return supports(self.__name__, self.rows, **asked)
 
     def select_release(self, release: str) -> CompiledRow:
         """Put the row of this release in force; the first row if none has this release."""

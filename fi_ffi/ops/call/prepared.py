@@ -16,7 +16,7 @@ from fi_ffi.errors import ArgumentError, printed
 from fi_ffi.ops.call.compiled import KEEP, CompiledRow, Variant
 from fi_ffi.ops.call.launch import launch
 from fi_ffi.ops.call.memory import keep
-from fi_ffi.ops.row import Absent, KvLayout, Scalar, Tensor
+from fi_ffi.ops.call.row import Absent, KvLayout, Scalar, Tensor
 
 _reclaiming = threading.Lock()
 _HAS_GIL = getattr(sys, "_is_gil_enabled", lambda: True)()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from fi_ffi.abi.tensor import TensorDesc, c_strides, is_row_major
 from fi_ffi.errors import ArgumentError, ArgumentTypeError, printed
-from fi_ffi.ops.row import KV_LAYOUTS, Required, Row, Scalar, Tensor, Text
+from fi_ffi.ops.call.row import KV_LAYOUTS, Required, Row, Scalar, Tensor, Text
 
 if TYPE_CHECKING:
     from fi_ffi.abi.tensor import Device

@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 
 from fi_ffi.abi.library import TypeIndex
 from fi_ffi.ops.call.checks import Checks, Form, parameters
-from fi_ffi.ops.notation import replaced
-from fi_ffi.ops.row import (
+from fi_ffi.ops.call.notation import replaced
+from fi_ffi.ops.call.row import (
     Absent,
     Arg,
     IntArray,

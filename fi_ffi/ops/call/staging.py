@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.library import renew_after_fork
 from fi_ffi.abi.tensor import Device, TensorDesc
-from fi_ffi.ops import cuda
+from fi_ffi.ops.call import cuda
 from fi_ffi.ops.call.memory import HOST, hold, keep, owned, stream_key
 
 MOST_STAGES = 4

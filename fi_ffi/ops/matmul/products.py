@@ -24,15 +24,15 @@ from fi_ffi.errors import ArgumentError, LoaderError
 from fi_ffi.loader import machine
 from fi_ffi.ops.call.arguments import INT64_MAX, check_int
 from fi_ffi.ops.call.compiled import CompiledRow
-from fi_ffi.ops.call.launching import Launch, PreparedSteps, launching, prepare_row
+from fi_ffi.ops.call.keyword_call import Launch, PreparedSteps, keyword_function, prepare_row
 from fi_ffi.ops.call.memory import scratch_for
+from fi_ffi.ops.call.notation import round_up
 from fi_ffi.ops.call.op import Op
+from fi_ffi.ops.call.providers import check_available
+from fi_ffi.ops.call.row import Row, Tensor, form_on
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.matmul import rows
 from fi_ffi.ops.matmul.rows import E4M3
-from fi_ffi.ops.notation import round_up
-from fi_ffi.ops.providers import check_available
-from fi_ffi.ops.row import Row, Tensor, form_on
 
 if TYPE_CHECKING:
     from fi_ffi.loader.methods import ModuleObject
@@ -69,7 +69,7 @@ def _prepare_tinygemm(
     return prepare_row(tinygemm_row(op.row), stream, input=input, output=out, **more, **given)
 
 
-@launching(_prepare_tinygemm)
+@keyword_function(_prepare_tinygemm)
 def tinygemm_bf16(
     input: TensorLike,
     weight: TensorLike,
@@ -115,7 +115,7 @@ def _prepare_algos(op: Op, stream: object, **given: Any) -> Prepared:
     return op.prepare(**_with_handle(op, **given), stream=stream)
 
 
-@launching(functools.partial(_prepare_algos, GET_ALGOS))
+@keyword_function(functools.partial(_prepare_algos, GET_ALGOS))
 def bmm_fp8_get_algos(
     A: TensorLike,
     B: TensorLike,
@@ -145,7 +145,7 @@ def bmm_fp8_get_algos(
     return count
 
 
-@launching(functools.partial(_prepare_algos, RUN_WITH_ALGO))
+@keyword_function(functools.partial(_prepare_algos, RUN_WITH_ALGO))
 def bmm_fp8_run_with_algo(
     A: TensorLike,
     B: TensorLike,
@@ -209,7 +209,7 @@ def _prepare_blockscale(stream: object, **tensors: Any) -> PreparedSteps:
     return prepared
 
 
-@launching(_prepare_blockscale)
+@keyword_function(_prepare_blockscale)
 def fp8_blockscale_gemm_sm90(
     input: TensorLike,
     weight: TensorLike,
@@ -358,7 +358,7 @@ def _prepare_groupwise(
     return prepare_row(form, stream, *tensors, *sizes, scale_major_mode, *more)
 
 
-@launching(_prepare_groupwise)
+@keyword_function(_prepare_groupwise)
 def gemm_fp8_nt_groupwise(
     a: TensorLike,
     b: TensorLike,
@@ -416,7 +416,7 @@ def _prepare_grouped(
     )
 
 
-@launching(_prepare_grouped)
+@keyword_function(_prepare_grouped)
 def group_gemm_fp8_nt_groupwise(
     a: TensorLike,
     b: TensorLike,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fi_ffi.ops.row import Arg, Row, Rule, Scalar, Tensor, Text, Vector
+from fi_ffi.ops.call.row import Arg, Row, Rule, Scalar, Tensor, Text, Vector
 from fi_ffi.ops.table.gemm import BLOCKSCALE, BMM, BMM_ARGS, F16, FP8, HANDLE
 
 INT = 2**31 - 1

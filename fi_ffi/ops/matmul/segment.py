@@ -15,7 +15,7 @@ from fi_ffi.abi.streams import handle_for
 from fi_ffi.abi.tensor import TensorDesc
 from fi_ffi.errors import ArgumentError
 from fi_ffi.loader import machine
-from fi_ffi.ops import cuda
+from fi_ffi.ops.call import cuda
 from fi_ffi.ops.call.arguments import (
     check_choice,
     check_each,
@@ -23,7 +23,7 @@ from fi_ffi.ops.call.arguments import (
     check_int_array,
 )
 from fi_ffi.ops.call.compiled import CompiledRow
-from fi_ffi.ops.call.launching import Launch, PreparedSteps, launching
+from fi_ffi.ops.call.keyword_call import Launch, PreparedSteps, keyword_function
 from fi_ffi.ops.call.staging import Staged, staged
 from fi_ffi.ops.matmul import rows
 from fi_ffi.ops.table.gemm import FP8
@@ -168,7 +168,7 @@ def _prepare_segments(
     return PreparedSteps(_OP, {"x": x, "weights": weights, "out": out}, check, stream)
 
 
-@launching(_prepare_segments)
+@keyword_function(_prepare_segments)
 def segment_gemm(
     x: TensorLike,
     weights: TensorLike,

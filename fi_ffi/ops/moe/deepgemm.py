@@ -16,7 +16,7 @@ from fi_ffi.abi.function import make_array
 from fi_ffi.abi.tensor import parse_device
 from fi_ffi.errors import ArgumentError, ArgumentTypeError, LoaderError
 from fi_ffi.loader import libraries
-from fi_ffi.ops import cuda
+from fi_ffi.ops.call import cuda
 from fi_ffi.ops.moe.interface import MODULE, SET_INCLUDE_DIRS
 
 _COMPILER = "TRTLLM_DG_NVCC_COMPILER"

@@ -24,7 +24,11 @@ from fi_ffi.errors import (
 from fi_ffi.loader import generation
 from fi_ffi.ops.call.arguments import check_flag, check_int, shown
 from fi_ffi.ops.call.compiled import CompiledRow
-from fi_ffi.ops.call.launching import given_by_name, launching, prepare_row
+from fi_ffi.ops.call.keyword_call import arguments_by_name, keyword_function, prepare_row
+from fi_ffi.ops.call.providers import entry_for
+from fi_ffi.ops.call.releases import is_in
+from fi_ffi.ops.call.row import Row
+from fi_ffi.ops.call.support import Support, supports
 from fi_ffi.ops.moe import profile
 from fi_ffi.ops.moe.interface import (
     ACTIVATIONS,
@@ -39,13 +43,9 @@ from fi_ffi.ops.moe.interface import (
 )
 from fi_ffi.ops.moe.modes import SWIGLU, Mode, mode_of, row_of
 from fi_ffi.ops.moe.profile import Profile
-from fi_ffi.ops.providers import entry_for
-from fi_ffi.ops.releases import is_in
-from fi_ffi.ops.row import Row
 
 if TYPE_CHECKING:
     from fi_ffi.ops.call.prepared import Prepared
-    from fi_ffi.ops.capability.judgement import Support
 
 _OP = "cutlass_fused_moe"
 # The `swiglu_` tensors that an activation takes.
@@ -266,16 +266,14 @@ class FusedMoe:
 
     def prepare(self, *args: Any, **kwargs: Any) -> Prepared:
         """Pack a call with these arguments, to launch it many times: see `fi_ffi.prepare`."""
-        given = given_by_name(self.__call__, self._op, args, kwargs)
+        given = arguments_by_name(self.__call__, self._op, args, kwargs)
         compiled, values = self._fill(**given, is_launched=False)
         return prepare_row(compiled, given["stream"], *values)
 
     @classmethod
     def supports(cls, sm: Any = None, **asked: Any) -> Support:
         """Ask whether one can be made for a GPU (`sm=90`), with the arguments of `Op.supports`."""
-        from fi_ffi.ops.capability.matrix import judge_call
-
-        return judge_call(cls.__name__, sm, **asked)
+        return supports(cls.__name__, sm=sm, **asked)
 
     def _fill(
         self, output: Any, input: Any, token_selected_experts: Any, token_final_scales: Any,
@@ -520,7 +518,7 @@ def _prepare(**given: Any) -> Prepared:
     return moe.prepare(**given)
 
 
-@launching(_prepare)
+@keyword_function(_prepare)
 def cutlass_fused_moe(
     output: TensorLike,
     input: TensorLike,

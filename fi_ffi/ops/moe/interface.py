@@ -20,9 +20,9 @@ from fi_ffi.abi.tensor import DTYPES, Device
 from fi_ffi.errors import ArchitectureError, KernelNotFoundError
 from fi_ffi.loader import machine
 from fi_ffi.loader.methods import ModuleObject
-from fi_ffi.ops import cuda
-from fi_ffi.ops.releases import is_in
-from fi_ffi.ops.row import Absent
+from fi_ffi.ops.call import cuda
+from fi_ffi.ops.call.releases import is_in
+from fi_ffi.ops.call.row import Absent
 
 if TYPE_CHECKING:
     from fi_ffi.ops.moe.modes import Mode

@@ -16,14 +16,14 @@ from fi_ffi.abi.interop import TensorLike, as_desc
 from fi_ffi.abi.streams import handle_for
 from fi_ffi.abi.tensor import TensorDesc
 from fi_ffi.errors import ArgumentError, ArgumentTypeError, printed
-from fi_ffi.ops import cuda
+from fi_ffi.ops.call import cuda
 from fi_ffi.ops.call.compiled import CompiledRow
-from fi_ffi.ops.call.launching import Launch, PreparedSteps, launching
+from fi_ffi.ops.call.keyword_call import Launch, PreparedSteps, keyword_function
 from fi_ffi.ops.call.op import Op
+from fi_ffi.ops.call.providers import check_available
+from fi_ffi.ops.call.releases import forms_of
+from fi_ffi.ops.call.row import Absent, Row, Scalar, Tensor, Vector
 from fi_ffi.ops.call.staging import staged
-from fi_ffi.ops.providers import check_available
-from fi_ffi.ops.releases import forms_of
-from fi_ffi.ops.row import Absent, Row, Scalar, Tensor, Vector
 
 if TYPE_CHECKING:
     from fi_ffi.abi.tensor import Device
@@ -149,7 +149,7 @@ def _prepare(
     return PreparedSteps(_OP, tensors, check, stream)
 
 
-@launching(_prepare)
+@keyword_function(_prepare)
 def bgmv_moe(
     x: TensorLike,
     lora_a_weights: Sequence[TensorLike],

@@ -15,18 +15,10 @@ from typing import Any
 
 from fi_ffi.abi.tensor import TensorDesc
 from fi_ffi.errors import ArgumentError
-from fi_ffi.ops.moe.interface import (
-    FOLDED_RELEASES,
-    MODULE,
-    MODULES,
-    SOURCE,
-    W4_RELEASES,
-    Interface,
-)
-from fi_ffi.ops.notation import round_up
-from fi_ffi.ops.providers import release_in_force
-from fi_ffi.ops.releases import is_in
-from fi_ffi.ops.row import (
+from fi_ffi.ops.call.notation import round_up
+from fi_ffi.ops.call.providers import release_in_force
+from fi_ffi.ops.call.releases import is_in
+from fi_ffi.ops.call.row import (
     MULTIPROCESSORS,
     Arg,
     IntArray,
@@ -36,6 +28,14 @@ from fi_ffi.ops.row import (
     Tensor,
     TensorArray,
     Vector,
+)
+from fi_ffi.ops.moe.interface import (
+    FOLDED_RELEASES,
+    MODULE,
+    MODULES,
+    SOURCE,
+    W4_RELEASES,
+    Interface,
 )
 
 HALF = ("float16", "bfloat16")

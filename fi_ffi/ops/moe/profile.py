@@ -10,7 +10,7 @@ from fi_ffi.abi.function import Frame
 from fi_ffi.abi.streams import stream_context
 from fi_ffi.abi.tensor import Device
 from fi_ffi.errors import ArgumentError, KernelError
-from fi_ffi.ops import cuda
+from fi_ffi.ops.call import cuda
 from fi_ffi.ops.call.compiled import CompiledRow
 from fi_ffi.ops.moe.interface import Runner
 

@@ -9,8 +9,11 @@ from fi_ffi.abi.interop import TensorLike, as_desc
 from fi_ffi.errors import ArgumentError
 from fi_ffi.ops.call.arguments import check_choice, check_int
 from fi_ffi.ops.call.compiled import CompiledRow
-from fi_ffi.ops.call.launching import launching, prepare_row
+from fi_ffi.ops.call.keyword_call import keyword_function, prepare_row
 from fi_ffi.ops.call.prepared import Prepared
+from fi_ffi.ops.call.providers import release_in_force
+from fi_ffi.ops.call.releases import fits
+from fi_ffi.ops.call.row import Row, Rule, Scalar, Tensor, Vector
 from fi_ffi.ops.moe.interface import (
     FOLDED_RELEASES,
     INTERLEAVE,
@@ -18,9 +21,6 @@ from fi_ffi.ops.moe.interface import (
     SOURCE,
     W4_RELEASES,
 )
-from fi_ffi.ops.providers import release_in_force
-from fi_ffi.ops.releases import fits
-from fi_ffi.ops.row import Row, Rule, Scalar, Tensor, Vector
 
 _QUANT_TYPES = {"int4": 0, "fp4": 1}
 _INT32 = 2**31 - 1
@@ -106,7 +106,7 @@ def _prepare(weight: Any, weight_interleaved: Any, quant_type: Any, stream: obje
     return prepare_row(_in_force(), stream, weight, weight_interleaved, _number(quant_type))
 
 
-@launching(_prepare)
+@keyword_function(_prepare)
 def interleave_moe_weights_for_sm90_mixed_gemm(
     weight: TensorLike,
     weight_interleaved: TensorLike,

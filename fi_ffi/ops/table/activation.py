@@ -7,8 +7,8 @@ half starts, and a row with fewer elements would be launched with no threads.
 
 from __future__ import annotations
 
-from fi_ffi.ops.releases import forms_of
-from fi_ffi.ops.row import PDL, Row, Tensor, Vector
+from fi_ffi.ops.call.releases import forms_of
+from fi_ffi.ops.call.row import PDL, Row, Tensor, Vector
 
 _ARGS = (
     Tensor("out", "n d", "T", "the product; must not share memory with `input`",

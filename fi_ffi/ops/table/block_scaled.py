@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fi_ffi.ops.notation import round_up
-from fi_ffi.ops.releases import forms_of
-from fi_ffi.ops.row import Absent, Row, Rule, Scalar, Tensor, Vector
+from fi_ffi.ops.call.notation import round_up
+from fi_ffi.ops.call.releases import forms_of
+from fi_ffi.ops.call.row import Absent, Row, Rule, Scalar, Tensor, Vector
 
 _INT = 2**31
 # What kernels without a body are compiled to.

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from fi_ffi.ops.releases import forms_of
-from fi_ffi.ops.row import Row, Rule, Tensor, Vector
+from fi_ffi.ops.call.releases import forms_of
+from fi_ffi.ops.call.row import Row, Rule, Tensor, Vector
 
 _V, _S = "n num_heads head_dim", "n num_heads"
 _OUT: dict[str, Any] = {"writes": True, "reads": False}

@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fi_ffi.abi.signature import Signature
-from fi_ffi.ops.releases import forms_of
-from fi_ffi.ops.row import Absent, Arg, Row, Rule, Scalar, Tensor, Vector
+from fi_ffi.ops.call.releases import forms_of
+from fi_ffi.ops.call.row import Absent, Arg, Row, Rule, Scalar, Tensor, Vector
 
 _INT = 2**31 - 1
 _F16 = ("float16", "bfloat16")

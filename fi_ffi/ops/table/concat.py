@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from fi_ffi.ops.releases import forms_of
-from fi_ffi.ops.row import Row, Tensor, Vector
+from fi_ffi.ops.call.releases import forms_of
+from fi_ffi.ops.call.row import Row, Tensor, Vector
 
 # 112 head strides stay below 2^31; rounded to whole vectors.
 _STRIDES: dict[str, Any] = {"stride_limit": 2**31 // 112 // 16 * 16}

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from fi_ffi.ops.releases import forms_of
-from fi_ffi.ops.row import Absent, Arg, Row, Rule, Scalar, Tensor, Vector
+from fi_ffi.ops.call.releases import forms_of
+from fi_ffi.ops.call.row import Absent, Arg, Row, Rule, Scalar, Tensor, Vector
 
 _TOKENS = "total_seq_len"
 _GATE: dict[str, Any] = {"dtype": "float32", "contiguous": True, "optional": True}

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from fi_ffi.ops.releases import forms_of
-from fi_ffi.ops.row import Row, Rule, Scalar, Tensor, Vector
+from fi_ffi.ops.call.releases import forms_of
+from fi_ffi.ops.call.row import Row, Rule, Scalar, Tensor, Vector
 
 _INT = 2**31 - 1
 _BF16 = ("bfloat16",)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fi_ffi.ops.row import Row, Rule, Scalar, Tensor, Vector
+from fi_ffi.ops.call.row import Row, Rule, Scalar, Tensor, Vector
 from fi_ffi.ops.table.gemm import F16
 
 _INT = 2**31 - 1

@@ -2,14 +2,14 @@
 
 The kernels (`include/flashinfer/mamba/seq_chunk_cumsum.cuh`) search the pieces' sequences, assuming
 that they are sorted, and read `seq_idx` at the start of each piece without a check.
-`selective_state_update` is in `fi_ffi.ops.mamba`, because its module depends on its arguments.
+`selective_state_update` is in `fi_ffi.ops.states.mamba`: its module depends on its arguments.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from fi_ffi.ops.row import Row, Rule, Scalar, Tensor, Vector
+from fi_ffi.ops.call.row import Row, Rule, Scalar, Tensor, Vector
 
 _INT = 2**31 - 1
 _PIECE: dict[str, Any] = {"dtype": "int32", "contiguous": True}

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from fi_ffi.ops.releases import forms_of
-from fi_ffi.ops.row import PDL, Row, Rule, Scalar, Tensor, Vector
+from fi_ffi.ops.call.releases import forms_of
+from fi_ffi.ops.call.row import PDL, Row, Rule, Scalar, Tensor, Vector
 
 _SOURCE = "csrc/flashinfer_norm_binding.cu"
 _T = {"T": ("float16", "bfloat16")}

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from fi_ffi.ops.row import Absent, Row, Rule, Scalar, Tensor, Vector
+from fi_ffi.ops.call.row import Absent, Row, Rule, Scalar, Tensor, Vector
 
 _SOURCE = "csrc/flashinfer_norm_binding.cu"
 # The least value that is not taken for a mistake: the kernel divides by it in float32.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fi_ffi.ops.row import KvLayout, Row, Tensor, Vector
+from fi_ffi.ops.call.row import KvLayout, Row, Tensor, Vector
 
 _SOURCE = "csrc/flashinfer_page_binding.cu"
 _T: dict[str, tuple[str, ...]] = {"T": ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")}

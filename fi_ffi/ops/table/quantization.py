@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fi_ffi.ops.row import Row, Rule, Tensor, Text, Vector
+from fi_ffi.ops.call.row import Row, Rule, Tensor, Text, Vector
 
 _BITORDER = Text(
     "bitorder", ("big", "little"), "big",

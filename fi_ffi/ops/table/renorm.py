@@ -14,9 +14,9 @@ from typing import Any
 
 from fi_ffi.errors import ArgumentError, ArgumentTypeError, printed
 from fi_ffi.ops.call.arguments import check_flag
-from fi_ffi.ops.notation import round_up
-from fi_ffi.ops.releases import forms_of
-from fi_ffi.ops.row import MULTIPROCESSORS, Row, Rule, Scalar, Tensor, Vector
+from fi_ffi.ops.call.notation import round_up
+from fi_ffi.ops.call.releases import forms_of
+from fi_ffi.ops.call.row import MULTIPROCESSORS, Row, Rule, Scalar, Tensor, Vector
 
 _SOURCE = "csrc/flashinfer_sampling_binding.cu"
 _INT = 2**31 - 1

@@ -11,8 +11,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from fi_ffi.ops.notation import ceil_div
-from fi_ffi.ops.row import IN_PLACE, Absent, KvLayout, Row, Rule, Scalar, Tensor, Vector
+from fi_ffi.ops.call.notation import ceil_div
+from fi_ffi.ops.call.row import IN_PLACE, Absent, KvLayout, Row, Rule, Scalar, Tensor, Vector
 
 SOURCE = "csrc/flashinfer_rope_binding.cu"
 INPUTS: dict[str, tuple[str, ...]] = {"T": ("float16", "bfloat16")}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from fi_ffi.ops.row import PDL, Absent, KvLayout, Row, Rule, Scalar, Tensor, Vector
+from fi_ffi.ops.call.row import PDL, Absent, KvLayout, Row, Rule, Scalar, Tensor, Vector
 from fi_ffi.ops.table.rope import (
     INDEX,
     INPUTS,

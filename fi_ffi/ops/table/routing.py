@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from fi_ffi.ops.releases import forms_of
-from fi_ffi.ops.row import Row, Rule, Scalar, Tensor, Vector
+from fi_ffi.ops.call.releases import forms_of
+from fi_ffi.ops.call.row import Row, Rule, Scalar, Tensor, Vector
 
 _INT = 2**31 - 1
 _FLOATS = ("float32", "bfloat16", "float16")

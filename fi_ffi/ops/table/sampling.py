@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from fi_ffi.ops.releases import forms_of
-from fi_ffi.ops.row import PDL, Arg, Row, Rule, Scalar, Tensor, Vector
+from fi_ffi.ops.call.releases import forms_of
+from fi_ffi.ops.call.row import PDL, Arg, Row, Rule, Scalar, Tensor, Vector
 from fi_ffi.ops.table import renorm
 
 _SOURCE = "csrc/flashinfer_sampling_binding.cu"

@@ -12,8 +12,8 @@ from dataclasses import replace
 from typing import Any
 
 from fi_ffi.abi.tensor import DTYPES
-from fi_ffi.ops.releases import forms_of
-from fi_ffi.ops.row import SHARED_MEMORY, Arg, Row, Rule, Scalar, Tensor, Vector
+from fi_ffi.ops.call.releases import forms_of
+from fi_ffi.ops.call.row import SHARED_MEMORY, Arg, Row, Rule, Scalar, Tensor, Vector
 from fi_ffi.ops.table.renorm import ROW_STATES, rule_of_shared_rows
 
 _SOURCE = "csrc/flashinfer_topk_binding.cu"

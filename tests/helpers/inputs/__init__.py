@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 
 from fi_ffi.families import FAMILIES
-from fi_ffi.ops.row import Row
+from fi_ffi.ops.call.row import Row
 
 from tests.helpers.inputs.family import Inputs
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fi_ffi.ops.row import Row
+from fi_ffi.ops.call.row import Row
 from fi_ffi.reference.arrays import Array
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fi_ffi.ops.notation import round_up
+from fi_ffi.ops.call.notation import round_up
 
 from tests.helpers.inputs.family import Call, Inputs
 

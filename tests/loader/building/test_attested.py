@@ -16,13 +16,13 @@ import pytest
 
 from fi_ffi.abi.function import probe
 from fi_ffi.loader import runtime
-from fi_ffi.loader.building.build import MissingPart, ask, run_ninja
-from fi_ffi.loader.building.environment import Workshop, open_workshop
-from fi_ffi.loader.building.names import parse_arch, parse_requests
+from fi_ffi.ops.call.row import form_on
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.matmul import rows
 from fi_ffi.ops.moe import interface as moe
-from fi_ffi.ops.row import form_on
+from fi_ffi_build.build import MissingPart, ask, run_ninja
+from fi_ffi_build.environment import Workshop, open_workshop
+from fi_ffi_build.names import parse_arch, parse_requests
 
 _FP4 = ("fp4_quantize", "fp4_batched_quantize", "block_scale_interleave",
         "block_scale_interleave_reverse")  # fmt: skip
@@ -60,7 +60,7 @@ from fi_ffi.abi.function import probe
 from fi_ffi.loader import runtime
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.matmul import rows
-from fi_ffi.ops.row import form_on
+from fi_ffi.ops.call.row import form_on
 for name in sys.argv[3:]:
     forms = OPS[name].rows if name in OPS else [row for row in rows.ROWS if row.name == name]
     row = form_on(forms, (int(sys.argv[2]), 0))

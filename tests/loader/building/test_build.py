@@ -1,4 +1,4 @@
-"""`fi_ffi.loader.building`: what it refuses, how it explains a failure, and a real build."""
+"""`fi_ffi_build`: what it refuses, how it explains a failure, and a real build."""
 
 from __future__ import annotations
 
@@ -18,8 +18,12 @@ import pytest
 
 from fi_ffi.errors import ArgumentError, BuildError
 from fi_ffi.loader import machine
-from fi_ffi.loader.building import environment as building
-from fi_ffi.loader.building.build import (
+from fi_ffi.loader.cache import cache_root
+from fi_ffi.loader.held import cuda_of, facts_of
+from fi_ffi.loader.kernels import open_source
+from fi_ffi.loader.lock import parse_release
+from fi_ffi_build import environment as building
+from fi_ffi_build.build import (
     _compile,
     _package,
     available,
@@ -28,8 +32,8 @@ from fi_ffi.loader.building.build import (
     run_ninja,
     write_index,
 )
-from fi_ffi.loader.building.environment import Missing, Progress, Toolkit, Workshop, missing_part
-from fi_ffi.loader.building.names import (
+from fi_ffi_build.environment import Missing, Progress, Toolkit, Workshop, missing_part
+from fi_ffi_build.names import (
     DEFAULT_RELEASE,
     FAMILIES,
     parse_arch,
@@ -37,11 +41,7 @@ from fi_ffi.loader.building.names import (
     parse_requests,
     with_options,
 )
-from fi_ffi.loader.building.wheel_writer import KernelWheel, write_wheel
-from fi_ffi.loader.cache import cache_root
-from fi_ffi.loader.held import cuda_of, facts_of
-from fi_ffi.loader.kernels import open_source
-from fi_ffi.loader.lock import parse_release
+from fi_ffi_build.wheel_writer import KernelWheel, write_wheel
 
 from tests.helpers import sampling
 

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 
 from fi_ffi.errors import ArgumentError
-from fi_ffi.loader.building import cute, cute_driver
-from fi_ffi.loader.building.build import build
-from fi_ffi.loader.building.environment import Progress
-from fi_ffi.loader.building.names import FAMILIES, parse_request, with_options
 from fi_ffi.loader.cache import cache_root
 from fi_ffi.loader.catalogue import build_advice
 from fi_ffi.loader.elf import inspect_elf
 from fi_ffi.loader.fatbin import architectures
+from fi_ffi_build import cute, cute_driver
+from fi_ffi_build.build import build
+from fi_ffi_build.environment import Progress
+from fi_ffi_build.names import FAMILIES, parse_request, with_options
 
 from tests.helpers.children import done
 from tests.helpers.compiler import why_not_build

@@ -18,11 +18,11 @@ import pytest
 import fi_ffi
 from fi_ffi.abi import library
 from fi_ffi.abi.function import Entry
-from fi_ffi.loader.building.build import run_ninja
-from fi_ffi.loader.building.environment import open_workshop
 from fi_ffi.loader.elf import FUNCTION_PREFIX
 from fi_ffi.loader.kernels import open_source
 from fi_ffi.loader.runtime import file_signatures, tvm_ffi_version
+from fi_ffi_build.build import run_ninja
+from fi_ffi_build.environment import open_workshop
 
 OLDEST = "0.1.6"
 pytestmark = pytest.mark.skipif(

@@ -17,9 +17,9 @@ from click.testing import CliRunner
 from fi_ffi.cli import main
 from fi_ffi.errors import BuildError
 from fi_ffi.loader import upkeep
-from fi_ffi.loader.building import build as building
-from fi_ffi.loader.building import cute_install, driver, environment, stand_in
-from fi_ffi.loader.building.names import parse_request
+from fi_ffi_build import build as building
+from fi_ffi_build import cute_install, driver, environment, stand_in
+from fi_ffi_build.names import parse_request
 
 from tests.helpers.compiler import why_not_build
 from tests.helpers.sampling import only_in_full

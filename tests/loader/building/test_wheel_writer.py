@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from packaging.utils import parse_wheel_filename
 
-from fi_ffi.loader.building.wheel_writer import KernelWheel, write_wheel
+from fi_ffi_build.wheel_writer import KernelWheel, write_wheel
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import numpy as np
 import fi_ffi
 from fi_ffi.cli.cases import case_of
 from fi_ffi.ops.call.op import Op
-from fi_ffi.ops.row import KvLayout, Row, Scalar, Tensor
+from fi_ffi.ops.call.row import KvLayout, Row, Scalar, Tensor
 
 from .guard import check_refusal, kernels_run, stopped
 from .memory import Room

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 import fi_ffi
-from fi_ffi.ops.row import Absent, Row, Scalar, Tensor, default_of
+from fi_ffi.ops.call.row import Absent, Row, Scalar, Tensor, default_of
 
 from . import odd
 from .guard import check_refusal

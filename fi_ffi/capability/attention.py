@@ -1,0 +1,202 @@
+"""Judges attention: the modules of its plans and calls, by their options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from fi_ffi.capability.judgement import Query, judge
+from fi_ffi.errors import ArgumentError
+from fi_ffi.ops.attention.backends import (
+    Kernel,
+    backend_for,
+    check_encoding,
+    check_soft_cap,
+    output_type,
+)
+from fi_ffi.ops.attention.options import (
+    AttentionOptions,
+    DecodeOptions,
+    MlaOptions,
+    PrefillOptions,
+)
+from fi_ffi.ops.attention.rows import (
+    BATCH_ATTENTION,
+    BATCH_ATTENTION_FP4,
+    BATCH_DECODE_RUN,
+    BATCH_MLA,
+    BATCH_PREFILL,
+    BATCH_PREFILL_SINK,
+    FORMS,
+    FP4,
+    FP8,
+    SINGLE_DECODE,
+    SINGLE_PREFILL,
+)
+from fi_ffi.ops.call.arguments import check_choice
+from fi_ffi.ops.call.row import Row
+from fi_ffi.ops.call.support import MISSING, REFUSED, Support
+
+# Required options of plans on which no module depends.
+_PLAN = {"num_qo_heads": 8, "num_kv_heads": 8, "page_size": 16}
+_GIVEN: dict[str, dict[str, Any]] = {
+    "BatchPrefillPlan": {**_PLAN, "head_dim_qk": 128},
+    "BatchAttentionPlan": {**_PLAN, "head_dim_qk": 128},
+    "BatchDecodePlan": {**_PLAN, "head_dim": 128},
+    "BatchMlaPlan": {"num_heads": 16, "page_size": 16},
+}
+_SINGLE: dict[str, Any] = {
+    "q_data_type": "float16", "kv_data_type": None, "o_data_type": None, "head_dim": 128,
+    "head_dim_vo": None, "pos_encoding_mode": "NONE", "window_left": -1, "logits_soft_cap": 0.0,
+}  # fmt: skip
+_SINGLE_PREFILL = {"use_fp16_qk_reduction": False, "use_custom_mask": False, "backend": "auto"}
+
+
+def judge_attention(op: str, query: Query, options: Mapping[str, Any]) -> Support:
+    """Judge whether a plan can be made, or a function called, with these options."""
+    if op not in _CHOICES:
+        return _of_family(op, query)
+    try:
+        kernel, backend, row = _CHOICES[op](op, query, options)
+
+        def module(release: str) -> str:
+            return kernel.module(backend, release)
+
+        found = judge(op, FORMS[row], query, module)
+    except ArgumentError as error:  # a wrong option, or a module that no release has
+        return Support(op, REFUSED, str(error), release=query.release)
+    chosen = options.get("backend", "auto") == "auto" and backend == "fa3"
+    if found.status != MISSING or not chosen:
+        return found
+    other = judge_attention(op, query, {**options, "backend": "fa2"})
+    more = f"; with backend='fa2' it can be called, by {other.module}" if other else ""
+    return replace(found, reason=found.reason + more)
+
+
+def _of_family(op: str, query: Query) -> Support:
+    """Judge a function without options here, by any module of its rows' family."""
+    family = _FAMILIES.get(op) or op.lower().removesuffix("plan")
+    rows = [row for row in FORMS if row.name.partition(".")[0] == family]
+    if not rows:
+        raise TypeError(f"{op} has no rows to tell what it needs")
+    return judge(op, FORMS[rows[0]], query)
+
+
+_FAMILIES = {"BatchPodPlan": "batch_pod"}
+_Choice = tuple[Kernel, str, Row]
+
+
+def _prefill(op: str, query: Query, given: Mapping[str, Any]) -> _Choice:
+    options = PrefillOptions(**_GIVEN[op] | dict(given))
+    kernel, is_paged = options.kernel, options.page_size is not None
+    backend, _ = backend_for(
+        op, options.backend, kernel, query.capability, options.use_custom_mask, is_paged,
+        of=query.release,
+    )  # fmt: skip
+    rows = BATCH_PREFILL_SINK if options.use_attention_sink else BATCH_PREFILL
+    return kernel, backend, rows[kernel.kind(backend)][2 if is_paged else 1]
+
+
+def _cascade(op: str, query: Query, given: Mapping[str, Any]) -> _Choice:
+    del op
+    return _prefill("BatchPrefillPlan", query, given)
+
+
+def _sparse(op: str, query: Query, given: Mapping[str, Any]) -> _Choice:
+    """Choose as for a prefill over pages, with another name for the head size."""
+    del op
+    changed = dict(given)
+    changed["head_dim_qk"] = changed.pop("head_dim", 128)
+    return _prefill("BatchPrefillPlan", query, changed)
+
+
+def _decode(op: str, query: Query, given: Mapping[str, Any]) -> _Choice:
+    options = DecodeOptions(**_GIVEN[op] | dict(given))
+    options.check_group(query.release)
+    return options.kernel, "", BATCH_DECODE_RUN
+
+
+def _attention(op: str, query: Query, given: Mapping[str, Any]) -> _Choice:
+    del query
+    options = AttentionOptions(**_GIVEN[op] | dict(given))
+    rows = BATCH_ATTENTION_FP4 if options.kv_data_type in FP4 else BATCH_ATTENTION
+    return options.kernel, "", rows[1]
+
+
+def _mla(op: str, query: Query, given: Mapping[str, Any]) -> _Choice:
+    options = MlaOptions(**_GIVEN[op] | dict(given))
+    kernel = options.kernel
+    backend, _ = backend_for(op, options.backend, kernel, query.capability, of=query.release)
+    return kernel, backend, BATCH_MLA[kernel.kind(backend)][1]
+
+
+def _single_kernel(
+    family: str, op: str, known: Mapping[str, Any], given: Mapping[str, Any]
+) -> tuple[Kernel, dict[str, Any]]:
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise TypeError(f"{op}.supports() got an unexpected keyword argument {unknown[0]!r}")
+    asked = {**known, **given}
+    q = asked["q_data_type"]
+    o = asked["o_data_type"] or ("float16" if q in FP8 else q)
+    output_type(op, "o_data_type", o, q, family == "single_decode")
+    cap = check_soft_cap(op, "logits_soft_cap", asked["logits_soft_cap"])
+    mode = asked["pos_encoding_mode"]
+    check_encoding(op, mode, cap)
+    kernel = Kernel(
+        family, q, asked["kv_data_type"] or q, o, asked["head_dim"],
+        asked["head_dim_vo"] or asked["head_dim"], mode, asked["window_left"] >= 0, cap > 0,
+        bool(asked.get("use_fp16_qk_reduction")),
+    )  # fmt: skip
+    return kernel, asked
+
+
+def _single_prefill(op: str, query: Query, given: Mapping[str, Any]) -> _Choice:
+    kernel, asked = _single_kernel("single_prefill", op, _SINGLE | _SINGLE_PREFILL, given)
+    check_choice(op, "backend", asked["backend"], ("auto", "fa2", "fa3"))
+    backend, _ = backend_for(
+        op, asked["backend"], kernel, query.capability, asked["use_custom_mask"],
+        of=query.release,
+    )  # fmt: skip
+    return kernel, backend, SINGLE_PREFILL[kernel.kind(backend)]
+
+
+def _single_decode(op: str, query: Query, given: Mapping[str, Any]) -> _Choice:
+    del query
+    return _single_kernel("single_decode", op, _SINGLE, given)[0], "", SINGLE_DECODE
+
+
+_CHOICES: dict[str, Callable[[str, Query, Mapping[str, Any]], _Choice]] = {
+    "BatchPrefillPlan": _prefill,
+    "BlockSparseAttentionPlan": _sparse,
+    "VariableBlockSparseAttentionPlan": _sparse,
+    "MultiLevelCascadePlan": _cascade,
+    "SharedPrefixPlan": _cascade,
+    "BatchAttentionPlan": _attention,
+    "BatchDecodePlan": _decode,
+    "BatchMlaPlan": _mla,
+    "single_prefill": _single_prefill,
+    "single_decode": _single_decode,
+}
+# Options with a line in the tables, by the line's name.
+_FA = {"fa2": {"backend": "fa2"}, "fa3": {"backend": "fa3"}}
+_FP8_QUERIES = {"fa3, fp8 queries": {"backend": "fa3", "q_data_type": "float8_e4m3fn"}}
+_SINKS = {
+    f"{backend}, attention sinks": {
+        "backend": backend, "use_attention_sink": True, "head_dim_qk": 64,
+        "q_data_type": "bfloat16",
+    }
+    for backend in _FA
+}  # fmt: skip
+# Options for each line; others are judged by any module of the family.
+SAMPLES: dict[str, dict[str, dict[str, Any]]] = {
+    "BatchPrefillPlan": _FA | {"fa2, fp8 keys": {"backend": "fa2", "kv_data_type": "float8_e4m3fn"}}
+    | _FP8_QUERIES | _SINKS,
+    "BatchAttentionPlan": {"": {}, "fp8 keys": {"kv_data_type": "float8_e4m3fn"},
+                           "NVFP4 keys": {"kv_data_type": "uint8"}},
+    "BatchDecodePlan": {"": {}, "fp8 keys": {"kv_data_type": "float8_e4m3fn"}},
+    "BatchMlaPlan": _FA | {"fp8 cache": {"kv_data_type": "float8_e4m3fn"}},
+    "single_prefill": _FA,
+    "single_decode": {"": {}},
+}  # fmt: skip

@@ -1,0 +1,1 @@
+"""Fetching what is not on this machine: HTTP, ranges of wheels, resumed downloads, progress."""

@@ -1,0 +1,245 @@
+"""Functions that work around the entries they call, with `prepare` and `supports`."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar, cast
+
+from fi_ffi.abi.interop import as_desc
+from fi_ffi.abi.streams import handle_for
+from fi_ffi.abi.tensor import Device, TensorDesc, TensorKind
+from fi_ffi.errors import ArgumentError
+from fi_ffi.loader import generation
+from fi_ffi.ops.call.compiled import CompiledRow
+from fi_ffi.ops.call.prepared import Prepared, prepare_call, prepared_by_caller, tensor_like
+from fi_ffi.ops.call.row import Row, Scalar
+from fi_ffi.ops.call.support import Support, supports
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_P = ParamSpec("_P")
+_Result = TypeVar("_Result", covariant=True)
+Launch = Callable[[object], None]
+
+
+_compiled_rows: dict[tuple[object, ...], CompiledRow] = {}
+
+
+def compiled_row(
+    row: Row,
+    module: str,
+    dtypes: Mapping[str, tuple[str, ...]],
+    op: str,
+    device: Device | None = None,
+    *,
+    names: Mapping[str, str] | None = None,
+    bound: Mapping[str, TensorKind | None] | None = None,
+    known: tuple[str, ...] = (),
+    not_less: tuple[tuple[str, str], ...] = (),
+    first: tuple[str, ...] = (),
+) -> CompiledRow:
+    """Compile a row for a module of these dtypes; all calls of a generation of kernels with the
+    same arguments share the result."""
+    kinds = tuple((bound or {}).items())
+    key = (row, module, op, device, kinds, known, not_less, first, generation.number)
+    found = _compiled_rows.get(key)
+    if found is None:
+        own = {name: types for name, types in dtypes.items() if name in row.dtypes}
+        pairs = (f"{more} >= {less}" for more, less in not_less)
+        form = replace(row, dtypes={**row.dtypes, **own}, requires=(*row.requires, *pairs))
+        made = CompiledRow(
+            form,
+            module,
+            op=op,
+            names=names,
+            known=known,
+            bound=bound,
+            device=device,
+            first=first,
+            follows=False,
+        )
+        found = _compiled_rows.setdefault(key, made)
+    return found
+
+
+class Values:
+    """The arguments of a row's call: a list in the ABI's order, filled by name.
+
+    Scalars have their value in `neutral` until they are set; all else is None.
+    """
+
+    __slots__ = ("compiled", "index", "op", "values")
+
+    def __init__(
+        self, op: str, compiled: CompiledRow, neutral: Mapping[str, object] | None = None
+    ) -> None:
+        self.op, self.compiled = op, compiled
+        scalars = {arg.name for arg in compiled.row.given if isinstance(arg, Scalar)}
+        names = compiled.form.packed_names
+        start = {} if neutral is None else {name: neutral.get(name) for name in scalars}
+        self.index = {name: i for i, name in enumerate(names)}
+        self.values: list[Any] = [start.get(name) for name in names]
+
+    def fresh(self) -> Self:
+        """Copy the values, to fill the copy for one call."""
+        return self.of(self.values.copy())
+
+    def of(self, values: list[Any]) -> Self:
+        """Return an object for the same row with these values."""
+        copy: Self = object.__new__(type(self))
+        copy.op, copy.compiled, copy.index, copy.values = self.op, self.compiled, self.index, values
+        return copy
+
+    def call(self, stream: object) -> None:
+        """Call the row's entry with the values."""
+        self.compiled.call(None, *self.values, stream=stream)
+
+    def prepare(self, stream: object) -> Prepared:
+        """Prepare a call of the row's entry with the values."""
+        return prepare_call(self.compiled, dict(zip(self.index, self.values, strict=True)), stream)
+
+    def put(self, **values: object) -> None:
+        """Set arguments by the binding's names; ignore names that the row lacks."""
+        for name, value in values.items():
+            if name in self.index:
+                self.values[self.index[name]] = value
+
+
+class KeywordCall(Generic[_P]):
+    """A function that fills in the arguments of a row's entry, and launches it when called."""
+
+    def __init__(self, fill: Callable[_P, Values]) -> None:
+        self._fill = fill
+        functools.update_wrapper(self, fill)
+
+    def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> None:
+        self._fill(*args, **kwargs).call(kwargs.get("stream"))
+
+    def prepare(self, *args: _P.args, **kwargs: _P.kwargs) -> Prepared:
+        """Pack the same call without launching it."""
+        made = self._fill(*args, **kwargs).prepare(kwargs.get("stream"))
+        return prepared_by_caller(made)
+
+    def supports(self, sm: Any = None, **asked: Any) -> Support:
+        """Ask whether the function can be called on a GPU (`sm=90`), with kernels of a `release`
+        and a `cuda` tag, and with these dtypes, head size and options (`q_data_type`,
+        `kv_data_type`, `o_data_type`, `head_dim`, `head_dim_vo`, and the call's own). See
+        `Op.supports`."""
+        name: str = self.__name__  # type: ignore[attr-defined]
+        return supports(name, sm=sm, **asked)
+
+
+class KeywordFunction(Protocol[_P, _Result]):
+    """A function that launches kernels."""
+
+    __name__: str
+
+    def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> _Result: ...
+
+    def prepare(self, *args: _P.args, **kwargs: _P.kwargs) -> Any:
+        """Check and pack the same call without launching it: see `fi_ffi.prepare`."""
+
+    def supports(self, sm: Any = None, **asked: Any) -> Support:
+        """Ask whether the function can be called on a GPU: see `Op.supports`."""
+
+
+def keyword_function(
+    prepare: Callable[..., Any],
+) -> Callable[[Callable[_P, _Result]], KeywordFunction[_P, _Result]]:
+    """Give a public function its `prepare` and its `supports`.
+
+    `prepare` gets the call's arguments by name, with defaults and `stream`.
+    """
+
+    def given(function: Callable[_P, _Result]) -> KeywordFunction[_P, _Result]:
+        made = cast(Any, function)
+
+        def prepared(*args: Any, **kwargs: Any) -> Any:
+            """Check and pack the same call without launching it: see `fi_ffi.prepare`."""
+            return prepare(**arguments_by_name(function, function.__name__, args, kwargs))
+
+        def asked_support(sm: Any = None, **asked: Any) -> Support:
+            """Ask whether the function can be called on a GPU (`sm=90`; by default the first GPU),
+            with the arguments of `Op.supports`."""
+            return supports(function.__name__, sm=sm, **asked)
+
+        made.prepare, made.supports = prepared, asked_support
+        return cast("KeywordFunction[_P, _Result]", function)
+
+    return given
+
+
+def arguments_by_name(
+    function: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Return a call's arguments by name, with defaults."""
+    import inspect  # imported late: it takes longer than a first call
+
+    try:
+        bound = inspect.signature(function).bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(f"{name}.prepare() {error}") from None
+    bound.apply_defaults()
+    return dict(bound.arguments)
+
+
+def prepare_row(compiled: CompiledRow, stream: object, *args: Any, **kwargs: Any) -> Prepared:
+    """Prepare a call of a row; its update uses the caller's names for tensors."""
+    values, _ = compiled.bind(*args, **kwargs)
+    return prepared_by_caller(prepare_call(compiled, values, stream))
+
+
+class PreparedSteps:
+    """A prepared call of several steps: `call()` launches it, `call.update(...)` changes tensors.
+
+    Made by `prepare` of `segment_gemm`, `fp8_blockscale_gemm_sm90` and `bgmv_moe`. It launches on
+    the stream given to `prepare`, or without one on the stream of the scope that is open at the
+    launch. It keeps the tensors that it was given alive; keep memory valid that you gave by
+    address.
+    """
+
+    def __init__(
+        self, op: str, tensors: dict[str, Any], check: Callable[..., Launch], stream: object
+    ) -> None:
+        self.op, self._check, self._stream = op, check, stream
+        # With the lock, a Ctrl-C between the steps of an update leaves the call unchanged.
+        self._lock = threading.Lock()
+        self._tensors: dict[str, TensorDesc | None] = {
+            name: None if value is None else as_desc(value, op, name)
+            for name, value in tensors.items()
+        }
+        self._launch = check(**self._tensors)
+        if stream is not None:  # refuse what is no stream now, not at the first call
+            first = next(desc for desc in self._tensors.values() if desc is not None)
+            handle_for(stream, first.device, op)
+
+    def __call__(self) -> None:
+        """Launch the call. Raises `ArgumentError` without a stream, and `KernelError`."""
+        self._launch(self._stream)
+
+    def update(self, **tensors: Any) -> None:
+        """Change tensors by the function's names, to addresses or to tensors of the same layout.
+
+        Raises `ArgumentError` and `ArgumentTypeError`; the call is unchanged then.
+        """
+        with self._lock:
+            changed = dict(self._tensors)
+            for name, value in tensors.items():
+                if name not in changed:
+                    expected = f"one of {', '.join(changed)}; prepare another call for others"
+                    raise self._error("update", name, expected)
+                changed[name] = tensor_like(self._error, self.op, name, changed[name], value)
+            self._launch, self._tensors = self._check(**changed), changed
+
+    def _error(self, argument: str, got: object, expected: object) -> ArgumentError:
+        return ArgumentError(self.op, argument, got=got, expected=str(expected))
+
+    def __repr__(self) -> str:
+        given = (f"{name}={desc.ptr:#x}" for name, desc in self._tensors.items() if desc)
+        return f"<prepared {self.op}({', '.join(given)})>"
+
+    __copy__, __reduce_ex__ = Prepared.__copy__, Prepared.__reduce_ex__

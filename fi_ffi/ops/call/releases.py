@@ -1,0 +1,143 @@
+"""FlashInfer's releases: which rows belong to one, and the forms that an entry has had.
+
+The facts are from the binding sources and `jit/attention/modules.py` of every release from 0.6.3 to
+0.7.2.post1; `tests/releases` compares the rows with each.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from fi_ffi.ops.call.row import Arg, Ranged, Row, Tensor
+
+OLDEST = "0.6.3"
+# The lock's default release. Its forms come first.
+FIRST = "0.6.13"
+
+# Sources whose exports make the tensors' device current by a `CUDADeviceGuard` before they use
+# CUDA, and the caller's again after it, in every release that rows have. Others have no guard, or
+# set the device and leave it set (`activation.py`, topk.cu, the fp8 kernels of fa3).
+GUARDED = frozenset(
+    f"csrc/{name}.cu"
+    for name in (
+        "batch_decode_jit_binding",
+        "batch_mla_binding",
+        "batch_mla_sm90_binding",
+        "batch_pod_jit_binding",
+        "batch_prefill_jit_binding",
+        "concat_mla",
+        "flashinfer_cascade_binding",
+        "flashinfer_norm_binding",
+        "flashinfer_page_binding",
+        "flashinfer_rope_binding",
+        "flashinfer_sampling_binding",
+        "pod_jit_binding",
+        "single_decode_jit_binding",
+        "single_prefill_jit_binding",
+        "single_prefill_sm90_jit_binding",
+    )
+)
+_PLAIN = re.compile(r"\d+\.\d+\.\d+(?:\.post[1-9]\d*)?")  # a published release
+_NUMBER = r"(\d+(?:\.\d+)*(?:\.post[1-9]\d*)?)"
+_BOUND = re.compile(f"(>=|<){_NUMBER}")
+_SPAN = re.compile(f">={_NUMBER}(?:,<{_NUMBER})?")
+
+
+@functools.cache
+def is_in(release: str, releases: str) -> bool:
+    """Whether a version specifier includes a release."""
+    bounds = [_BOUND.fullmatch(part) for part in releases.split(",")]
+    if _PLAIN.fullmatch(release) and all(bounds):
+        found = _number(release)
+        return all(
+            found < _number(bound[2]) if bound[1] == "<" else found >= _number(bound[2])
+            for bound in bounds
+            if bound is not None
+        )
+    # Imported late: it is a good part of a first call's time.
+    from packaging.specifiers import SpecifierSet
+
+    return SpecifierSet(releases).contains(release, prereleases=True)
+
+
+def fits(row: Row, release: str) -> bool:
+    """Whether the row's interface is that of a FlashInfer release."""
+    return is_in(release, row.releases)
+
+
+def _number(release: str) -> tuple[int, ...]:
+    """Return a sort key of a release: a post release comes after it and before the next one."""
+    return tuple(int(part.removeprefix("post")) for part in release.split("."))
+
+
+def _bounds(releases: str) -> tuple[str, str]:
+    """Return the first release of ">=a" or ">=a,<b", and the first one after the range."""
+    since, _, until = releases.partition(",<")
+    return since.removeprefix(">=") or OLDEST, until
+
+
+def _has(item: Ranged, release: str) -> bool:
+    if item.since and _number(release) < _number(item.since):
+        return False
+    return not item.until or _number(release) < _number(item.until)
+
+
+def _dtypes_of(args: Sequence[Arg]) -> set[str]:
+    return {arg.dtype for arg in args if isinstance(arg, Tensor)}
+
+
+def forms_of(row: Row, later: Mapping[str, Mapping[str, Any]] | None = None) -> tuple[Row, ...]:
+    """Return the forms of a row that lists all arguments and rules there ever were, that of `FIRST`
+    first.
+
+    Arguments and rules name the releases that have them. `later` has fields of the row that change
+    from a release on.
+    """
+    later = later or {}
+    begin, end = _bounds(row.releases)
+    items = (*row.args, *row.rules)
+    named = {*later, *(item.since for item in items), *(item.until for item in items)} - {""}
+    inner = {release for release in named if _number(release) > _number(begin)}
+    starts = sorted({begin, *inner}, key=_number)
+    forms = []
+    for start, until in zip(starts, [*starts[1:], end], strict=True):
+        fields: dict[str, Any] = {}
+        for release in sorted(later, key=_number):
+            if _number(release) <= _number(start):
+                fields |= later[release]
+        args = tuple(arg for arg in row.args if _has(arg, start))
+        names = {arg.name for arg in args}
+        gone = _dtypes_of(row.args) - _dtypes_of(args)
+        fields = {
+            "dtypes": {name: dtypes for name, dtypes in row.dtypes.items() if name not in gone},
+            "requires": tuple(
+                each for each in row.requires if isinstance(each, str) or _has(each, start)
+            ),
+            "together": tuple(name for name in row.together if name in names),
+        } | fields
+        releases = f">={start},<{until}" if until else f">={start}"
+        forms.append(replace(row, args=args, releases=releases, **fields))
+    number = max(
+        (i for i, start in enumerate(starts) if _number(start) <= _number(FIRST)), default=0
+    )
+    return (forms[number], *forms[:number], *forms[number + 1 :])
+
+
+def span_of(forms: Sequence[Row]) -> str:
+    """Return the releases of all the forms as one specifier, with adjacent ranges joined."""
+    found = [_SPAN.fullmatch(form.releases) for form in forms]
+    bounds = [match.groups("") for match in found if match]
+    if len(bounds) < len(forms):
+        return " or ".join(form.releases for form in forms)
+    spans: list[list[str]] = []
+    for start, end in sorted(bounds, key=lambda span: _number(span[0])):
+        last = spans[-1][1] if spans else "0"
+        if last and _number(start) > _number(last):
+            spans.append([start, end])
+        else:
+            spans[-1][1] = max(last, end, key=_number) if last and end else ""
+    return " or ".join(f">={start},<{end}" if end else f">={start}" for start, end in spans)

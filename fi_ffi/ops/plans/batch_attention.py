@@ -1,0 +1,164 @@
+"""`BatchAttentionPlan`: prefills and decodes of a batch in one launch, over a paged cache."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from fi_ffi.abi.interop import TensorLike, as_desc
+from fi_ffi.ops.attention import sizes
+from fi_ffi.ops.attention.arrays import Batch
+from fi_ffi.ops.attention.backends import CAUSAL, NON_CAUSAL
+from fi_ffi.ops.attention.options import AttentionKeywords, AttentionOptions
+from fi_ffi.ops.attention.plan import Plan
+from fi_ffi.ops.attention.rows import BATCH_ATTENTION, BATCH_ATTENTION_FP4, FP4
+from fi_ffi.ops.attention.run import Values, block_scales, softmax_scale
+from fi_ffi.ops.attention.workspace import Workspace
+from fi_ffi.ops.call.arguments import check_number
+from fi_ffi.ops.call.row import Row
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+# The kernel counts the tokens of all listed pages in 32 bits.
+_MOST_TOKENS = 2**32
+
+
+class BatchAttentionPlan(Plan):
+    """Prefills and decodes of a batch in one launch over a paged cache, planned once for all
+    layers.
+
+    This is FlashInfer's `BatchAttention`: one persistent kernel with as many blocks as the GPU
+    holds, which balances long prefills and single queries among them.
+
+    Args:
+        qo_indptr: [b+1] int32 on the host: where each request's queries start.
+        kv_indptr: [b+1] int32 on the host: where each request's pages start in `kv_indices`.
+        kv_indices: [kv_indptr[-1] or more] int32 on the host: pages of the cache; None if each run
+            passes them on the device, where fi_ffi cannot check them.
+        kv_len_arr: [b] int32 on the host: tokens of each request.
+        {options}
+        device, workspace, stream: as in `BatchPrefillPlan`.
+
+    The size of the workspace depends on the GPU and the heads alone: 302 MiB and 6 MiB for 132
+    multiprocessors, 8 key heads and head_dim 128. A captured launch serves any batch.
+
+    Raises as `BatchPrefillPlan` does, and `KernelError` if the planner finds more than 65,536
+    pieces of work.
+    Upstream: flashinfer/attention/_core.py, csrc/batch_attention.cu.
+    """
+
+    op = "BatchAttentionPlan"
+    _options_class = AttentionOptions
+    _names: Mapping[str, str] = {
+        "qo_indptr": "qo_indptr", "kv_indptr": "kv_indptr", "indices": "kv_indices",
+        "kv_len": "kv_len_arr",
+    }  # fmt: skip
+    _run_arrays: Mapping[str, str] = {"kv_indices": "indices"}
+    backend = "persistent"
+    _backend_of_module = ""
+    backend_reason = "batch attention has no other"
+
+    def __init__(
+        self,
+        qo_indptr: TensorLike,
+        kv_indptr: TensorLike,
+        kv_indices: TensorLike | None,
+        kv_len_arr: TensorLike,
+        *,
+        device: object = None,
+        workspace: Workspace | None = None,
+        stream: object = None,
+        **options: Unpack[AttentionKeywords],
+    ) -> None:
+        arrays = qo_indptr, kv_indptr, kv_indices, kv_len_arr
+        super().__init__(arrays, device, workspace, stream, options)
+
+    def replan(
+        self,
+        qo_indptr: TensorLike,
+        kv_indptr: TensorLike,
+        kv_indices: TensorLike | None,
+        kv_len_arr: TensorLike,
+        *,
+        stream: object = None,
+    ) -> None:
+        """Plan another batch with the same options, as `BatchPrefillPlan.replan`."""
+        self._replan_batch((qo_indptr, kv_indptr, kv_indices, kv_len_arr), stream)
+
+    def run(
+        self,
+        q: TensorLike,
+        k_cache: TensorLike,
+        v_cache: TensorLike,
+        o: TensorLike,
+        lse: TensorLike | None = None,
+        *,
+        kv_layout: str = "NHD",
+        kv_indices: TensorLike | None = None,
+        sm_scale: float | None = None,
+        k_scale: float | None = None,
+        v_scale: float | None = None,
+        k_cache_sf: TensorLike | None = None,
+        v_cache_sf: TensorLike | None = None,
+        stream: object = None,
+    ) -> None:
+        """Compute the attention of `q` over the pages of a cache into `o`, on `stream`.
+
+        Args:
+            q: [qo_indptr[-1], num_qo_heads, head_dim_qk]; with CUDA graphs [max_total_num_rows,
+                ...], as for `o` and `lse`.
+            k_cache: [num_pages, page_size, num_kv_heads, head_dim_qk], or with "HND" [num_pages,
+                num_kv_heads, page_size, head_dim_qk].
+            v_cache: as k_cache, with head_dim_vo and the same strides.
+            o: [rows of q, num_qo_heads, head_dim_vo], contiguous, written.
+            lse: [rows of q, num_qo_heads] float32, written: log2 of the sum of exponentials.
+            kv_indices: the pages, int32 on the device, if the plan has none.
+            sm_scale: factor of q @ k; 1 / sqrt(head_dim_qk) by default.
+            k_scale, v_scale: factors of k and v, such as the scales of an fp8 cache.
+            k_cache_sf, v_cache_sf: scales of NVFP4 keys and values, as in
+                `BatchPrefillPlan.paged_run`; their strides are an eighth of those of the cache.
+        """
+        bound = self._bound_run(0, self._check_indices("kv_indices", kv_indices))
+        values = bound.template.fresh()
+        if sm_scale is not None or k_scale is not None:
+            scale = softmax_scale(self.op, sm_scale, self.options.head_dim_qk)
+            values.put(sm_scale=values.scale("k", k_scale, scale))
+        if v_scale is not None:
+            values.put(v_scale=check_number(self.op, "v_scale", v_scale, -math.inf))
+        dtype = self.options.kv_data_type
+        if dtype in FP4 or k_cache_sf is not None or v_cache_sf is not None:
+            given = {"k_cache": k_cache, "v_cache": v_cache}
+            descs = {name: as_desc(tensor, self.op, name) for name, tensor in given.items()}
+            block_scales(values, dtype, descs, k_cache_sf=k_cache_sf, v_cache_sf=v_cache_sf)
+        values.put(
+            q=q, k_cache=k_cache, v_cache=v_cache, o=o, maybe_lse=lse, kv_layout=kv_layout,
+            kv_indices=kv_indices,
+        )  # fmt: skip
+        self._run_packed(bound, values.values, stream)
+
+    def _fill_defaults(self, values: Values) -> None:
+        values.put(sm_scale=softmax_scale(self.op, None, self.options.head_dim_qk), v_scale=1.0)
+
+    def _choose_rows(self) -> Sequence[Row]:
+        return BATCH_ATTENTION_FP4 if self.options.kv_data_type in FP4 else BATCH_ATTENTION
+
+    def _facts(self) -> dict[str, Any]:
+        mask = CAUSAL if self.options.causal else NON_CAUSAL
+        return super()._facts() | {
+            "mask_mode_code": mask, "head_dim_o": self.options.head_dim_vo,
+        }  # fmt: skip
+
+    def _read(self, arrays: Sequence[object]) -> Batch:
+        batch = super()._read(arrays)
+        if self.options.causal:
+            batch.check_keys("with causal=True")
+        tokens = batch.kv.total * self.options.page_size
+        if tokens >= _MOST_TOKENS:
+            expected = f"less than {_MOST_TOKENS} tokens in all pages that are listed"
+            raise self._refuse("kv_indptr", f"{tokens} tokens", expected)
+        return batch
+
+    def _exact_need(self, batch: Batch) -> sizes.Need:
+        return sizes.attention(self._geometry)

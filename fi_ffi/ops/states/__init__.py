@@ -1,0 +1,1 @@
+"""Ops that update a state for each sequence: GDN, KDA, Mamba."""

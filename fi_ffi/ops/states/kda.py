@@ -1,0 +1,347 @@
+"""`recurrent_kda`: advances states of Kimi's delta attention by one token or several.
+
+The kernels are written in CuTe DSL (`flashinfer/kda_kernels/recurrent_kda.py`). A module for one
+token of each request is compiled for a head size and for some options, and serves any number of
+requests and heads. FlashInfer also compiles it for tiles that are fast for a given number of
+requests and heads, and has another kernel for few of them; fi_ffi uses one module of each kind for
+all. Several tokens take that other kernel, which is compiled for numbers of heads and tokens too.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fi_ffi.abi.interop import TensorLike, as_desc
+from fi_ffi.abi.tensor import Device, TensorDesc, viewed
+from fi_ffi.errors import ArgumentError
+from fi_ffi.loader import generation, machine
+from fi_ffi.ops.call import memory
+from fi_ffi.ops.call.arguments import check_flag, check_int, check_number, shown
+from fi_ffi.ops.call.keyword_call import KeywordCall, Values, compiled_row
+from fi_ffi.ops.call.row import Absent, Arg, Row, Scalar, Tensor, Vector
+
+_OP = FAMILY = "recurrent_kda"
+SIZES = (64, 128)  # sizes of a head of keys and values
+_INT = 2**31
+_GRID = 2**16 - 1  # blocks along a grid's second dimension
+# The requests and heads for which `fi-ffi build kda_decode` compiles by default.
+_REQUESTS, _HEADS = 64, 16
+CAPABILITY = (9, 0)  # the GPU for which calls are judged on a machine without one
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """The parameters that a module is compiled for."""
+
+    head_size: int = 128
+    use_gate_in_kernel: bool = True
+    has_bias: bool = True
+    has_bound: bool = False
+    use_qk_l2norm_in_kernel: bool = True
+    beta_is_logit: bool = False
+    # For one token: whether tokens lie side by side, with starts of requests and indices of states.
+    is_packed: bool = False
+    # Tokens of each request; for several, heads of q and k, and of v and states.
+    t: int = 1
+    h: int = _HEADS
+    hv: int = _HEADS
+
+    @property
+    def is_grouped(self) -> bool:
+        return self.t > 1
+
+    def names(self, capability: tuple[int, int]) -> tuple[str, str]:
+        """Return the names of the module for this GPU, and of its function."""
+        major, minor = capability
+        parts = [f"b{_REQUESTS}", f"t{self.t}", f"h{self.h if self.is_grouped else _HEADS}"]
+        if self.is_grouped:
+            parts.append(f"g{self.hv // max(self.h, 1)}")
+        parts += [f"d{self.head_size}", "gate" if self.use_gate_in_kernel else "nogate"]
+        flags = {
+            "nobias": self.use_gate_in_kernel and not self.has_bias, "bound": self.has_bound,
+            "nonorm": not self.use_qk_l2norm_in_kernel, "logit": self.beta_is_logit,
+            "packed": self.is_packed,
+        }  # fmt: skip
+        launch = "grouped_kda_host" if self.is_grouped else "recurrent_kda_launch"
+        kernel = "_".join((launch, *parts, *(name for name, is_on in flags.items() if is_on)))
+        return f"{FAMILY}_sm{major}{minor}a_cute_dsl_{kernel}", f"{FAMILY}_{kernel}"
+
+
+@functools.cache
+def row_of(kernel: Kernel, symbol: str = "") -> Row:
+    """Return the row of the kernel's function; without a `symbol`, that of the CPU's reference,
+    which takes the compiled-in values as arguments."""
+    size, grouped = kernel.head_size, kernel.is_grouped
+    is_packed = grouped or kernel.is_packed
+    # Bytes of the widest load. numpy aligns CPU memory to 16 bytes only.
+    width = 32 if symbol and not grouped else 16
+    of: dict[str, Any] = {"contiguous": True, "alignment": width, "in_vectors": False}
+    of_g: dict[str, Any] = {"alignment": width, "packed": 2, "in_vectors": not grouped}
+    of_state: dict[str, Any] = {"packed": 3, "writes": True}
+    tokens = "1 tokens" if is_packed else "b 1"
+
+    def half(name: str, axes: str, **more: Any) -> Tensor:
+        return Tensor(name, axes, "bfloat16", "", **(more if "packed" in more else of | more))
+
+    def gate(name: str, axes: str, there: bool) -> Arg:
+        return Tensor(name, axes, "float32", "", **of) if there else Absent(name, dtype="float32")
+
+    def places(name: str, axes: str, there: bool) -> Arg:
+        return Tensor(name, axes, "int32", "", **of) if there else Absent(name, dtype="int32")
+
+    state = f"{'slots' if is_packed else 'b'} HV {size} D"
+    has_bias = kernel.use_gate_in_kernel and kernel.has_bias
+    args: dict[str, Arg] = {arg.name: arg for arg in (
+        half("q", f"{tokens} H {size}"), half("k", f"{tokens} H {size}"),
+        half("v", f"{tokens} HV {size}"), half("g", f"{tokens} HV D", **of_g),
+        half("beta", f"{tokens} HV"), half("initial_state", state, **of_state),
+        half("initial_state_source", state, **of_state | {"writes": False}),
+        half("output", f"{tokens} HV {size}", writes=True, reads=False),
+        gate("A_log", "H", kernel.use_gate_in_kernel), gate("dt_bias", f"{size}*H", has_bias),
+        places("cu_seqlens", "n+1", is_packed),
+        places("ssm_state_indices", f"n {kernel.t}" if grouped else "n", is_packed),
+        places("num_accepted_tokens", "n", grouped),
+        *(Scalar(name, float, None, "") for name in ("scale", "eps", "lower_bound")),
+    )}  # fmt: skip
+    order = tuple(_grouped(args) if grouped else _one_token(args))
+    if not symbol:
+        order += tuple(Scalar(name, bool, None, "") for name in _CONSTANTS)
+    blocks = size // 8  # the most blocks of a state
+    count = "n" if is_packed else "b"
+    return Row(
+        _OP, FAMILY, symbol or _OP, "flashinfer/kda_kernels/recurrent_kda.py", "", order, {},
+        ">=0.7.2", variant="_tokens" if grouped else "_packed" if is_packed else "",
+        vector=Vector(("D",), width), offset_limit=_INT if grouped else 2**63,
+        nothing_axis="tokens" if is_packed else "b", capabilities=(9, 10),
+        in_place=(("initial_state", "initial_state_source"),),
+        requires=(
+            "H >= 1", "HV % H == 0", f"D in ({size},)", *(("n >= 1",) if is_packed else ()),
+            f"n <= {_GRID}" if grouped else f"{count} * HV <= {(_INT - 1) // blocks}",
+        ),
+    )  # fmt: skip
+
+
+# What is compiled into modules, and the CPU's reference is told.
+_CONSTANTS = ("use_qk_l2norm_in_kernel", "has_bound", "beta_is_logit")
+
+
+def _one_token(args: dict[str, Arg]) -> list[Arg]:
+    order = list(args.values())
+    order.insert(7, Absent("initial_state_indices", dtype="int32"))
+    return order
+
+
+def _grouped(args: dict[str, Arg]) -> list[Arg]:
+    """Return the arguments of the kernel for several tokens, which takes strides as numbers."""
+    names = (
+        "q", "k", "v", "g", "beta", "A_log", "dt_bias", "cu_seqlens", "ssm_state_indices",
+        "num_accepted_tokens", "initial_state", "initial_state_source",
+    )  # fmt: skip
+    return [
+        *(args[name] for name in names), Absent("initial_state_indices", dtype="int32"),
+        args["output"], Absent("n_seq", "int", of="n"), Absent("q_total", "int", of="tokens"),
+        Scalar("g_stride_q", int, None, ""), Scalar("state_stride0", int, None, ""),
+        Scalar("src_stride0", int, None, ""), Absent("src_idx_stride", "int", 1),
+        args["scale"], args["lower_bound"],
+    ]  # fmt: skip
+
+
+@generation.cached
+def _values_of(kernel: Kernel, device: Device) -> Values:
+    """Return the values that all calls of a kernel share."""
+    module, symbol = FAMILY, ""
+    if device.is_cuda:
+        module, symbol = kernel.names(machine.capability(device.index))
+    values = Values(_OP, compiled_row(row_of(kernel, symbol), module, {}, _OP, device))
+    constants = {name: getattr(kernel, name) for name in _CONSTANTS}
+    values.put(scale=kernel.head_size**-0.5, eps=1e-6, lower_bound=0.0, **constants)
+    return values
+
+
+def _only(name: str, value: object, expected: str) -> ArgumentError:
+    """Make the error for an argument that only other calls have."""
+    return ArgumentError(_OP, name, got=shown(value), expected=f"None but {expected}")
+
+
+def _check_gate(
+    is_gated: bool, A_log: object, dt_bias: object, lower_bound: object
+) -> float | None:
+    """Check the arguments of a computed gate; return its bound."""
+    if is_gated:
+        if A_log is None:
+            expected = "a tensor with use_gate_in_kernel=True"
+            raise ArgumentError(_OP, "A_log", got=None, expected=expected)
+    else:
+        for name, value in (("A_log", A_log), ("dt_bias", dt_bias), ("lower_bound", lower_bound)):
+            if value is not None:
+                raise _only(name, value, "with use_gate_in_kernel=True")
+    if lower_bound is None:
+        return None
+    bound = check_number(_OP, "lower_bound", lower_bound)
+    if bound >= 0:
+        raise ArgumentError(_OP, "lower_bound", got=bound, expected="a number below 0")
+    return bound
+
+
+def _requests(
+    q: TensorDesc, t: int, cu_seqlens: TensorLike | None, ssm_state_indices: TensorLike | None,
+    state: TensorDesc,
+) -> dict[str, TensorDesc]:  # fmt: skip
+    """Return where requests of packed tokens start, and their slots."""
+    b, each = q.shape[:2]
+    if cu_seqlens is None:
+        if each != t:
+            expected = f"{t} token{'s' * (t > 1)} of each request, without cu_seqlens"
+            raise ArgumentError(_OP, "q", got=q.layout, expected=expected)
+        starts = memory.counting(q.device, b + 1, step=t)
+    else:
+        if b != 1:
+            expected = "[1, tokens, ...] with cu_seqlens"
+            raise ArgumentError(_OP, "q", got=q.layout, expected=expected)
+        starts = as_desc(cu_seqlens, _OP, "cu_seqlens")
+        if len(starts.shape) != 1 or not starts.shape[0]:
+            expected = "rank 1 with an element or more"
+            raise ArgumentError(_OP, "cu_seqlens", got=starts.layout, expected=expected)
+    count = starts.shape[0] - 1
+    if ssm_state_indices is not None:
+        slots = as_desc(ssm_state_indices, _OP, "ssm_state_indices")
+    else:
+        if state.shape[:1] < (count * t,):
+            expected = f"{count * t} states or more, one for each token, without ssm_state_indices"
+            raise ArgumentError(_OP, "initial_state", got=state.layout, expected=expected)
+        slots = memory.counting(q.device, count * t)
+        slots = slots if t == 1 else viewed(slots, (count, t), (t, 1))
+    return {"cu_seqlens": starts, "ssm_state_indices": slots}
+
+
+def _side_by_side(name: str, tensor: TensorLike, b: int, t: int) -> TensorDesc:
+    """View a tensor of tokens of each request as [1, tokens, ...]."""
+    desc = as_desc(tensor, _OP, name)
+    if desc.shape[:2] != (b, t) or len(desc.shape) < 3:
+        expected = f"[{b}, {t}, ...], as q has requests and tokens"
+        raise ArgumentError(_OP, name, got=desc.layout, expected=expected)
+    of_request, of_token = desc.strides[:2]
+    step = of_request if t == 1 else of_token
+    if b > 1 and t > 1 and of_request != t * of_token:
+        got = f"strides {desc.strides}"
+        raise ArgumentError(_OP, name, got=got, expected="tokens at equal distances")
+    return viewed(desc, (1, b * t, *desc.shape[2:]), (b * t * step, step, *desc.strides[2:]))
+
+
+def _step(state: TensorDesc) -> int:
+    """Return the elements from one slot to the next; of a single one, as if slots were adjacent."""
+    return state.strides[0] if state.shape[:1] > (1,) else math.prod(state.shape[1:])
+
+
+@KeywordCall
+def recurrent_kda(
+    q: TensorLike,
+    k: TensorLike,
+    v: TensorLike,
+    g: TensorLike,
+    beta: TensorLike,
+    A_log: TensorLike | None = None,
+    dt_bias: TensorLike | None = None,
+    scale: float | None = None,
+    *,
+    initial_state: TensorLike,
+    output: TensorLike,
+    use_qk_l2norm_in_kernel: bool = True,
+    use_gate_in_kernel: bool = False,
+    lower_bound: float | None = None,
+    cu_seqlens: TensorLike | None = None,
+    ssm_state_indices: TensorLike | None = None,
+    num_spec_tokens: int | None = None,
+    num_accepted_tokens: TensorLike | None = None,
+    beta_is_logit: bool = False,
+    stream: object = None,
+) -> Values:
+    """Advance states of Kimi's delta attention by one token or several, and read them.
+
+    This is `gdn_decode` with a decay for each key. For each head of v, with the head of q and k
+    that it shares, q and k normalised (`x / sqrt(sum(x * x) + 1e-6)`): `state *= decay`, `state +=
+    beta * outer(v - state @ k, k)`, `output = scale * state @ q`. The decay is `exp(g)`. With
+    `use_gate_in_kernel` it is `exp(-exp(A_log) * softplus(g + dt_bias))`, or with `lower_bound`
+    `exp(lower_bound * sigmoid(exp(A_log) * (g + dt_bias)))`.
+
+    Args:
+        q, k: [b, t, H, D] bfloat16, t tokens of each request; D is 64 or 128. With `cu_seqlens`
+            [1, tokens, H, D], the tokens of all requests in order.
+        v: [b, t, HV, D] bfloat16; HV is a multiple of H.
+        g: [b, t, HV, D] bfloat16: the logarithms of the decays, or what they are computed from.
+            Tokens may lie apart, for t = 1 by multiples of 32 bytes.
+        beta: [b, t, HV] bfloat16: how much of the token is written, 0 to 1.
+        A_log: [H] float32, with `use_gate_in_kernel`.
+        dt_bias: [H * D] float32, with `use_gate_in_kernel`; None for 0.
+        scale: factor of the output; None for 1 / sqrt(D).
+        initial_state: [slots, HV, D, D] bfloat16 as [value, key], updated in place. Slots may lie
+            apart, by multiples of 32 bytes (16 for several tokens).
+        output: as v, written.
+        use_qk_l2norm_in_kernel: normalise q and k.
+        use_gate_in_kernel: compute the decays in the kernel.
+        lower_bound: a negative number, with `use_gate_in_kernel`.
+        cu_seqlens: [n+1] int32: where each request's tokens start, and the end. A request has at
+            most t tokens; those without any come last.
+        ssm_state_indices: int32, each request's slots: [n], or with `num_spec_tokens` [n, t]: the
+            state after token i goes to the i-th. By default they are counted from 0. No request may
+            write a slot that another reads or writes. A token with a negative index is no token.
+            Its `output` is unchanged, or 0 with `num_spec_tokens`.
+        num_spec_tokens: t - 1, for several tokens.
+        num_accepted_tokens: [n] int32, with `num_spec_tokens`: which of a request's slots to start
+            from, counted from 1; the first by default.
+        beta_is_logit: write `sigmoid(beta)` of the token.
+
+    The options, and with `num_spec_tokens` t, H and HV, are compiled into modules, which
+    `recurrent_kda.supports(...)` names. Indices and starts are on the GPU and not checked. On a GPU
+    tensors are aligned to 32 bytes (16 for several tokens).
+
+    Raises `ArgumentError` and `ArgumentTypeError` before anything is launched, and
+    `KernelNotFoundError` if the kernels in use lack the module.
+    Upstream: flashinfer/kda_decode.py, flashinfer/kda_kernels/recurrent_kda.py.
+    """
+    first = as_desc(q, _OP, "q")
+    if len(first.shape) != 4 or first.shape[3] not in SIZES:
+        expected = "[b, t, heads, 64] or [b, t, heads, 128]"
+        raise ArgumentError(_OP, "q", got=first.layout, expected=expected)
+    flags = {
+        "use_qk_l2norm_in_kernel": use_qk_l2norm_in_kernel,
+        "use_gate_in_kernel": use_gate_in_kernel, "beta_is_logit": beta_is_logit,
+    }  # fmt: skip
+    flags = {name: check_flag(_OP, name, value) for name, value in flags.items()}
+    bound = _check_gate(use_gate_in_kernel, A_log, dt_bias, lower_bound)
+    t = 1
+    if num_spec_tokens is not None:
+        t += check_int(_OP, "num_spec_tokens", num_spec_tokens, 1)
+    elif num_accepted_tokens is not None:
+        raise _only("num_accepted_tokens", num_accepted_tokens, "with num_spec_tokens")
+    kernel = Kernel(
+        first.shape[3], has_bias=dt_bias is not None, has_bound=bound is not None, t=t, **flags
+    )
+    given: dict[str, Any] = {"q": first, "k": k, "v": v, "g": g, "beta": beta, "output": output}
+    if t > 1 or cu_seqlens is not None or ssm_state_indices is not None:
+        state = as_desc(initial_state, _OP, "initial_state")
+        of_requests = _requests(first, t, cu_seqlens, ssm_state_indices, state)
+        b, each = first.shape[:2]
+        given = {name: _side_by_side(name, tensor, b, each) for name, tensor in given.items()}
+        kernel = replace(kernel, is_packed=t == 1)
+        if t > 1:
+            kernel = replace(kernel, h=first.shape[2], hv=given["v"].shape[2])
+            step, count = _step(state), of_requests["cu_seqlens"].shape[0] - 1
+            given |= {"g_stride_q": given["g"].strides[1], "state_stride0": step}
+            given |= {"src_stride0": step, "num_accepted_tokens": num_accepted_tokens}
+            if num_accepted_tokens is None:
+                given["num_accepted_tokens"] = memory.counting(first.device, count, step=0)
+        given |= of_requests
+    values = _values_of(kernel, first.device).fresh()
+    values.put(
+        **given, A_log=A_log, dt_bias=dt_bias, initial_state=initial_state,
+        initial_state_source=initial_state,
+    )  # fmt: skip
+    if bound is not None:
+        values.put(lower_bound=bound)
+    if scale is not None:
+        values.put(scale=check_number(_OP, "scale", scale))
+    return values
