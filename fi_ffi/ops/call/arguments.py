@@ -24,6 +24,23 @@ def shown(value: object) -> str:
     return f"{name} {printed(value)}" if isinstance(value, (int, float, str, bytes)) else name
 
 
+class Refusal:
+    """Makes the errors of one op: `raise refuse("top_k", top_k, "1 or more")`."""
+
+    __slots__ = ("op",)
+
+    def __init__(self, op: str) -> None:
+        self.op = op
+
+    def __call__(self, argument: str, got: object, expected: object) -> ArgumentError:
+        """Make the error for a value that cannot be used."""
+        return ArgumentError(self.op, argument, got=got, expected=str(expected))
+
+    def type(self, argument: str, value: object, expected: str) -> ArgumentTypeError:
+        """Make the error for a value of the wrong type."""
+        return ArgumentTypeError(self.op, argument, got=shown(value), expected=expected)
+
+
 def check_int(op: str, argument: str, value: object, low: int, high: int = INT32_MAX) -> int:
     """Return an integer from `low` to `high` as an int; refuse anything else."""
     if type(value) is not int:

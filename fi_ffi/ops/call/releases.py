@@ -127,7 +127,7 @@ def forms_of(row: Row, later: Mapping[str, Mapping[str, Any]] | None = None) -> 
     return (forms[number], *forms[:number], *forms[number + 1 :])
 
 
-def span_of(forms: Sequence[Row]) -> str:
+def span_of(forms: Sequence[Any]) -> str:
     """Return the releases of all the forms as one specifier, with adjacent ranges joined."""
     found = [_SPAN.fullmatch(form.releases) for form in forms]
     bounds = [match.groups("") for match in found if match]

@@ -1,0 +1,51 @@
+"""Which form of an entry is in force: of its row, its mode or its order of weights.
+
+An entry whose arguments changed between FlashInfer's releases has a form for each span of releases.
+The one in force is that of the kernels in use (`providers.release_in_force`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, TypeVar
+
+from fi_ffi.abi.tensor import Device
+from fi_ffi.errors import KernelNotFoundError
+from fi_ffi.ops.call.providers import release_in_force
+from fi_ffi.ops.call.releases import is_in, span_of
+
+
+class Form(Protocol):
+    """One form; `releases` is a version specifier, empty if every release has the form."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def releases(self) -> str: ...
+
+
+_Form = TypeVar("_Form", bound=Form)
+
+
+def of_release(forms: Sequence[_Form], release: str) -> _Form | None:
+    """Return the form of a release, or None if no form has it."""
+    fitting = (form for form in forms if not form.releases or is_in(release, form.releases))
+    return next(fitting, None)
+
+
+def in_force(forms: Sequence[_Form], device: Device) -> _Form:
+    """Return the form of the release in force.
+
+    Raises `KernelNotFoundError` for a GPU if no form has that release. The CPU's reference then has
+    the first form.
+    """
+    release = release_in_force()
+    found = of_release(forms, release)
+    if found is not None:
+        return found
+    if not device.is_cuda:
+        return forms[0]
+    raise KernelNotFoundError(
+        f"{forms[0].name} can be called in FlashInfer {span_of(forms)}; "
+        f"the kernels in use are of {release}"
+    )
