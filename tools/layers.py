@@ -40,6 +40,7 @@ LAYERS = (
     Layer("ops", ("fi_ffi.ops",), True),
     Layer("loader/fetch", ("fi_ffi.loader.fetch",)),
     Layer("reference", ("fi_ffi.reference",)),
+    Layer("catalogue", ("fi_ffi.catalogue",)),
     Layer("ops/plans", ("fi_ffi.ops.plans",)),
     Layer("ops/matmul", ("fi_ffi.ops.matmul",)),
     Layer("ops/moe", ("fi_ffi.ops.moe",)),
@@ -144,9 +145,7 @@ def layer_of(module: str) -> int:
 @functools.cache
 def every() -> tuple[Import, ...]:
     """All imports of all modules of one another."""
-    return tuple(
-        each for name in modules() for each in imports(name) if each.source != each.target
-    )
+    return tuple(each for name in modules() for each in imports(name) if each.source != each.target)
 
 
 def upward() -> list[Import]:
