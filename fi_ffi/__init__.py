@@ -35,6 +35,7 @@ from fi_ffi.errors import (
     KernelNotFoundError,
     LoaderError,
 )
+from fi_ffi.loader import advice
 from fi_ffi.ops.call import support
 from fi_ffi.ops.functions import *  # noqa: F403
 from fi_ffi.ops.functions import OPS
@@ -141,7 +142,17 @@ _LATER = {
     "watchdog": "fi_ffi.watch.watchdog",
 }
 # Subpackages that are imported by their names.
-_ROOMS = ("capability", "cli", "comm", "families", "loader", "modules", "reference", "watch")
+_ROOMS = (
+    "capability",
+    "catalogue",
+    "cli",
+    "comm",
+    "families",
+    "loader",
+    "modules",
+    "reference",
+    "watch",
+)
 
 
 def _later(name: str) -> object:
@@ -149,9 +160,8 @@ def _later(name: str) -> object:
         text = f"module {__name__!r} has no attribute {name!r}"
         # Python itself asks for names such as __path__, and for subpackages before it imports them.
         if not name.startswith("_") and name not in _ROOMS:
-            from fi_ffi.loader.api_map import hint
-
-            text += hint(name, __all__)
+            api_map = _optional("fi_ffi.catalogue.api_map")
+            text += api_map.hint(name, __all__) if api_map else ""
         # With `name` and `obj`, Python's traceback suggests the nearest name.
         raise AttributeError(text, name=name, obj=sys.modules[__name__])
     module = importlib.import_module(_LATER[name])
@@ -169,19 +179,29 @@ def __dir__() -> list[str]:
     return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
 
 
+def _optional(name: str) -> Any:
+    """Import a module above the core; None in a copy without its package."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name not in (name, name.rpartition(".")[0]):
+            raise
+        return None
+
+
 def _judge(op: str, asked: Mapping[str, Any], rows: Sequence[Row]) -> Support:
     """Put the judge of capabilities where ops ask it, and answer."""
-    try:
-        matrix = importlib.import_module("fi_ffi.capability.matrix")
-    except ModuleNotFoundError as error:
-        if error.name not in ("fi_ffi.capability", "fi_ffi.capability.matrix"):
-            raise
-        return support.no_judge(op, asked, rows)
-    support.judge = matrix.judge_asked
+    matrix = _optional("fi_ffi.capability.matrix")
+    support.judge = matrix.judge_asked if matrix else support.no_judge
     return support.judge(op, asked, rows)
 
 
+def _adviser() -> advice.Adviser:
+    return _optional("fi_ffi.catalogue.advice") or advice.PlainAdviser()
+
+
 support.judge = _judge
+advice.adviser = _adviser
 
 
 def use_kernels(location: str | os.PathLike[str]) -> None:

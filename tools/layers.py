@@ -40,6 +40,7 @@ LAYERS = (
     Layer("ops", ("fi_ffi.ops",), True),
     Layer("loader/fetch", ("fi_ffi.loader.fetch",)),
     Layer("reference", ("fi_ffi.reference",)),
+    Layer("catalogue", ("fi_ffi.catalogue",)),
     Layer("ops/plans", ("fi_ffi.ops.plans",)),
     Layer("ops/matmul", ("fi_ffi.ops.matmul",)),
     Layer("ops/moe", ("fi_ffi.ops.moe",)),

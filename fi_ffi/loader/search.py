@@ -34,7 +34,7 @@ from fi_ffi.errors import (
     KernelNotFoundError,
     LoaderError,
 )
-from fi_ffi.loader import cache, generation, machine, trust
+from fi_ffi.loader import advice, cache, generation, machine, trust
 from fi_ffi.loader.fatbin import runs_on, sass_named
 from fi_ffi.loader.fetch.urls import fetching, is_withheld, may_fetch
 from fi_ffi.loader.held import Facts, cuda_of, facts_of
@@ -557,12 +557,9 @@ def _names_in(
 ) -> Sequence[str]:
     """Return the modules of a source that would do; one with other names alone is not asked."""
     release = source.names_of if isinstance(source, PinnedKernels) else None
-    if release is not None and members is None:
-        from fi_ffi.loader.catalogue import may_have
-
-        if not may_have(release, module):
-            with fetching(False):  # it may be here, and have more than its release lists
-                return [module] if module in _listed(source) else []
+    if release is not None and members is None and not advice.adviser().may_have(release, module):
+        with fetching(False):  # it may be here, and have more than its release lists
+            return [module] if module in _listed(source) else []
     if members is not None:
         return members(source, module)
     return [module] if module in source.modules() else []
@@ -630,7 +627,9 @@ def find_module(module: str, device: int | None = None) -> tuple[KernelSource, M
             return place.source, said.file, said.facts
         wrong_code |= said.status == OTHER_GPU
         lacks = said.status == LACKS and place.source is not None
-        reason = _lack(place.source, module) if lacks and place.source else said.reason
+        reason = said.reason
+        if lacks and place.source:
+            reason = advice.adviser().missing_module_message(place.source, module)
         reasons.append(f"{place.kind}: {reason}")
     kind = ArchitectureError if wrong_code else KernelNotFoundError
     where = "" if device is None else f" for cuda:{device}"
@@ -638,20 +637,11 @@ def find_module(module: str, device: int | None = None) -> tuple[KernelSource, M
     raise kind(f"no kernels of module {module!r}{where}:\n{text}\n{_advice(module, device)}")
 
 
-def _lack(source: KernelSource, module: str) -> str:
-    # imported here: a start that finds its modules needs no catalogue
-    from fi_ffi.loader.catalogue import without
-
-    return without(source, module)
-
-
 def _advice(module: str, device: int | None) -> str:
-    from fi_ffi.loader.catalogue import build_advice
-
     arch = None
     if device is not None:
         major, minor = machine.capability(device)
         # From SM90 on, FlashInfer's kernels use features specific to the exact architecture.
         arch = f"{major}.{minor}" + ("a" if major >= 9 else "")
-    advice = build_advice(module, release() or wanted_release(), arch)
-    return f"{advice} FI_FFI_KERNELS names a wheel."
+    build = advice.adviser().build_advice(module, release() or wanted_release(), arch)
+    return f"{build} FI_FFI_KERNELS names a wheel.".lstrip()

@@ -21,10 +21,10 @@ from pathlib import Path
 
 from packaging.utils import InvalidWheelFilename, parse_wheel_filename
 
+from fi_ffi.catalogue.ahead_of_time import sha256_of
 from fi_ffi.errors import ArgumentError, ArtifactError, BuildError
 from fi_ffi.loader import cache
 from fi_ffi.loader.fetch.urls import redact, refuse_offline
-from fi_ffi.loader.listed import sha256_of
 from fi_ffi.loader.lock import parse_release
 from tools.release.interface import Interface, interface_of
 

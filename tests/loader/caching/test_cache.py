@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from fi_ffi.cli import upkeep
 from fi_ffi.errors import ArtifactError, LoaderError
-from fi_ffi.loader import cache, upkeep
+from fi_ffi.loader import cache
 
 from tests.helpers.children import start
 from tests.helpers.forking import in_child

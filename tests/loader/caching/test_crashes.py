@@ -21,9 +21,9 @@ import filelock
 import pytest
 from click.testing import CliRunner
 
-from fi_ffi.cli import main
+from fi_ffi.cli import main, upkeep
 from fi_ffi.errors import LoaderError
-from fi_ffi.loader import cache, upkeep
+from fi_ffi.loader import cache
 
 from tests.helpers.forking import fork, in_child, wait
 
