@@ -12,9 +12,9 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from fi_ffi.errors import ArgumentError, LoaderError
-from fi_ffi.loader.fetch.urls import fetching, is_withheld
 from fi_ffi.loader.kernels import KernelDirectory, KernelSource, release_of
 from fi_ffi.loader.listed import listed_in
+from fi_ffi.loader.permission import fetching, is_withheld
 from fi_ffi.loader.uris import ModuleName, Value, parse, uri
 from fi_ffi.loader.wheel import Wheel
 

@@ -20,6 +20,7 @@ from fi_ffi.abi.signature import Signature, parse_signature
 from fi_ffi.errors import AbiError, KernelNotFoundError, LoaderError
 from fi_ffi.loader import (
     cache,
+    cubins,
     cuda_errors,
     cute_runtime,
     generation,
@@ -33,7 +34,6 @@ from fi_ffi.loader import (
     tvm_ffi,
 )
 from fi_ffi.loader.elf import FUNCTION_PREFIX, inspect_elf
-from fi_ffi.loader.fetch import cubins
 from fi_ffi.loader.held import Facts, check_processor, cuda_of, facts_of, remember
 from fi_ffi.loader.kernels import KernelFile, KernelSource, ModuleFile
 

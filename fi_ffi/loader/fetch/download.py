@@ -19,7 +19,8 @@ from fi_ffi.errors import ArtifactError, LoaderError
 from fi_ffi.loader import cache
 from fi_ffi.loader.fetch.http import Attempts, Client, Transient
 from fi_ffi.loader.fetch.ranges import Changed, NoRanges, Overrun, RemotePieces
-from fi_ffi.loader.fetch.urls import redact, refuse_offline
+from fi_ffi.loader.fetch.urls import redact
+from fi_ffi.loader.permission import check_permission
 from fi_ffi.loader.wheel import safe_name
 
 _CHUNK = 1 << 20
@@ -70,7 +71,7 @@ def fetch_file(
     found = _cached(sha256, name)
     if found is not None:
         return found
-    refuse_offline(name)
+    check_permission(name)
     with _place(sha256 or hashlib.sha256(url.encode()).hexdigest()) as part:
         found = _cached(sha256, name)  # another process may have fetched it during the wait
         if found is not None:

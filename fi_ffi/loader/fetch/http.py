@@ -21,14 +21,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from fi_ffi.errors import FetchError
-from fi_ffi.loader.fetch.urls import (
-    check_url,
-    is_loopback,
-    origin,
-    redact,
-    redirected,
-    refuse_offline,
-)
+from fi_ffi.loader.fetch.urls import check_url, is_loopback, origin, redact, redirected
+from fi_ffi.loader.permission import check_permission
 
 if TYPE_CHECKING:  # the import takes longer than a warm start may
     import requests
@@ -215,7 +209,7 @@ class Client:
 
         Raises `Transient` if a retry may help, else `FetchError`.
         """
-        refuse_offline(redact(url))
+        check_permission(redact(url))
         answer, final = self._follow(url, {"Accept-Encoding": "identity", **(headers or {})})
         try:
             _check_status(answer, final)
