@@ -171,7 +171,7 @@ class KernelFile:
 def _hashed(module: str, path: Path) -> ModuleFile:
     """Hash a file that no other user can change."""
     try:
-        trust.check_named(path)
+        trust.check_user_path(path)
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         with open(fd, "rb") as file:
             before = os.fstat(fd)
@@ -188,7 +188,7 @@ def open_source(location: str | os.PathLike[str]) -> KernelSource:
     if os.path.isdir(path):
         return KernelDirectory(path)
     if os.path.isfile(path) and path.suffix == ".whl":
-        trust.check_named(path)
+        trust.check_user_path(path)
         return KernelWheel(str(path), Wheel(path))
     if os.path.exists(path):
         raise ArtifactError(f"{path} is neither a directory nor a .whl file")

@@ -174,7 +174,7 @@ def _local(release: str | None) -> Iterator[Candidate]:
         found = sorted(Path(folder).glob("flashinfer_jit_cache*.whl"))
         wheels += sorted(found, key=_nearness_named, reverse=True)
     for wheel in wheels:
-        trust.check_named(wheel)
+        trust.check_user_path(wheel)
         if not named:
             trust.check_owner(wheel)
         if wheel.stem.endswith(_OTHERS):

@@ -90,7 +90,7 @@ def of_file(text: bytes, call: Callable[[Path], object], mode: int = 0o644) -> C
 
 
 def disk(number: int) -> None:
-    with cache.writing(Path("norm.so"), 10**6):
+    with cache.as_loader_error(Path("norm.so"), 10**6):
         raise OSError(number, os.strerror(number))
 
 
@@ -323,7 +323,7 @@ RAISED: list[HERE] = [
     ("Unsafe permissions", errors.ArtifactError,
      lambda tmp_path: writable(tmp_path, 0o777, trust.check_folder)),
     ("Unsafe permissions", errors.ArtifactError,
-     lambda tmp_path: writable(tmp_path, 0o777, trust.check_named)),
+     lambda tmp_path: writable(tmp_path, 0o777, trust.check_user_path)),
     ("Unsafe permissions", errors.ArtifactError,
      of_file(b"", lambda file: trust.check_object(file, file.lstat()), 0o666)),
     (DAMAGED, errors.ArtifactError, lambda tmp_path: no_wheel(tmp_path, "kernels.txt")),

@@ -166,9 +166,9 @@ class _Transfer:
     def run(self, sha256: str | None) -> str:
         """Fetch the whole file and return its sha256."""
         if sha256 is None:
-            self._drop()  # nothing identifies an earlier part as one of this file
+            self._restart()  # nothing identifies an earlier part as one of this file
         else:
-            self._take_up()
+            self._resume()
             if self._digest.hexdigest() == sha256:
                 return sha256
         size = f"{self._size:,} bytes" if self._size is not None else "a file of unknown size"
@@ -178,7 +178,7 @@ class _Transfer:
             found = self._digest.hexdigest()
             if sha256 in (None, found):
                 return found
-            self._drop()
+            self._restart()
             if last or not (self._begun_at or self._attempts.total):
                 break
             # The file may mix parts of two versions: retry once from the start.
@@ -187,7 +187,7 @@ class _Transfer:
             f"{self._where}: sha256 is {found}, pinned is {sha256}: the address serves another file"
         )
 
-    def _take_up(self) -> None:
+    def _resume(self) -> None:
         """Hash the part that is on disk."""
         with contextlib.suppress(FileNotFoundError), self.part.open("rb") as file:
             while chunk := file.read(_CHUNK):
@@ -196,7 +196,7 @@ class _Transfer:
         self._begun_at = self.done
         self._attempts.reached(self.done)
 
-    def _drop(self) -> None:
+    def _restart(self) -> None:
         self.part.unlink(missing_ok=True)
         self._digest, self.done = hashlib.sha256(), 0
 
@@ -210,13 +210,13 @@ class _Transfer:
                         self._append(chunk)
                 return
             except NoRanges:
-                self._drop()
+                self._restart()
             except Changed:
-                self._drop()
+                self._restart()
                 self._remote.forget()
                 self._attempts.failed(Transient("the file changed while it was fetched"))
             except (ArtifactError, Overrun):
-                self._drop()
+                self._restart()
                 raise
 
     def _append(self, chunk: bytes) -> None:
@@ -232,7 +232,7 @@ class _Transfer:
             ) from error
         self._digest.update(chunk)
         self.done += len(chunk)
-        self._tell()
+        self._report_progress()
 
     def _check_space(self) -> None:
         needed = (self._remote.total or 0) - self.done
@@ -243,7 +243,7 @@ class _Transfer:
                 f"{self.part.parent}: make room, or set FI_FFI_CACHE_DIR to another directory"
             )
 
-    def _tell(self) -> None:
+    def _report_progress(self) -> None:
         now, total = time.monotonic(), self._remote.total
         if self._report is None or (now - self._told < _REPORT_EVERY and self.done != total):
             return
