@@ -55,9 +55,9 @@ if TYPE_CHECKING:
     from fi_ffi.loader.runtime import file_signatures as file_signatures
     from fi_ffi.modules import function as function
     from fi_ffi.modules import functions as functions
-    from fi_ffi.modules import module as module
     from fi_ffi.modules import object_type as object_type
     from fi_ffi.modules import object_types as object_types
+    from fi_ffi.modules.module import module as module
     from fi_ffi.ops.attention import *  # noqa: F403
     from fi_ffi.ops.call.row import Row
     from fi_ffi.ops.call.support import Support

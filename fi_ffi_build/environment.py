@@ -602,7 +602,7 @@ def _open_root() -> Path:
 
     Programs and build files in it are run, so no other user may have put them there.
     """
-    with cache.writing(cache.cache_root() / "build"):
+    with cache.as_loader_error(cache.cache_root() / "build"):
         root = cache.make_folder("build")
     trust.check_tree(root)
     return root
@@ -616,7 +616,7 @@ def _locked(folder: Path, say: Say) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror
         raise BuildError(f"{folder} cannot be made: {reason}; name another --build-dir") from error
-    trust.check_named(folder)
+    trust.check_user_path(folder)
     trust.check_tree(folder)
     lock = FileLock(folder / ".lock")
     try:

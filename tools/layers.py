@@ -58,7 +58,7 @@ LAYERS = (
 # need it, and the public names that the package imports when they are asked for.
 EXCEPTIONS = {
     ("fi_ffi.ops.call.providers", "reference"): "fi_ffi.reference",
-    ("fi_ffi.loader.search", "fetching"): "fi_ffi.loader.fetch",
+    ("fi_ffi.loader.search", "fetcher"): "fi_ffi.loader.fetch",
 }
 
 

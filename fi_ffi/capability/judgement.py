@@ -29,9 +29,9 @@ from fi_ffi.catalogue.modules import members
 from fi_ffi.errors import ArgumentError, FiFfiError, printed
 from fi_ffi.loader import machine, search
 from fi_ffi.loader.fatbin import CudaCode, architecture_named, sass_named
-from fi_ffi.loader.fetch.urls import fetching
 from fi_ffi.loader.kernels import KernelSource, release_of
 from fi_ffi.loader.lock import PinnedWheel, the_lock, wanted_release
+from fi_ffi.loader.permission import fetching
 from fi_ffi.loader.search import Candidate
 from fi_ffi.loader.uris import parse
 from fi_ffi.ops.call.releases import fits, span_of

@@ -13,8 +13,8 @@ from fi_ffi.catalogue.families import DEFAULT_ARCH, DEFAULT_RELEASE
 from fi_ffi.catalogue.modules import NEAREST, difference, modules_of, nearest, parse_for
 from fi_ffi.catalogue.requests import request_for
 from fi_ffi.errors import ArgumentError, LoaderError
-from fi_ffi.loader.fetch.urls import fetching, is_withheld
 from fi_ffi.loader.kernels import KernelSource, release_of
+from fi_ffi.loader.permission import fetching, is_withheld
 from fi_ffi.loader.uris import ModuleName, Value, parse, uri
 
 # The suffix of a name for one architecture: `_sm90`, `_90`, `_sm103a`.

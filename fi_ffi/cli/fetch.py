@@ -19,9 +19,9 @@ from fi_ffi.errors import ArchitectureError, FiFfiError, KernelNotFoundError
 from fi_ffi.loader import cache, search
 from fi_ffi.loader.fatbin import runs_on
 from fi_ffi.loader.fetch import progress
-from fi_ffi.loader.fetch.urls import fetching
 from fi_ffi.loader.held import facts_of
 from fi_ffi.loader.lock import wanted_release
+from fi_ffi.loader.permission import fetching
 from fi_ffi.loader.search import PinnedKernels
 from fi_ffi.loader.uris import parse
 from fi_ffi.ops.call.support import REFUSED

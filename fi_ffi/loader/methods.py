@@ -40,15 +40,7 @@ class ModuleObject:
     def _attested(self, declared: Signature) -> Entry:
         entry = module_function(self._made, declared.name)
         entry.name = f"{self._name}.{declared.name}"
-        found = probe(entry)
-        if not found.same_types(declared):
-            raise AbiError(
-                f"{entry.name}: the binary does not have the declared interface\n"
-                f"  declared (FlashInfer {self._releases}): {declared}\n"
-                f"  binary: {found}\n"
-                f"  file: {self._where}"
-            )
-        return entry
+        return runtime.attest(entry, probe(entry), declared, self._releases, "binary", self._where)
 
     def release(self) -> None:
         """Release the object and its memory."""

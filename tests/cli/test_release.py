@@ -1,4 +1,4 @@
-"""`python3 -m tools.release`: two small releases that differ as is known, and two published ones."""
+"""`python3 -m tools.release`: two small releases that differ as known, and two published ones."""
 
 from __future__ import annotations
 

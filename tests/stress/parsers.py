@@ -122,8 +122,8 @@ def _evidence(data: bytes) -> None:
     path.write_bytes(data or b"\0")
     made: Any = object.__new__(AtPath)
     made._loaded = type("Loaded", (), {"file": type("File", (), {"sha256": "a library's"})})
-    with path.open("rb") as file, mock.patch.dict(held._kept):
-        held._kept[0, 0] = file.fileno(), "a library's"
+    with path.open("rb") as file, mock.patch.dict(held.open_libraries):
+        held.open_libraries[0, 0] = file.fileno(), "a library's"
         has_refusals, names = made._evidence
     assert isinstance(has_refusals, bool) and all(isinstance(name, str) for name in names)
 
