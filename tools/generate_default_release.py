@@ -23,7 +23,7 @@ from fi_ffi.ops.call.releases import fits, is_in  # noqa: E402
 from fi_ffi.ops.call.row import Absent, Arg, Row, Rule, Tensor  # noqa: E402
 from fi_ffi.ops.call.support import RUN, Support  # noqa: E402
 from fi_ffi.ops.functions import OPS  # noqa: E402
-from fi_ffi.ops.moe.interface import activation_numbers  # noqa: E402
+from fi_ffi.ops.moe.activations import activation_numbers  # noqa: E402
 from fi_ffi.ops.moe.modes import MODES, Mode  # noqa: E402
 
 TARGET = ROOT / "docs" / "default-release.md"
