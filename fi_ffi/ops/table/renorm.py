@@ -7,13 +7,11 @@ each other, and rely on zeroed scratch.
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from fi_ffi.errors import ArgumentError, ArgumentTypeError, printed
-from fi_ffi.ops.call.arguments import INT32_MAX, check_flag
+from fi_ffi.ops.call.arguments import INT32_MAX
 from fi_ffi.ops.call.notation import round_up
 from fi_ffi.ops.call.releases import forms_of
 from fi_ffi.ops.call.row import MULTIPROCESSORS, Row, Rule, Scalar, Tensor, Vector
@@ -75,22 +73,6 @@ def top_p_renorm_bytes(sizes: Mapping[str, int]) -> int:
     of_sum = 8 if sizes.get("is_deterministic", True) else 4
     counts = _aligned(of_sum * _BUCKETS * n) + _aligned(4 * _BUCKETS * n)
     return _aligned(_COUNTER_BYTES * n) + counts + 2 * buffer
-
-
-def top_p_renorm_workspace_size(
-    batch_size: int, vocab_size: int, is_deterministic: bool = True
-) -> int:
-    """Size in bytes of `workspace` for `top_p_renorm_probs` with these rows and tokens."""
-    sizes = {"n": batch_size, "h": vocab_size}
-    for argument, size in zip(("batch_size", "vocab_size"), sizes.values(), strict=True):
-        op, expected = "top_p_renorm_workspace_size", "an integer of 0 or more"
-        if not isinstance(size, numbers.Integral) or isinstance(size, bool):
-            raise ArgumentTypeError(op, argument, got=f"{printed(size)}", expected=expected)
-        if size < 0:
-            raise ArgumentError(op, argument, got=size, expected=expected)
-    op = "top_p_renorm_workspace_size"
-    is_deterministic = check_flag(op, "is_deterministic", is_deterministic)
-    return top_p_renorm_bytes(sizes | {"is_deterministic": is_deterministic})
 
 
 _LIMITS = ("h >= 1", f"h <= {INT32_MAX}", f"n <= {INT32_MAX}")
