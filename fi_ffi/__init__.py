@@ -39,15 +39,6 @@ from fi_ffi.loader import advice
 from fi_ffi.ops.call import support
 from fi_ffi.ops.functions import *  # noqa: F403
 from fi_ffi.ops.functions import OPS
-from fi_ffi.ops.on_host import (
-    batch_indices_positions,
-    checkpoint_cu_starts,
-    cu_seqlens,
-    gdn_prefill_workspace_size,
-    packed_indptr,
-    seq_lens,
-    split_paged_kv_cache,
-)
 
 if TYPE_CHECKING:
     from fi_ffi.graphs import Graph as Graph
@@ -63,13 +54,20 @@ if TYPE_CHECKING:
     from fi_ffi.ops.call.support import Support
     from fi_ffi.ops.matmul import *  # noqa: F403
     from fi_ffi.ops.moe import *  # noqa: F403
+    from fi_ffi.ops.on_host import batch_indices_positions as batch_indices_positions
+    from fi_ffi.ops.on_host import checkpoint_cu_starts as checkpoint_cu_starts
+    from fi_ffi.ops.on_host import cu_seqlens as cu_seqlens
+    from fi_ffi.ops.on_host import gdn_prefill_workspace_size as gdn_prefill_workspace_size
+    from fi_ffi.ops.on_host import packed_indptr as packed_indptr
+    from fi_ffi.ops.on_host import seq_lens as seq_lens
+    from fi_ffi.ops.on_host import split_paged_kv_cache as split_paged_kv_cache
+    from fi_ffi.ops.on_host import top_p_renorm_workspace_size as top_p_renorm_workspace_size
     from fi_ffi.ops.philox import Philox as Philox
     from fi_ffi.ops.plans import *  # noqa: F403
     from fi_ffi.ops.prepare import prepare as prepare
     from fi_ffi.ops.states.gdn import gdn_decode as gdn_decode
     from fi_ffi.ops.states.kda import recurrent_kda as recurrent_kda
     from fi_ffi.ops.states.mamba import selective_state_update as selective_state_update
-    from fi_ffi.ops.table.renorm import top_p_renorm_workspace_size as top_p_renorm_workspace_size
     from fi_ffi.watch.call_log import call_log as call_log
     from fi_ffi.watch.watchdog import watchdog as watchdog
 
@@ -119,11 +117,22 @@ _MATMUL = (
     "segment_gemm",
     "tinygemm_bf16",
 )
+_ON_HOST = (
+    "batch_indices_positions",
+    "checkpoint_cu_starts",
+    "cu_seqlens",
+    "gdn_prefill_workspace_size",
+    "packed_indptr",
+    "seq_lens",
+    "split_paged_kv_cache",
+    "top_p_renorm_workspace_size",
+)
 _LATER = {
     **dict.fromkeys(_ATTENTION, "fi_ffi.ops.attention"),
     **dict.fromkeys(_PLANS, "fi_ffi.ops.plans"),
     **dict.fromkeys(_MOE, "fi_ffi.ops.moe"),
     **dict.fromkeys(_MATMUL, "fi_ffi.ops.matmul"),
+    **dict.fromkeys(_ON_HOST, "fi_ffi.ops.on_host"),
     "Graph": "fi_ffi.graphs",
     "Philox": "fi_ffi.ops.philox",
     "call_log": "fi_ffi.watch.call_log",
@@ -138,7 +147,6 @@ _LATER = {
     "prepare": "fi_ffi.ops.prepare",
     "recurrent_kda": "fi_ffi.ops.states.kda",
     "selective_state_update": "fi_ffi.ops.states.mamba",
-    "top_p_renorm_workspace_size": "fi_ffi.ops.table.renorm",
     "watchdog": "fi_ffi.watch.watchdog",
 }
 # Subpackages that are imported by their names.
@@ -242,15 +250,8 @@ __all__ = [
     "Signature",
     "TensorDesc",
     "as_desc",
-    "batch_indices_positions",
-    "checkpoint_cu_starts",
-    "cu_seqlens",
-    "gdn_prefill_workspace_size",
-    "packed_indptr",
     "parse_device",
     "parse_signature",
-    "seq_lens",
-    "split_paged_kv_cache",
     "stream",
     "use_kernels",
     *OPS,
