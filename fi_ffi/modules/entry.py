@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 _NOTHING = contextlib.nullcontext()
 
 
-class Life(Unique):
+class HandleGuard(Unique):
     """The handle through which a method or function object is called, until its owner is
     released."""
 
@@ -69,14 +69,14 @@ class ModuleEntry(Unique):
         find: Callable[[int | None], Entry],
         signature: Signature | None,
         *,
-        life: Life | None = None,
+        guard: HandleGuard | None = None,
         home: Device | None = None,
         asks: bool = False,
         doc: str = "",
         is_method: bool = False,
     ) -> None:
         self.name = name
-        self._find, self._life, self._home, self._asks = find, life, home, asks
+        self._find, self._guard, self._home, self._asks = find, guard, home, asks
         self._doc = doc
         # A method's first argument, set by `bound_to` and absent from the signature.
         self._is_method, self._bound = is_method, None
@@ -165,10 +165,10 @@ class ModuleEntry(Unique):
             arena.end()
 
     def _check_alive(self) -> None:
-        life: Life | ReflectedObject | None = self._life
+        guard: HandleGuard | ReflectedObject | None = self._guard
         if self._bound is not None:
-            life = self._bound
-        if life is not None and life._handle is None:
+            guard = self._bound
+        if guard is not None and guard._handle is None:
             expected = "an object still held"
             raise ArgumentError(self.name, "self", got="one that was released", expected=expected)
 
@@ -252,11 +252,13 @@ class Origin(NamedTuple):
     asks: bool
     stream: int | None = None  # of the call, on a GPU
 
-    def entry_of(self, function: Function, name: str, life: Life, owner: object) -> ModuleEntry:
+    def entry_of(
+        self, function: Function, name: str, guard: HandleGuard, owner: object
+    ) -> ModuleEntry:
         """Make an entry of a function, unchecked until it was asked for its signature."""
         entry = Entry(name, function.safe_call, function.handle, owner)
         return ModuleEntry(
-            name, lambda device: entry, None, life=life, home=self.home, asks=self.asks
+            name, lambda device: entry, None, guard=guard, home=self.home, asks=self.asks
         )
 
 
@@ -286,11 +288,11 @@ class ModuleObject(Module):
     It lives while it or one of its methods is referred to, or until `release`.
     """
 
-    __slots__ = ("_life", "_methods", "origin")
+    __slots__ = ("_guard", "_methods", "origin")
 
     def _begin(self, origin: Origin) -> None:
         self.origin = origin
-        self._life = Life(self._handle)
+        self._guard = HandleGuard(self._handle)
         self._methods: dict[tuple[str, bool | None], ModuleEntry] = {}
 
     @property
@@ -305,7 +307,7 @@ class ModuleObject(Module):
 
     def release(self) -> None:
         """Release the object now; its methods can no longer be called."""
-        self._life._handle = None
+        self._guard._handle = None
         super().release()
 
     def method(self, name: str, *, checked: bool | None = None) -> ModuleEntry:
@@ -327,9 +329,9 @@ class ModuleObject(Module):
         function = library_function("ffi.ModuleGetFunction")(self, name, False)
         if not isinstance(function, Function):
             raise KernelNotFoundError(f"{self!r} has no method {name!r}")
-        # The entry keeps the function, and its owner by `_life`, without a cycle: an object without
-        # references is released at once.
-        made = self.origin.entry_of(function, f"{self.origin.name}().{name}", self._life, function)
+        # The entry keeps the function, and its owner by `_guard`, without a cycle: an object
+        # without references is released at once.
+        made = self.origin.entry_of(function, f"{self.origin.name}().{name}", self._guard, function)
         if checked or (checked is None and self.origin.asks):
             with contextlib.nullcontext() if checked else contextlib.suppress(AbiError):
                 made.probe()
@@ -468,13 +470,13 @@ def unknown(what: str, name: object, names: Iterable[str]) -> str:
 class FunctionObject(Function):
     """A function that a call returned, called unchecked until `probe` asks for its signature."""
 
-    __slots__ = ("_entry", "_life", "origin")
+    __slots__ = ("_entry", "_guard", "origin")
 
     def _begin(self, origin: Origin) -> None:
         self.origin = origin
-        self._life = Life(self._handle)
+        self._guard = HandleGuard(self._handle)
         # No owner, to avoid a reference cycle: this object holds the reference.
-        self._entry = origin.entry_of(self, f"{origin.name}()", self._life, None)
+        self._entry = origin.entry_of(self, f"{origin.name}()", self._guard, None)
 
     @property
     def signature(self) -> Signature | None:
@@ -488,7 +490,7 @@ class FunctionObject(Function):
         return self._entry(*args, stream=stream, device=device)
 
     def release(self) -> None:
-        self._life._handle = None
+        self._guard._handle = None
         super().release()
 
     def __repr__(self) -> str:

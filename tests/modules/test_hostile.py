@@ -16,7 +16,7 @@ import fi_ffi
 from fi_ffi import ArgumentError, ArgumentTypeError
 from fi_ffi.abi.function import Entry, global_function, make_array, probe
 from fi_ffi.abi.objects import CallArena, Function, Object, String, Tensor
-from fi_ffi.modules.entry import Life
+from fi_ffi.modules.entry import HandleGuard
 
 MANY = 100_000
 
@@ -138,7 +138,7 @@ OWNERS = {
     "String": lambda every: String.create("long enough for the heap"),
     "Tensor": lambda every: tensor_of(X),
     "CallArena": lambda every: CallArena("call"),
-    "Life": lambda every: Life(None),
+    "HandleGuard": lambda every: HandleGuard(None),
 }
 
 

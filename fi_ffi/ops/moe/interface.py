@@ -19,7 +19,7 @@ from fi_ffi.abi.signature import Signature
 from fi_ffi.abi.tensor import DTYPES, Device
 from fi_ffi.errors import ArchitectureError, KernelNotFoundError
 from fi_ffi.loader import machine
-from fi_ffi.loader.methods import ModuleObject
+from fi_ffi.loader.methods import AttestedObject
 from fi_ffi.ops.call import cuda
 from fi_ffi.ops.call.releases import is_in
 from fi_ffi.ops.call.row import Absent
@@ -196,7 +196,7 @@ def activation_numbers(release: str | None) -> dict[str, int]:
     return {name: number for number, name in enumerate(had)}
 
 
-class Runner(ModuleObject):
+class Runner(AttestedObject):
     """A `FusedMoeRunner` of C++, whose methods must be those of its interface.
 
     Raises `AbiError` if they are not, before it calls any.
