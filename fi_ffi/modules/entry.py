@@ -27,12 +27,13 @@ from fi_ffi.abi.objects import (
     Tensor,
     Unique,
 )
-from fi_ffi.abi.reflection import Field, Method, TypeInfo, get_field, set_field, type_info
 from fi_ffi.abi.signature import Signature
 from fi_ffi.abi.streams import current_handle, current_scope, stream_context, stream_handle
 from fi_ffi.abi.tensor import Device, DType, TensorDesc, parse_device
-from fi_ffi.abi.values import ints_of, pack, pack_arguments, packer_of
+from fi_ffi.abi.values import pack_arguments
 from fi_ffi.errors import AbiError, ArgumentError, ArgumentTypeError, KernelNotFoundError, printed
+from fi_ffi.modules.packing import call, ints_of, pack, packer_of
+from fi_ffi.modules.reflection import Field, Method, TypeInfo, get_field, set_field, type_info
 from fi_ffi.ops.call import cuda, hooks
 
 if TYPE_CHECKING:
@@ -173,13 +174,14 @@ class ModuleEntry(Unique):
             raise ArgumentError(self.name, "self", got="one that was released", expected=expected)
 
     def _pack(self, args: tuple[Any, ...], arena: CallArena) -> Any:
-        packers = None if self.signature is None else self._packers
-        if packers is not None and len(args) != len(packers):
+        packers = self._packers
+        if self.signature is None:
+            packers = [(pack, str(i)) for i in range(len(args))]
+        if len(args) != len(packers):
             got, expected = f"{len(args)} of them", f"{len(packers)}, for {self!r}"
             raise ArgumentTypeError(self.name, "*args", got=got, expected=expected)
         if self._bound is not None:
             # Numbers in errors count the caller's arguments, without the object.
-            packers = packers or [(pack, str(i)) for i in range(len(args))]
             args, packers = (self._bound, *args), [(pack, "self"), *packers]
         try:
             return pack_arguments(args, arena, packers)
@@ -542,12 +544,12 @@ class MapObject(Object, Mapping[Any, Any]):
 
     def __getitem__(self, key: Any) -> Any:
         try:
-            is_there = library_function(f"{self._names}Count")(self, key)
+            is_there = call(library_function(f"{self._names}Count"), self, key)
         except ArgumentTypeError:
             is_there = False
         if not is_there:
             raise KeyError(key)
-        return adopted(library_function(f"{self._names}GetItem")(self, key), self.origin)
+        return adopted(call(library_function(f"{self._names}GetItem"), self, key), self.origin)
 
     def __iter__(self) -> Iterator[Any]:
         if not len(self):

@@ -17,6 +17,7 @@ from fi_ffi import ArgumentError, ArgumentTypeError
 from fi_ffi.abi.function import Entry, global_function, make_array, probe
 from fi_ffi.abi.objects import CallArena, Function, Object, String, Tensor
 from fi_ffi.modules.entry import HandleGuard
+from fi_ffi.modules.packing import call
 
 MANY = 100_000
 
@@ -176,7 +177,7 @@ def test_values_inside_themselves(every, name):
         with pytest.raises(ArgumentError, match="endlessly nested values, expected values"):
             every.entry(name)(value)
         with pytest.raises(RecursionError):
-            global_function("ffi.Array")(value)
+            call(global_function("ffi.Array"), value)
     one, inner = every.entry(name)([1, [2]])
     assert (one, [*inner]) == (1, [2])
 
