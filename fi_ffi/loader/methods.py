@@ -15,7 +15,7 @@ _lock = threading.RLock()
 library.renew_after_fork(globals(), "_lock", threading.RLock)
 
 
-class ModuleObject:
+class AttestedObject:
     """An object returned by a module's function, and the entries of its methods.
 
     `name` is its name in errors and logs, `where` the module's file.
@@ -48,10 +48,10 @@ class ModuleObject:
 
 
 # By module, factory and device: the factory's entry, and the one object it returned.
-_objects: dict[tuple[str, str, int | None], tuple[Entry, ModuleObject]] = {}
+_objects: dict[tuple[str, str, int | None], tuple[Entry, AttestedObject]] = {}
 
 
-def made_by(module: str, factory: str, releases: str, device: int | None = None) -> ModuleObject:
+def made_by(module: str, factory: str, releases: str, device: int | None = None) -> AttestedObject:
     """Return the process's one object from a module's function; it is kept."""
     declared = Signature(factory, (), "ffi.Module")
     # Outside the lock: the module may have to be fetched.
@@ -62,7 +62,7 @@ def made_by(module: str, factory: str, releases: str, device: int | None = None)
         known = _objects.get(key)
         # If other kernels were chosen meanwhile, the factory is another function.
         if known is None or known[0] is not made:
-            found = ModuleObject(made(), f"{module}.{factory}()", releases, where)
+            found = AttestedObject(made(), f"{module}.{factory}()", releases, where)
             known = _objects[key] = made, found
         return known[1]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from fi_ffi.abi import export
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.abi.allocator import HOST, Allocator, Source
+from fi_ffi.abi.allocator import HOST, Allocator, MemoryPool
 from fi_ffi.abi.streams import PER_THREAD
 from fi_ffi.abi.tensor import DTYPES, Device, TensorDesc, parse_device
 from fi_ffi.errors import DeviceError, KernelError
@@ -289,7 +289,7 @@ def _host(count: int) -> Memory:
 def kernel_memory() -> Allocator:
     """Return the allocator for kernels that allocate: the device's pool on a GPU, host memory on
     the CPU."""
-    return Allocator({"cpu": HOST, "cuda": Source(_take_in_order, _free_in_order)})
+    return Allocator({"cpu": HOST, "cuda": MemoryPool(_take_in_order, _free_in_order)})
 
 
 def _take_in_order(count: int, device: Device, stream: int) -> int:

@@ -9,7 +9,7 @@ from fi_ffi.abi.function import Entry, array_values
 from fi_ffi.abi.tensor import DTYPES, Device
 from fi_ffi.errors import ArchitectureError, KernelNotFoundError
 from fi_ffi.loader import machine
-from fi_ffi.loader.methods import ModuleObject
+from fi_ffi.loader.methods import AttestedObject
 from fi_ffi.ops.call import cuda
 from fi_ffi.ops.call.arguments import Refusal
 from fi_ffi.ops.call.providers import entry_for
@@ -33,7 +33,7 @@ class Tactics(NamedTuple):
     gemm2: int
 
 
-class Runner(ModuleObject):
+class Runner(AttestedObject):
     """A `FusedMoeRunner` of C++, whose methods must be those of its interface.
 
     Raises `AbiError` if they are not, before it calls any.
