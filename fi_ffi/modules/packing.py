@@ -16,7 +16,7 @@ from fi_ffi.abi.dlpack import write_dl_tensor
 from fi_ffi.abi.failure import check
 from fi_ffi.abi.function import Entry
 from fi_ffi.abi.library import TypeIndex
-from fi_ffi.abi.objects import OBJECT_TYPES, CallArena, Object, find_global, write_dl_tensor
+from fi_ffi.abi.objects import OBJECT_TYPES, CallArena, Object, find_global
 from fi_ffi.abi.signature import FUNCTION, TypeExpr, parse_type
 from fi_ffi.abi.tensor import Device, index_of, parse_device
 from fi_ffi.abi.values import (
