@@ -50,11 +50,11 @@ _entries: dict[tuple[str, str, str, Compiled, str, tuple[str, ...]], Entry] = {}
 
 def kernels() -> dict[str, list[str]]:
     """Return the entries that have a kernel of their own, by module."""
-    found: dict[str, set[str]] = {module: {*names} for module, names in attention.KERNELS.items()}
+    entries: dict[str, set[str]] = {module: {*names} for module, names in attention.KERNELS.items()}
     for family in _FAMILIES:
         for module, names in getattr(family, "KERNELS", {}).items():
-            found.setdefault(module, set()).update(names)
-    return {module: sorted(names) for module, names in found.items()}
+            entries.setdefault(module, set()).update(names)
+    return {module: sorted(names) for module, names in entries.items()}
 
 
 def entry(
@@ -90,8 +90,8 @@ def _function(module: str, kernel: str, compiled: Compiled) -> Callable[..., Any
         if kernel not in attention.KERNELS[module]:
             return None
         return attention.reference_kernel(module, kernel, **dict(compiled))
-    found = (getattr(family, "KERNELS", {}).get(module, {}).get(kernel) for family in _FAMILIES)
-    return next(filter(None, found), None)
+    functions = (getattr(family, "KERNELS", {}).get(module, {}).get(kernel) for family in _FAMILIES)
+    return next(filter(None, functions), None)
 
 
 def from_formula(formula: str, names: Sequence[str]) -> Callable[..., Any] | None:
@@ -104,17 +104,17 @@ def from_formula(formula: str, names: Sequence[str]) -> Callable[..., Any] | Non
         return None
 
     def kernel(*values: Any) -> None:
-        given = dict(zip(names, values, strict=True))
-        given = {name: value for name, value in given.items() if name and value is not None}
+        arguments = dict(zip(names, values, strict=True))
+        arguments = {name: value for name, value in arguments.items() if name and value is not None}
         if move is not None:
-            arrays = {name: _as_moved(value) for name, value in given.items()}
+            arrays = {name: _as_moved(value) for name, value in arguments.items()}
             for name, after in move(arrays).items():
                 store_changed(arrays[name], after, arrays[name])
         elif exact is not None:
-            inputs = as_inputs(given)
+            inputs = as_inputs(arguments)
             for name, expected in exact(inputs).items():
                 value = expected[0] if isinstance(expected, tuple) else expected.value()
-                store_changed(given[name], value, inputs[name])
+                store_changed(arguments[name], value, inputs[name])
 
     return kernel
 
