@@ -67,9 +67,15 @@ class CallRecord:
     """One call of an entry, and its progress; only the calling thread writes it."""
 
     def __init__(
-        self, name: str, entry: str, device: Device | None, stream: int | None,
-        list_arguments: Callable[[], list[Argument]], row: Row | None = None, module: str = "",
-    ) -> None:  # fmt: skip
+        self,
+        name: str,
+        entry: str,
+        device: Device | None,
+        stream: int | None,
+        list_arguments: Callable[[], list[Argument]],
+        row: Row | None = None,
+        module: str = "",
+    ) -> None:
         self.name, self.entry, self.device, self.stream = name, entry, device, stream
         self._list_arguments = list_arguments
         # Set for calls that a row describes.
@@ -191,15 +197,23 @@ def of_frame(frame: Frame, stream: int | None) -> CallRecord:
     variant, packed = frame.variant, frame.snapshot()
     compiled = variant.compiled
     return CallRecord(
-        compiled.row.name.partition(".")[0], frame.entry.name, variant.device, stream,
-        functools.partial(_arguments_of, variant, packed), compiled.row, compiled.module,
-    )  # fmt: skip
+        compiled.row.name.partition(".")[0],
+        frame.entry.name,
+        variant.device,
+        stream,
+        functools.partial(_arguments_of, variant, packed),
+        compiled.row,
+        compiled.module,
+    )
 
 
 def of_values(
-    name: str, values: Sequence[Any], tensors: Sequence[tuple[str, TensorDesc]],
-    device: Device | None, stream: int | None,
-) -> CallRecord:  # fmt: skip
+    name: str,
+    values: Sequence[Any],
+    tensors: Sequence[tuple[str, TensorDesc]],
+    device: Device | None,
+    stream: int | None,
+) -> CallRecord:
     """Return the record of a call without a row."""
     # Listed now: later the values may have been freed or changed.
     arguments = _arguments_of_values(values, tensors)
@@ -249,15 +263,15 @@ def _arguments_of_values(
     of_value: dict[str, list[TensorDesc]] = {}
     for where, desc in tensors:
         of_value.setdefault(where.partition(":")[0], []).append(desc)
-    found: list[Argument] = []
+    arguments: list[Argument] = []
     for i, value in enumerate(values):
         descs = of_value.get(str(i))
         if descs is None:
             is_plain = value is None or isinstance(value, (bool, int, float, str))
             recorded = value if is_plain else Opaque(f"{type(value).__name__} {value!r:.200}")
-            found.append(Argument(str(i), None, recorded))
+            arguments.append(Argument(str(i), None, recorded))
             continue
         for n, desc in enumerate(descs):  # an Array has several tensors
             name = f"{i}.{n}" if n else str(i)
-            found.append(Argument(name, desc, desc.ptr, reads=True, writes=True))
-    return found
+            arguments.append(Argument(name, desc, desc.ptr, reads=True, writes=True))
+    return arguments
