@@ -1,4 +1,4 @@
-"""What holds for the package as a whole: its rooms, its size, what it never imports."""
+"""What holds for the package as a whole: its size, its names, what it never imports."""
 
 from __future__ import annotations
 
@@ -20,58 +20,23 @@ PACKAGE = Path(fi_ffi.__file__).parent
 GENERATED = {PACKAGE / "abi" / "_cffi.py"}
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path not in GENERATED)
 
-# Who may import whom; each room may import itself.  `reference` runs what ops describe and
-# is looked up by them lazily, inside functions.
-ROOMS = {
-    "errors": set(),
-    "families": set(),
-    "abi": {"errors"},
-    "loader": {"errors", "abi"},
-    "reference": {"errors", "families", "abi", "loader"},
-    "ops": {"errors", "families", "abi", "loader"},
-    "fi_ffi": {"errors", "abi", "loader", "ops"},
-    "comm": {"errors", "abi", "loader", "ops"},
-    "cli": {"errors", "families", "abi", "loader", "ops", "fi_ffi", "reference"},
-    "__main__": {"cli"},
-}
-LAZILY = {"ops": {"reference"}, "comm": {"reference"}}
 # They would bring a second copy of what is loaded here, or seconds of import time.
 NEVER = {"torch", "tvm_ffi", "tvm", "flashinfer", "flashinfer_jit_cache", "ctypes", "cupy", "jax"}
 
 
-def room_of(path: Path) -> str:
-    first = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    return "fi_ffi" if first == "__init__" else first
-
-
-def imported_rooms(name: str) -> str:
-    parts = name.split(".")
-    return parts[1] if len(parts) > 1 and parts[1] in ROOMS else "fi_ffi"
-
-
-def imports(path: Path) -> Iterator[tuple[str, bool]]:
-    """The modules a file imports, and whether only when a function runs."""
-    tree = ast.parse(path.read_text())
-    functions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
-    inside = {n for f in ast.walk(tree) if isinstance(f, functions) for n in ast.walk(f)}
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            assert not getattr(node, "level", 0), f"{path}: a relative import"
-            # `from fi_ffi import reference` is of the module fi_ffi.reference.
-            of = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
-            for alias in node.names:
-                yield of + alias.name, node in inside
-
-
-def test_imports_follow_the_arrows() -> None:
+def test_imports_what_it_may() -> None:
+    """What files of the package import of each other is in tests/test_layers.py."""
     assert len(MODULES) > 30
     for path in MODULES:
-        room = room_of(path)
-        for name, lazily in imports(path):
-            assert name.split(".")[0] not in NEVER, f"{path} imports {name}"
-            if name.split(".")[0] == "fi_ffi":
-                allowed = ROOMS[room] | {room} | (LAZILY.get(room, set()) if lazily else set())
-                assert imported_rooms(name) in allowed, f"{path} imports {name}"
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                assert not node.level, f"{path}: a relative import"
+                names = [node.module or ""]
+            for name in names:
+                assert name.split(".")[0] not in NEVER, f"{path} imports {name}"
 
 
 def test_modules_are_short_and_say_what_they_are() -> None:

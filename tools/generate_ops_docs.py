@@ -7,6 +7,7 @@ import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -18,7 +19,7 @@ from fi_ffi.capability.judgement import listed_codes  # noqa: E402
 from fi_ffi.capability.matrix import PACKAGES, package_entries  # noqa: E402
 from fi_ffi.families import FAMILIES  # noqa: E402
 from fi_ffi.loader.lock import the_lock  # noqa: E402
-from fi_ffi.ops import attention  # noqa: E402
+from fi_ffi.ops import attention, plans  # noqa: E402
 from fi_ffi.ops.attention.rows import FORMS  # noqa: E402
 from fi_ffi.ops.call.op import Op  # noqa: E402
 from fi_ffi.ops.call.releases import span_of  # noqa: E402
@@ -26,6 +27,9 @@ from fi_ffi.ops.call.row import Arg, Row, Tensor, default_of, defaults  # noqa: 
 from fi_ffi.ops.functions import OPS  # noqa: E402
 from fi_ffi.ops.moe import interface  # noqa: E402
 
+# Where a package of rows is documented.
+_ROOMS = {"comm": "fi_ffi.comm.entries"}
+ATTENTION = sorted([*attention.__all__, *plans.__all__])
 TARGET = ROOT / "docs" / "ops.md"
 HEADER = """\
 # Every op
@@ -125,7 +129,7 @@ def _op(op: Op) -> Iterator[str]:
 def _attention() -> Iterator[str]:
     yield "## Family: attention\n"
     yield "[attention.md](attention.md) explains the plans and their options. Public names:\n"
-    for name in attention.__all__:
+    for name in ATTENTION:
         yield f"- `fi_ffi.{name}`: {_first_line(getattr(fi_ffi, name).__doc__)}"
     yield "\nThey call these entries of FlashInfer's modules:\n"
     yield "| entry | kernel | of | FlashInfer | arguments | dtypes | SMs |"
@@ -140,10 +144,14 @@ def _attention() -> Iterator[str]:
     yield ""
 
 
+def _room(package: str) -> ModuleType:
+    return importlib.import_module(_ROOMS.get(package, f"fi_ffi.ops.{package}"))
+
+
 def _packages() -> Iterator[str]:
     """A table for each package that has rows and is not attention."""
     for package, group in itertools.groupby(package_entries(), key=lambda found: found[0]):
-        module = importlib.import_module(f"fi_ffi.ops.{package}")
+        module = _room(package)
         yield f"## Family: {package}\n\n{_first_line(module.__doc__)} Public names:\n"
         for name in getattr(module, "__all__", ()):
             yield f"- `{name}`: {_first_line(getattr(module, name).__doc__)}"
@@ -191,12 +199,10 @@ def _contents(families: dict[str, Sequence[Op]]) -> Iterator[str]:
         links = ", ".join(f"[`{op.__name__}`](#{_anchor(op.__name__)})" for op in ops)
         yield f"- **[{family}](#family-{_anchor(family)})**: {links}"
     for package in PACKAGES:
-        public = getattr(importlib.import_module(f"fi_ffi.ops.{package}"), "__all__", ())
+        public = getattr(_room(package), "__all__", ())
         links = ", ".join(f"`{name}`" for name in public)
         yield f"- **[{package}](#family-{_anchor(package)})**: {links}"
-    yield "- **[attention](#family-attention)**: " + ", ".join(
-        f"`{name}`" for name in attention.__all__
-    )
+    yield "- **[attention](#family-attention)**: " + ", ".join(f"`{name}`" for name in ATTENTION)
     yield ""
 
 

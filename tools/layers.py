@@ -144,9 +144,7 @@ def layer_of(module: str) -> int:
 @functools.cache
 def every() -> tuple[Import, ...]:
     """All imports of all modules of one another."""
-    return tuple(
-        each for name in modules() for each in imports(name) if each.source != each.target
-    )
+    return tuple(each for name in modules() for each in imports(name) if each.source != each.target)
 
 
 def upward() -> list[Import]:

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 from fi_ffi.abi import library
 from fi_ffi.abi._cffi import ffi
+from fi_ffi.abi.dlpack import dims_of
 from fi_ffi.abi.failure import check, message_of
-from fi_ffi.abi.objects import dims_of
 from fi_ffi.abi.tensor import Device, c_strides, device_from_code
 
 _DLPACK_MAJOR = 1

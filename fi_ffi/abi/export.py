@@ -15,12 +15,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from fi_ffi.abi._cffi import ffi
+from fi_ffi.abi.dlpack import open_capsule, write_dl_tensor
+from fi_ffi.abi.streams import current_scope
+from fi_ffi.abi.tensor import Device, DType, TensorDesc
 from fi_ffi.errors import ArgumentError, ArgumentTypeError, printed
 
 if TYPE_CHECKING:
     import numpy
-
-    from fi_ffi.abi.tensor import Device, DType, TensorDesc
 
 _HOST = ("cpu", "cuda_host", "cuda_managed")
 _GPU = ("cuda", "cuda_managed")
@@ -39,7 +40,7 @@ class ExportError(ArgumentError, BufferError):
 
 
 class Exported:
-    """Base class of tensors that other libraries can read."""
+    """Base class of tensors that other libraries can read; `TensorDesc` gets its methods."""
 
     __slots__ = ()
 
@@ -160,9 +161,6 @@ class _Holder:
 def _capsule(desc: TensorDesc, owner: object, max_version: tuple[int, int] | None) -> object:
     import numpy
 
-    from fi_ffi.abi.interop import open_capsule
-    from fi_ffi.abi.objects import write_dl_tensor
-
     dims = ffi.new("int64_t[]", max(2 * desc.kind.rank, 1))
     address = int(ffi.cast("uintptr_t", dims))
     byte = {"version": 3, "shape": (1,), "typestr": "|u1", "data": (address, desc.readonly)}
@@ -173,3 +171,26 @@ def _capsule(desc: TensorDesc, owner: object, max_version: tuple[int, int] | Non
         capsule = array.__dlpack__()
     write_dl_tensor(open_capsule(capsule)[0], desc, dims)
     return capsule
+
+
+def _of_descriptor(desc: TensorDesc) -> tuple[TensorDesc, object, int | None]:
+    """Export a descriptor: its owner's memory, or the memory that the caller answers for."""
+    owner: Any = desc.owner
+    if isinstance(owner, (TensorDesc, Exported)):
+        # the owner's own owner may be released before the export
+        return desc, *owner._to_export()[1:]  # type: ignore[union-attr]
+    scope = current_scope() if desc.device.is_cuda else None
+    is_here = scope is not None and scope.device in (None, desc.device)
+    return desc, desc, scope.handle if scope is not None and is_here else None
+
+
+_PROTOCOLS = (
+    "__array_interface__",
+    "__cuda_array_interface__",
+    "__array__",
+    "__dlpack__",
+    "__dlpack_device__",
+)
+for _name in _PROTOCOLS:
+    setattr(TensorDesc, _name, vars(Exported)[_name])
+TensorDesc._to_export = _of_descriptor  # type: ignore[attr-defined]

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from fi_ffi.abi._cffi import ffi
+from fi_ffi.abi.dlpack import write_kind
 from fi_ffi.abi.failure import check_kernel, take_raised
 from fi_ffi.abi.library import TypeIndex
 from fi_ffi.abi.objects import (
@@ -25,7 +26,6 @@ from fi_ffi.abi.objects import (
     Unique,
     find_global,
     set_global,
-    write_kind,
 )
 from fi_ffi.abi.signature import Signature, signature_from_mismatch
 from fi_ffi.abi.tensor import TensorDesc, TensorKind, frozen
@@ -255,10 +255,24 @@ class Frame(Packed):
     """Packed arguments of one call at a time; two calls must not share a frame concurrently."""
 
     __slots__ = (
-        "_arrays", "_buffer", "_cells", "_objects", "_references", "_result", "before",
-        "before_word", "device", "device_word", "dims", "entry", "has_objects", "invoke", "target",
-        "variant", "version",
-    )  # fmt: skip
+        "_arrays",
+        "_buffer",
+        "_cells",
+        "_objects",
+        "_references",
+        "_result",
+        "before",
+        "before_word",
+        "device",
+        "device_word",
+        "dims",
+        "entry",
+        "has_objects",
+        "invoke",
+        "target",
+        "variant",
+        "version",
+    )
 
     def __init__(self, layout: FrameLayout, slots: Sequence[Slot], entry: Entry) -> None:
         memory = self._buffer = ffi.new("int64_t[]", layout.words)

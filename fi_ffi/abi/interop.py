@@ -7,16 +7,14 @@ A tensor is a `TensorDesc`, a numpy array, or an object with `__dlpack__`,
 
 from __future__ import annotations
 
-import functools
-import importlib
 import sys
 from collections.abc import Callable
 from typing import Any, Protocol, TypeAlias
 
 from fi_ffi.abi._cffi import ffi
+from fi_ffi.abi.dlpack import dims_of, open_capsule
 from fi_ffi.abi.failure import STICKY, lost, message_of
-from fi_ffi.abi.library import c_library
-from fi_ffi.abi.objects import Tensor, dims_of
+from fi_ffi.abi.objects import Tensor
 from fi_ffi.abi.tensor import (
     DTYPES,
     Device,
@@ -60,8 +58,6 @@ TensorLike: TypeAlias = (
     TensorDesc | SupportsDLPack | SupportsCudaArrayInterface | SupportsArrayInterface
 )
 
-_CAPSULES = {b"dltensor": "DLManagedTensor *", b"dltensor_versioned": "DLManagedTensorVersioned *"}
-_READ_ONLY, _PADDED = 1 << 0, 1 << 2  # DLPACK_FLAG_BITMASK_READ_ONLY and _IS_SUBBYTE_TYPE_PADDED
 _NO_SYNC = -1  # DLPack: the consumer orders the work itself
 _PLAIN = "a dense tensor with memory of its own on a CPU or CUDA device"
 _TENSOR = "a TensorDesc, or an object with __dlpack__ or a (CUDA) array interface"
@@ -343,35 +339,6 @@ def _export(value: Any, no_sync: dict[str, int]) -> object:
         # An exporter older than DLPack 1.0, or one that cannot leave the ordering to its consumer
         # (jax takes -1 for a stream). The default makes the exporter order the work itself.
         return value.__dlpack__()
-
-
-def open_capsule(capsule: object) -> tuple[Any, bool]:
-    """Return the `DLTensor` inside a DLPack capsule, and whether it is read-only.
-
-    `PyCapsule_GetPointer`, a function of Python's C API, is called without the GIL. A successful
-    call is safe (it compares the name and returns a field); a failing call is not (it sets an
-    exception). Therefore the name is checked first, in the capsule's repr, the only place where
-    Python code can read it.
-    """
-    parts = repr(capsule).split('"') if type(capsule) is _capsule_type() else []
-    name = parts[1].encode() if len(parts) == 3 else b""
-    if name not in _CAPSULES:
-        raise TypeError(f"__dlpack__ returned {printed(capsule)}, not a fresh DLPack capsule")
-    pointer = c_library().PyCapsule_GetPointer(ffi.cast("void *", id(capsule)), name)
-    managed = ffi.cast(_CAPSULES[name], pointer)
-    if name == b"dltensor":
-        return managed.dl_tensor, False
-    if managed.version.major != 1:
-        raise TypeError(f"DLPack version {managed.version.major}, not 1")
-    if managed.flags & _PADDED:
-        raise TypeError("elements smaller than a byte with a byte for each, not packed")
-    return managed.dl_tensor, bool(managed.flags & _READ_ONLY)
-
-
-@functools.cache
-def _capsule_type() -> type:
-    """Return the type of capsules, taken from a capsule, as Python < 3.13 does not name it."""
-    return type(importlib.import_module("_datetime").datetime_CAPI)
 
 
 def _cuda_device_of(ptr: int | None) -> Device:

@@ -17,17 +17,11 @@ from typing import Any, ClassVar, NoReturn, TypeVar
 
 from fi_ffi.abi import library
 from fi_ffi.abi._cffi import ffi
+from fi_ffi.abi.dlpack import desc_from_dl_tensor, write_dl_tensor
 from fi_ffi.abi.failure import check, error_from
 from fi_ffi.abi.library import TypeIndex
-from fi_ffi.abi.tensor import (
-    MAX_RANK,
-    TensorDesc,
-    TensorKind,
-    device_from_code,
-    dtype_from_code,
-    make_desc,
-)
-from fi_ffi.errors import AbiError, ArgumentError, FiFfiError, KernelError, LoaderError
+from fi_ffi.abi.tensor import TensorDesc
+from fi_ffi.errors import FiFfiError, KernelError, LoaderError
 
 _Kind = TypeVar("_Kind", bound="Object")
 
@@ -200,54 +194,6 @@ OBJECT_TYPES: dict[int, type[Object]] = {
 def bytes_of(value: Object) -> bytes:
     """Return the bytes of a heap string or of a Bytes object."""
     return library.read_bytes(ffi.cast("FiFfiBytesObject *", value.handle).cell)
-
-
-def write_dl_tensor(tensor: Any, desc: TensorDesc, dims: Any = None) -> Any:
-    """Fill a `DLTensor`; return the array of sizes and strides, which must outlive it."""
-    words = 2 * desc.kind.rank
-    if dims is None:
-        dims = ffi.new("int64_t[]", words)
-    dims[0:words] = desc.shape + desc.strides
-    tensor.data, tensor.byte_offset = ffi.cast("void *", desc.ptr), 0
-    write_kind(tensor, desc.kind, dims)
-    return dims
-
-
-def write_kind(tensor: Any, kind: TensorKind, dims: Any) -> None:
-    """Write a `DLTensor`'s device, dtype and rank; `dims` holds its sizes and strides."""
-    device, dtype, rank = kind.device, kind.dtype, kind.rank
-    place, written = tensor.device, tensor.dtype
-    place.device_type, place.device_id = device.type_code, device.index
-    written.code, written.bits, written.lanes = dtype.code, dtype.bits, dtype.lanes
-    tensor.ndim, tensor.shape, tensor.strides = rank, dims, dims + rank
-
-
-def desc_from_dl_tensor(tensor: Any, owner: object = None) -> TensorDesc:
-    """Describe a `DLTensor` and keep its `owner`; `AbiError` if it cannot be described."""
-    dtype = dtype_from_code(tensor.dtype.code, tensor.dtype.bits, tensor.dtype.lanes)
-    device = device_from_code(tensor.device.device_type, tensor.device.device_id)
-    if dtype is None or device is None:
-        raise AbiError("a DLTensor of a dtype or device that fi_ffi does not know")
-    shape, strides = dims_of(tensor)
-    address = library.address_of(tensor.data) + tensor.byte_offset
-    try:
-        return make_desc(address, shape, dtype, strides, device, owner=owner)
-    except ArgumentError as error:
-        raise AbiError(f"a DLTensor that is invalid: {error}") from None
-
-
-def dims_of(tensor: Any) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
-    """Return a `DLTensor`'s shape and strides; strides are None if it has none."""
-    rank = tensor.ndim
-    if not rank:
-        return (), None
-    # Check the rank before reading: the arrays may be shorter.
-    if not 0 < rank <= MAX_RANK:
-        raise AbiError(f"a DLTensor of {rank} dimensions")
-    sizes, steps = tensor.shape, tensor.strides
-    if sizes == ffi.NULL:
-        raise AbiError(f"a DLTensor of {rank} dimensions without a shape")
-    return tuple(sizes[0:rank]), tuple(steps[0:rank]) if steps else None
 
 
 # Objects that a callee still refers to, by address: fi_ffi's own reference, and the backing.

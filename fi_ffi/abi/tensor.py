@@ -6,11 +6,10 @@ import contextlib
 import itertools
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from fi_ffi.abi.export import Exported
 from fi_ffi.errors import ArgumentError, ArgumentTypeError, printed
 
 if TYPE_CHECKING:
@@ -211,7 +210,7 @@ def tensor_kind(dtype: DType, device: Device, rank: int, readonly: bool = False)
     return _KINDS.get(key) or _KINDS.setdefault(key, TensorKind(*key))
 
 
-class _Fields(Exported):
+class _Fields:
     __slots__ = ("kind", "owner", "ptr", "shape", "strides")
     ptr: int
     shape: tuple[int, ...]
@@ -247,6 +246,12 @@ class TensorDesc(_Fields):
     """
 
     __slots__ = ()
+    # Set by `fi_ffi.abi.export`, so that other libraries can read the tensor.
+    __array_interface__: dict[str, Any]
+    __cuda_array_interface__: dict[str, Any]
+    __array__: Callable[..., numpy.ndarray[Any, Any]]
+    __dlpack__: Callable[..., object]
+    __dlpack_device__: Callable[[], tuple[int, int]]
 
     def __new__(
         cls,
@@ -355,16 +360,6 @@ class TensorDesc(_Fields):
         ptr = self.ptr + before * dtype.bits * dtype.lanes // 8
         return frozen(ptr, (stop - start, *shape[1:]), strides, self.kind, self.owner)
 
-    def _to_export(self) -> tuple[TensorDesc, object, int | None]:
-        owner = self.owner
-        if isinstance(owner, Exported):  # the owner's own owner may be released before the export
-            return self, *owner._to_export()[1:]
-        from fi_ffi.abi.streams import current_scope
-
-        scope = current_scope() if self.device.is_cuda else None
-        is_here = scope is not None and scope.device in (None, self.device)
-        return self, self, scope.handle if scope is not None and is_here else None
-
     def __setattr__(self, name: str, value: object) -> NoReturn:
         raise AttributeError(f"TensorDesc is immutable; make a new one to change `{name}`")
 
@@ -440,9 +435,14 @@ def span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
 
 
 def make_desc(
-    ptr: object, shape: object, dtype: object, strides: object, device: object,
-    readonly: bool = False, owner: object = None,
-) -> TensorDesc:  # fmt: skip
+    ptr: object,
+    shape: object,
+    dtype: object,
+    strides: object,
+    device: object,
+    readonly: bool = False,
+    owner: object = None,
+) -> TensorDesc:
     """Check all arguments and return a descriptor, which keeps `owner` alive."""
     shape_ = _integers(shape, "shape", 0)
     dtype_, device_ = parse_dtype(dtype), parse_device(device)

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 from fi_ffi.abi import library
 from fi_ffi.abi._cffi import ffi
+from fi_ffi.abi.dlpack import desc_from_dl_tensor, write_dl_tensor
 from fi_ffi.abi.failure import check, prepare_fallbacks, set_escaped, set_raised
 from fi_ffi.abi.interop import as_desc
 from fi_ffi.abi.library import TypeIndex
@@ -29,9 +30,7 @@ from fi_ffi.abi.objects import (
     String,
     Tensor,
     bytes_of,
-    desc_from_dl_tensor,
     find_global,
-    write_dl_tensor,
 )
 from fi_ffi.abi.signature import FUNCTION, Signature, TypeExpr, parse_type
 from fi_ffi.abi.tensor import (

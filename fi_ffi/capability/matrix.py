@@ -39,7 +39,7 @@ _CALLED_THEN = {"bgmv_moe_expand"}
 SMS = (75, 80, 87, 89, 90, 100, 103, 110, 120, 121)
 
 # Plans and functions that `capability.attention` judges.
-ATTENTION = tuple(
+ATTENTION = sorted(
     name
     for package in (attention, plans)
     for name in package.__all__

@@ -167,14 +167,14 @@ def test_device_codes(theirs: cffi.FFI) -> None:
 
 
 def test_dlpack_constants(pinned_wheel: Path) -> None:
-    from fi_ffi.abi import interop
+    from fi_ffi.abi import dlpack
 
     with zipfile.ZipFile(pinned_wheel) as archive:
         header = archive.read("tvm_ffi/include/dlpack/dlpack.h").decode()
     assert re.search(r"#define DLPACK_FLAG_BITMASK_READ_ONLY \(1UL << 0UL\)", header)
-    assert interop._READ_ONLY == 1 << 0
+    assert dlpack._READ_ONLY == 1 << 0
     assert re.search(r"#define DLPACK_FLAG_BITMASK_IS_SUBBYTE_TYPE_PADDED \(1UL << 2UL\)", header)
-    assert interop._PADDED == 1 << 2
+    assert dlpack._PADDED == 1 << 2
     assert re.search(r"#define DLPACK_MAJOR_VERSION 1\b", header)
 
 

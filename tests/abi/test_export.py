@@ -12,7 +12,8 @@ import pytest
 
 import fi_ffi
 from fi_ffi.abi import export
-from fi_ffi.abi.interop import as_desc, open_capsule
+from fi_ffi.abi.dlpack import open_capsule
+from fi_ffi.abi.interop import as_desc
 from fi_ffi.abi.tensor import DTYPES, TensorDesc, make_desc, parse_device
 from fi_ffi.errors import ArgumentError, ArgumentTypeError
 

@@ -7,7 +7,7 @@ import pytest
 from cuda.bindings import runtime
 
 import fi_ffi
-from fi_ffi.abi.interop import open_capsule
+from fi_ffi.abi.dlpack import open_capsule
 
 from tests.helpers.pinned import testing_library, tvm_ffi_loaded
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from fi_ffi.abi import library
 from fi_ffi.abi._cffi import ffi
+from fi_ffi.abi.dlpack import desc_from_dl_tensor
 from fi_ffi.abi.failure import check
 from fi_ffi.abi.objects import Tensor
 from fi_ffi.abi.tensor import DTYPES, TensorDesc, parse_device
-from fi_ffi.abi.values import desc_from_dl_tensor
 
 CPU, CUDA = parse_device("cpu"), parse_device("cuda:0")
 

@@ -442,7 +442,7 @@ def is_within(op: Op, sizes: Mapping[str, int], options: Options) -> bool:
     most = op.row.limits("<=")
     of_sizes = [rule for rule in op.row.rules if {*rule.names} <= sizes.keys()]
     return all(size <= most.get(axis, (size,))[0] for axis, size in sizes.items()) and all(
-        eval(rule.holds, {**FUNCTIONS, **rule.using}, dict(sizes)) for rule in of_sizes
+        eval(rule.condition, {**FUNCTIONS, **rule.using}, dict(sizes)) for rule in of_sizes
     )
 
 

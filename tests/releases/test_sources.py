@@ -351,7 +351,7 @@ def test_routers_and_small_products(release, flat):
         waits = flat(release, "csrc/tinygemm2.cu").count(
             "weight_ready = bar_try_wait(bar_ptr_wt, phase);"
         )
-        (most,) = [rule.holds for rule in row.rules] or [""]
+        (most,) = [rule.condition for rule in row.rules] or [""]
         assert waits == (2 if most == f"k <= {4 * 256}" else 1)
 
 

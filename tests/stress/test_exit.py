@@ -15,7 +15,8 @@ ALIVE = """
     import numpy as np, pytest
     import fi_ffi
     from fi_ffi.abi.objects import String, Tensor
-    from fi_ffi.ops import cuda, graphs
+    from fi_ffi import graphs
+    from fi_ffi.ops.call import cuda
     from tests.attention.pretend import Pretend
     from tests.helpers.plan_calls import KINDS, Case
     from tests.helpers.prepared_calls import Mine

@@ -208,7 +208,7 @@ class BoundRow:
     def put(self, name: str, value: Any) -> None:
         """Bind an argument by the binding's name; ignore a name that the row lacks."""
         found = self._places.get(name)
-        if found is None or name not in self.compiled.form.bound:
+        if found is None or name not in self.compiled.options.bound:
             return
         i, arg = found
         layout = self.compiled.layout

@@ -52,11 +52,13 @@ def call_text(row: Row) -> str:
 def frame_layout(row: Row, last: frozenset[str] = frozenset()) -> FrameLayout:
     """Return where a row's arguments are in a frame; the shapes of those in `last` come last."""
     ranks = [
-        arg.entry_rank if isinstance(arg, Tensor)
-        else len(arg.shape) if isinstance(arg, Absent) and arg.abi_type == "DLTensor*"
+        arg.entry_rank
+        if isinstance(arg, Tensor)
+        else len(arg.shape)
+        if isinstance(arg, Absent) and arg.abi_type == "DLTensor*"
         else None
         for arg in row.slots
-    ]  # fmt: skip
+    ]
     places = [i for i, arg in enumerate(row.slots) if arg.name in last]
     return FrameLayout(ranks, places, len(row.args))
 
@@ -67,7 +69,7 @@ def is_number(arg: Arg) -> bool:
 
 
 @dataclass(frozen=True)
-class Form:
+class CompileOptions:
     """How a function is compiled from a row.
 
     `bound` are arguments that are already in the frame (a plan's own), and `known` axes whose sizes
@@ -103,18 +105,18 @@ class Checks:
     # The variant's memo that this function uses; each function keeps other values.
     memo = "memo"
 
-    def __init__(self, form: Form, is_packing: bool = False) -> None:
-        self.form, self.row, self.is_packing = form, form.row, is_packing
-        self.layout = frame_layout(form.row, form.last)
+    def __init__(self, options: CompileOptions, is_packing: bool = False) -> None:
+        self.options, self.row, self.is_packing = options, options.row, is_packing
+        self.layout = frame_layout(options.row, options.last)
         # Arguments that each call passes, with their index.
         self.given = [
             (i, arg)
             for i, arg in enumerate(self.row.slots)
-            if arg.name not in form.bound and not isinstance(arg, (Absent, TensorArray))
+            if arg.name not in options.bound and not isinstance(arg, (Absent, TensorArray))
         ]
         self.tensors = [(i, arg) for i, arg in self.given if isinstance(arg, Tensor)]
         # The expression of each axis' size, and the argument that fixes it.
-        self.sizes: dict[str, str] = {name: f"size__{name}" for name in form.known}
+        self.sizes: dict[str, str] = {name: f"size__{name}" for name in options.known}
         self.fixed_by: dict[str, str] = {}
         self.maybe: set[str] = set()  # axes that only optional tensors have
         self.dims: dict[str, list[str]] = {}
@@ -133,7 +135,7 @@ class Checks:
                 first = self.tensors[0][1]
                 lines.append(f"if {name} is None: {name} = zeros({first.name}.device, {arg.axes})")
             there = f"{name} is not None and " if self._may_be_none(arg) else ""
-            told = f"describe({name}, {self.form.op!r}, {self.form.names.get(name, name)!r})"
+            told = f"describe({name}, {self.options.op!r}, {self.options.names.get(name, name)!r})"
             lines.append(f"if {there}type({name}) is not TensorDesc: {name} = {told}")
             if arg.is_loose:
                 lines.append(f"if {there}{name}.kind.rank != 1: {name} = as_vector({name})")
@@ -169,13 +171,15 @@ class Checks:
         lines: list[str] = []
         if any(arg.kv for _, arg in self.tensors):
             lines.append("is_nhd = variant.is_nhd")
-        if self.form.known:
-            lines.append(f"{', '.join(f'size__{name}' for name in self.form.known)}, = _held.sizes")
+        if self.options.known:
+            lines.append(
+                f"{', '.join(f'size__{name}' for name in self.options.known)}, = bound_row.sizes"
+            )
         waiting: list[tuple[Tensor, str, str]] = []
         for arg in required:
             lines += self._shape(arg, waiting)
         for arg, text, size in waiting:  # sums: other tensors first fix all terms but one
-            lines += self._bind(arg, text, size)
+            lines += self._solve_axis(arg, text, size)
         for _, arg in self.tensors:
             if arg.optional and not arg.is_scratch:
                 lines += self._optional_shape(arg)
@@ -212,7 +216,7 @@ class Checks:
             if len(unknown) > 1:
                 waiting.append((arg, text, size))
                 continue
-            lines += self._bind(arg, text, size)
+            lines += self._solve_axis(arg, text, size)
             if text in self.sizes:  # use the known variable from here on
                 targets[targets.index(size)] = self.sizes[text]
         return lines
@@ -229,7 +233,7 @@ class Checks:
         total = " + ".join(terms)
         return total if axis.over == 1 else f"({total}) // {axis.over}"
 
-    def _bind(self, arg: Tensor, text: str, size: str) -> list[str]:
+    def _solve_axis(self, arg: Tensor, text: str, size: str) -> list[str]:
         """Compare a size with what is known, or solve it for an unknown term."""
         axis = parse_axis(text)
         unknown = [(name, times) for name, times in axis.terms if name not in self.sizes]
@@ -237,7 +241,7 @@ class Checks:
             wanted = self._expression(axis)
             fixed = next((self.fixed_by[name] for name in axis.names if name in self.fixed_by), "")
             fixed = "" if fixed == arg.name else fixed
-            if any(name in self.form.known for name in axis.names):
+            if any(name in self.options.known for name in axis.names):
                 fixed = PLANNED
             told = f"refuse.size({arg.name!r}, {arg.name}, {text!r}, {wanted}, {fixed!r})"
             return [f"if {size} != {wanted}: {told}"]
@@ -266,7 +270,7 @@ class Checks:
             axis = parse_axis(text)
             unknown = [part for part in axis.names if part not in self.sizes or part in self.maybe]
             if not unknown:
-                inside += self._bind(arg, text, size)
+                inside += self._solve_axis(arg, text, size)
                 continue
             assert axis.names == (text,), f"{self.row.name}: {name} alone has {text}"
             if text in self.maybe:
@@ -345,9 +349,12 @@ class Checks:
                 f"need = {need}",
                 f"if {name} is None: {name} = {own}",
                 *self._read(arg, [f"{name}__d0"]),
-                *([] if arg.any_size else
-                  [f"if {have} < need: refuse.scratch({name!r}, {have}, need)"]),
-            ]  # fmt: skip
+                *(
+                    []
+                    if arg.any_size
+                    else [f"if {have} < need: refuse.scratch({name!r}, {have}, need)"]
+                ),
+            ]
             self.sizes.setdefault(axis, f"{name}__d0")
         return lines
 
@@ -375,7 +382,7 @@ class Checks:
 
     def _shown(self, axis: str) -> str:
         """Return a size and its value, for an f-string."""
-        if axis in self.form.known:
+        if axis in self.options.known:
             return f"{self._braced(axis)}, as planned"
         return f"{axis} = {self._braced(axis)}"
 
@@ -552,7 +559,7 @@ class Checks:
                 continue
             values = {name: self._value(name) for name in rule.names}
             told = f"refuse.rule({number}, ({', '.join(values.values())},))"
-            lines.append(f"if not ({replaced(rule.holds, values)}): {told}")
+            lines.append(f"if not ({replaced(rule.condition, values)}): {told}")
         return lines
 
     def _value(self, name: str) -> str:
@@ -630,19 +637,19 @@ class Checks:
         if any(IN_PLACE in rule.names for rule in self.row.rules):
             lines.append(f"is_in_place = {' or '.join(same) or 'False'}")
         descs = ", ".join(
-            arg.name if arg.name not in self.form.bound else "None" for arg in self.row.tensors
+            arg.name if arg.name not in self.options.bound else "None" for arg in self.row.tensors
         )
         for optional, those in tests.items():
             for chosen in _batched(those, 8):
                 any_of = " or ".join(chosen)
                 test = f"{optional}__p and ({any_of})" if optional else any_of
                 lines.append(f"if {test}: refuse.overlap({descs})")
-        if self.form.bound and self.tensors:
-            lines.append("start0, end0, start1, end1, first, last = _held.memory")
+        if self.options.bound and self.tensors:
+            lines.append("start0, end0, start1, end1, first, last = bound_row.memory")
             for _, arg in self.tensors:
                 p, end = f"{arg.name}__p", f"{arg.name}__end"
                 test = f"{p} < end0 and start0 < {end} or {p} < end1 and start1 < {end}"
-                told = f"refuse.held({arg.name!r}, {arg.name}, _held.memory[:4])"
+                told = f"refuse.overlaps_workspace({arg.name!r}, {arg.name}, bound_row.memory[:4])"
                 lines.append(f"if {p} < last and first < {end} and ({test}): {told}")
         return lines
 

@@ -23,7 +23,14 @@ from fi_ffi.abi.tensor import (
 )
 from fi_ffi.loader import generation, machine
 from fi_ffi.ops.call import cuda, memory
-from fi_ffi.ops.call.checks import Form, call_text, frame_layout, is_number
+from fi_ffi.ops.call.checks import CompileOptions, call_text, frame_layout, is_number
+from fi_ffi.ops.call.codegen import (
+    bind_source,
+    call_source,
+    check_source,
+    pack_source,
+    update_source,
+)
 from fi_ffi.ops.call.launch import LaunchTarget, launch
 from fi_ffi.ops.call.notation import FUNCTIONS
 from fi_ffi.ops.call.providers import entry_for
@@ -42,13 +49,6 @@ from fi_ffi.ops.call.row import (
     TensorArray,
     Text,
     exchanged,
-)
-from fi_ffi.ops.call.source import (
-    bind_source,
-    call_source,
-    check_source,
-    pack_source,
-    update_source,
 )
 
 # The file name of compiled code in tracebacks, inside the package.
@@ -82,10 +82,26 @@ class Variant:
     """A row's calls with tensors of these kinds: everything that does not depend on sizes."""
 
     __slots__ = (
-        "_slots", "_values", "bytes_for", "compiled", "device", "dtypes", "entry", "frames",
-        "is_nhd", "item", "itemsizes", "kinds", "memo", "memo_of_check", "memo_of_pack",
-        "multiprocessors", "scratch", "shared_memory", "target",
-    )  # fmt: skip
+        "_slots",
+        "_values",
+        "bytes_for",
+        "compiled",
+        "device",
+        "dtypes",
+        "entry",
+        "frames",
+        "is_nhd",
+        "item",
+        "itemsizes",
+        "kinds",
+        "memo",
+        "memo_of_check",
+        "memo_of_pack",
+        "multiprocessors",
+        "scratch",
+        "shared_memory",
+        "target",
+    )
 
     def __init__(self, compiled: CompiledRow, descs: Sequence[TensorDesc | None], layout: str):
         row = compiled.row
@@ -238,12 +254,19 @@ class CompiledRow:
     """
 
     def __init__(
-        self, row: Row, module: str | None = None, *, op: str = "",
-        names: Mapping[str, str] | None = None, known: Sequence[str] = (),
-        bound: Mapping[str, Any] | None = None, device: Device | None = None,
+        self,
+        row: Row,
+        module: str | None = None,
+        *,
+        op: str = "",
+        names: Mapping[str, str] | None = None,
+        known: Sequence[str] = (),
+        bound: Mapping[str, Any] | None = None,
+        device: Device | None = None,
         first: Sequence[str] = (),
-        find_entry: Callable[[Row, Device], Entry] | None = None, follows: bool = True,
-    ) -> None:  # fmt: skip
+        find_entry: Callable[[Row, Device], Entry] | None = None,
+        follows: bool = True,
+    ) -> None:
         self.row, self.module = row, module or row.module
         self.device, self.find_entry = device, find_entry
         self.bound_kinds = {name: kind for name, kind in (bound or {}).items() if kind is not None}
@@ -252,7 +275,7 @@ class CompiledRow:
             for arg in row.tensors
             if arg.name in self.bound_kinds
         }
-        self.form = Form(
+        self.options = CompileOptions(
             row,
             frozenset(bound or ()),
             tuple(known),
@@ -260,9 +283,9 @@ class CompiledRow:
             op or row.name,
             dict(names or {}),
         )
-        self.layout = frame_layout(row, self.form.last)
+        self.layout = frame_layout(row, self.options.last)
         self.refuse = Refusals(row, op or row.name, names or {}, device if bound else None)
-        self.tensors = [arg for arg in row.tensors if arg.name not in self.form.bound]
+        self.tensors = [arg for arg in row.tensors if arg.name not in self.options.bound]
         self.variants: dict[object, Variant] = {}
         if follows:
             generation.follow(self)
@@ -270,40 +293,50 @@ class CompiledRow:
     @functools.cached_property
     def call(self) -> Callable[..., Any]:
         """A method for ops, with the op's parameters, that launches."""
-        made = self._compile(call_source(self.form), "call")
+        made = self._compile(call_source(self.options), "call")
         made.__name__ = self.row.name
         return made
 
     @functools.cached_property
     def pack(self) -> Callable[..., Any]:
         """A function that packs the same call without launching it: see `pack_source`."""
-        return self._compile(pack_source(self.form), self.row.name.replace(".", "_"))
+        return self._compile(pack_source(self.options), self.row.name.replace(".", "_"))
 
     @functools.cached_property
     def check(self) -> Callable[..., tuple[dict[str, Any], dict[str, int]]]:
         """A function that only checks a call; it returns the tensors by name (None for missing
         ones) and the axes' sizes."""
-        return self._compile(check_source(self.form), self.row.name.replace(".", "_"))
+        return self._compile(check_source(self.options), self.row.name.replace(".", "_"))
 
     @functools.cached_property
     def bind(self) -> Callable[..., tuple[dict[str, Any], object]]:
         """A function that returns the arguments of a call by name, and its stream."""
-        return self._compile(bind_source(self.form), self.row.name.replace(".", "_"))
+        return self._compile(bind_source(self.options), self.row.name.replace(".", "_"))
 
     @functools.cached_property
     def update(self) -> Callable[..., None]:
         """The `update` of prepared calls."""
-        return self._compile(update_source(self.form), "update")
+        return self._compile(update_source(self.options), "update")
 
     def _compile(self, source: str, name: str) -> Callable[..., Any]:
         row = self.row
         namespace: dict[str, Any] = {
-            "KEEP": KEEP, "KV_LAYOUTS": KV_LAYOUTS, "TensorDesc": TensorDesc, "gcd": math.gcd,
-            "add_variant": self._add_variant, "as_vector": as_vector,
-            "check_stream": memory.check_stream, "describe": as_desc, "exchanged": exchanged,
-            "inf": math.inf, "launch": launch, "refuse": self.refuse, "variants": self.variants,
-            repr(REQUIRED): Required(call_text(row)), "zeros": memory.zeros,
-        }  # fmt: skip
+            "KEEP": KEEP,
+            "KV_LAYOUTS": KV_LAYOUTS,
+            "TensorDesc": TensorDesc,
+            "gcd": math.gcd,
+            "add_variant": self._add_variant,
+            "as_vector": as_vector,
+            "check_stream": memory.check_stream,
+            "describe": as_desc,
+            "exchanged": exchanged,
+            "inf": math.inf,
+            "launch": launch,
+            "refuse": self.refuse,
+            "variants": self.variants,
+            repr(REQUIRED): Required(call_text(row)),
+            "zeros": memory.zeros,
+        }
         namespace |= FUNCTIONS
         for rule in row.rules:
             for own, function in rule.using.items():

@@ -79,7 +79,7 @@ class Values:
     ) -> None:
         self.op, self.compiled = op, compiled
         scalars = {arg.name for arg in compiled.row.given if isinstance(arg, Scalar)}
-        names = compiled.form.packed_names
+        names = compiled.options.packed_names
         start = {} if neutral is None else {name: neutral.get(name) for name in scalars}
         self.index = {name: i for i, name in enumerate(names)}
         self.values: list[Any] = [start.get(name) for name in names]

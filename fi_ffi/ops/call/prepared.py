@@ -84,9 +84,13 @@ class PackedCall:
 
 
 def tensor_like(
-    error: Callable[[str, object, object], ArgumentError], op: str, name: str,
-    before: TensorDesc | None, value: Any, called: str = "",
-) -> TensorDesc | None:  # fmt: skip
+    error: Callable[[str, object, object], ArgumentError],
+    op: str,
+    name: str,
+    before: TensorDesc | None,
+    value: Any,
+    called: str = "",
+) -> TensorDesc | None:
     """Describe the replacement of a tensor: an address, or a tensor of the same layout.
 
     `called` is the caller's name for the tensor, if `error` expects the row's name.
@@ -101,9 +105,11 @@ def tensor_like(
         return before.at(value)
     desc = as_desc(value, op, called or name)
     is_like = (
-        desc.shape == before.shape and desc.strides == before.strides
-        and desc.dtype is before.dtype and desc.device is before.device
-    )  # fmt: skip
+        desc.shape == before.shape
+        and desc.strides == before.strides
+        and desc.dtype is before.dtype
+        and desc.device is before.device
+    )
     if not is_like:
         raise error(name, desc.layout, f"{before.layout}, as it was prepared; prepare another call")
     return desc
@@ -120,8 +126,15 @@ class Prepared(PackedCall):
     """
 
     __slots__ = (
-        "_is_plain", "compiled", "given", "masks", "owners", "spans", "stream", "variant",
-    )  # fmt: skip
+        "_is_plain",
+        "compiled",
+        "given",
+        "masks",
+        "owners",
+        "spans",
+        "stream",
+        "variant",
+    )
     variant: Variant
 
     def __init__(self, compiled: CompiledRow, given: dict[str, Any], stream: object) -> None:

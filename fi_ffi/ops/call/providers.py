@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fi_ffi.abi.function import Entry
 from fi_ffi.abi.tensor import Device
 from fi_ffi.errors import ArchitectureError, KernelNotFoundError, LoaderError
@@ -42,13 +44,22 @@ def entry_for(row: Row, device: Device, module: str | None = None) -> Entry:
 
             return method_entry(name, row.factory, row.signature, row.releases, device.index)
         return runtime.kernel_entry(name, row.signature, row.releases, device.index)
-    # Imported late: numpy takes longer than all of fi_ffi.
-    from fi_ffi import reference
-
     names = ["" if isinstance(arg, Absent) else arg.name for arg in row.args]
     # Of the other families there is one module, named as they are.
     compiled = () if module in (None, row.module) else _compiled(module)
-    return reference.entry(row.module, row.signature, row.reference, compiled, row.formula, names)
+    kernels: Any = reference()
+    found: Entry = kernels.entry(
+        row.module, row.signature, row.reference, compiled, row.formula, names
+    )
+    return found
+
+
+def reference() -> Any:
+    """Return the package of numpy kernels, which the CPU device alone needs."""
+    # Imported late: numpy takes longer than all of fi_ffi.
+    from fi_ffi import reference
+
+    return reference
 
 
 def check_available(row: Row, device: Device) -> None:

@@ -26,7 +26,7 @@ DEVICE_TYPES = ("cpu", "cuda")
 Descs = Sequence[TensorDesc | None]
 
 
-def check_number(op: str, name: str, arg: Scalar, value: Any) -> Any:
+def check_scalar(op: str, name: str, arg: Scalar, value: Any) -> Any:
     """Return `value` as the scalar's type, within its limits. A bool is no number; an int is a
     float.
 
@@ -119,7 +119,7 @@ class Refusals:
         arg = self._scalars[name]
         if isinstance(value, Required):
             raise value.missing(self.op, self.name(name))
-        return check_number(self.op, self.name(name), unlimited(arg) if is_free else arg, value)
+        return check_scalar(self.op, self.name(name), unlimited(arg) if is_free else arg, value)
 
     def text(self, name: str, value: object) -> NoReturn:
         expected = " or ".join(map(repr, self._texts[name].words))
@@ -244,7 +244,7 @@ class Refusals:
                 got = f"memory that overlaps `{self.name(other)}` ({span})"
                 raise self.error(name, got, "memory apart")
 
-    def held(self, name: str, desc: TensorDesc, memory: Sequence[int]) -> None:
+    def overlaps_workspace(self, name: str, desc: TensorDesc, memory: Sequence[int]) -> None:
         """Judge whether a tensor shares memory with a plan's workspaces."""
         for start, end in zip(memory[::2], memory[1::2], strict=True):
             if desc.numel and desc.ptr < end and start < desc.ptr + desc.span_bytes:

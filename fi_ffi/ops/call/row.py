@@ -152,9 +152,11 @@ class Scalar(Ranged):
 
 
 PDL = Scalar(
-    "enable_pdl", bool, False,
+    "enable_pdl",
+    bool,
+    False,
     "programmatic dependent launch (SM90 and later): start while the previous kernel finishes",
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -263,13 +265,13 @@ class Rule(Ranged):
     """
 
     argument: str
-    holds: str
+    condition: str
     expected: str | Callable[..., str]
     using: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
 
     @property
     def names(self) -> tuple[str, ...]:
-        return names_in(self.holds)
+        return names_in(self.condition)
 
 
 def default_of(arg: Arg) -> str | None:

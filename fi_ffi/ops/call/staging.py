@@ -49,9 +49,12 @@ class StagePool:
     """
 
     def __init__(
-        self, device: Device, most: int = MOST_STAGES, least: int = 0,
+        self,
+        device: Device,
+        most: int = MOST_STAGES,
+        least: int = 0,
         pieces: Sequence[TensorDesc] = (),
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._device, self._least = device, least
         self._most = 0 if pieces else most
         # Ordered by last use: the first is the oldest.

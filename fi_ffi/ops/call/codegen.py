@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from fi_ffi.abi.library import TypeIndex
-from fi_ffi.ops.call.checks import Checks, Form, parameters
+from fi_ffi.ops.call.checks import Checks, CompileOptions, parameters
 from fi_ffi.ops.call.notation import replaced
 from fi_ffi.ops.call.row import (
     Absent,
@@ -29,33 +29,33 @@ _INT64 = 2**63
 _LOCALS = re.compile(r"\b(?:size__\w+|\w+__[ds]\d+|\w+__span|mask__\d+|step__\d+)\b")
 
 
-def call_source(form: Form) -> str:
+def call_source(options: CompileOptions) -> str:
     """Return a method `call(self, /, ..., *, stream=None)` that launches."""
-    writer = _Writer(form)
-    header = f"def call(self, /, {parameters(form.row)}):"
+    writer = _Writer(options)
+    header = f"def call(self, /, {parameters(options.row)}):"
     return _function(header, writer.lines(writer.launch))
 
 
-def pack_source(form: Form) -> str:
+def pack_source(options: CompileOptions) -> str:
     """Return a function of the same parameters that packs.
 
     It returns the variant, a frame (None if there is nothing to do), the scratch memory taken, and
     the bits that new addresses must not have; with bound arguments, only the first two.
     """
-    row, writer = form.row, _Writer(form, is_packing=True)
+    row, writer = options.row, _Writer(options, is_packing=True)
     name = _identifier(row.name)
-    if form.bound:
-        names = form.packed_names
-        header = f"def {name}(_held, {', '.join(names)}):"
+    if options.bound:
+        names = options.packed_names
+        header = f"def {name}(bound_row, {', '.join(names)}):"
     else:
         header = f"def {name}({parameters(row)}):"
     return _function(header, writer.lines(lambda: [writer.packed("frame")]))
 
 
-def check_source(form: Form) -> str:
+def check_source(options: CompileOptions) -> str:
     """Return a function of the same parameters without the stream that raises what a call would; it
     returns the tensors by name, and the axes' sizes."""
-    row, writer = form.row, _Writer(form)
+    row, writer = options.row, _Writer(options)
     writer.memo = "memo_of_check"
 
     def end() -> list[str]:
@@ -67,17 +67,17 @@ def check_source(form: Form) -> str:
     return _function(header, writer.lines(end, is_checking=True))
 
 
-def bind_source(form: Form) -> str:
+def bind_source(options: CompileOptions) -> str:
     """Return a function of the same parameters that returns them by name, and the stream."""
-    names = ", ".join(f"{arg.name!r}: {arg.name}" for arg in form.row.given)
-    header = f"def {_identifier(form.row.name)}({parameters(form.row)}):"
+    names = ", ".join(f"{arg.name!r}: {arg.name}" for arg in options.row.given)
+    header = f"def {_identifier(options.row.name)}({parameters(options.row)}):"
     return _function(header, [f"return {{{names}}}, stream"])
 
 
-def update_source(form: Form) -> str:
+def update_source(options: CompileOptions) -> str:
     """Return a method of prepared calls that changes addresses of tensors with unchanged
     layouts."""
-    return _function(*_Writer(form).update())
+    return _function(*_Writer(options).update())
 
 
 def _function(header: str, lines: Sequence[str]) -> str:
@@ -95,15 +95,26 @@ class _Writer(Checks):
         """Return the function's lines. `end` makes the last ones; with `is_checking` the others are
         only checks."""
         checks = [
-            *self._shapes(), *self._conditions(), *self._block(), *self._strides(is_scratch=False),
-            *self._masks(), *self._packed_dims(),
-        ]  # fmt: skip
+            *self._shapes(),
+            *self._conditions(),
+            *self._block(),
+            *self._strides(is_scratch=False),
+            *self._masks(),
+            *self._packed_dims(),
+        ]
         after = [
-            *self._numbers(), *self._together(), *self._scratch(), *self._strides(is_scratch=True),
-            *self._rules(of_memory=False), *([] if is_checking else self._nothing()),
-            *self._addresses(), *self._overlap(), *self._rules(of_memory=True),
-            *([] if is_checking else [*self._frame(), *self._writes()]), *end(),
-        ]  # fmt: skip
+            *self._numbers(),
+            *self._together(),
+            *self._scratch(),
+            *self._strides(is_scratch=True),
+            *self._rules(of_memory=False),
+            *([] if is_checking else self._nothing()),
+            *self._addresses(),
+            *self._overlap(),
+            *self._rules(of_memory=True),
+            *([] if is_checking else [*self._frame(), *self._writes()]),
+            *end(),
+        ]
         return [*self._describe(), *self._find_variant(), *self._checked(checks, after), *after]
 
     def _checked(self, checks: Sequence[str], after: Sequence[str]) -> list[str]:
@@ -121,8 +132,8 @@ class _Writer(Checks):
                 continue
             for of in (f"{arg.name}.shape", f"{arg.name}.strides"):
                 layouts.append(f"None if {arg.name} is None else {of}" if arg.optional else of)
-        if self.form.known:
-            layouts.append("_held.sizes")
+        if self.options.known:
+            layouts.append("bound_row.sizes")
         names = ", ".join(kept)
         return [
             f"layouts = ({''.join(f'{part}, ' for part in layouts)})",
@@ -134,15 +145,15 @@ class _Writer(Checks):
         ]
 
     def _frame(self) -> list[str]:
-        if self.form.bound:
-            return ["frame = _held.frame(variant)"]
+        if self.options.bound:
+            return ["frame = bound_row.frame(variant)"]
         return [
             "try:",
             "    frame = variant.frames.pop()",
             "except IndexError:",
             "    frame = None",
             f"if frame is None: frame = variant.new_frame({'' if self.is_packing else 'stream'})",
-        ]  # fmt: skip
+        ]
 
     def _writes(self) -> list[str]:
         lines = []
@@ -183,7 +194,7 @@ class _Writer(Checks):
 
     def _tensors_with_dims(self) -> list[Arg]:
         """Return the tensors whose shapes and strides are adjacent in a frame."""
-        last = self.form.last
+        last = self.options.last
         return [
             arg
             for arg, rank in zip(self.row.slots, self.layout.ranks, strict=True)
@@ -222,7 +233,7 @@ class _Writer(Checks):
 
     def packed(self, frame: str) -> str:
         """Return the expression that a packed call returns."""
-        if self.form.bound:
+        if self.options.bound:
             return f"return variant, {frame}"
         scratch = "".join(f"{arg.name}, " for _, arg in self.tensors if arg.is_scratch)
         masks = "".join(f"{self._loaded(arg)[1]}, " for _, arg in self.tensors)
