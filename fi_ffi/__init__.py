@@ -35,18 +35,10 @@ from fi_ffi.errors import (
     KernelNotFoundError,
     LoaderError,
 )
+from fi_ffi.loader import advice
 from fi_ffi.ops.call import support
 from fi_ffi.ops.functions import *  # noqa: F403
 from fi_ffi.ops.functions import OPS
-from fi_ffi.ops.on_host import (
-    batch_indices_positions,
-    checkpoint_cu_starts,
-    cu_seqlens,
-    gdn_prefill_workspace_size,
-    packed_indptr,
-    seq_lens,
-    split_paged_kv_cache,
-)
 
 if TYPE_CHECKING:
     from fi_ffi.graphs import Graph as Graph
@@ -54,21 +46,28 @@ if TYPE_CHECKING:
     from fi_ffi.loader.runtime import file_signatures as file_signatures
     from fi_ffi.modules import function as function
     from fi_ffi.modules import functions as functions
-    from fi_ffi.modules import module as module
     from fi_ffi.modules import object_type as object_type
     from fi_ffi.modules import object_types as object_types
+    from fi_ffi.modules.module import module as module
     from fi_ffi.ops.attention import *  # noqa: F403
     from fi_ffi.ops.call.row import Row
     from fi_ffi.ops.call.support import Support
     from fi_ffi.ops.matmul import *  # noqa: F403
     from fi_ffi.ops.moe import *  # noqa: F403
+    from fi_ffi.ops.on_host import batch_indices_positions as batch_indices_positions
+    from fi_ffi.ops.on_host import checkpoint_cu_starts as checkpoint_cu_starts
+    from fi_ffi.ops.on_host import cu_seqlens as cu_seqlens
+    from fi_ffi.ops.on_host import gdn_prefill_workspace_size as gdn_prefill_workspace_size
+    from fi_ffi.ops.on_host import packed_indptr as packed_indptr
+    from fi_ffi.ops.on_host import seq_lens as seq_lens
+    from fi_ffi.ops.on_host import split_paged_kv_cache as split_paged_kv_cache
+    from fi_ffi.ops.on_host import top_p_renorm_workspace_size as top_p_renorm_workspace_size
     from fi_ffi.ops.philox import Philox as Philox
     from fi_ffi.ops.plans import *  # noqa: F403
     from fi_ffi.ops.prepare import prepare as prepare
     from fi_ffi.ops.states.gdn import gdn_decode as gdn_decode
     from fi_ffi.ops.states.kda import recurrent_kda as recurrent_kda
     from fi_ffi.ops.states.mamba import selective_state_update as selective_state_update
-    from fi_ffi.ops.table.renorm import top_p_renorm_workspace_size as top_p_renorm_workspace_size
     from fi_ffi.watch.call_log import call_log as call_log
     from fi_ffi.watch.watchdog import watchdog as watchdog
 
@@ -118,11 +117,22 @@ _MATMUL = (
     "segment_gemm",
     "tinygemm_bf16",
 )
+_ON_HOST = (
+    "batch_indices_positions",
+    "checkpoint_cu_starts",
+    "cu_seqlens",
+    "gdn_prefill_workspace_size",
+    "packed_indptr",
+    "seq_lens",
+    "split_paged_kv_cache",
+    "top_p_renorm_workspace_size",
+)
 _LATER = {
     **dict.fromkeys(_ATTENTION, "fi_ffi.ops.attention"),
     **dict.fromkeys(_PLANS, "fi_ffi.ops.plans"),
     **dict.fromkeys(_MOE, "fi_ffi.ops.moe"),
     **dict.fromkeys(_MATMUL, "fi_ffi.ops.matmul"),
+    **dict.fromkeys(_ON_HOST, "fi_ffi.ops.on_host"),
     "Graph": "fi_ffi.graphs",
     "Philox": "fi_ffi.ops.philox",
     "call_log": "fi_ffi.watch.call_log",
@@ -137,11 +147,20 @@ _LATER = {
     "prepare": "fi_ffi.ops.prepare",
     "recurrent_kda": "fi_ffi.ops.states.kda",
     "selective_state_update": "fi_ffi.ops.states.mamba",
-    "top_p_renorm_workspace_size": "fi_ffi.ops.table.renorm",
     "watchdog": "fi_ffi.watch.watchdog",
 }
 # Subpackages that are imported by their names.
-_ROOMS = ("capability", "cli", "comm", "families", "loader", "modules", "reference", "watch")
+_ROOMS = (
+    "capability",
+    "catalogue",
+    "cli",
+    "comm",
+    "families",
+    "loader",
+    "modules",
+    "reference",
+    "watch",
+)
 
 
 def _later(name: str) -> object:
@@ -149,9 +168,8 @@ def _later(name: str) -> object:
         text = f"module {__name__!r} has no attribute {name!r}"
         # Python itself asks for names such as __path__, and for subpackages before it imports them.
         if not name.startswith("_") and name not in _ROOMS:
-            from fi_ffi.loader.api_map import hint
-
-            text += hint(name, __all__)
+            api_map = _optional("fi_ffi.catalogue.api_map")
+            text += api_map.hint(name, __all__) if api_map else ""
         # With `name` and `obj`, Python's traceback suggests the nearest name.
         raise AttributeError(text, name=name, obj=sys.modules[__name__])
     module = importlib.import_module(_LATER[name])
@@ -169,19 +187,29 @@ def __dir__() -> list[str]:
     return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
 
 
+def _optional(name: str) -> Any:
+    """Import a module above the core; None in a copy without its package."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name not in (name, name.rpartition(".")[0]):
+            raise
+        return None
+
+
 def _judge(op: str, asked: Mapping[str, Any], rows: Sequence[Row]) -> Support:
     """Put the judge of capabilities where ops ask it, and answer."""
-    try:
-        matrix = importlib.import_module("fi_ffi.capability.matrix")
-    except ModuleNotFoundError as error:
-        if error.name not in ("fi_ffi.capability", "fi_ffi.capability.matrix"):
-            raise
-        return support.no_judge(op, asked, rows)
-    support.judge = matrix.judge_asked
+    matrix = _optional("fi_ffi.capability.matrix")
+    support.judge = matrix.judge_asked if matrix else support.no_judge
     return support.judge(op, asked, rows)
 
 
+def _adviser() -> advice.Adviser:
+    return _optional("fi_ffi.catalogue.advice") or advice.PlainAdviser()
+
+
 support.judge = _judge
+advice.adviser = _adviser
 
 
 def use_kernels(location: str | os.PathLike[str]) -> None:
@@ -222,15 +250,8 @@ __all__ = [
     "Signature",
     "TensorDesc",
     "as_desc",
-    "batch_indices_positions",
-    "checkpoint_cu_starts",
-    "cu_seqlens",
-    "gdn_prefill_workspace_size",
-    "packed_indptr",
     "parse_device",
     "parse_signature",
-    "seq_lens",
-    "split_paged_kv_cache",
     "stream",
     "use_kernels",
     *OPS,

@@ -7,6 +7,21 @@ inputs are not plain random tensors, `tests/helpers/inputs/` has a module of the
 from __future__ import annotations
 
 FAMILIES = (
-    "norm", "norm_fused", "activation", "rope", "rope_quantize", "page", "concat", "gdn", "cascade",
-    "gemm", "quantization", "block_scaled", "sampling", "topk", "routing", "mamba", "gemm_sm100",
-)  # fmt: skip
+    "norm",
+    "norm_fused",
+    "activation",
+    "rope",
+    "rope_quantize",
+    "page",
+    "concat",
+    "gdn",
+    "cascade",
+    "gemm",
+    "quantization",
+    "block_scaled",
+    "sampling",
+    "topk",
+    "routing",
+    "mamba",
+    "gemm_sm100",
+)

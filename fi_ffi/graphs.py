@@ -124,7 +124,7 @@ def _refuse_launch(stream: Any) -> int:
 
 def _refuse_after_fork() -> None:
     """Have the graphs of a parent that has used a GPU refuse to be launched in its child."""
-    if machine.is_cut_off():
+    if machine.forked_after_cuda():
         for graph in [*_graphs]:
             graph._launch = _refuse_launch
 

@@ -9,7 +9,6 @@ where it stopped.
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import re
@@ -23,6 +22,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from fi_ffi.catalogue.families import DEFAULT_ARCH, DEFAULT_RELEASE, FAMILIES
+from fi_ffi.catalogue.requests import Request, parse_arch, parse_requests
 from fi_ffi.errors import ArgumentError, BuildError
 from fi_ffi.loader import trust
 from fi_ffi.loader.kernels import open_source
@@ -35,18 +36,9 @@ from fi_ffi_build.environment import (
     missing_part,
     open_workshop,
 )
-from fi_ffi_build.names import (
-    DEFAULT_ARCH,
-    DEFAULT_RELEASE,
-    FAMILIES,
-    Request,
-    parse_arch,
-    parse_requests,
-)
+from fi_ffi_build.questions import CUTE_DRIVER, ask, question_of
 from fi_ffi_build.wheel_writer import KernelWheel, write_wheel
 
-_DRIVER = Path(__file__).with_name("driver.py")
-_CUTE_DRIVER = Path(__file__).with_name("cute_driver.py")
 _NINJA_STATUS = "[%f/%t] "
 _STATUS = re.compile(r"\[(\d+)/(\d+)\] ")
 _ERROR_LINE = re.compile(
@@ -71,27 +63,6 @@ class Available:
     kind: str
     sources: int = 0
     note: str = ""
-
-
-def ask(workshop: Workshop, question: dict[str, object], driver: Path = _DRIVER) -> Any:
-    """Run the driver in the environment and return its answer."""
-    path = workshop.folder / "answer.json"
-    command = [str(workshop.environment.python), "-I", "-W", "ignore", str(driver), str(path)]
-    done = subprocess.run(
-        command,
-        env={**os.environ, **workshop.variables()},
-        input=json.dumps(question),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    with workshop.log.open("a") as log:
-        log.write(f"$ {' '.join(command)}\n{done.stdout}")
-    if done.returncode:
-        cause = done.stdout.strip().rpartition("\n")[2]
-        raise BuildError(f"FlashInfer's generators could not be run: {cause}", str(workshop.log))
-    return json.loads(path.read_text())
 
 
 def _refuse(failed: dict[str, str], names: Sequence[str], workshop: Workshop) -> None:
@@ -208,10 +179,8 @@ def _explain(output: Iterable[str]) -> str:
     lines = [line.rstrip("\n") for line in output]
     failed = next((line.split()[-1] for line in lines if line.startswith("FAILED:")), None)
     what = f"compiling {Path(failed).name} failed" if failed else "ninja failed"
-    errors = [
-        line for line in lines
-        if _ERROR_LINE.search(line) and len(line) < _LONGEST and not _STATUS.match(line)
-    ]  # fmt: skip
+    short = (line for line in lines if len(line) < _LONGEST and not _STATUS.match(line))
+    errors = [line for line in short if _ERROR_LINE.search(line)]
     shown = errors or [line[:_LONGEST] for line in lines if line.strip()]
     text = "\n".join([f"{what}:", *shown[-_SHOWN:]])
     if re.search(r"\bKilled\b|out of memory", text):
@@ -271,9 +240,9 @@ def _make_cute(workshop: Workshop, requests: Sequence[Request]) -> list[dict[str
             "arch": f"sm_{architecture.replace('.', '')}",
             "capability": [int(major), int(minor)],
             "folder": str(workshop.folder / dsl.packages.name),
-            "requests": [request.as_json(workshop.release) for request in requests],
+            "requests": [question_of(request, workshop.release) for request in requests],
         }
-        answer = ask(workshop, question, _CUTE_DRIVER)
+        answer = ask(workshop, question, CUTE_DRIVER)
         _refuse(answer["failed"], [], workshop)
         made += answer["modules"]
     workshop.report(Progress("compile", name, total, total))
@@ -379,7 +348,7 @@ def build(
         workshop.log.unlink(missing_ok=True)
         workshop.say("asking FlashInfer's generators for the sources")
         of_cute = [request for request in requests if request.is_cute]
-        others = [request.as_json(release) for request in requests if not request.is_cute]
+        others = [question_of(request, release) for request in requests if not request.is_cute]
         answer = ask(workshop, {"action": "generate", "requests": others})
         _refuse(answer["failed"], answer["names"], workshop)
         names = [module["name"] for module in answer["modules"]]
@@ -403,9 +372,7 @@ def available(
 ) -> list[Available]:
     """Return what `build` can make for `arch`: families, then FlashInfer's list of modules."""
     architectures = parse_arch(arch)
-    opened = open_workshop(
-        release, architectures, build_dir, torch_requirement, report, cuda=cuda
-    )  # fmt: skip
+    opened = open_workshop(release, architectures, build_dir, torch_requirement, report, cuda=cuda)
     with opened as workshop:
         workshop.say("asking FlashInfer's generators what they can make")
         answer = ask(workshop, {"action": "list"})

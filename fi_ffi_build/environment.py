@@ -145,17 +145,16 @@ def check_architectures(toolkit: Toolkit, architectures: Iterable[str]) -> None:
     has_families = tuple(map(int, toolkit.release.split("."))) >= _FIRST_OF_FAMILIES
     for architecture in architectures:
         if architecture.endswith("f") and not has_families:
-            raise ArgumentError(
-                "build", "arch", got=architecture,
-                expected=f"one architecture such as {architecture[:-1]}a: nvcc of CUDA "
-                f"{toolkit.release} knows no families, which came with 12.9",
-            )  # fmt: skip
+            expected = (
+                f"one architecture such as {architecture[:-1]}a: nvcc of CUDA {toolkit.release} "
+                "knows no families, which came with 12.9"
+            )
+            raise ArgumentError("build", "arch", got=architecture, expected=expected)
         if known and re.sub(r"\D", "", architecture) not in known:
             names = ", ".join(f"{number[:-1]}.{number[-1]}" for number in known)
-            raise ArgumentError(
-                "build", "arch", got=architecture, expected=f"one of {names} (CUDA "
-                f"{toolkit.release}; letters such as the a of 9.0a aside)"
-            )  # fmt: skip
+            aside = "letters such as the a of 9.0a aside"
+            expected = f"one of {names} (CUDA {toolkit.release}; {aside})"
+            raise ArgumentError("build", "arch", got=architecture, expected=expected)
 
 
 def find_cxx(cpu: str | None = None) -> str:
@@ -603,7 +602,7 @@ def _open_root() -> Path:
 
     Programs and build files in it are run, so no other user may have put them there.
     """
-    with cache.writing(cache.cache_root() / "build"):
+    with cache.as_loader_error(cache.cache_root() / "build"):
         root = cache.make_folder("build")
     trust.check_tree(root)
     return root
@@ -617,7 +616,7 @@ def _locked(folder: Path, say: Say) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror
         raise BuildError(f"{folder} cannot be made: {reason}; name another --build-dir") from error
-    trust.check_named(folder)
+    trust.check_user_path(folder)
     trust.check_tree(folder)
     lock = FileLock(folder / ".lock")
     try:

@@ -21,11 +21,24 @@ NAME = "torch"
 _VERSION = "2.13.0"  # the torch whose names are here
 # The dtypes of torch, with their bytes; names in a row are one dtype.
 _DTYPES: Mapping[str, int] = {
-    "bool": 1, "uint8": 1, "uint16": 2, "uint32": 4, "uint64": 8,
-    "int8": 1, "int16 short": 2, "int32 int": 4, "int64 long": 8,
-    "float16 half": 2, "bfloat16": 2, "float32 float": 4, "float64 double": 8,
-    "float8_e4m3fn": 1, "float8_e5m2": 1, "float8_e8m0fnu": 1, "float4_e2m1fn_x2": 1,
-}  # fmt: skip
+    "bool": 1,
+    "uint8": 1,
+    "uint16": 2,
+    "uint32": 4,
+    "uint64": 8,
+    "int8": 1,
+    "int16 short": 2,
+    "int32 int": 4,
+    "int64 long": 8,
+    "float16 half": 2,
+    "bfloat16": 2,
+    "float32 float": 4,
+    "float64 double": 8,
+    "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
+    "float8_e8m0fnu": 1,
+    "float4_e2m1fn_x2": 1,
+}
 
 
 class dtype:
@@ -97,9 +110,8 @@ def install() -> None:
     found["_C"] = _module(f"{NAME}._C", _GLIBCXX_USE_CXX11_ABI=True)
     # Without a CUDA of its own, so that the release of nvcc counts.
     found["version"] = _module(f"{NAME}.version", cuda=None, hip=None)
-    found["cuda"] = _module(
-        f"{NAME}.cuda", is_available=lambda: False, device_count=lambda: 0
-    )  # fmt: skip
+    no_gpus = {"is_available": lambda: False, "device_count": lambda: 0}
+    found["cuda"] = _module(f"{NAME}.cuda", **no_gpus)
     extension = _module(
         f"{NAME}.utils.cpp_extension",
         check_compiler_is_gcc=check_compiler_is_gcc,

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import fi_ffi
+from fi_ffi.catalogue import api_map
 from fi_ffi.errors import ArgumentError, ArgumentTypeError
-from fi_ffi.loader import api_map
 from fi_ffi.ops.call.row import Required, Scalar, defaults
 from fi_ffi.ops.functions import OPS
 
@@ -63,7 +63,7 @@ def test_an_import_of_a_subpackage_reads_no_table() -> None:
     program = (
         "import sys, fi_ffi\nfrom fi_ffi import comm, loader, reference\nimport fi_ffi.families\n"
         "assert not hasattr(fi_ffi, '__path2__')\n"
-        "sys.exit('fi_ffi.loader.api_map' in sys.modules)"
+        "sys.exit('fi_ffi.catalogue.api_map' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 

@@ -13,11 +13,11 @@ import pytest
 from click.testing import CliRunner, Result
 
 import fi_ffi
+from fi_ffi.cli import build as build_command
 from fi_ffi.cli import main
 from fi_ffi.errors import ArgumentError, BuildError
 from fi_ffi.loader import cache, lock, machine, runtime, search
 from fi_ffi.loader.kernels import open_source
-from fi_ffi_build import command as build_command
 from fi_ffi_build import environment
 from fi_ffi_build.build import build
 from fi_ffi_build.environment import open_workshop

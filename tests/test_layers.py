@@ -80,7 +80,8 @@ def test_it_finds_circles() -> None:
 def test_it_counts_lines_of_code(tmp_path: Path) -> None:
     file = tmp_path / "some.py"
     file.write_text(
-        '"""Two\nlines."""\n\n# One.\nx = [\n    1,  # of it\n]\n\n\ndef f():\n    """Text."""\n    return x\n'
+        '"""Two\nlines."""\n\n# One.\nx = [\n    1,  # of it\n]\n\n\n'
+        'def f():\n    """Text."""\n    return x\n'
     )
     assert layers.lines_of_code(file) == 5
 

@@ -52,11 +52,11 @@ Key = tuple[str, str]
 
 def _families(group: Group) -> Iterator[str]:
     """The families of a group, with the backend where they have one."""
-    for box in group.boxes:
-        backends = dict(box.values).get("backend", ())
-        yield from (f"{box.family}:{backend}" for backend in backends)
+    for grid in group.grids:
+        backends = dict(grid.values).get("backend", ())
+        yield from (f"{grid.family}:{backend}" for backend in backends)
         if not backends:
-            yield box.family
+            yield grid.family
 
 
 def _keys(group: Group, families: Iterator[str]) -> set[Key]:

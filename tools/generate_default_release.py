@@ -15,7 +15,7 @@ from generated import write_or_check  # noqa: E402
 
 from fi_ffi.capability.judgement import Query  # noqa: E402
 from fi_ffi.capability.matrix import SMS, Line, lines  # noqa: E402
-from fi_ffi.loader.listed import listed_in, published, sass_named  # noqa: E402
+from fi_ffi.catalogue.ahead_of_time import listed_in, published, sass_named  # noqa: E402
 from fi_ffi.loader.lock import the_lock  # noqa: E402
 from fi_ffi.loader.uris import parse  # noqa: E402
 from fi_ffi.ops.attention.rows import FORMS  # noqa: E402
@@ -23,7 +23,7 @@ from fi_ffi.ops.call.releases import fits, is_in  # noqa: E402
 from fi_ffi.ops.call.row import Absent, Arg, Row, Rule, Tensor  # noqa: E402
 from fi_ffi.ops.call.support import RUN, Support  # noqa: E402
 from fi_ffi.ops.functions import OPS  # noqa: E402
-from fi_ffi.ops.moe.interface import activation_numbers  # noqa: E402
+from fi_ffi.ops.moe.activations import activation_numbers  # noqa: E402
 from fi_ffi.ops.moe.modes import MODES, Mode  # noqa: E402
 
 TARGET = ROOT / "docs" / "default-release.md"
@@ -90,7 +90,7 @@ def pins(release: str) -> list[str]:
 def gone(before: str, after: str) -> list[str]:
     """The families of modules that only the first release builds ahead of time."""
     families = [
-        {box.family for box, _ in listed.modules}
+        {grid.family for grid, _ in listed.modules}
         for listed in map(listed_in, (before, after))
         if listed
     ]
@@ -265,7 +265,7 @@ STEPS = """\
 3. **Run all ops on a GPU**: `tools/gpu_build.sh` with `RELEASE={release}` for every part,
    `tools/gpu_run.sh`, and `python3 tools/record_called.py` ([contributing.md](contributing.md)).
 4. **Change the name**: `default` of `[kernels]` in wheels.lock, `DEFAULT_RELEASE` in
-   `fi_ffi_build/names.py`, `FIRST` in `fi_ffi/ops/call/releases.py`, and the first of
+   `fi_ffi/catalogue/families.py`, `FIRST` in `fi_ffi/ops/call/releases.py`, and the first of
    `INTERFACES` in `fi_ffi/ops/moe/interface.py`. Then run the generators of pages and stubs.
 """
 

@@ -16,7 +16,7 @@ from generated import write_or_check  # noqa: E402
 from fi_ffi.capability.judgement import Query, gpu_runs  # noqa: E402
 from fi_ffi.capability.known_issues import KNOWN_ISSUES, KnownIssue  # noqa: E402
 from fi_ffi.capability.matrix import SMS, lines  # noqa: E402
-from fi_ffi.loader.listed import (  # noqa: E402
+from fi_ffi.catalogue.ahead_of_time import (  # noqa: E402
     entries_in,
     gpus_in,
     known_releases,

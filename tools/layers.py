@@ -38,8 +38,10 @@ LAYERS = (
     Layer("ops/table", ("fi_ffi.ops.table",), True),
     Layer("ops/attention", ("fi_ffi.ops.attention",), True),
     Layer("ops", ("fi_ffi.ops",), True),
+    Layer("on_host", ("fi_ffi.ops.on_host", "fi_ffi.ops.philox")),
     Layer("loader/fetch", ("fi_ffi.loader.fetch",)),
     Layer("reference", ("fi_ffi.reference",)),
+    Layer("catalogue", ("fi_ffi.catalogue",)),
     Layer("ops/plans", ("fi_ffi.ops.plans",)),
     Layer("ops/matmul", ("fi_ffi.ops.matmul",)),
     Layer("ops/moe", ("fi_ffi.ops.moe",)),
@@ -57,7 +59,7 @@ LAYERS = (
 # need it, and the public names that the package imports when they are asked for.
 EXCEPTIONS = {
     ("fi_ffi.ops.call.providers", "reference"): "fi_ffi.reference",
-    ("fi_ffi.loader.search", "fetching"): "fi_ffi.loader.fetch",
+    ("fi_ffi.loader.search", "fetcher"): "fi_ffi.loader.fetch",
 }
 
 

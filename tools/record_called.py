@@ -1,4 +1,4 @@
-"""Merges what GPU tests called into fi_ffi/loader/data/called.json.
+"""Merges what GPU tests called into fi_ffi/catalogue/data/called.json.
 
     python tools/record_called.py entries-called-RELEASE.json...
 
@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-DATA = Path(__file__).resolve().parent.parent / "fi_ffi" / "loader" / "data" / "called.json"
+DATA = Path(__file__).resolve().parent.parent / "fi_ffi" / "catalogue" / "data" / "called.json"
 
 
 def merged(record: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ _WORD = ffi.sizeof("int64_t")
 _ALIGNMENT = 256  # Also satisfies the alignment of device memory.
 
 
-class Source(NamedTuple):
+class MemoryPool(NamedTuple):
     """Allocation and deallocation on one type of device; both are ordered after a stream's work."""
 
     take: Callable[[int, Device, int], int]  # (bytes, device, stream) -> address
@@ -42,7 +42,7 @@ def _free_host(address: int, device: Device | None = None, stream: int = 0) -> N
     library.c_library().free(ffi.cast("void *", address))
 
 
-HOST = Source(_take_host, _free_host)
+HOST = MemoryPool(_take_host, _free_host)
 
 
 class Allocator:
@@ -52,7 +52,7 @@ class Allocator:
     at the time of allocation. That stream must not be destroyed before the tensor is released.
     """
 
-    def __init__(self, sources: Mapping[str, Source]) -> None:
+    def __init__(self, sources: Mapping[str, MemoryPool]) -> None:
         self._sources = dict(sources)
         # Deallocators, keyed by the address of the structure handed to libtvm_ffi. A single dict
         # operation needs no lock, and a deleter must not wait for one: it may run on any thread.

@@ -1,7 +1,7 @@
-"""Conversion of Python values to and from `TVMFFIAny`: a packer for each kind, and one reader.
+"""Conversion of Python values to and from `TVMFFIAny`: packers of single values, and one reader.
 
-This is the general path, for arguments of any function, elements of containers, and callbacks.
-Calls of ops use their own frames (function.py).
+Calls of ops use their own frames (function.py). `fi_ffi.modules` packs everything else: containers,
+functions, and arguments by the types that a signature declares.
 
 A packer writes one zeroed `TVMFFIAny`. It raises `ArgumentTypeError` for a value of another type
 and `ArgumentError` for a value that the type cannot hold. `where` names the argument. The
@@ -11,14 +11,13 @@ and `ArgumentError` for a value that the type cannot hold. `where` names the arg
 from __future__ import annotations
 
 import functools
-import itertools
 import numbers
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from fi_ffi.abi import library
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.abi.dlpack import desc_from_dl_tensor, write_dl_tensor
+from fi_ffi.abi.dlpack import desc_from_dl_tensor
 from fi_ffi.abi.failure import check, prepare_fallbacks, set_escaped, set_raised
 from fi_ffi.abi.interop import as_desc
 from fi_ffi.abi.library import TypeIndex
@@ -30,17 +29,14 @@ from fi_ffi.abi.objects import (
     String,
     Tensor,
     bytes_of,
-    find_global,
 )
-from fi_ffi.abi.signature import FUNCTION, Signature, TypeExpr, parse_type
+from fi_ffi.abi.signature import Signature
 from fi_ffi.abi.tensor import (
     Device,
     DType,
     TensorDesc,
     device_from_code,
     dtype_from_code,
-    index_of,
-    parse_device,
     parse_dtype,
 )
 from fi_ffi.errors import AbiError, ArgumentError, ArgumentTypeError, FiFfiError, printed
@@ -48,15 +44,13 @@ from fi_ffi.errors import AbiError, ArgumentError, ArgumentTypeError, FiFfiError
 Packer = Callable[[Any, Any, CallArena, str], None]
 
 _SMALL = 8  # bytes stored inside a `TVMFFIAny`
-_MAX_POINTER = 2**64 - 1
-_MOST_VALUES = 2**31 - 1  # values of one call; their number is an int32
 _PROTOCOLS = ("__dlpack__", "__cuda_array_interface__", "__array_interface__")
 
 
 def pack_arguments(
     args: Sequence[object], arena: CallArena, params: Sequence[tuple[Packer, str]] | None = None
 ) -> Any:
-    """Return a `TVMFFIAny[]` of a call's arguments, packed by parameter or by value's type."""
+    """Return a `TVMFFIAny[]` of a call's arguments, each packed by its parameter or by `pack`."""
     packed = ffi.new("TVMFFIAny[]", max(len(args), 1))
     for i, value in enumerate(args):
         packer, where = (pack, str(i)) if params is None else params[i]
@@ -65,24 +59,44 @@ def pack_arguments(
 
 
 def pack(slot: Any, value: object, arena: CallArena, where: str) -> None:
-    """Pack a value by its own type; a tensor becomes an object, which a callee may keep."""
+    """Pack a single value by its own type; a tensor becomes an object, which a callee may keep."""
     kind: Any = type(value)
-    packer = _packer_of_type(kind)
+    packer = packer_of_single(kind)
     if packer is None:
-        expected = "None, a number, text, bytes, a dtype, a device, a tensor, an object, a function"
-        _refuse(value, arena, where, f"{expected}, or a sequence or mapping of these")
+        refuse(value, arena, where, "None, a number, text, bytes, a dtype, a tensor or an object")
     packer(slot, value, arena, where)
 
 
-def _refuse(value: object, arena: CallArena, where: str, expected: str) -> NoReturn:
+@functools.lru_cache(256)
+def packer_of_single(kind: type) -> Packer | None:
+    """Return the packer for the single values of a Python type; None for any other type."""
+    if kind in _OWN_TYPES:
+        return _OWN_TYPES[kind]
+    if issubclass(kind, Object):
+        return pack_tensor if issubclass(kind, Tensor) else pack_object
+    if _is_bool(kind):
+        return pack_bool
+    kinds: tuple[tuple[Any, Packer], ...] = (
+        (numbers.Integral, pack_int),
+        (numbers.Real, pack_float),
+        (str, pack_text),
+        ((bytes, bytearray, memoryview), pack_bytes),
+    )
+    for abstract, packer in kinds:
+        if issubclass(kind, abstract):
+            return packer
+    return pack_tensor if any(hasattr(kind, name) for name in _PROTOCOLS) else None
+
+
+def refuse(value: object, arena: CallArena, where: str, expected: str) -> NoReturn:
     got = f"{type(value).__name__} {printed(value)}"
     raise ArgumentTypeError(arena.op, where, got=got, expected=expected) from None
 
 
 # ---------------------------------------------------------------- single values
-def _none(slot: Any, value: Any, arena: CallArena, where: str) -> None:
+def pack_none(slot: Any, value: Any, arena: CallArena, where: str) -> None:
     if value is not None:
-        _refuse(value, arena, where, "None")
+        refuse(value, arena, where, "None")
 
 
 def _is_bool(kind: type) -> bool:
@@ -90,15 +104,15 @@ def _is_bool(kind: type) -> bool:
 
 
 def _number(
-    plain: type[int] | type[float], abstract: type, index: int, field: str,
-    expected: str, limit: str,
-) -> Packer:  # fmt: skip
+    plain: type[int] | type[float], abstract: type, index: int, field: str, limit: str
+) -> Packer:
     """Return a packer for one kind of number, Python's own or any type registered as such."""
+    expected = "an int" if plain is int else "a float"
 
     def packer(slot: Any, value: Any, arena: CallArena, where: str) -> None:
         kind = type(value)
         if kind is not plain and (not issubclass(kind, abstract) or _is_bool(kind)):
-            _refuse(value, arena, where, expected)
+            refuse(value, arena, where, expected)
         try:
             value = value if kind is plain else plain(value)
             setattr(slot, field, value)
@@ -109,21 +123,19 @@ def _number(
     return packer
 
 
-_integer = _number(int, numbers.Integral, TypeIndex.INT, "v_int64", "an int", "an int64")
-_float = _number(
-    float, numbers.Real, TypeIndex.FLOAT, "v_float64", "a float", "a number within float64"
-)
+pack_int = _number(int, numbers.Integral, TypeIndex.INT, "v_int64", "an int64")
+pack_float = _number(float, numbers.Real, TypeIndex.FLOAT, "v_float64", "a number within float64")
 
 
-def _boolean(slot: Any, value: Any, arena: CallArena, where: str) -> None:
+def pack_bool(slot: Any, value: Any, arena: CallArena, where: str) -> None:
     if not _is_bool(type(value)):
-        _refuse(value, arena, where, "a bool")
+        refuse(value, arena, where, "a bool")
     slot.type_index, slot.v_int64 = TypeIndex.BOOL, bool(value)
 
 
-def _text(slot: Any, value: Any, arena: CallArena, where: str) -> None:
+def pack_text(slot: Any, value: Any, arena: CallArena, where: str) -> None:
     if not issubclass(type(value), str):
-        _refuse(value, arena, where, "a str")
+        refuse(value, arena, where, "a str")
     try:
         encoded = str.encode(value)
     except UnicodeEncodeError:
@@ -143,48 +155,23 @@ def _text(slot: Any, value: Any, arena: CallArena, where: str) -> None:
         arena.own(String(slot.v_ptr))
 
 
-def _c_text(slot: Any, value: Any, arena: CallArena, where: str) -> None:
-    if issubclass(type(value), str) and str.find(value, "\0") >= 0:
-        expected = "text without a NUL, where C's text ends"
-        raise ArgumentError(arena.op, where, got=printed(value), expected=expected)
-    _text(slot, value, arena, where)
-
-
-def _bytes(slot: Any, value: Any, arena: CallArena, where: str) -> None:
+def pack_bytes(slot: Any, value: Any, arena: CallArena, where: str) -> None:
     if not issubclass(type(value), (bytes, bytearray, memoryview)):
-        _refuse(value, arena, where, "bytes")
+        refuse(value, arena, where, "bytes")
     array, buffer = library.byte_array(bytes(value))
     arena.keep += (array, buffer)
     slot.type_index, slot.v_ptr = TypeIndex.BYTE_ARRAY_PTR, array
 
 
-def _dtype(slot: Any, value: Any, arena: CallArena, where: str) -> None:
+def pack_dtype(slot: Any, value: Any, arena: CallArena, where: str) -> None:
     if type(value) is not DType:
         value = parse_dtype(value, op=arena.op, argument=where)
     slot.type_index, written = TypeIndex.DATA_TYPE, slot.v_dtype
     written.code, written.bits, written.lanes = value.code, value.bits, value.lanes
 
 
-def _device(slot: Any, value: Any, arena: CallArena, where: str) -> None:
-    value = parse_device(value, op=arena.op, argument=where)
-    slot.type_index, written = TypeIndex.DEVICE, slot.v_device
-    written.device_type, written.device_id = value.type_code, value.index
-
-
-def _pointer(slot: Any, value: Any, arena: CallArena, where: str) -> None:
-    if value is None:
-        return
-    try:
-        address = index_of(value)
-    except TypeError:
-        _refuse(value, arena, where, "an address, as an int")
-    if not 0 <= address <= _MAX_POINTER:
-        raise ArgumentError(arena.op, where, got=address, expected="an address")
-    slot.type_index, slot.v_ptr = TypeIndex.OPAQUE_PTR, ffi.cast("void *", address)
-
-
 # ---------------------------------------------------------------- tensors and objects
-def _described(value: Any, arena: CallArena, where: str) -> TensorDesc:
+def described(value: Any, arena: CallArena, where: str) -> TensorDesc:
     """Describe a tensor and record it in the call's arena."""
     if isinstance(value, Tensor):
         _handle(value, arena, where)
@@ -196,14 +183,8 @@ def _described(value: Any, arena: CallArena, where: str) -> TensorDesc:
     return desc
 
 
-def _view(slot: Any, value: Any, arena: CallArena, where: str) -> None:
-    tensor = ffi.new("DLTensor *")
-    arena.keep += (tensor, write_dl_tensor(tensor, _described(value, arena, where)))
-    slot.type_index, slot.v_ptr = TypeIndex.DL_TENSOR_PTR, tensor
-
-
-def _tensor(slot: Any, value: Any, arena: CallArena, where: str) -> None:
-    desc = _described(value, arena, where)
+def pack_tensor(slot: Any, value: Any, arena: CallArena, where: str) -> None:
+    desc = described(value, arena, where)
     if arena.is_result and desc is value and desc.owner is None:
         expected = "a tensor with an owner: what it is a view of may be gone when it is read"
         raise ArgumentTypeError(arena.op, where, got=value, expected=expected)
@@ -219,234 +200,29 @@ def _handle(value: Object, arena: CallArena, where: str) -> Any:
     raise ArgumentError(arena.op, where, got=got, expected="an object still held")
 
 
-def _object_of(name: str, *indices: int) -> Packer:
+def object_packer(name: str, *indices: int) -> Packer:
     """Return a packer of owned objects, of any type or of libtvm_ffi's types in `indices`."""
 
     def packer(slot: Any, value: Any, arena: CallArena, where: str) -> None:
         if not issubclass(type(value), Object):
-            _refuse(value, arena, where, f"an object of type {name}")
+            refuse(value, arena, where, f"an object of type {name}")
         handle = _handle(value, arena, where)
         # The header's index, not the wrapper's, since C++ may define subclasses of Object.
         index = library.type_index_of(handle)
         if indices and index not in indices:
-            _refuse(value, arena, where, f"an object of type {name}")
+            refuse(value, arena, where, f"an object of type {name}")
         slot.type_index, slot.v_ptr = index, handle
         arena.keep.append(value)
 
     return packer
 
 
-_any_object = _object_of("ffi.Object")
-_function_object = _object_of(FUNCTION, TypeIndex.FUNCTION)
-
-
-def _function(slot: Any, value: Any, arena: CallArena, where: str) -> None:
-    if isinstance(value, Object):
-        _function_object(slot, value, arena, where)
-    elif callable(value) and not isinstance(value, type):
-        name = getattr(value, "__name__", type(value).__name__)
-        made = arena.own(make_function(str(name), value, adopt=arena.adopt))
-        slot.type_index, slot.v_ptr = TypeIndex.FUNCTION, made.handle
-    elif value is not None:  # None is a null function, which TVM-FFI's function type allows
-        _refuse(value, arena, where, "a function")
-
-
-# ---------------------------------------------------------------- containers
-def _is_sequence(kind: type) -> bool:
-    return issubclass(kind, Sequence) and not issubclass(kind, (str, bytes, bytearray))
-
-
-def _snapshot(value: Any, elements: Iterable[Any], arena: CallArena, where: str) -> tuple[Any, ...]:
-    """Copy a container's elements: it may change concurrently, or misreport its length."""
-    if type(value) in (list, tuple):
-        return tuple(elements)
-    count = len(value)
-    if count <= _MOST_VALUES:
-        found = tuple(itertools.islice(elements, count + 1))
-        if len(found) == count:
-            return found
-        got = f"a {type(value).__name__} of length {count} that gave {len(found)}"
-    else:
-        got = f"a {type(value).__name__} of length {count}"
-    expected = f"as many elements as its length, {_MOST_VALUES} at most"
-    raise ArgumentError(arena.op, where, got=got, expected=expected)
-
-
-@functools.cache
-def _container_maker(name: str) -> tuple[Any, Any]:
-    """Return a function of libtvm_ffi and its handle, which holds the reference."""
-    function = find_global(name)
-    return function.safe_call, function.handle
-
-
-def _container(
-    name: str, index: int, items: Packer | tuple[Packer, ...], *others: int, maker: str = ""
-) -> Packer:
-    """Return a packer of objects with some type indices, or of sequences converted to one.
-
-    `items` packs each element; a tuple has a packer for each.
-    """
-    whole, maker = _object_of(name, index, *others), maker or f"ffi.{name}"
-    needed = f" of {len(items)}" if isinstance(items, tuple) else ""
-
-    def packer(slot: Any, value: Any, arena: CallArena, where: str) -> None:
-        if isinstance(value, Object):
-            return whole(slot, value, arena, where)
-        if not _is_sequence(type(value)):
-            _refuse(value, arena, where, f"a sequence{needed}, for its {name}")
-        values = _snapshot(value, value, arena, where)
-        if isinstance(items, tuple) and len(values) != len(items):
-            got, expected = f"{len(values)} of them", f"{len(items)}, for its {name}"
-            raise ArgumentError(arena.op, where, got=got, expected=expected)
-        packers = items if isinstance(items, tuple) else itertools.repeat(items)
-        names = (f"{where}[{i}]" for i in itertools.count())
-        return _make(slot, maker, zip(packers, values, names, strict=False), len(values), arena)
-
-    return packer
-
-
-def _mapping(name: str, index: int, key: Packer, item: Packer) -> Packer:
-    """Return a packer of objects with a type index, or of mappings converted to one."""
-    whole, maker = _object_of(name, index), f"ffi.{name}"
-
-    def packer(slot: Any, value: Any, arena: CallArena, where: str) -> None:
-        if isinstance(value, Object):
-            return whole(slot, value, arena, where)
-        if not issubclass(type(value), Mapping):
-            _refuse(value, arena, where, f"a mapping, for its {name}")
-        # dict.copy is atomic, whatever other threads do.
-        value = dict.copy(value) if type(value) is dict else value
-        pairs = _snapshot(value, value.items(), arena, where)
-        parts = (
-            part
-            for i, (at, element) in enumerate(pairs)
-            for part in (
-                (key, at, f"{where}, key {i}"),
-                (item, element, f"{where}[{printed(at, 40)}]"),
-            )
-        )
-        return _make(slot, maker, parts, 2 * len(pairs), arena)
-
-    return packer
-
-
-def _make(
-    slot: Any, maker: str, parts: Iterable[tuple[Packer, Any, str]], count: int, arena: CallArena
-) -> None:
-    """Write the container that the function `maker` returns; it is released after the call."""
-    packed, result = ffi.new("TVMFFIAny[]", max(count, 1)), ffi.new("TVMFFIAny *")
-    for i, (packer, value, where) in enumerate(parts):
-        packer(packed[i], value, arena, where)
-    call, handle = _container_maker(maker)
-    check(call(handle, packed, count, result), maker)
-    made = arena.own(OBJECT_TYPES.get(result.type_index, Object)(result.v_ptr))
-    slot.type_index, slot.v_ptr = result.type_index, made.handle
-
-
-def _optional(item: Packer) -> Packer:
-    def packer(slot: Any, value: Any, arena: CallArena, where: str) -> None:
-        if value is not None:
-            item(slot, value, arena, where)
-
-    return packer
-
-
-def _variant(choices: list[tuple[str, Packer]]) -> Packer:
-    # float last: an int is accepted as a float only if there is no int alternative.
-    ordered = sorted(choices, key=lambda choice: choice[0] == "float")
-    names = " or ".join(name for name, _ in choices)
-
-    def packer(slot: Any, value: Any, arena: CallArena, where: str) -> None:
-        for _, choice in ordered:
-            described = len(arena.descs)
-            try:
-                return choice(slot, value, arena, where)
-            except ArgumentTypeError:
-                del arena.descs[described:]
-                slot.type_index, slot.v_int64 = TypeIndex.NONE, 0
-        _refuse(value, arena, where, names)
-
-    return packer
-
-
-# ---------------------------------------------------------------- which packer
-_array = _container("Array", TypeIndex.ARRAY, pack, TypeIndex.LIST)
-_map = _mapping("Map", TypeIndex.MAP, pack, pack)
-
+pack_object = object_packer("ffi.Object")
 _OWN_TYPES: dict[type, Packer] = {
-    type(None): _none, DType: _dtype, Device: _device, TensorDesc: _tensor,
-}  # fmt: skip
-
-
-@functools.lru_cache(256)
-def _packer_of_type(kind: type) -> Packer | None:
-    """Return the packer for a Python type; None if its values cannot be passed."""
-    if kind in _OWN_TYPES:
-        return _OWN_TYPES[kind]
-    if issubclass(kind, Object):
-        return _tensor if issubclass(kind, Tensor) else _any_object
-    if _is_bool(kind):
-        return _boolean
-    for found, packer in (
-        (issubclass(kind, numbers.Integral), _integer),
-        (issubclass(kind, numbers.Real), _float),
-        (issubclass(kind, str), _text),
-        (issubclass(kind, (bytes, bytearray, memoryview)), _bytes),
-        (any(hasattr(kind, name) for name in _PROTOCOLS), _tensor),
-        (_is_sequence(kind), _array),
-        (issubclass(kind, Mapping), _map),
-        (issubclass(kind, Callable) and not issubclass(kind, type), _function),  # type: ignore[arg-type]
-    ):
-        if found:
-            return packer
-    return None
-
-
-_BY_NAME: dict[str, Packer] = {
-    "Any": pack,
-    "None": _none,
-    "int": _integer,
-    "float": _float,
-    "bool": _boolean,
-    "str": _text,
-    "const char*": _c_text,
-    "bytes": _bytes,
-    "DataType": _dtype,
-    "Device": _device,
-    "void*": _pointer,
-    "DLTensor*": _view,
-    "ffi.Tensor": _tensor,
-    "ffi.Shape": _container("ffi.Shape", TypeIndex.SHAPE, _integer, maker="ffi.Shape"),
-    FUNCTION: _function,
-    "ffi.Module": _object_of("ffi.Module", TypeIndex.MODULE),
-    "ffi.Error": _object_of("ffi.Error", TypeIndex.ERROR),
+    type(None): pack_none,
+    DType: pack_dtype,
+    TensorDesc: pack_tensor,
 }
-
-
-def packer_of(text: str) -> Packer:
-    """Return the packer for a type as signatures spell it; `AbiError` if it is no type."""
-    return _packer_of(parse_type(text))
-
-
-@functools.cache
-def _packer_of(spelled: TypeExpr) -> Packer:
-    name, args = spelled.name, spelled.args
-    items = tuple(_packer_of(arg) for arg in args)
-    if name in _BY_NAME:
-        return _BY_NAME[name]
-    if name in ("Array", "List"):
-        item = items[0] if items else pack
-        return _container(name, TypeIndex.ARRAY, item, TypeIndex.LIST)
-    if name in ("Map", "Dict") and len(items) in (0, 2):
-        key, item = items or (pack, pack)
-        return _mapping(name, TypeIndex.MAP if name == "Map" else TypeIndex.DICT, key, item)
-    if name == "Tuple":
-        return _container(name, TypeIndex.ARRAY, items, maker="ffi.Array")
-    if name == "Optional" and len(items) == 1:
-        return _optional(*items)
-    if name == "Variant":
-        return _variant([(arg.name, item) for arg, item in zip(args, items, strict=True)])
-    return _object_of(name)
 
 
 # ---------------------------------------------------------------- reading
@@ -473,16 +249,6 @@ def unpack(slot: Any, *, owned: bool) -> Any:
             found = bytes_of(value)
         return found if index == TypeIndex.BYTES else found.decode(errors="replace")
     return value
-
-
-def ints_of(value: Object) -> tuple[int, ...]:
-    """Return the ints of a Shape object."""
-    cell = ffi.cast("FiFfiShapeObject *", value.handle).cell
-    if not cell.size:
-        return ()
-    if cell.data == ffi.NULL or cell.size > library.MAX_BYTES // 8:
-        raise AbiError(f"an ffi.Shape with an impossible length of {cell.size} ints")
-    return tuple(cell.data[0 : cell.size])
 
 
 def _pointed(slot: Any, kind: str) -> Any:
@@ -533,13 +299,16 @@ _SAFE_CALL = "int(void *, const TVMFFIAny *, int32_t, TVMFFIAny *)"
 
 
 def make_function(
-    name: str, function: Callable[..., Any], signature: Signature | None = None,
+    name: str,
+    function: Callable[..., Any],
+    signature: Signature | None = None,
     adopt: Callable[[Any], Any] | None = None,
-) -> Function:  # fmt: skip
+    pack_result: Packer = pack,
+) -> Function:
     """Return a Function object that calls a Python function; an exception becomes a TVM-FFI error.
 
     With a signature, the function refuses a wrong argument count with the message of a compiled
-    one, so that `probe` reads the signature.
+    one, so that `probe` reads the signature. `adopt` converts the objects among the arguments.
     """
 
     def call(self: Any, args: Any, count: int, result: Any) -> int:
@@ -551,7 +320,11 @@ def make_function(
                     f"Expected {len(signature.params)} but got {count} arguments"
                 )
             value = function(*(_argument(args[i], adopt) for i in range(count)))
-            _pack_result(owned, value, arena)
+            # The result must own its memory, unlike an argument.
+            arena.is_result = True
+            view = ffi.new("TVMFFIAny *")
+            pack_result(view[0], value, arena, "result")
+            check(library.lib.TVMFFIAnyViewToOwnedAny(view, owned), name)
             result[0] = owned[0]
         except BaseException as error:
             # The caller of a failed call must not find a result that it might release as well.
@@ -569,14 +342,6 @@ def make_function(
     slot = ffi.new("TVMFFIObjectHandle *")
     check(library.lib.TVMFFIFunctionCreate(ffi.NULL, callback, ffi.NULL, slot), name)
     return Function(slot[0], (ffi.NULL, callback))
-
-
-def _pack_result(result: Any, value: object, arena: CallArena) -> None:
-    """Write a callback's result, which must own its memory, unlike an argument."""
-    arena.is_result = True
-    view = ffi.new("TVMFFIAny *")
-    pack(view[0], value, arena, "result")
-    check(library.lib.TVMFFIAnyViewToOwnedAny(view, result), arena.op)
 
 
 def _argument(slot: Any, adopt: Callable[[Any], Any] | None) -> Any:

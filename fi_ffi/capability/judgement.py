@@ -12,14 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from fi_ffi import loader
-from fi_ffi.errors import ArgumentError, FiFfiError, printed
-from fi_ffi.loader import machine, search
-from fi_ffi.loader.catalogue import build_advice, members
-from fi_ffi.loader.fatbin import CudaCode, architecture_named, sass_named
-from fi_ffi.loader.fetch.urls import fetching
-from fi_ffi.loader.kernels import KernelSource, release_of
-from fi_ffi.loader.listed import (
+from fi_ffi import catalogue
+from fi_ffi.catalogue.advice import build_advice
+from fi_ffi.catalogue.ahead_of_time import (
     CPUS,
     compiles_for,
     in_wheel,
@@ -29,7 +24,14 @@ from fi_ffi.loader.listed import (
     recorded_releases,
     wheels_of,
 )
+from fi_ffi.catalogue.families import FAMILIES
+from fi_ffi.catalogue.modules import members
+from fi_ffi.errors import ArgumentError, FiFfiError, printed
+from fi_ffi.loader import machine, search
+from fi_ffi.loader.fatbin import CudaCode, architecture_named, sass_named
+from fi_ffi.loader.kernels import KernelSource, release_of
 from fi_ffi.loader.lock import PinnedWheel, the_lock, wanted_release
+from fi_ffi.loader.permission import fetching
 from fi_ffi.loader.search import Candidate
 from fi_ffi.loader.uris import parse
 from fi_ffi.ops.call.releases import fits, span_of
@@ -37,7 +39,7 @@ from fi_ffi.ops.call.row import Row, Tensor, form_on
 from fi_ffi.ops.call.support import BUILT, MISSING, REFUSED, RUN, UNKNOWN, Support
 
 # The entries that the GPU tests have called; tools/record_called.py merges their records.
-GPU_RUNS = Path(loader.__file__).with_name("data") / "called.json"
+GPU_RUNS = Path(catalogue.__file__).with_name("data") / "called.json"
 _COMMAND = re.compile(r"`(fi-ffi build [^`]+)` makes it")
 _CUDA = re.compile(r"cu(\d{2})(\d)")
 DEFAULT_CUDA = f"cu{machine.CUDA_MAJORS[0]}0"
@@ -418,7 +420,7 @@ def _missing(reason: str, name: str, query: Query) -> Support:
 
 def how_built(name: str, query: Query) -> tuple[str | None, str]:
     """Return the command that makes a module and a sentence with it, or None and the reason."""
-    if parse(name, query.release) is None and _is_family(name):
+    if parse(name, query.release) is None and name in FAMILIES:
         arch = query.architecture or "9.0a"
         return f"fi-ffi build --release {query.release} --arch {arch} {name}", ""
     codes = listed_codes(name, query.release) or ()
@@ -427,12 +429,6 @@ def how_built(name: str, query: Query) -> tuple[str | None, str]:
     advice = build_advice(name, query.release, query.architecture, is_for_arch=is_for_it)
     found = _COMMAND.search(advice)
     return (found[1] if found else None), advice
-
-
-def _is_family(name: str) -> bool:
-    from fi_ffi_build.names import FAMILIES
-
-    return name in FAMILIES
 
 
 def _runs(codes: Sequence[CudaCode] | set[CudaCode], query: Query) -> bool:

@@ -104,7 +104,7 @@ def lines() -> Iterator[Line]:
             of_modes.setdefault(mode.name, []).append(row)
         for mode_name, rows in of_modes.items():
             yield Line(name, mode_name, moe.MODULE, partial(judge, name, rows))
-    orders = [one.row for one in WEIGHTS]
+    orders = WEIGHTS.rows
     yield Line(orders[0].name, "", moe.MODULE, partial(judge, orders[0].name, orders))
     for name, judge_state in STATES.items():
         yield Line(name, "", name, partial(_with_defaults, judge_state, name))

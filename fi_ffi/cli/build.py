@@ -13,7 +13,9 @@ from typing import Any, NoReturn
 
 import click
 
-from fi_ffi.cli import INTERRUPTED
+from fi_ffi.catalogue.families import DEFAULT_ARCH, FAMILIES, OPTIONS, Option
+from fi_ffi.catalogue.requests import parse_arch, with_options
+from fi_ffi.cli.group import INTERRUPTED
 from fi_ffi.cli.output import print_json, say
 from fi_ffi.errors import printable
 from fi_ffi.loader.cache import cache_root
@@ -23,14 +25,6 @@ from fi_ffi.loader.machine import CPUS
 from fi_ffi_build.build import Available, available
 from fi_ffi_build.build import build as build_wheel
 from fi_ffi_build.environment import Progress
-from fi_ffi_build.names import (
-    DEFAULT_ARCH,
-    FAMILIES,
-    OPTIONS,
-    parse_arch,
-    with_options,
-)
-from fi_ffi_build.options import Option
 
 
 @contextmanager
@@ -90,7 +84,7 @@ def _print_list(entries: list[Available], release: str, arch: tuple[str, ...]) -
         say(f"  {family.name:<18}{family.doc}; {', '.join(family.options)}", hang=18)
     _print_options("Options:", OPTIONS)
     for family in FAMILIES.values():
-        if family.call is not None:
+        if family.is_cute:
             _print_options(f"Options of {family.name}:", family.options)
     say("Modules, with the number of files to compile:")
     for entry in entries:

@@ -12,11 +12,12 @@ from typing import Any
 
 import click
 
-from fi_ffi.cli import NearNames, output
-from fi_ffi.loader import trust, upkeep
+from fi_ffi.cli import output, upkeep
+from fi_ffi.cli.group import NearNames
+from fi_ffi.cli.upkeep import Item, items
+from fi_ffi.loader import trust
 from fi_ffi.loader.cache import cache_root
 from fi_ffi.loader.fetch import progress
-from fi_ffi.loader.upkeep import Item, items
 
 _as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 

@@ -16,12 +16,12 @@ import fi_ffi
 from fi_ffi.capability.judgement import Query
 from fi_ffi.capability.known_issues import KNOWN_ISSUES
 from fi_ffi.capability.matrix import Line
-from fi_ffi.cli import output
+from fi_ffi.cli import output, upkeep
 from fi_ffi.cli.names import Named, named
 from fi_ffi.errors import FiFfiError, KernelNotFoundError, LoaderError
-from fi_ffi.loader import cache, lock, machine, runtime, search, seed, upkeep
+from fi_ffi.loader import cache, lock, machine, runtime, search, seed
 from fi_ffi.loader.fetch import progress
-from fi_ffi.loader.fetch.urls import fetching, is_withheld, may_fetch
+from fi_ffi.loader.permission import fetching, is_withheld, may_fetch
 from fi_ffi.ops.call.releases import fits
 from fi_ffi.ops.call.row import Row
 from fi_ffi.ops.functions import OPS

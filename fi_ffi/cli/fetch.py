@@ -10,20 +10,21 @@ from dataclasses import asdict, dataclass
 import click
 
 from fi_ffi.capability.judgement import Query, capability_of
+from fi_ffi.catalogue.advice import may_have, missing_module_message
+from fi_ffi.catalogue.families import FAMILIES
+from fi_ffi.catalogue.requests import parse_arch, parse_request
 from fi_ffi.cli import output
 from fi_ffi.cli.names import Named, named
 from fi_ffi.errors import ArchitectureError, FiFfiError, KernelNotFoundError
 from fi_ffi.loader import cache, search
-from fi_ffi.loader.catalogue import may_have, without
 from fi_ffi.loader.fatbin import runs_on
 from fi_ffi.loader.fetch import progress
-from fi_ffi.loader.fetch.urls import fetching
 from fi_ffi.loader.held import facts_of
 from fi_ffi.loader.lock import wanted_release
+from fi_ffi.loader.permission import fetching
 from fi_ffi.loader.search import PinnedKernels
 from fi_ffi.loader.uris import parse
 from fi_ffi.ops.call.support import REFUSED
-from fi_ffi_build.names import FAMILIES, parse_arch, parse_request
 
 _FEW = 3  # members of a family that an error lists
 
@@ -108,7 +109,7 @@ def _modules(
     for name in names:
         family = FAMILIES.get(name.partition(":")[0])
         # no wheel contains modules built by CuTe DSL
-        if family is not None and family.call is None:
+        if family is not None and not family.is_cute:
             found.append(parse_request(name).module_in(release))
             continue
         # Names that follow the naming rules are known without reading the wheel.
@@ -151,7 +152,7 @@ def _put(source: PinnedKernels, module: str, capabilities: Sequence[Capability])
     """Put a module into the cache; report an error as this module's result."""
     try:
         if module not in source.modules():
-            raise KernelNotFoundError(without(source, module))
+            raise KernelNotFoundError(missing_module_message(source, module))
         was_there = source.kept(module) is not None
         file = source.file(module)
         codes = facts_of(file).codes

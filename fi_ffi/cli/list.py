@@ -16,15 +16,15 @@ import click
 from fi_ffi.capability.judgement import Query
 from fi_ffi.capability.known_issues import KNOWN_ISSUES, KnownIssue
 from fi_ffi.capability.matrix import SMS, Line, lines
+from fi_ffi.catalogue.modules import Module, modules_of
 from fi_ffi.cli import output
 from fi_ffi.errors import FiFfiError, KernelNotFoundError, nearest
 from fi_ffi.loader import search
-from fi_ffi.loader.catalogue import Module, modules_of
 from fi_ffi.loader.fetch import progress
-from fi_ffi.loader.fetch.urls import fetching
 from fi_ffi.loader.held import facts_of
 from fi_ffi.loader.kernels import KernelSource, open_source
 from fi_ffi.loader.lock import wanted_release
+from fi_ffi.loader.permission import fetching
 from fi_ffi.loader.uris import ModuleName
 from fi_ffi.ops.call.support import WORDS, Support
 from fi_ffi.ops.table import ROWS

@@ -14,7 +14,8 @@ from urllib.request import url2pathname
 
 import click
 
-from fi_ffi.cli import NearNames
+from fi_ffi.catalogue.ahead_of_time import FIRST_OF_PROVIDERS
+from fi_ffi.cli.group import NearNames
 from fi_ffi.cli.output import print_json, print_table, say
 from fi_ffi.errors import ArgumentError, ArtifactError, FetchError, LoaderError
 from fi_ffi.loader import cache
@@ -25,7 +26,6 @@ from fi_ffi.loader.fetch.progress import counter, reporter
 from fi_ffi.loader.fetch.ranges import NoRanges, RemotePieces
 from fi_ffi.loader.fetch.remote import RemoteWheel
 from fi_ffi.loader.fetch.urls import is_file_url, redact
-from fi_ffi.loader.listed import FIRST_OF_PROVIDERS
 from fi_ffi.loader.lock import (
     ENVIRONMENT,
     Lock,

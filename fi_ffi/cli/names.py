@@ -12,9 +12,9 @@ import click
 
 from fi_ffi.capability.judgement import gpu_runs, judge
 from fi_ffi.capability.matrix import Line, entry_row, lines
+from fi_ffi.catalogue.ahead_of_time import listed_in
 from fi_ffi.errors import LoaderError, nearest
 from fi_ffi.loader.kernels import KernelSource
-from fi_ffi.loader.listed import listed_in
 from fi_ffi.loader.uris import parse
 from fi_ffi.ops.table import ROWS
 
@@ -78,7 +78,7 @@ def _modules(sources: Sequence[KernelSource], release: str) -> Iterator[str]:
             continue
     listed = listed_in(release)
     if listed is not None:
-        yield from dict.fromkeys(box.family for box, _ in listed.modules)
+        yield from dict.fromkeys(grid.family for grid, _ in listed.modules)
 
 
 def _entries() -> dict[str, list[str]]:

@@ -24,8 +24,8 @@ _SHORT = 20  # longest cell that is shown as a name, not as prose
 _LEAST = 24  # least width for a table's last column; below it, rows are stacked
 
 STATUS_STYLE = {"none": "dim", "ok": "green", "warn": "yellow", "fail": "bold red"}
-# Keys in a click context: whether `--json` was given, and whether a document was printed.
-WANTS_JSON, PRINTED_JSON = "fi_ffi.cli.wants_json", "fi_ffi.cli.printed_json"
+# A key in a click context: whether a document was printed.
+PRINTED_JSON = "fi_ffi.cli.printed_json"
 
 
 def console(*, stderr: bool = False) -> Console:

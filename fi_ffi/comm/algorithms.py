@@ -11,7 +11,7 @@ from fi_ffi.comm import fusion as fusion_module
 from fi_ffi.comm import vllm as vllm_module
 from fi_ffi.comm.fusion import Fusion, FusionSize
 from fi_ffi.comm.hang import Waiting
-from fi_ffi.comm.memory import PeerMemory, Place, links
+from fi_ffi.comm.memory import PeerMemory, Place, peer_topology
 from fi_ffi.comm.nccl import Nccl
 from fi_ffi.comm.ranks import Ranks
 from fi_ffi.comm.vllm import VllmAllReduce
@@ -205,13 +205,13 @@ class Algorithms:
         count, device, own = x.span_bytes, self._device, self._gathered[self._rank]
         for start in range(0, count, self._max_bytes):
             size = min(self._max_bytes, count - start)
-            self._meet(stream)  # no rank reads the part before any more
+            self._stream_barrier(stream)  # no rank reads the part before any more
             cuda.copy(own, x.ptr + start, size, device, stream)
-            self._meet(stream)
+            self._stream_barrier(stream)
             for rank, address in enumerate(self._gathered):
                 cuda.copy(out.ptr + rank * count + start, address, size, device, stream)
 
-    def _meet(self, stream: int) -> None:
+    def _stream_barrier(self, stream: int) -> None:
         """Make the stream wait until every rank's stream is here: a sum that nobody reads."""
         start, device = self._spare.desc.ptr, self._device
         if self.vllm is not None:
@@ -293,6 +293,6 @@ def _peers(ranks: Ranks, places: Sequence[Place], device: Device) -> tuple[bool,
         return False, False, "ranks of several machines"
     if not device.is_cuda:
         return True, True, ""
-    found = [pickle.loads(data) for data in ranks.all_gather(pickle.dumps(links(places)))]
+    found = [pickle.loads(data) for data in ranks.all_gather(pickle.dumps(peer_topology(places)))]
     reach, linked = (all(each) for each in zip(*found, strict=True))
     return reach, linked, "" if reach else "GPUs without access to each other's memory"

@@ -15,9 +15,9 @@ from fi_ffi.abi.tensor import Device, TensorDesc, parse_device, parse_dtype
 from fi_ffi.comm import nccl as nccl_module
 from fi_ffi.comm.algorithms import ALGORITHMS, Algorithms, Call
 from fi_ffi.comm.fusion import RANKS, FusionSize, has_kernels, pattern_of
-from fi_ffi.comm.hang import ENDED_S, ENDING_S, Monitor, ends
+from fi_ffi.comm.hang import ENDED_S, ENDING_S, Monitor, run_with_deadline
 from fi_ffi.comm.memory import Place, has_ended, place_of
-from fi_ffi.comm.ranks import PATIENCE_S, Ranks, check_ranks, hurried, names
+from fi_ffi.comm.ranks import PATIENCE_S, Ranks, check_ranks, format_ranks, hurried
 from fi_ffi.errors import ArgumentError, ArgumentTypeError, HangError, KernelError, LoaderError
 from fi_ffi.loader import machine
 from fi_ffi.ops.call import cuda
@@ -86,7 +86,7 @@ class Group:
         self._hang, self._hung_at, self._calls = "", math.inf, 0
         self._algorithms: Algorithms | None = None
         self._monitor: Monitor | None = None
-        self._places, has_fusion, has_nccl = self._meet(wants_nccl)
+        self._places, has_fusion, has_nccl = self._exchange_settings(wants_nccl)
         places = self._places  # the monitor's thread does not keep the group alive
 
         def ended() -> set[int]:
@@ -102,7 +102,7 @@ class Group:
                 self._monitor = Monitor(waiting, self.device, self.timeout_s, on_hang, ended)
         self._is_open = True
 
-    def _meet(self, wants_nccl: bool | None) -> tuple[list[Place], bool, bool]:
+    def _exchange_settings(self, wants_nccl: bool | None) -> tuple[list[Place], bool, bool]:
         """Exchange places and settings; return all places, and whether all ranks have the kernels
         of fused calls, and NCCL.
 
@@ -388,7 +388,7 @@ class Group:
             return True
         if self._hang:
             algorithms.abort()
-        return ends(lambda: cuda.synchronize(self.device), self._is_over)
+        return run_with_deadline(lambda: cuda.synchronize(self.device), self._is_over)
 
     def _is_over(self) -> bool:
         """Whether kernels that waited for a lost rank have had their time to end."""
@@ -495,9 +495,9 @@ class Group:
 
     def _tell_hang(self, op: str, missing: set[int], seconds: float) -> None:
         """Record a hang, and end NCCL's kernels."""
-        words = f"rank {self.rank} has lost {names(missing)}"
+        words = f"rank {self.rank} has lost {format_ranks(missing)}"
         if op:
-            words = f"{op}: rank {self.rank} waited {seconds:g} s for {names(missing)}"
+            words = f"{op}: rank {self.rank} waited {seconds:g} s for {format_ranks(missing)}"
         self._broken(op, TimeoutError(words))
         algorithms = self._algorithms
         if algorithms is not None:
@@ -506,7 +506,7 @@ class Group:
     def _broken(self, op: str, error: TimeoutError) -> HangError:
         """Mark the group as unusable after a rank was missing; return the error."""
         gone = self._ended()
-        ended = f" (the process of {names(gone)} has ended)" if gone else ""
+        ended = f" (the process of {format_ranks(gone)} has ended)" if gone else ""
         self._hang = f"{error}{ended}; the group can only be closed"
         self._hung_at = min(self._hung_at, time.monotonic())
         return HangError(op, self._hang)

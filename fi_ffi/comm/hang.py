@@ -87,7 +87,7 @@ class Copies:  # a context manager
         cuda.check(code, "a copy of what kernels wait for")
 
 
-def ends(call: Callable[[], object], is_over: Callable[[], bool]) -> bool:
+def run_with_deadline(call: Callable[[], object], is_over: Callable[[], bool]) -> bool:
     """Run a call that may never return; return whether it did, a second after `is_over` or before.
 
     Raises what the call raises.
@@ -100,7 +100,7 @@ def ends(call: Callable[[], object], is_over: Callable[[], bool]) -> bool:
         except Exception as error:  # raised below
             errors.append(error)
 
-    thread = threading.Thread(target=run, name="fi_ffi.comm.ends", daemon=True)
+    thread = threading.Thread(target=run, name="fi_ffi.comm.deadline", daemon=True)
     thread.start()
     thread.join(_JOINING_S)
     while thread.is_alive() and not is_over():
@@ -125,8 +125,8 @@ class Monitor:
         self._pause = min(timeout_s / _LOOKS, _LONGEST_S)
         self._op, self._told, self._telling = "", threading.Event(), threading.Lock()
         self._threads = [
-            threading.Thread(target=target, name="fi_ffi.comm", daemon=True)
-            for target in (self._run, self._look)
+            threading.Thread(target=target, name="fi_ffi.comm.monitor", daemon=True)
+            for target in (self._run, self._watch_processes)
         ]
         for thread in self._threads:
             thread.start()
@@ -141,7 +141,7 @@ class Monitor:
         """Whether the group is open, after a pause."""
         return not self._stop.wait(pause) and self._on_hang() is not None
 
-    def _look(self) -> None:
+    def _watch_processes(self) -> None:
         """Tell of ended processes. It calls nothing of CUDA's, where it might wait for a thread
         that waits for the ended process."""
         since = None
@@ -163,7 +163,7 @@ class Monitor:
         # If the GPU is lost, the next call reports it.
         with contextlib.suppress(DeviceError), Copies(self._device) as copies:
             self._watch(copies)
-            self._let_go(copies)
+            self._release_kernels(copies)
 
     def _watch(self, copies: Copies) -> None:
         """Return when a hang is told."""
@@ -179,7 +179,7 @@ class Monitor:
             if now - since >= self._timeout_s:
                 self._tell(self._op, missing, now - since)
 
-    def _let_go(self, copies: Copies) -> None:
+    def _release_kernels(self, copies: Copies) -> None:
         """Release kernels until the group is closed, since those queued behind wait as well."""
         while self._is_needed(_RELEASING_S):
             for kernels in self._kernels:

@@ -77,7 +77,7 @@ def _index_of(place: Place) -> int | None:
     return None if code else int(found[0])
 
 
-def links(places: Sequence[Place]) -> tuple[bool, bool]:
+def peer_topology(places: Sequence[Place]) -> tuple[bool, bool]:
     """Return whether all GPUs reach each other's memory, and whether all are linked by NVLink.
 
     A GPU has native atomics on the other's memory over NVLink, and not over PCIe. A pair that is
@@ -130,9 +130,9 @@ class PeerMemory:
 
     def __init__(self, ranks: Ranks, places: Sequence[Place], count: int, device: Device) -> None:
         self._ranks, self._device = ranks, device
-        self._is_alone = all(place[:2] == places[ranks.rank][:2] for place in places)
+        self._is_same_process = all(place[:2] == places[ranks.rank][:2] for place in places)
         self._opened: list[Callable[[], None]] = []
-        address, handle = _make(count, device, self._is_alone)
+        address, handle = _make(count, device, self._is_same_process)
         try:
             given = [
                 pickle.loads(data) for data in ranks.all_gather(pickle.dumps((address, handle)))
@@ -194,7 +194,7 @@ class PeerMemory:
         for close in self._opened:
             close()
         self._opened = []
-        if not self._is_alone:
+        if not self._is_same_process:
             if is_broken and self._device.is_cuda:
                 return
             if not is_broken:
@@ -202,10 +202,10 @@ class PeerMemory:
         _release(self._own)
 
 
-def _make(count: int, device: Device, is_alone: bool) -> tuple[int, Any]:
+def _make(count: int, device: Device, is_same_process: bool) -> tuple[int, Any]:
     """Allocate this rank's memory; return it with the handle that another process opens it by."""
-    if not device.is_cuda and not is_alone:
-        file = os.memfd_create("fi_ffi.comm", os.MFD_CLOEXEC)
+    if not device.is_cuda and not is_same_process:
+        file = os.memfd_create("fi_ffi.comm.peers", os.MFD_CLOEXEC)
         os.ftruncate(file, max(count, 1))
         address, unmap = _map(f"/proc/self/fd/{file}", count)
 
@@ -217,7 +217,7 @@ def _make(count: int, device: Device, is_alone: bool) -> tuple[int, Any]:
     size = -(-count // _ROUND) * _ROUND if device.is_cuda else count
     memory = cuda.allocate(size, device, zeroed=True)
     address = _keep(memory.desc.ptr, _Piece(memory))
-    if not device.is_cuda or is_alone:
+    if not device.is_cuda or is_same_process:
         return address, None
     shared = ffi.new("cudaIpcMemHandle_t *")
     with cuda.current(device), cuda.relaxed():

@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from fi_ffi.abi.tensor import Device, TensorDesc
-from fi_ffi.comm.hang import ends
+from fi_ffi.comm.hang import run_with_deadline
 from fi_ffi.comm.ranks import Ranks
 from fi_ffi.errors import KernelError, LoaderError
 from fi_ffi.ops.call import cuda
@@ -90,7 +90,7 @@ class Nccl:
             return
         is_abort = name == "abort"
         try:
-            ends(getattr(communicator, name), lambda: self._is_captured or is_abort)
+            run_with_deadline(getattr(communicator, name), lambda: self._is_captured or is_abort)
         except Exception as error:  # an exception class of nccl4py
             if not is_abort:  # after which nothing more is asked of NCCL
                 raise KernelError(f"NCCL's {name}", type(error).__name__, str(error)) from error

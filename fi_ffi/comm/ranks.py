@@ -48,7 +48,7 @@ class Ranks(Protocol):
         """Wait for every rank."""
 
 
-def names(ranks: Iterable[int]) -> str:
+def format_ranks(ranks: Iterable[int]) -> str:
     """Return ranks as text: "rank 1", "ranks 1, 3"."""
     found = sorted(ranks)
     return f"rank{'s' * (len(found) > 1)} {', '.join(map(str, found))}"
@@ -71,7 +71,7 @@ class _Ranks:
         self.all_gather(b"")
 
     def _late(self, seconds: float, missing: Iterable[int]) -> HangError:
-        return self._hang(f"waited {round(seconds, 1):g} s for {names(missing)}")
+        return self._hang(f"waited {round(seconds, 1):g} s for {format_ranks(missing)}")
 
     def _hang(self, what: str) -> HangError:
         kind = type(self).__name__

@@ -59,7 +59,7 @@ _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL}
 _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
-_held = threading.local()  # `keys`: the locks that this thread holds
+_thread = threading.local()  # `keys`: the locks that this thread holds
 
 
 # Location
@@ -172,7 +172,7 @@ def _is_good(path: Path, sha256: str, sure: bool) -> bool:
 
 
 @contextlib.contextmanager
-def filling(sha256: str, name: str) -> Iterator[Path | None]:
+def fill_lock(sha256: str, name: str) -> Iterator[Path | None]:
     """Yield the cached file, or None while holding a lock: the caller must then `store` the file.
 
     Use it for work before `store` that should not be done twice at once, such as a download;
@@ -182,7 +182,7 @@ def filling(sha256: str, name: str) -> Iterator[Path | None]:
     if found is not None:
         yield found
         return
-    with turn(sha256):
+    with lock_for(sha256):
         yield find(sha256, name)
 
 
@@ -194,12 +194,12 @@ def store(
     Raises `ArtifactError` unless the chunks hash to `sha256`, and `LoaderError` if they cannot be
     written; no partial file remains. `size` is only used in the latter message.
     """
-    with filling(sha256, name) as found:
+    with fill_lock(sha256, name) as found:
         if found is not None:
             return found
         path = object_path(sha256, name)
         with contextlib.ExitStack() as stack:
-            with writing(path, size):
+            with as_loader_error(path, size):
                 make_root()
                 sweep()
                 new = stack.enter_context(temporary())
@@ -215,7 +215,7 @@ def _write(fd: int, path: Path, chunks: Iterable[bytes], size: int | None) -> st
     for chunk in chunks:
         digest.update(chunk)
         left = memoryview(chunk)
-        with writing(path, size, written + len(chunk)):
+        with as_loader_error(path, size, written + len(chunk)):
             while left:
                 left = left[os.write(fd, left) :]
         written += len(chunk)
@@ -228,9 +228,9 @@ def adopt(source: Path, sha256: str, name: str) -> Path:
     The caller has hashed the content. If a good file already exists, it is kept instead.
     """
     path = object_path(sha256, name)
-    with writing(path, None):
+    with as_loader_error(path, None):
         size = source.stat().st_size
-    with writing(path, size):
+    with as_loader_error(path, size):
         source.chmod(0o444)
         _sync(source, os.O_RDONLY)
         _publish(source, path, sha256)
@@ -283,7 +283,7 @@ def _sync(path: Path, flags: int) -> None:
 
 
 @contextlib.contextmanager
-def writing(path: Path, size: int | None = None, at_least: int = 0) -> Iterator[None]:
+def as_loader_error(path: Path, size: int | None = None, at_least: int = 0) -> Iterator[None]:
     """Convert an error of writing to a `LoaderError` with advice."""
     try:
         yield
@@ -488,12 +488,12 @@ def remove(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def turn(key: str) -> Iterator[None]:
+def lock_for(key: str) -> Iterator[None]:
     """Hold the lock of `key`; continue without it after PATIENCE, or if locks do not work.
 
     The lock is reentrant within a thread.
     """
-    keys: set[Path] = _held.__dict__.setdefault("keys", set())
+    keys: set[Path] = _thread.__dict__.setdefault("keys", set())
     path = cache_root() / "locks" / f"{key}.lock"
     with contextlib.ExitStack() as stack:
         # No directory for the lock file, or a file system without locks.

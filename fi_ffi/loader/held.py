@@ -30,10 +30,12 @@ from fi_ffi.loader.kernels import ModuleFile
 
 _FORMAT = 5  # version of the stored facts' format
 
-_kept: dict[tuple[int, int], tuple[int, str]] = {}  # (device, inode) -> (descriptor, sha256)
+open_libraries: dict[
+    tuple[int, int], tuple[int, str]
+] = {}  # (device, inode) -> (descriptor, sha256)
 
 
-class Held:
+class VerifiedFile:
     """An open file with a known sha256; `name` refers to this file even if its path changes."""
 
     def __init__(self, path: Path, sha256: str, fd: int) -> None:
@@ -49,7 +51,7 @@ class Held:
         (`in_place`), replaced.
         """
         before, after = self._before, os.fstat(self.fd)
-        _kept[before.st_dev, before.st_ino] = self.fd, self.sha256
+        open_libraries[before.st_dev, before.st_ino] = self.fd, self.sha256
         self.is_kept = True
         replaced = in_place and not os.path.samestat(before, os.stat(self.path))
         # The change time also changes when the file gets or loses another name, which is harmless.
@@ -59,7 +61,7 @@ class Held:
 
 
 @contextlib.contextmanager
-def checked(path: Path, sha256: str, state: cache.State | None = None) -> Iterator[Held]:
+def checked(path: Path, sha256: str, state: cache.State | None = None) -> Iterator[VerifiedFile]:
     """Open the file and check that it is the one found to have this sha256.
 
     `state` is its state at that time (`cache.state_of`). Without one the file is in the cache: its
@@ -75,10 +77,10 @@ def checked(path: Path, sha256: str, state: cache.State | None = None) -> Iterat
             sure = cache.state_of(status) == state
         if not sure and _hash(fd) != sha256:
             raise changed(path, "after it was hashed")
-        known, of = _kept.get((status.st_dev, status.st_ino), (fd, sha256))
+        known, of = open_libraries.get((status.st_dev, status.st_ino), (fd, sha256))
         if of != sha256:
             raise changed(path, "in place after this process had loaded it; start it again")
-        opened = Held(path, sha256, known)
+        opened = VerifiedFile(path, sha256, known)
         yield opened
     finally:
         if opened is None or not opened.is_kept or opened.fd != fd:
@@ -88,7 +90,7 @@ def checked(path: Path, sha256: str, state: cache.State | None = None) -> Iterat
 def descriptor(sha256: str) -> int:
     """Return the descriptor of a loaded library, whose path may lead to another file now."""
     # Of a copy: other threads load libraries meanwhile.
-    return next(fd for fd, of in _kept.copy().values() if of == sha256)
+    return next(fd for fd, of in open_libraries.copy().values() if of == sha256)
 
 
 def _open(path: Path, flags: int) -> int:

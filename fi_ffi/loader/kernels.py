@@ -10,7 +10,7 @@ import functools
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -120,9 +120,7 @@ class KernelWheel:
 
     @functools.cached_property
     def _members(self) -> dict[str, str]:
-        """The members that are modules, by module name."""
-        matches = ((_MEMBER.fullmatch(member), member) for member in self._wheel.members)
-        return {match[1]: member for match, member in matches if match}
+        return modules_of(self._wheel.members)
 
     def modules(self) -> list[str]:
         return sorted(self._members)
@@ -138,15 +136,20 @@ class KernelWheel:
     def kept(self, module: str) -> ModuleFile | None:
         """Return a module's file from the cache or the seed cache, or None."""
         recorded = self._wheel.record.get(self._members[module])
-        if recorded is None:  # extracting reports it
-            return None
-        path = cache.find(recorded.sha256, f"{module}.so")
-        if path is not None:
-            return ModuleFile(module, path, recorded.sha256)
-        seeded = seed.find(recorded.sha256, f"{module}.so")
-        if seeded is None:
-            return None
-        return ModuleFile(module, seeded.path, recorded.sha256, seeded.state)
+        # extracting reports that it is missing
+        return None if recorded is None else stored(module, recorded.sha256)
+
+
+def modules_of(members: Iterable[str]) -> dict[str, str]:
+    """Return a wheel's members that are modules, by module name."""
+    matches = ((_MEMBER.fullmatch(member), member) for member in members)
+    return {match[1]: member for match, member in matches if match}
+
+
+def stored(module: str, sha256: str) -> ModuleFile | None:
+    """Return a wheel's module from the cache or the seed cache, or None."""
+    file = seed.find(sha256, f"{module}.so")
+    return None if file is None else ModuleFile(module, file.path, sha256, file.state)
 
 
 class KernelFile:
@@ -168,7 +171,7 @@ class KernelFile:
 def _hashed(module: str, path: Path) -> ModuleFile:
     """Hash a file that no other user can change."""
     try:
-        trust.check_named(path)
+        trust.check_user_path(path)
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         with open(fd, "rb") as file:
             before = os.fstat(fd)
@@ -185,7 +188,7 @@ def open_source(location: str | os.PathLike[str]) -> KernelSource:
     if os.path.isdir(path):
         return KernelDirectory(path)
     if os.path.isfile(path) and path.suffix == ".whl":
-        trust.check_named(path)
+        trust.check_user_path(path)
         return KernelWheel(str(path), Wheel(path))
     if os.path.exists(path):
         raise ArtifactError(f"{path} is neither a directory nor a .whl file")

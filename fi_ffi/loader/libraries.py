@@ -14,15 +14,14 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from fi_ffi.abi import library
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.errors import ArtifactError, LoaderError
-from fi_ffi.loader import machine, trust
-from fi_ffi.loader.fatbin import CudaCode, runs_on
+from fi_ffi.loader import trust
 
 # The package that provides a library; those for CUDA 12 have a suffix in their names.
 PACKAGES = {
@@ -43,24 +42,17 @@ _NAME = re.compile(r"lib(\w+)\.so\.(\d+)")
 
 
 # An export of modules that can compile DeepGEMM's kernels.
-_COMPILES = "set_deepgemm_jit_include_dirs"
+DEEPGEMM_EXPORT = "set_deepgemm_jit_include_dirs"
 DEEPGEMM_FOLDER = "TRTLLM_DG_CACHE_DIR"
-# An export of modules that copy a number from the current GPU while they are loaded and throw if
-# that fails (`configureKernel` of csrc/xqa/mla_sm120.cu); nothing catches the exception.
-_ASKS_GPU = "xqa_wrapper_mla"
 
 
-def prepare(
-    functions: Container[str], needed: Iterable[str], codes: Sequence[CudaCode] = ()
-) -> None:
-    """Load the libraries of a module with these functions, dependencies and device code.
+def prepare(functions: Container[str], needed: Iterable[str]) -> None:
+    """Load the libraries of a module with these functions and dependencies.
 
     Raises `LoaderError` if something is missing.
     """
-    if _COMPILES in functions:
+    if DEEPGEMM_EXPORT in functions:
         check_deepgemm_folder()
-    if _ASKS_GPU in functions:
-        check_gpu(codes)
     for file in needed:
         match = _NAME.fullmatch(file)
         if match and match[1] in PACKAGES and match[1] != "cudart":
@@ -137,24 +129,6 @@ def _absent(file: str, name: str, major: int, reason: str) -> LoaderError:
     )
 
 
-def check_gpu(codes: Sequence[CudaCode]) -> None:
-    """Raise `LoaderError` if a module that uses its GPU while it is loaded would fail.
-
-    The process would end otherwise.
-    """
-    why = "this process sees none"
-    if machine.device_count():
-        device = machine.current_device()
-        verdict = runs_on(codes, machine.capability(device))
-        if verdict.ok:
-            return
-        why = f"cuda:{device}, which is current, is another: it {verdict.reason}"
-    raise LoaderError(
-        f"the module asks its GPU when it is loaded, and would end the process: {why}. "
-        "`fi-ffi inspect --no-load` reads the file alone"
-    )
-
-
 def deepgemm_folder() -> Path:
     """Return the folder in which a module with DeepGEMM's compiler keeps its results."""
     if DEEPGEMM_FOLDER in os.environ:
@@ -177,7 +151,7 @@ def check_deepgemm_folder() -> None:
         for name in ("tmp", "cache"):
             (folder / name).mkdir(parents=True, exist_ok=True)
             trust.check_owner(folder / name)
-            trust.check_named(folder / name)
+            trust.check_user_path(folder / name)
     except (OSError, ArtifactError) as error:
         raise LoaderError(
             f"the module makes {folder} when it is loaded, which fails here ({error}); "

@@ -155,7 +155,7 @@ def _install(versions: str) -> str:
     return f"`pip install '{tvm_ffi.PROJECT}{wanted}'`, {_AGAIN}"
 
 
-def open_module(path: Path, through: str | None, opened: held.Held) -> Any:
+def open_module(path: Path, through: str | None, opened: held.VerifiedFile) -> Any:
     """Load the library at `path` by the name `through`; `opened` is its open file.
 
     From 0.7 on, FlashInfer's dispatchers name template instances that no planner chooses and that

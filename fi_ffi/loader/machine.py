@@ -18,7 +18,7 @@ from typing import Any
 from fi_ffi.abi import failure, library, streams
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.errors import AbiError, KernelError, LoaderError
-from fi_ffi.loader import cuda_errors
+from fi_ffi.loader import cuda_errors, libraries
 
 CUDA_MAJORS = (13, 12)  # CUDA versions of supported kernels, the preferred one first
 CPUS = ("x86_64", "aarch64")  # processors that kernels are built for
@@ -109,11 +109,9 @@ def use_cuda(major: int, wanted_by: str = "") -> tuple[Any, str]:
         check_cuda(major, wanted_by)
         if _runtime is None or _runtime[2] != major:
             refuse_after_fork()
-            from fi_ffi.loader import libraries  # imported here: starting needs no libraries
-
             found, place = libraries.load(cudart(major))
             _runtime = found, runtimes_in_process().get(major, place), major
-            failure.examine = examined
+            failure.examine = root_cause
         return _runtime[:2]
 
 
@@ -163,7 +161,7 @@ def check_driver(major: int, wanted_by: str) -> None:
         )
 
 
-def is_cut_off() -> bool:
+def forked_after_cuda() -> bool:
     """Return whether this process was forked from one that had used a GPU, and can use none.
 
     The parent's CUDA objects must not be touched in such a process, not even freed.
@@ -198,7 +196,7 @@ def _ask(function: str, *arguments: int) -> tuple[int, int]:
     return int(code), int(value[0])
 
 
-def examined(error: KernelError) -> KernelError:
+def root_cause(error: KernelError) -> KernelError:
     """Return an error, or the `DeviceError` that caused it."""
     return cuda_errors.examine(load_cudart()[0], error, bool(thread.bound))
 

@@ -15,7 +15,7 @@ _lock = threading.RLock()
 library.renew_after_fork(globals(), "_lock", threading.RLock)
 
 
-class ModuleObject:
+class AttestedObject:
     """An object returned by a module's function, and the entries of its methods.
 
     `name` is its name in errors and logs, `where` the module's file.
@@ -40,15 +40,7 @@ class ModuleObject:
     def _attested(self, declared: Signature) -> Entry:
         entry = module_function(self._made, declared.name)
         entry.name = f"{self._name}.{declared.name}"
-        found = probe(entry)
-        if not found.same_types(declared):
-            raise AbiError(
-                f"{entry.name}: the binary does not have the declared interface\n"
-                f"  declared (FlashInfer {self._releases}): {declared}\n"
-                f"  binary: {found}\n"
-                f"  file: {self._where}"
-            )
-        return entry
+        return runtime.attest(entry, probe(entry), declared, self._releases, "binary", self._where)
 
     def release(self) -> None:
         """Release the object and its memory."""
@@ -56,10 +48,10 @@ class ModuleObject:
 
 
 # By module, factory and device: the factory's entry, and the one object it returned.
-_objects: dict[tuple[str, str, int | None], tuple[Entry, ModuleObject]] = {}
+_objects: dict[tuple[str, str, int | None], tuple[Entry, AttestedObject]] = {}
 
 
-def made_by(module: str, factory: str, releases: str, device: int | None = None) -> ModuleObject:
+def made_by(module: str, factory: str, releases: str, device: int | None = None) -> AttestedObject:
     """Return the process's one object from a module's function; it is kept."""
     declared = Signature(factory, (), "ffi.Module")
     # Outside the lock: the module may have to be fetched.
@@ -70,7 +62,7 @@ def made_by(module: str, factory: str, releases: str, device: int | None = None)
         known = _objects.get(key)
         # If other kernels were chosen meanwhile, the factory is another function.
         if known is None or known[0] is not made:
-            found = ModuleObject(made(), f"{module}.{factory}()", releases, where)
+            found = AttestedObject(made(), f"{module}.{factory}()", releases, where)
             known = _objects[key] = made, found
         return known[1]
 

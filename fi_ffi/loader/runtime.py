@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from fi_ffi.abi.signature import Signature, parse_signature
 from fi_ffi.errors import AbiError, KernelNotFoundError, LoaderError
 from fi_ffi.loader import (
     cache,
+    cubins,
     cuda_errors,
     cute_runtime,
     generation,
@@ -33,9 +35,13 @@ from fi_ffi.loader import (
     tvm_ffi,
 )
 from fi_ffi.loader.elf import FUNCTION_PREFIX, inspect_elf
-from fi_ffi.loader.fetch import cubins
+from fi_ffi.loader.fatbin import CudaCode, runs_on
 from fi_ffi.loader.held import Facts, check_processor, cuda_of, facts_of, remember
 from fi_ffi.loader.kernels import KernelFile, KernelSource, ModuleFile
+
+# An export of modules that copy a number from the current GPU while they are loaded and throw if
+# that fails (`configureKernel` of csrc/xqa/mla_sm120.cu); nothing catches the exception.
+GPU_AT_LOAD_EXPORT = "xqa_wrapper_mla"
 
 
 @dataclass(frozen=True)
@@ -125,9 +131,29 @@ def load(module: str, device: int | None = None) -> Loaded:
 
 def _prepare(facts: Facts) -> None:
     """Load the libraries that a module needs; `LoaderError` if one is missing."""
-    libraries.prepare(facts.functions, facts.needed, facts.codes)
+    if GPU_AT_LOAD_EXPORT in facts.functions:
+        _check_gpu(facts.codes)
+    libraries.prepare(facts.functions, facts.needed)
     if cute_runtime.FILE in facts.needed:
         cute_runtime.load()
+
+
+def _check_gpu(codes: Sequence[CudaCode]) -> None:
+    """Raise `LoaderError` if a module that uses its GPU while it is loaded would fail.
+
+    The process would end otherwise.
+    """
+    why = "this process sees none"
+    if machine.device_count():
+        device = machine.current_device()
+        verdict = runs_on(codes, machine.capability(device))
+        if verdict.ok:
+            return
+        why = f"cuda:{device}, which is current, is another: it {verdict.reason}"
+    raise LoaderError(
+        f"the module asks its GPU when it is loaded, and would end the process: {why}. "
+        "`fi-ffi inspect --no-load` reads the file alone"
+    )
 
 
 def _opened(file: ModuleFile, facts: Facts) -> tuple[Any, Object | None]:
@@ -177,13 +203,23 @@ def _attested(module: str, declared: Signature, releases: str, device: int | Non
     entry = exported(loaded, declared.name)
     entry.name = f"{module}.{declared.name}"
     found = signature_of(loaded, entry, declared.name)
-    if found is None or not found.same_types(declared):
+    binary = f"binary (FlashInfer {loaded.source.version or 'of unknown release'})"
+    return attest(entry, found, declared, releases, binary, str(loaded.file.path))
+
+
+def attest(
+    entry: Entry, own: Signature | None, declared: Signature, releases: str, binary: str, path: str
+) -> Entry:
+    """Return an entry whose own signature is the declared one.
+
+    Raises `AbiError` with both signatures for another; `own` is None if it takes any arguments.
+    """
+    if own is None or not own.same_types(declared):
         raise AbiError(
             f"{entry.name}: the binary does not have the declared interface\n"
             f"  declared (FlashInfer {releases}): {declared}\n"
-            f"  binary (FlashInfer {loaded.source.version or 'of unknown release'}): "
-            f"{found or 'takes any arguments'}\n"
-            f"  file: {loaded.file.path}"
+            f"  {binary}: {own or 'takes any arguments'}\n"
+            f"  file: {path}"
         )
     return entry
 

@@ -12,18 +12,18 @@ choice made from the machine. Nothing is ever compiled.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
 import platform
 import re
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from fi_ffi.abi import library
 from fi_ffi.errors import (
@@ -34,17 +34,18 @@ from fi_ffi.errors import (
     KernelNotFoundError,
     LoaderError,
 )
-from fi_ffi.loader import cache, generation, machine, trust
+from fi_ffi.loader import advice, cache, generation, machine, seed, trust
 from fi_ffi.loader.fatbin import runs_on, sass_named
-from fi_ffi.loader.fetch.urls import fetching, is_withheld, may_fetch
 from fi_ffi.loader.held import Facts, cuda_of, facts_of
 from fi_ffi.loader.kernels import (
     KernelDirectory,
     KernelSource,
     KernelWheel,
     ModuleFile,
+    modules_of,
     open_source,
     release_of,
+    stored,
 )
 from fi_ffi.loader.lock import (
     RELEASE,
@@ -54,18 +55,11 @@ from fi_ffi.loader.lock import (
     this_platform,
     wanted_release,
 )
-from fi_ffi.loader.wheel import Wheel, hex_of
+from fi_ffi.loader.permission import Cooldown, FetchNotAllowed, fetching, is_withheld
+from fi_ffi.loader.wheel import Wheel, WheelReader, hex_of, stored_record
 
 KERNELS, SOURCES, WHEELS = "FI_FFI_KERNELS", "FI_FFI_SOURCES", "FI_FFI_WHEELS"
 CUDA, VERIFY = "FI_FFI_CUDA", "FI_FFI_VERIFY"
-_WHOLE = (
-    "{} is fetched whole, once, to compare it with its sha256 in wheels.lock, which does not pin "
-    f"its RECORD. {VERIFY}=record fetches some megabytes of it instead, and trusts TLS alone."
-)
-# Seconds before an unreachable server is asked again.
-UNREACHABLE = 30.0
-
-
 _CUDA_TAG = re.compile(r"\bcu(\d{2})\d\b")  # in a version's local part: cu130.sm90a
 _LOOKED_AT = 3  # modules to examine if the source's version does not name its CUDA
 # Suffixes of the file names of wheels for other processors.
@@ -180,7 +174,7 @@ def _local(release: str | None) -> Iterator[Candidate]:
         found = sorted(Path(folder).glob("flashinfer_jit_cache*.whl"))
         wheels += sorted(found, key=_nearness_named, reverse=True)
     for wheel in wheels:
-        trust.check_named(wheel)
+        trust.check_user_path(wheel)
         if not named:
             trust.check_owner(wheel)
         if wheel.stem.endswith(_OTHERS):
@@ -357,22 +351,34 @@ class PinnedKernels:
     def __init__(self, pin: PinnedWheel) -> None:
         self.pin, self.location = pin, pin.url
         self.version: str | None = f"{pin.release}+{pin.cuda}"
-        # Why and when it could not be reached; it is not asked again for a while.
-        self._refusal, self._refused_at = "", -UNREACHABLE
+        self._cooldown = Cooldown()
         self._opened: KernelWheel | None = None
+        self._record: dict[str, str] | None = None
+
+    def _hashes(self) -> dict[str, str] | None:
+        """Return the sha256 of each module if RECORD is stored here; None otherwise."""
+        pin = self.pin
+        if self._record is None and (pin.record_sha256 or _verify() == "record"):
+            record = stored_record(pin.sha256, pin.record_sha256)
+            if record is not None:
+                members = modules_of(record)
+                self._record = {name: record[path].sha256 for name, path in members.items()}
+        return self._record
 
     def _wheel(self) -> KernelWheel:
-        """Open the wheel once: its directory, or the whole file if only its sha256 is pinned."""
-        with _locks.setdefault(self.pin.sha256, threading.RLock()):
+        """Open the wheel once: the whole file if it is here, or else what is fetched of it."""
+        pin = self.pin
+        with _locks.setdefault(pin.sha256, threading.RLock()):
             if self._opened is None:
-                if time.monotonic() - self._refused_at < UNREACHABLE:
-                    raise FetchError(self._refusal)
-                try:
-                    self._opened = _open_pinned(self.pin)
-                except FetchError as error:
-                    if may_fetch():  # otherwise nobody was asked
-                        self._refusal, self._refused_at = str(error), time.monotonic()
-                    raise
+                name = unquote(urlsplit(pin.url).path.rpartition("/")[2])
+                whole, verify = seed.find(pin.sha256, name), _verify()
+                wheel: WheelReader
+                if whole is not None:
+                    wheel = Wheel(whole.path, record_sha256=pin.record_sha256, stored=whole)
+                else:
+                    with self._cooldown.asking():
+                        wheel = fetcher().open_wheel(pin, verify)
+                self._opened = KernelWheel(pin.url, wheel)
             return self._opened
 
     @property
@@ -382,40 +388,37 @@ class PinnedKernels:
 
     @property
     def trust(self) -> str:
-        return self._wheel().trust
+        if self._hashes() is None:
+            return self._wheel().trust
+        return "record-pinned" if self.pin.record_sha256 else "record-unpinned"
 
     def modules(self) -> list[str]:
-        return self._wheel().modules()
+        hashes = self._hashes()
+        return self._wheel().modules() if hashes is None else sorted(hashes)
 
     def file(self, module: str) -> ModuleFile:
-        return self._wheel().file(module)
+        return self.kept(module) or self._wheel().file(module)
 
     def kept(self, module: str) -> ModuleFile | None:
         """Return a module that is already on this machine, or None."""
-        return self._wheel().kept(module)
+        hashes = self._hashes()
+        return self._wheel().kept(module) if hashes is None else stored(module, hashes[module])
 
 
-def _open_pinned(pin: PinnedWheel) -> KernelWheel:
-    from fi_ffi.loader.fetch.remote import RemoteWheel
-
+def _verify() -> str:
     verify = os.environ.get(VERIFY) or "full"
     if verify not in ("full", "record"):
         raise ArgumentError("sources", VERIFY, got=verify, expected="full or record")
-    with contextlib.ExitStack() as stack:
-        show: list[Callable[[Any], None]] = []
+    return verify
 
-        def report(progress: Any) -> None:
-            # imported here: importing rich takes longer than a start, and most processes fetch
-            # nothing
-            if not show:
-                from fi_ffi.loader.fetch.progress import reporter
 
-                print(_WHOLE.format(pin.file), file=sys.stderr)
-                show.append(stack.enter_context(reporter()) or (lambda progress: None))
-            show[0](progress)
-
-        wheel = RemoteWheel.of(pin, verify=verify, report=report)  # type: ignore[arg-type]
-    return KernelWheel(pin.url, wheel)
+def fetcher() -> ModuleType:
+    """Return `fi_ffi.loader.fetch`, imported when something must be fetched."""
+    try:
+        import fi_ffi.loader.fetch as fetch
+    except ModuleNotFoundError as error:
+        raise FetchError(f"nothing can be fetched: there is no {error.name}") from error
+    return fetch
 
 
 _lock = threading.RLock()
@@ -557,12 +560,9 @@ def _names_in(
 ) -> Sequence[str]:
     """Return the modules of a source that would do; one with other names alone is not asked."""
     release = source.names_of if isinstance(source, PinnedKernels) else None
-    if release is not None and members is None:
-        from fi_ffi.loader.catalogue import may_have
-
-        if not may_have(release, module):
-            with fetching(False):  # it may be here, and have more than its release lists
-                return [module] if module in _listed(source) else []
+    if release is not None and members is None and not advice.adviser().may_have(release, module):
+        with fetching(False):  # it may be here, and have more than its release lists
+            return [module] if module in _listed(source) else []
     if members is not None:
         return members(source, module)
     return [module] if module in source.modules() else []
@@ -621,6 +621,7 @@ def find_module(module: str, device: int | None = None) -> tuple[KernelSource, M
     """
     capability = None if device is None else machine.capability(device)
     reasons, wrong_code = [], False
+    withheld: FetchNotAllowed | None = None
     for place in places():
         said = ask(place, module, capability)
         if said.status == HERE:
@@ -629,29 +630,25 @@ def find_module(module: str, device: int | None = None) -> tuple[KernelSource, M
             assert said.facts is not None
             return place.source, said.file, said.facts
         wrong_code |= said.status == OTHER_GPU
+        if said.status == LATER:
+            withheld = FetchNotAllowed(said.reason)
         lacks = said.status == LACKS and place.source is not None
-        reason = _lack(place.source, module) if lacks and place.source else said.reason
+        reason = said.reason
+        if lacks and place.source:
+            reason = advice.adviser().missing_module_message(place.source, module)
         reasons.append(f"{place.kind}: {reason}")
     kind = ArchitectureError if wrong_code else KernelNotFoundError
     where = "" if device is None else f" for cuda:{device}"
     text = "\n".join(f"  {line}" for line in reasons)
-    raise kind(f"no kernels of module {module!r}{where}:\n{text}\n{_advice(module, device)}")
-
-
-def _lack(source: KernelSource, module: str) -> str:
-    # imported here: a start that finds its modules needs no catalogue
-    from fi_ffi.loader.catalogue import without
-
-    return without(source, module)
+    message = f"no kernels of module {module!r}{where}:\n{text}\n{_advice(module, device)}"
+    raise kind(message) from withheld
 
 
 def _advice(module: str, device: int | None) -> str:
-    from fi_ffi.loader.catalogue import build_advice
-
     arch = None
     if device is not None:
         major, minor = machine.capability(device)
         # From SM90 on, FlashInfer's kernels use features specific to the exact architecture.
         arch = f"{major}.{minor}" + ("a" if major >= 9 else "")
-    advice = build_advice(module, release() or wanted_release(), arch)
-    return f"{advice} FI_FFI_KERNELS names a wheel."
+    build = advice.adviser().build_advice(module, release() or wanted_release(), arch)
+    return f"{build} FI_FFI_KERNELS names a wheel.".lstrip()

@@ -14,7 +14,7 @@ import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from fi_ffi.abi import library
 from fi_ffi.errors import ArtifactError, LoaderError
@@ -30,10 +30,10 @@ library.renew_after_fork(globals(), "_hashed", dict)
 
 
 @dataclass(frozen=True)
-class Seeded:
+class Stored:
     """A file with the requested content.
 
-    `state` is its state when it was hashed; None if it was copied into the cache.
+    `state` is its state when it was hashed; None if it is in the cache.
     """
 
     path: Path
@@ -54,8 +54,11 @@ def seed_root() -> Path | None:
     return root
 
 
-def find(sha256: str, name: str) -> Seeded | None:
-    """Return the seed's file with this content, or None."""
+def find(sha256: str, name: str) -> Stored | None:
+    """Return the file with this content, of the cache or else of the seed, or None."""
+    cached = cache.find(sha256, name)
+    if cached is not None:
+        return Stored(cached, None)
     root = seed_root()
     if root is None:
         return None
@@ -67,20 +70,20 @@ def find(sha256: str, name: str) -> Seeded | None:
                 return None
             _hashed[path] = before, sha256
         if _is_safe(root, path):
-            return Seeded(path, before)
+            return Stored(path, before)
         file.seek(0)
         chunks = iter(lambda: file.read(_CHUNK), b"")
-        return Seeded(cache.store(chunks, sha256, name, str(path), size=before[0]), None)
+        return Stored(cache.store(chunks, sha256, name, str(path), size=before[0]), None)
     return None
 
 
-def note(path: Path) -> Path | None:
-    """Return the seed's counterpart of a cache's note; None if others could have written it."""
-    root = seed_root()
+def read_note(path: Path, form: int) -> Any:
+    """Return a note of the cache, or else its counterpart in the seed, as `cache.read_note`."""
+    note = cache.read_note(path, form)
+    root = seed_root() if note is None else None
     if root is None:
-        return None
-    found = root / path.relative_to(cache.cache_root())
-    return found if _is_safe(root, found) else None
+        return note
+    return cache.read_note(root / path.relative_to(cache.cache_root()), form, root)
 
 
 @contextlib.contextmanager

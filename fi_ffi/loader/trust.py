@@ -107,7 +107,7 @@ def check_owner(path: Path) -> None:
     _check_owner(path, status, f"the {_kind(status).partition(' ')[2]}")
 
 
-def check_named(path: Path) -> None:
+def check_user_path(path: Path) -> None:
     """Raise `ArtifactError` if every user could change a file, or place it there.
 
     The user, or FlashInfer, chose the path, so another owner is accepted.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import csv
 import hashlib
 import io
@@ -24,7 +25,8 @@ from pathlib import Path
 from typing import BinaryIO, Literal, Protocol, cast
 
 from fi_ffi.errors import ArtifactError, FiFfiError
-from fi_ffi.loader import cache
+from fi_ffi.loader import cache, seed
+from fi_ffi.loader.seed import Stored
 
 # "record-pinned": RECORD has the sha256 pinned in the lock, which covers every member.
 # "file-verified": the whole file had its pinned sha256. "record-unpinned": members match the file's
@@ -38,8 +40,8 @@ MAX_INDEX = 4 << 20
 MAX_MEMBER = 4 << 30
 # Limit of size to compressed size, for members above 1 MiB. Libraries reach 20, deflate 1032.
 _MAX_RATIO, _SMALL = 200, 1 << 20
-_FIXED_HEADER = 30  # bytes before a member's name in its local header
-_SLACK = 1024  # bytes of extra fields that a local header may have beyond the directory's
+SLACK = 1024  # bytes of extra fields that a local header may have beyond the directory's
+_INDEX_FORMAT = 4  # version of the stored indexes' format
 _FILE_NAME = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9._+-]{1,200}")
 _BROKEN = (
     zipfile.BadZipFile,
@@ -81,15 +83,10 @@ class WheelReader:
     def __init__(self, origin: str, record_sha256: str | None = None) -> None:
         self._origin, self._pinned_record = origin, record_sha256
         self._infos: dict[str, zipfile.ZipInfo] = {}
-        self._extents: dict[str, tuple[int, int]] = {}
+        self._directory_at = 0  # offset of the zip's directory
 
-    def _open(
-        self, extent: tuple[int, int] | None, keep: bool
-    ) -> AbstractContextManager[ReadableZip]:
-        """Open the file; besides the directory, the caller will read the range `extent`.
-
-        With `keep`, the range is needed for every member: the directory and RECORD.
-        """
+    def _open(self, member: str | None) -> AbstractContextManager[ReadableZip]:
+        """Open the file; besides the directory, the caller will read a member."""
         raise NotImplementedError
 
     @property
@@ -109,9 +106,9 @@ class WheelReader:
     def _load(self) -> None:
         """Read the directory and RECORD."""
         try:
-            with self._open(None, True) as file, self._archive(file) as archive:
+            with self._open(None) as file, self._archive(file) as archive:
                 infos = archive.infolist()
-                ends = archive.start_dir
+                self._directory_at = archive.start_dir
         except FiFfiError:
             raise
         except _BROKEN as error:
@@ -120,14 +117,16 @@ class WheelReader:
         self._infos = {info.filename: info for info in infos}
         self.members = {name: info.file_size for name, info in self._infos.items()}
         record = self._record_member()
-        self._extents = _extents(infos, ends)
         self.dist_info = record.rpartition("/")[0]
-        content = b"".join(self._chunks(record, self.members[record], keep=True))
+        content = self._read_record(record)
         self.record_sha256 = hashlib.sha256(content).hexdigest()
         if self._pinned_record not in (None, self.record_sha256):
             hashes = f"{self.record_sha256}, pinned is {self._pinned_record}"
             raise ArtifactError(f"{self._origin}: the sha256 of RECORD is {hashes}")
         self.record = parse_record(content, self._origin)
+
+    def _read_record(self, member: str) -> bytes:
+        return b"".join(self._chunks(member, self.members[member]))
 
     def _record_member(self) -> str:
         records = [name for name in self.members if name.endswith(".dist-info/RECORD")]
@@ -149,12 +148,12 @@ class WheelReader:
     def _archive(self, file: ReadableZip) -> zipfile.ZipFile:
         return zipfile.ZipFile(cast(BinaryIO, _Bounded(file)))
 
-    def _chunks(self, member: str, size: int, keep: bool = False) -> Iterator[bytes]:
+    def _chunks(self, member: str, size: int) -> Iterator[bytes]:
         """Yield the content, which must have `size` bytes."""
         self._refuse_bombs(self._infos[member])
         try:
             with (
-                self._open(self._extents[member], keep) as source,
+                self._open(member) as source,
                 self._archive(source) as archive,
                 archive.open(member) as file,
             ):
@@ -177,7 +176,7 @@ class WheelReader:
             raise ArtifactError(
                 f"{self._origin}: {info.filename} is compressed by method {info.compress_type}"
             )
-        if info.compress_size > info.file_size + info.file_size // 64 + _SLACK:
+        if info.compress_size > info.file_size + info.file_size // 64 + SLACK:
             sizes = f"{info.compress_size} bytes for a content of {info.file_size}"
             raise ArtifactError(f"{self._origin}: {info.filename} takes {sizes}")
         if info.file_size > max(_SMALL, info.compress_size * _MAX_RATIO):
@@ -192,21 +191,28 @@ class Wheel(WheelReader):
     """A wheel file on disk."""
 
     def __init__(
-        self, path: Path, *, record_sha256: str | None = None, sha256: str | None = None
+        self,
+        path: Path,
+        *,
+        record_sha256: str | None = None,
+        sha256: str | None = None,
+        stored: Stored | None = None,
     ) -> None:
-        """Open a wheel; with `sha256`, read the whole file and compare it."""
+        """Open a wheel; with `sha256`, read the whole file and compare it.
+
+        `stored` is the file if it was found in the cache or the seed by the sha256 of the wheel.
+        """
         super().__init__(str(path), record_sha256)
-        self.path = path
-        self.trust = "record-pinned" if record_sha256 else "record-unpinned"
-        self._state: cache.State | None = None
+        self.path, self._state = path, stored.state if stored else None
         if sha256 is not None:
             self._state = verify_file(path, sha256)
+        is_verified = sha256 is not None or stored is not None
+        self.trust = "record-pinned" if record_sha256 else "record-unpinned"
+        if is_verified and not record_sha256:
             self.trust = "file-verified"
         self._load()
 
-    def _open(
-        self, extent: tuple[int, int] | None, keep: bool
-    ) -> AbstractContextManager[ReadableZip]:
+    def _open(self, member: str | None) -> AbstractContextManager[ReadableZip]:
         return open_same(self.path, self._state)
 
 
@@ -279,20 +285,46 @@ def check_members(infos: list[zipfile.ZipInfo], origin: str) -> None:
         seen.add(folded)
 
 
-def _extents(infos: list[zipfile.ZipInfo], end: int) -> dict[str, tuple[int, int]]:
-    """Return each member's range, from its local header to the next member.
+@dataclass(frozen=True)
+class Index:
+    """What is stored of a wheel on a server: RECORD, and the bytes of the zip's directory.
 
-    The directory does not have the length of a local header, but it has the next member's offset.
+    `pieces` are parts of the file by offset, `size` is the size of the whole.
     """
-    starts = sorted({info.header_offset for info in infos})
-    following = dict(zip(starts, [*starts[1:], end], strict=True))
-    extents = {}
-    for info in infos:
-        start = info.header_offset
-        header = _FIXED_HEADER + len(info.filename.encode()) + len(info.extra) + _SLACK
-        stop = min(following[start], start + header + info.compress_size)
-        extents[info.filename] = (start, max(start, stop))
-    return extents
+
+    size: int
+    pieces: dict[int, bytes]
+    record: str = ""
+
+    @staticmethod
+    def path(sha256: str) -> Path:
+        return cache.cache_root() / "indexes" / f"{sha256}.json"
+
+    @classmethod
+    def load(cls, sha256: str) -> Index | None:
+        """Return the index of a wheel; None if there is none, or if it is unreadable."""
+        data = seed.read_note(cls.path(sha256), _INDEX_FORMAT)
+        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
+            pieces = {int(at): base64.b64decode(piece) for at, piece in data["pieces"].items()}
+            return cls(int(data["size"]), pieces, str(data["record"]))
+        return None
+
+    def store(self, sha256: str) -> None:
+        """Store it; if the cache cannot be written, it is fetched again next time."""
+        pieces = {str(at): base64.b64encode(piece).decode() for at, piece in self.pieces.items()}
+        data = {"size": self.size, "pieces": pieces, "record": self.record}
+        cache.write_note(self.path(sha256), _INDEX_FORMAT, data)
+
+
+def stored_record(sha256: str, record_sha256: str | None) -> dict[str, Recorded] | None:
+    """Return RECORD of a wheel as it was stored; None unless it is the pinned one, if any."""
+    index = Index.load(sha256)
+    text = index.record.encode() if index else b""
+    if not text or record_sha256 not in (None, hashlib.sha256(text).hexdigest()):
+        return None
+    with contextlib.suppress(ArtifactError):  # damaged
+        return parse_record(text, str(Index.path(sha256)))
+    return None
 
 
 @dataclass(frozen=True)

@@ -27,12 +27,13 @@ from fi_ffi.abi.objects import (
     Tensor,
     Unique,
 )
-from fi_ffi.abi.reflection import Field, Method, TypeInfo, get_field, set_field, type_info
 from fi_ffi.abi.signature import Signature
 from fi_ffi.abi.streams import current_handle, current_scope, stream_context, stream_handle
 from fi_ffi.abi.tensor import Device, DType, TensorDesc, parse_device
-from fi_ffi.abi.values import ints_of, pack, pack_arguments, packer_of
+from fi_ffi.abi.values import pack_arguments
 from fi_ffi.errors import AbiError, ArgumentError, ArgumentTypeError, KernelNotFoundError, printed
+from fi_ffi.modules.packing import call, ints_of, pack, packer_of
+from fi_ffi.modules.reflection import Field, Method, TypeInfo, get_field, set_field, type_info
 from fi_ffi.ops.call import cuda, hooks
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 _NOTHING = contextlib.nullcontext()
 
 
-class Life(Unique):
+class HandleGuard(Unique):
     """The handle through which a method or function object is called, until its owner is
     released."""
 
@@ -69,14 +70,14 @@ class ModuleEntry(Unique):
         find: Callable[[int | None], Entry],
         signature: Signature | None,
         *,
-        life: Life | None = None,
+        guard: HandleGuard | None = None,
         home: Device | None = None,
         asks: bool = False,
         doc: str = "",
         is_method: bool = False,
     ) -> None:
         self.name = name
-        self._find, self._life, self._home, self._asks = find, life, home, asks
+        self._find, self._guard, self._home, self._asks = find, guard, home, asks
         self._doc = doc
         # A method's first argument, set by `bound_to` and absent from the signature.
         self._is_method, self._bound = is_method, None
@@ -165,21 +166,22 @@ class ModuleEntry(Unique):
             arena.end()
 
     def _check_alive(self) -> None:
-        life: Life | ReflectedObject | None = self._life
+        guard: HandleGuard | ReflectedObject | None = self._guard
         if self._bound is not None:
-            life = self._bound
-        if life is not None and life._handle is None:
+            guard = self._bound
+        if guard is not None and guard._handle is None:
             expected = "an object still held"
             raise ArgumentError(self.name, "self", got="one that was released", expected=expected)
 
     def _pack(self, args: tuple[Any, ...], arena: CallArena) -> Any:
-        packers = None if self.signature is None else self._packers
-        if packers is not None and len(args) != len(packers):
+        packers = self._packers
+        if self.signature is None:
+            packers = [(pack, str(i)) for i in range(len(args))]
+        if len(args) != len(packers):
             got, expected = f"{len(args)} of them", f"{len(packers)}, for {self!r}"
             raise ArgumentTypeError(self.name, "*args", got=got, expected=expected)
         if self._bound is not None:
             # Numbers in errors count the caller's arguments, without the object.
-            packers = packers or [(pack, str(i)) for i in range(len(args))]
             args, packers = (self._bound, *args), [(pack, "self"), *packers]
         try:
             return pack_arguments(args, arena, packers)
@@ -252,11 +254,13 @@ class Origin(NamedTuple):
     asks: bool
     stream: int | None = None  # of the call, on a GPU
 
-    def entry_of(self, function: Function, name: str, life: Life, owner: object) -> ModuleEntry:
+    def entry_of(
+        self, function: Function, name: str, guard: HandleGuard, owner: object
+    ) -> ModuleEntry:
         """Make an entry of a function, unchecked until it was asked for its signature."""
         entry = Entry(name, function.safe_call, function.handle, owner)
         return ModuleEntry(
-            name, lambda device: entry, None, life=life, home=self.home, asks=self.asks
+            name, lambda device: entry, None, guard=guard, home=self.home, asks=self.asks
         )
 
 
@@ -286,11 +290,11 @@ class ModuleObject(Module):
     It lives while it or one of its methods is referred to, or until `release`.
     """
 
-    __slots__ = ("_life", "_methods", "origin")
+    __slots__ = ("_guard", "_methods", "origin")
 
     def _begin(self, origin: Origin) -> None:
         self.origin = origin
-        self._life = Life(self._handle)
+        self._guard = HandleGuard(self._handle)
         self._methods: dict[tuple[str, bool | None], ModuleEntry] = {}
 
     @property
@@ -305,7 +309,7 @@ class ModuleObject(Module):
 
     def release(self) -> None:
         """Release the object now; its methods can no longer be called."""
-        self._life._handle = None
+        self._guard._handle = None
         super().release()
 
     def method(self, name: str, *, checked: bool | None = None) -> ModuleEntry:
@@ -327,9 +331,9 @@ class ModuleObject(Module):
         function = library_function("ffi.ModuleGetFunction")(self, name, False)
         if not isinstance(function, Function):
             raise KernelNotFoundError(f"{self!r} has no method {name!r}")
-        # The entry keeps the function, and its owner by `_life`, without a cycle: an object without
-        # references is released at once.
-        made = self.origin.entry_of(function, f"{self.origin.name}().{name}", self._life, function)
+        # The entry keeps the function, and its owner by `_guard`, without a cycle: an object
+        # without references is released at once.
+        made = self.origin.entry_of(function, f"{self.origin.name}().{name}", self._guard, function)
         if checked or (checked is None and self.origin.asks):
             with contextlib.nullcontext() if checked else contextlib.suppress(AbiError):
                 made.probe()
@@ -468,13 +472,13 @@ def unknown(what: str, name: object, names: Iterable[str]) -> str:
 class FunctionObject(Function):
     """A function that a call returned, called unchecked until `probe` asks for its signature."""
 
-    __slots__ = ("_entry", "_life", "origin")
+    __slots__ = ("_entry", "_guard", "origin")
 
     def _begin(self, origin: Origin) -> None:
         self.origin = origin
-        self._life = Life(self._handle)
+        self._guard = HandleGuard(self._handle)
         # No owner, to avoid a reference cycle: this object holds the reference.
-        self._entry = origin.entry_of(self, f"{origin.name}()", self._life, None)
+        self._entry = origin.entry_of(self, f"{origin.name}()", self._guard, None)
 
     @property
     def signature(self) -> Signature | None:
@@ -488,7 +492,7 @@ class FunctionObject(Function):
         return self._entry(*args, stream=stream, device=device)
 
     def release(self) -> None:
-        self._life._handle = None
+        self._guard._handle = None
         super().release()
 
     def __repr__(self) -> str:
@@ -540,12 +544,12 @@ class MapObject(Object, Mapping[Any, Any]):
 
     def __getitem__(self, key: Any) -> Any:
         try:
-            is_there = library_function(f"{self._names}Count")(self, key)
+            is_there = call(library_function(f"{self._names}Count"), self, key)
         except ArgumentTypeError:
             is_there = False
         if not is_there:
             raise KeyError(key)
-        return adopted(library_function(f"{self._names}GetItem")(self, key), self.origin)
+        return adopted(call(library_function(f"{self._names}GetItem"), self, key), self.origin)
 
     def __iter__(self) -> Iterator[Any]:
         if not len(self):

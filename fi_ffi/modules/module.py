@@ -25,7 +25,7 @@ from fi_ffi.loader import cute_runtime, held, machine, runtime
 from fi_ffi.loader.elf import FUNCTION_PREFIX
 from fi_ffi.loader.fatbin import runs_on
 from fi_ffi.loader.runtime import Loaded
-from fi_ffi.modules.entry import Life, ModuleEntry, Origin, unknown
+from fi_ffi.modules.entry import HandleGuard, ModuleEntry, Origin, unknown
 
 # The start of a typed function's refusal, a string in its binary.
 _REFUSAL = b"Mismatched number of arguments when calling"
@@ -229,7 +229,9 @@ class Module(Unique):
         if not isinstance(function, Function):
             return None
         origin = Origin(self.name, None, asks=False)
-        return origin.entry_of(function, f"{self.name}.{name}", Life(function.handle), function)
+        return origin.entry_of(
+            function, f"{self.name}.{name}", HandleGuard(function.handle), function
+        )
 
     def signatures(self) -> dict[str, Signature | None]:
         """Return the signature of every function; None for functions that are called unchecked."""

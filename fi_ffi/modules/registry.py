@@ -10,15 +10,6 @@ from typing import Any
 
 from fi_ffi.abi.function import Entry, library_function
 from fi_ffi.abi.objects import Unique, find_global
-from fi_ffi.abi.reflection import (
-    Field,
-    Method,
-    TypeInfo,
-    function_is_typed,
-    global_names,
-    registered_types,
-    type_info,
-)
 from fi_ffi.errors import (
     AbiError,
     ArgumentTypeError,
@@ -28,6 +19,15 @@ from fi_ffi.errors import (
 )
 from fi_ffi.loader import runtime
 from fi_ffi.modules.entry import ModuleEntry, method_entry, unknown
+from fi_ffi.modules.reflection import (
+    Field,
+    Method,
+    TypeInfo,
+    function_is_typed,
+    global_names,
+    registered_types,
+    type_info,
+)
 
 _LOAD = "fi_ffi.module(path) loads a library, which registers its own"
 

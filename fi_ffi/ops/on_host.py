@@ -15,12 +15,13 @@ from fi_ffi.ops.call.arguments import (
     INT32_MAX,
     INT64_MAX,
     check_each,
+    check_flag,
     check_indptr,
     check_int,
     check_int_array,
 )
 from fi_ffi.ops.call.memory import scratch_bytes
-from fi_ffi.ops.table import gdn
+from fi_ffi.ops.table import gdn, renorm
 
 if TYPE_CHECKING:
     import numpy
@@ -148,6 +149,19 @@ def gdn_prefill_workspace_size(device: object = "cuda:0") -> int:
     """Size in bytes of `workspace_buffer` for `gdn_prefill` on a device."""
     (arg,) = (arg for arg in gdn.ROWS[0].tensors if arg.bytes_per_multiprocessor)
     return scratch_bytes(arg, parse_device(device, op="gdn_prefill_workspace_size"))
+
+
+def top_p_renorm_workspace_size(
+    batch_size: int, vocab_size: int, is_deterministic: bool = True
+) -> int:
+    """Size in bytes of `workspace` for `top_p_renorm_probs` with these rows and tokens."""
+    op = "top_p_renorm_workspace_size"
+    sizes = {
+        "n": check_int(op, "batch_size", batch_size, 0),
+        "h": check_int(op, "vocab_size", vocab_size, 0),
+        "is_deterministic": check_flag(op, "is_deterministic", is_deterministic),
+    }
+    return renorm.top_p_renorm_bytes(sizes)
 
 
 def packed_indptr(indptr: numpy.typing.ArrayLike) -> Indices:

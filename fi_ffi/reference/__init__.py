@@ -58,9 +58,13 @@ def kernels() -> dict[str, list[str]]:
 
 
 def entry(
-    module: str, signature: Signature, kernel: str, compiled: Compiled = (),
-    formula: str = "", names: Sequence[str] = (),
-) -> Entry:  # fmt: skip
+    module: str,
+    signature: Signature,
+    kernel: str,
+    compiled: Compiled = (),
+    formula: str = "",
+    names: Sequence[str] = (),
+) -> Entry:
     """Return the numpy `kernel` of a module, as a TVM-FFI function with that signature.
 
     `compiled` is for the attention families: see `attention.reference_kernel`. If the entry has no

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from fi_ffi.abi.function import array_values
+from fi_ffi.abi.function import array_values, make_array
 from fi_ffi.abi.objects import Array as ArrayObject
 from fi_ffi.reference.arrays import Array
 from fi_ffi.reference.comm_fusion import added
@@ -151,10 +151,10 @@ def register_buffer(handle: int, ipc_ptrs: ArrayObject) -> None:
     own.register(pointers)
 
 
-def get_graph_buffer_ipc_meta(handle: int) -> tuple[list[int], list[int]]:
+def get_graph_buffer_ipc_meta(handle: int) -> ArrayObject:
     """Return nothing: no graph is captured on the CPU."""
     _of(handle)
-    return [], []
+    return make_array((make_array(()), make_array(())))
 
 
 def register_graph_buffers(handle: int, handles: ArrayObject, offsets: ArrayObject) -> None:

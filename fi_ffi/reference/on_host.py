@@ -29,10 +29,11 @@ class HostCollectives:
         count = self._counts[self._rank][0] + np.uint64(1)
         fence()
         self._counts[self._rank][0] = count
-        wait(
-            self._call, self._rank,
-            lambda: [rank for rank, other in enumerate(self._counts) if other[0] < count],
-        )  # fmt: skip
+
+        def behind() -> list[int]:
+            return [rank for rank, other in enumerate(self._counts) if other[0] < count]
+
+        wait(self._call, self._rank, behind)
 
     def all_gather(self, x: TensorDesc, out: TensorDesc, stream: int = 0) -> None:
         self._call = "all_gather"

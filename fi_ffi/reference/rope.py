@@ -71,9 +71,7 @@ def _frequencies(a: Inputs) -> tuple[Array, Array]:
 
 def _turned_by(a: Inputs, positions: Array) -> dict[str, tuple[Array, Array]]:
     frequency, error = _frequencies(a)
-    return _both(
-        a, np.exp(1j * positions[:, None] * frequency), np.abs(positions)[:, None] * error
-    )  # fmt: skip
+    return _both(a, np.exp(1j * positions[:, None] * frequency), np.abs(positions)[:, None] * error)
 
 
 def apply_rope(a: Inputs) -> Exact:

@@ -45,9 +45,15 @@ def _of_requests(a: Inputs) -> Inputs:
     """Drop the padding: tokens of no request."""
     kept = a["batch_indices"] >= 0
     names = (
-        "q_rope_in", "k_rope_in", "q_nope_in", "k_nope_in", "v_in", "pos_ids", "batch_indices",
+        "q_rope_in",
+        "k_rope_in",
+        "q_nope_in",
+        "k_nope_in",
+        "v_in",
+        "pos_ids",
+        "batch_indices",
         "positions",
-    )  # fmt: skip
+    )
     return a | {name: a[name][kept] for name in names if name in a}
 
 

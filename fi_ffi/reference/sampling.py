@@ -155,10 +155,11 @@ def _with_one_number(a: Inputs) -> Array:
     count, logits = len(a["output"]), a["logits"]
     of: Any = a.get("maybe_indices")
     rows = np.arange(count) if of is None else of.astype(int)
-    numbers = np.concatenate([
+    drawn = [
         uniforms(_words(a, "seed", part), part, _words(a, "offset", part), 1)[:, 0]
         for part in np.array_split(np.arange(count), -(-count // _AT_ONCE))
-    ]).astype(np.float64)  # fmt: skip
+    ]
+    numbers = np.concatenate(drawn).astype(np.float64)
     tokens = np.zeros(count, int)
     for row in np.unique(rows):
         with np.errstate(invalid="ignore"):

@@ -30,7 +30,7 @@ from fi_ffi.ops.call.row import (
 
 if TYPE_CHECKING:
     from fi_ffi.ops.call.compiled import Variant
-    from fi_ffi.watch.stream_progress import Slot
+    from fi_ffi.watch.stream_progress import ProgressCell
 
 _PACKAGE = str(Path(__file__).parents[1]) + os.sep
 # Axes of scratch memory that callers pass, for plans and for single requests.
@@ -78,9 +78,9 @@ class CallRecord:
         self.plan_generation = self.plan._generation if self.plan is not None else 0
         self.thread = threading.current_thread()
         self.method, self.file, self.line, self.function = _caller(sys._getframe(1))
-        # The slot to which the call's stream writes its progress, and the number that it writes
+        # The cell to which the call's stream writes its progress, and the number that it writes
         # after the call's work; None until that write is queued.
-        self.slot: Slot | None = None
+        self.cell: ProgressCell | None = None
         self.mark: int | None = None
         # Whether the call has returned and queued nothing.
         self.is_ended = False
@@ -153,9 +153,9 @@ class CallRecord:
     def left(self) -> int:
         """The number of marks that the stream has yet to write before the call's; 0 if its work is
         done or unmarked."""
-        if self.slot is None or self.mark is None:
+        if self.cell is None or self.mark is None:
             return 0
-        return self.slot.until(self.mark)
+        return self.cell.until(self.mark)
 
     @property
     def is_over(self) -> bool:

@@ -16,12 +16,12 @@ from fi_ffi.loader import machine
 from fi_ffi.ops.call import cuda
 from fi_ffi.ops.call.memory import StreamKey
 
-_SLOTS = 1024  # slots in a page, 4 bytes each
+_CELLS = 1024  # cells in a page, 4 bytes each
 _PORTABLE_AND_MAPPED = 1 | 2  # cudaHostAllocPortable | cudaHostAllocMapped
 _MASK = 2**32 - 1
 
 
-class Slot:
+class ProgressCell:
     """The memory to which one stream writes its numbers, and the last number issued."""
 
     __slots__ = ("_index", "_page", "address", "issued", "key", "lock")
@@ -49,7 +49,7 @@ class Slot:
 
 
 class StreamProgress:
-    """The slots of all streams.
+    """The cells of all streams.
 
     `allocate` returns the address of memory that streams can write to. `write(stream, address,
     number)` queues a write. Both raise their errors. Memory is never freed, because freeing might
@@ -61,59 +61,59 @@ class StreamProgress:
     ) -> None:
         self._allocate, self._write = allocate, write
         self._lock = threading.RLock()
-        self._slots: dict[StreamKey, Slot] = {}
-        self._free: list[Slot] = []
+        self._cells: dict[StreamKey, ProgressCell] = {}
+        self._free: list[ProgressCell] = []
 
-    def slot(self, key: StreamKey) -> Slot:
-        """Return the slot of a stream."""
-        slot = self._slots.get(key)
-        if slot is not None:
-            return slot
+    def cell(self, key: StreamKey) -> ProgressCell:
+        """Return the cell of a stream."""
+        cell = self._cells.get(key)
+        if cell is not None:
+            return cell
         with self._lock:
-            if key not in self._slots:
+            if key not in self._cells:
                 if not self._free:
                     self._free_finished()
                 if not self._free:
                     self._add_page()
-                slot = self._free.pop()
-                slot.key = key
-                self._slots[key] = slot
-            return self._slots[key]
+                cell = self._free.pop()
+                cell.key = key
+                self._cells[key] = cell
+            return self._cells[key]
 
-    def mark(self, slot: Slot, key: StreamKey, stream: int) -> tuple[Slot, int]:
-        """Queue the stream's next number after its work so far; return the slot and the number.
+    def mark(self, cell: ProgressCell, key: StreamKey, stream: int) -> tuple[ProgressCell, int]:
+        """Queue the stream's next number after its work so far; return the cell and the number.
 
-        `slot` is the result of `slot(key)`; a new one replaces it if it was freed meanwhile.
+        `cell` is the result of `cell(key)`; a new one replaces it if it was freed meanwhile.
         """
         while True:
-            with slot.lock:
-                if slot.key == key:
-                    number = (slot.issued + 1) & _MASK
-                    self._write(stream, slot.address, number)
-                    slot.issued = number
-                    return slot, number
-            slot = self.slot(key)
+            with cell.lock:
+                if cell.key == key:
+                    number = (cell.issued + 1) & _MASK
+                    self._write(stream, cell.address, number)
+                    cell.issued = number
+                    return cell, number
+            cell = self.cell(key)
 
     def _free_finished(self) -> None:
-        """Free the slots of streams that have written all their numbers; most of those streams are
+        """Free the cells of streams that have written all their numbers; most of those streams are
         gone."""
-        for key, slot in list(self._slots.items()):
-            if slot.lock.acquire(blocking=False):
+        for key, cell in list(self._cells.items()):
+            if cell.lock.acquire(blocking=False):
                 try:
-                    if slot.value == slot.issued:
-                        del self._slots[key]
-                        slot.key = None
-                        self._free.append(slot)
+                    if cell.value == cell.issued:
+                        del self._cells[key]
+                        cell.key = None
+                        self._free.append(cell)
                 finally:
-                    slot.lock.release()
+                    cell.lock.release()
 
     def _add_page(self) -> None:
-        size = 4 * _SLOTS
+        size = 4 * _CELLS
         address = self._allocate(size)
         memory = ffi.buffer(cuda.pointer(address), size)
         memory[:] = bytes(size)
         page = memoryview(memory).cast("B").cast("I")
-        self._free += [Slot(page, i, address + 4 * i) for i in reversed(range(_SLOTS))]
+        self._free += [ProgressCell(page, i, address + 4 * i) for i in reversed(range(_CELLS))]
 
 
 def _driver() -> Any:

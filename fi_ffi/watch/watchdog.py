@@ -14,15 +14,13 @@ import time
 import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from fi_ffi.errors import ArgumentError, ArgumentTypeError, HangError
-from fi_ffi.ops.call import cuda
 from fi_ffi.ops.call.arguments import check_flag, check_number
-from fi_ffi.ops.call.memory import stream_key
-from fi_ffi.watch import stream_progress, watching
+from fi_ffi.watch import watching
 from fi_ffi.watch.call_record import CallRecord, place_of
-from fi_ffi.watch.stream_progress import Slot
+from fi_ffi.watch.stream_progress import ProgressCell
 from fi_ffi.watch.writer import print_to
 
 EXIT_STATUS = 124  # exit status after `abort`, as that of timeout(1)
@@ -107,46 +105,17 @@ class watchdog:  # a context manager reads as a verb
             raise HangError(hang.call.op, hang.report(self.seconds))
 
 
-def marked(record: CallRecord, call: Callable[[], Any]) -> Any:
-    """Make a call that every open watchdog records, and mark its stream where its work is queued.
-
-    A stream that is capturing gets no mark: the graph's work is done when the graph is launched,
-    which is no call of fi_ffi's.
-    """
-    tell(record)
-    try:
-        stream, device = record.stream, record.device
-        if stream is None or device is None or cuda.is_capturing(stream):
-            return call()
-        # Before the call, because the first slot of a stream may allocate, which can take long.
-        progress, key = stream_progress.progress, stream_key(device.index, stream)
-        record.slot = progress.slot(key)
-        result = call()
-        record.slot, record.mark = progress.mark(record.slot, key, stream)
-        return result
-    finally:
-        record.is_ended = record.mark is None
-
-
-def tell(record: CallRecord) -> None:
-    """Put a call that begins now into the inbox of every open watchdog."""
-    record.started = time.monotonic()
-    for hook in watching.hooks:
-        if isinstance(hook, deque):
-            hook.append(record)
-
-
 class _Watch:
     """The state of an open watchdog, and its thread."""
 
     def __init__(self, owner: watchdog) -> None:
         self._owner = owner
         self._generation = watching.generation
-        self.inbox: deque[CallRecord] = deque()
+        self.inbox: watching.Inbox = deque()
         self._lock = threading.Lock()
         self._pending: list[CallRecord] = []
         # Each stream's last progress, and the time at which it was first seen.
-        self._progress: dict[Slot, tuple[int, float]] = {}
+        self._progress: dict[ProgressCell, tuple[int, float]] = {}
         self._reported: set[CallRecord] = set()
         self.stop = threading.Event()
         name = f"fi_ffi.watchdog({owner.seconds:g})"
@@ -185,21 +154,21 @@ class _Watch:
             # Drop finished calls before reading the streams' progress, which then includes them.
             self._pending = [call for call in self._pending if not call.is_over]
             self._reported.intersection_update(self._pending)
-            queues: dict[Slot | None, list[CallRecord]] = {}
+            queues: dict[ProgressCell | None, list[CallRecord]] = {}
             for call in self._pending:
-                queues.setdefault(call.slot, []).append(call)
+                queues.setdefault(call.cell, []).append(call)
             now = time.monotonic()
             before, self._progress = self._progress, {}
             late: list[Hang] = []
-            for slot, calls in queues.items():
-                late += self._late(slot, calls, before, now)
+            for cell, calls in queues.items():
+                late += self._late(cell, calls, before, now)
             return late
 
     def _late(
         self,
-        slot: Slot | None,
+        cell: ProgressCell | None,
         calls: list[CallRecord],
-        before: dict[Slot, tuple[int, float]],
+        before: dict[ProgressCell, tuple[int, float]],
         now: float,
     ) -> list[Hang]:
         """Return the late calls among those of one stream, or among those without a stream
@@ -207,11 +176,11 @@ class _Watch:
         # The time of the stream's last progress.
         moved, limit = 0.0, self._owner.seconds
         queued = [call for call in calls if call.mark is not None]
-        if slot is not None:
-            value = slot.value
-            known = before.get(slot, (value, 0.0))
+        if cell is not None:
+            value = cell.value
+            known = before.get(cell, (value, 0.0))
             moved = known[1] if known[0] == value else now
-            self._progress[slot] = value, moved
+            self._progress[cell] = value, moved
         if queued:
             first = min(queued, key=lambda call: call.left)
             waited = now - max(moved, first.started)
@@ -224,7 +193,7 @@ class _Watch:
             # If the stream made no progress since this call began, the stream's first call will be
             # late instead.
             if not call.has_returned and waited > limit and (not queued or moved > call.started):
-                late.append(Hang(call, waited, calls[i + 1 :] if slot is not None else []))
+                late.append(Hang(call, waited, calls[i + 1 :] if cell is not None else []))
         return late
 
     def _run(self) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from fi_ffi.abi import library, streams
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.abi.allocator import _ALLOCATORS, HOST, Allocator, Source
+from fi_ffi.abi.allocator import _ALLOCATORS, HOST, Allocator, MemoryPool
 from fi_ffi.abi.failure import check
 from fi_ffi.abi.library import TypeIndex
 from fi_ffi.abi.objects import Tensor
@@ -32,8 +32,8 @@ class Ledger:
         self.given: list[tuple[int, Device, int]] = []
 
     @property
-    def source(self) -> Source:
-        return Source(self.take, self.give_back)
+    def source(self) -> MemoryPool:
+        return MemoryPool(self.take, self.give_back)
 
     def take(self, count: int, device: Device, stream: int) -> int:
         self.taken.append((count, device, stream))
@@ -66,7 +66,7 @@ def failing(error: BaseException) -> Allocator:
     def fail(count: int, device: Device, stream: int) -> int:
         raise error
 
-    return Allocator({"cpu": Source(fail, HOST.give_back)})
+    return Allocator({"cpu": MemoryPool(fail, HOST.give_back)})
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (4, 0, 2), (7,), (1, 1, 1, 1, 9)])
@@ -242,7 +242,7 @@ def test_a_source_that_cannot_take_back(monkeypatch: pytest.MonkeyPatch) -> None
     def fail(*_: object) -> None:
         raise RuntimeError("the device is gone")
 
-    made = Allocator({"cpu": Source(lambda *_: 0x1000, fail)})
+    made = Allocator({"cpu": MemoryPool(lambda *_: 0x1000, fail)})
     with made.installed():
         alloc().release()
     assert made.count == 0
@@ -254,7 +254,7 @@ import sys
 import cffi
 from fi_ffi.abi import library
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.abi.allocator import HOST, Allocator, Source
+from fi_ffi.abi.allocator import HOST, Allocator, MemoryPool
 from fi_ffi.loader import runtime
 from tests.helpers.allocating import alloc
 
@@ -262,7 +262,7 @@ def give_back(address, device, stream):
     print("given back", flush=True)
 
 runtime.ensure_tvm_ffi()
-made = Allocator({"cpu": Source(HOST.take, give_back)})
+made = Allocator({"cpu": MemoryPool(HOST.take, give_back)})
 with made.installed():
     alloc((4,), "uint8").release()
     left = alloc((4,), "uint8")

@@ -15,8 +15,8 @@ from fi_ffi.abi.signature import (
     parse_type,
     signature_from_mismatch,
 )
-from fi_ffi.abi.values import packer_of
 from fi_ffi.errors import AbiError
+from fi_ffi.modules.packing import packer_of
 
 # Printed by functions of FlashInfer 0.6.13 and of libtvm_ffi_testing: parameters and result.
 REAL = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,11 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.function import Entry, array_values, make_array
-from fi_ffi.abi.objects import CallArena
-from fi_ffi.abi.tensor import DEVICE_TYPES, DTYPES, Device, TensorDesc, parse_device
-from fi_ffi.abi.values import packer_of
+from fi_ffi.abi.tensor import DTYPES, TensorDesc, parse_device
 from fi_ffi.errors import ArgumentError, ArgumentTypeError, KernelError
 
 from tests.helpers.ids import shown
@@ -24,10 +20,9 @@ SCALARS = [None, True, False, 0, 1, -1, 2**63 - 1, -(2**63), 0.0, -0.0, 1e-300, 
 # 7 bytes are kept inline, 8 on the heap.
 TEXTS = ["", "a", "1234567", "12345678", "naïve", "€€€", "😀", "a\0b", "\0", "12345678\0", "\0" * 9]
 TEXTS += ["x" * 2**20, "é\0" * 2**19]
-BLOBS = [text.encode() for text in TEXTS] + [b"\xff\xfe", bytes(range(256))]
 DTYPE_VALUES = list(DTYPES.values())
-DEVICES = [parse_device(name) for name in DEVICE_TYPES] + [parse_device("cuda:7")]
-VALUES = [*SCALARS, *TEXTS, *BLOBS, *DTYPE_VALUES, *DEVICES]
+BLOBS = [text.encode() for text in TEXTS] + [b"\xff\xfe", bytes(range(256))]
+VALUES = [*SCALARS, *TEXTS, *BLOBS, *DTYPE_VALUES]
 
 
 def same(left: Any, right: Any) -> bool:
@@ -47,7 +42,7 @@ def test_round_trips(echo: Entry, callback: Callable[..., Entry]) -> None:
     for value in VALUES:
         assert same(echo(value), value) and same(identity(value), value), shown(value)
         assert same(seen.pop(), value), shown(value)
-        with make_array([value, [], value][::2]) as array:
+        with make_array([value, value]) as array:
             assert all(same(element, value) for element in array_values(array)), shown(value)
         made = callback(lambda value=value: make_array([value, 1]), 0)()
         assert made.use_count == 1 and same(array_values(made)[0], value)
@@ -81,8 +76,7 @@ class Name(str, enum.Enum):
 
 MEANING = [(np.int64(1), 1), (np.float32(1), 1.0), (np.True_, True), (Colour.RED, 1)]
 MEANING += [(type("Sly", (str,), {"encode": None})("text"), "text")]
-MEANING += [(Name.NHD, "nhd"), (bytearray(b"x"), b"x")]
-MEANING += [(Device("cuda", 3), parse_device("cuda:3"))]  # one that was made by hand
+MEANING += [(Name.NHD, "nhd"), (bytearray(b"x"), b"x"), (memoryview(b"x"), b"x")]
 
 
 @pytest.mark.parametrize(("value", "expected"), MEANING, ids=shown)
@@ -90,12 +84,13 @@ def test_values_of_the_same_meaning(value: object, expected: object, echo: Entry
     assert same(echo(value), expected)
 
 
-WITHOUT_FORM = [object(), int, {1, 2}, 1j, iter([1]), itertools.count(), [1, [object()]]]
+# What `fi_ffi.modules` packs is refused here too.
+WITHOUT_FORM = [object(), int, 1j, iter([1]), [1], {"a": 1}, parse_device("cpu"), len]
 
 
 @pytest.mark.parametrize("value", WITHOUT_FORM, ids=shown)
 def test_values_without_a_form(value: object, echo: Entry, callback: Callable[..., Entry]) -> None:
-    with pytest.raises(ArgumentTypeError, match=r"testing.echo: argument `1(\[1\]\[0\])?`: got"):
+    with pytest.raises(ArgumentTypeError, match="testing.echo: argument `1`: got"):
         echo(None, value)
     with pytest.raises(KernelError, match="ArgumentTypeError: .*`result"):
         callback(lambda: value, 0)()
@@ -119,18 +114,6 @@ def test_tensors_are_seen_as_they_are(
     callback(seen.append)(desc)
     with echo(desc) as tensor:  # an object: what is kept of it is safe
         assert repr(tensor.described()) == repr(seen[0]) == repr(desc)
-    with callback(lambda desc: [(desc,)])(desc) as outer:  # which keeps the argument's object
-        assert outer.use_count == 1
     # Without an owner it would name memory that may be gone when the caller looks.
-    for result in (desc, [desc], {"a": (1, desc)}):
-        with pytest.raises(KernelError, match=r"ArgumentTypeError: .*`result.*an owner"):
-            callback(lambda _, result=result: result)(desc)
-
-
-def test_a_choice_that_was_not_taken_leaves_nothing() -> None:
-    """Its tensors would count as the call's."""
-    arena, slot = CallArena("op"), ffi.new("TVMFFIAny *")
-    pack = packer_of("Variant<Tuple<ffi.Tensor, int>, Tuple<ffi.Tensor, str>>")
-    pack(slot[0], (np.zeros(2), "a"), arena, "x")
-    assert [where for where, _ in arena.descs] == ["x[0]"]
-    arena.end()
+    with pytest.raises(KernelError, match=r"ArgumentTypeError: .*`result.*an owner"):
+        callback(lambda _: desc)(desc)

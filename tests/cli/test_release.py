@@ -1,4 +1,4 @@
-"""`fi-ffi release`: two small releases whose difference is known, and two that were published."""
+"""`python3 -m tools.release`: two small releases that differ as known, and two published ones."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import pytest
 from click.testing import CliRunner
 
 from fi_ffi.abi.signature import Signature
-from fi_ffi.cli import main
+from fi_ffi.catalogue.ahead_of_time import sha256_of
 from fi_ffi.errors import ArgumentError, ArtifactError, BuildError, FetchError
 from fi_ffi.loader import cache
-from fi_ffi.loader.listed import sha256_of
 from tools.release import Function, record
+from tools.release.command import main
 from tools.release.compare import changes
 from tools.release.declared import GONE, declared
 from tools.release.wheels import open_release, published
@@ -201,7 +201,7 @@ def wheels(tmp_path, own_cache):
 
 
 def run(*arguments: str, code: int = 0) -> str:
-    result = CliRunner().invoke(main, ["release", *arguments])
+    result = CliRunner().invoke(main, arguments)
     assert result.exit_code == code, result.output
     return result.output
 
@@ -364,7 +364,7 @@ def test_a_release_is_recorded(wheels, checkout):
     assert after == before | {"0.6.13.post1": made}
     assert [*after][17:20] == ["0.6.12", "0.6.13", "0.6.13.post1"]
     assert "written" not in run(*asked) and "stale" not in run(*asked, "--check")
-    result = CliRunner().invoke(main, ["release", "record", "0.6.13", "--to", str(checkout / "x")])
+    result = CliRunner().invoke(main, ["record", "0.6.13", "--to", str(checkout / "x")])
     assert result.exit_code == 2 and "expected a checkout of the repository" in result.output
     text = run("record", wheels[0], "--to", str(checkout), code=1)
     assert "aot.py asks for no GPU, so its list cannot be read" in text

@@ -35,7 +35,7 @@ from tests.helpers.prepared_calls import EVERY_OP, Placed, draw, placed
 @pytest.fixture(autouse=True)
 def _nothing_is_left():
     yield
-    assert watching.hooks == ()
+    assert watching.inboxes == watching.logs == ()
 
 
 @pytest.fixture

@@ -226,7 +226,7 @@ def test_statuses_are_on_the_page():
 @pytest.mark.parametrize(
     ("typed", "said"),
     [(("doctr",), "doctor"), (("cache", "lst"), "list"), (("lock", "verfy"), "verify"),
-     (("release", "dif"), "diff"), (("qqqq",), "the commands are build, cache"),
+     (("release", "diff"), "python3 -m tools.release"), (("qqqq",), "the commands are build,"),
      (("trace",), "FI_FFI_DUMP_DIR=FOLDER PROGRAM"), (("download", "x"), "fi-ffi fetch NAME"),
      (("demo", "--devise", "cpu"), "--device"), (("fetch", "rmsnrom"), "rmsnorm"),
      (("list", "--matrix", "--family", "rmsnrom"), "rmsnorm")],

@@ -18,7 +18,7 @@ import pytest
 from fi_ffi import comm
 from fi_ffi.abi.tensor import parse_device
 from fi_ffi.comm import hang
-from fi_ffi.comm.hang import Copies, Monitor, ends
+from fi_ffi.comm.hang import Copies, Monitor, run_with_deadline
 from fi_ffi.comm.memory import has_ended, place_of
 
 from tests.helpers import ranks
@@ -205,7 +205,7 @@ def test_a_monitor_ends_with_its_group():
 
     owner = Owner()
     monitor = Monitor([Nothing()], CPU, 0.05, weakref.WeakMethod(owner.tell))
-    assert "fi_ffi.comm" in {thread.name for thread in threading.enumerate()}
+    assert "fi_ffi.comm.monitor" in {thread.name for thread in threading.enumerate()}
     del owner
     gc.collect()
     for thread in monitor._threads:
@@ -229,10 +229,10 @@ def test_a_process_that_has_ended():
 
 def test_a_call_that_may_never_return():
     never, begun = threading.Event(), time.monotonic()
-    assert ends(lambda: time.sleep(0.2), lambda: True)
+    assert run_with_deadline(lambda: time.sleep(0.2), lambda: True)
     assert time.monotonic() - begun < 1
-    assert not ends(never.wait, lambda: time.monotonic() - begun > 1.5)
+    assert not run_with_deadline(never.wait, lambda: time.monotonic() - begun > 1.5)
     assert 1.5 < time.monotonic() - begun < 20
     with pytest.raises(ZeroDivisionError):
-        ends(lambda: 1 / 0, lambda: False)
+        run_with_deadline(lambda: 1 / 0, lambda: False)
     never.set()

@@ -16,7 +16,7 @@ import fi_ffi
 from fi_ffi.cli.cuda import check as checked
 from fi_ffi.loader import machine, search
 from fi_ffi.ops.call import cuda
-from fi_ffi.ops.moe import deepgemm, modes
+from fi_ffi.ops.moe import deepgemm, rows
 from fi_ffi.ops.moe.interface import MODULE, MODULES
 from fi_ffi.ops.moe.modes import MODES
 from fi_ffi.reference import moe_weights
@@ -165,10 +165,10 @@ def test_of_one(mode, act, out, given, rng, to_gpu, stream, record_property):
 def one_step(monkeypatch):
     """Calls of few tokens may have 4-bit rows of one step."""
     monkeypatch.setattr(moe_layers, "TOO_SMALL", {})
-    monkeypatch.setattr(modes, "ONE_STEP_OF_FEW_TOKENS", True)
-    modes.row_of.cache_clear()
+    monkeypatch.setattr(rows, "ONE_STEP_OF_FEW_TOKENS", True)
+    rows.row_of.cache_clear()
     yield
-    modes.row_of.cache_clear()
+    rows.row_of.cache_clear()
 
 
 # Sizes of which one is of one step, or both; and tokens, experts of each and of all. The rows are
@@ -176,7 +176,7 @@ def one_step(monkeypatch):
 FEW = [(hidden, inter, tokens, top_k, experts)
        for hidden, inter in ((128, 128), (128, 256), (256, 128))
        for tokens, top_k, experts in ((1, 1, 1), (1, 2, 2), (4, 2, 8), (8, 2, 4), (64, 1, 1))
-       if 2 * modes._most_tiles(experts, tokens, top_k, inter, hidden) <= 132]  # fmt: skip
+       if 2 * rows._most_tiles(experts, tokens, top_k, inter, hidden) <= 132]  # fmt: skip
 
 
 @on_hopper

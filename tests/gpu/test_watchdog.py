@@ -93,8 +93,8 @@ class Machine:
 
     def left(self, stream: int | None = None) -> int:
         """How many marks a stream has still to write."""
-        slot = slot_of(stream or self.streams[0])
-        return slot.issued - slot.value
+        cell = cell_of(stream or self.streams[0])
+        return cell.issued - cell.value
 
     def check(self) -> None:
         """The results of what was called are right; waits for the device."""
@@ -112,8 +112,8 @@ def machine(calls, streams, gate):
     check(runtime.cudaFreeHost(other.address))
 
 
-def slot_of(stream: int) -> stream_progress.Slot | None:
-    return stream_progress.progress._slots.get(memory.stream_key(0, stream))
+def cell_of(stream: int) -> stream_progress.ProgressCell | None:
+    return stream_progress.progress._cells.get(memory.stream_key(0, stream))
 
 
 # ---------------------------------------------------------------- what is fine
@@ -125,8 +125,8 @@ def test_a_chain_of_200_calls_on_two_streams(to_gpu, rng, streams, capsys):
     with fi_ffi.watchdog(10.0) as dog:
         for i in range(200):
             of_streams[i % 2](streams[i % 2])
-    slots = [slot_of(stream) for stream in streams]
-    assert [(slot.issued, slot.value) for slot in slots] == [(100, 100), (100, 100)]
+    cells = [cell_of(stream) for stream in streams]
+    assert [(cell.issued, cell.value) for cell in cells] == [(100, 100), (100, 100)]
     assert dog.reports == []
     assert capsys.readouterr().err == ""
     for call in of_streams:
@@ -142,12 +142,12 @@ def test_threads_that_share_streams(calls, streams):
             with fi_ffi.watchdog(LONG) if watches and i % 10 == 0 else contextlib.nullcontext():
                 calls[0](stream)
 
-    before = [slot_of(stream).issued for stream in streams]
+    before = [cell_of(stream).issued for stream in streams]
     with fi_ffi.watchdog(LONG) as dog, ThreadPoolExecutor(4) as pool:
         list(pool.map(run, itertools.product(streams, (False, True))))
     assert dog.reports == []
     for stream, issued in zip(streams, before, strict=True):
-        assert slot_of(stream).issued == slot_of(stream).value == issued + 400
+        assert cell_of(stream).issued == cell_of(stream).value == issued + 400
     calls[0].check()
 
 
@@ -171,17 +171,17 @@ def test_default_streams(calls):
 def test_repeated_and_prepared_calls_are_marked_too(calls, stream):
     """They take short cuts where no watchdog is open."""
     prepared = fi_ffi.prepare(calls[0].op, *calls[0].descs, stream=stream)
-    issued = slot_of(stream).issued
+    issued = cell_of(stream).issued
     for _ in range(3):
         calls[0](stream)
         prepared()
-    assert slot_of(stream).issued == issued
+    assert cell_of(stream).issued == issued
     with fi_ffi.watchdog(LONG), fi_ffi.stream(stream):
         for _ in range(3):
             calls[0](stream)
             prepared()
             calls[0].op(*calls[0].descs)
-    assert slot_of(stream).issued == slot_of(stream).value == issued + 9
+    assert cell_of(stream).issued == cell_of(stream).value == issued + 9
     calls[0].check()
 
 
@@ -344,14 +344,14 @@ def capture(stream: int, launch):
 
 
 def test_a_capture_is_not_marked_nor_waited_for(calls, stream):
-    issued = slot_of(stream).issued
+    issued = cell_of(stream).issued
     with fi_ffi.watchdog(LONG) as dog:
         replay, nodes = capture(stream, lambda: [call(stream) for call in calls])
-        assert slot_of(stream).issued == issued
+        assert cell_of(stream).issued == issued
         replay()
         calls[0](stream)
     assert nodes == 2, "a kernel for each call, and no other node"
-    assert slot_of(stream).issued == issued + 1
+    assert cell_of(stream).issued == issued + 1
     assert dog.reports == []
     for call in calls:
         call.check()
@@ -363,7 +363,7 @@ def test_a_captured_call_may_be_the_first_that_is_watched(calls, stream, monkeyp
     monkeypatch.setattr(stream_progress, "progress", fresh)
     with fi_ffi.watchdog(LONG):
         replay, _ = capture(stream, lambda: calls[0](stream))
-    assert fresh._slots == {} and fresh._free == []
+    assert fresh._cells == {} and fresh._free == []
     replay()
     calls[0].check()
 
@@ -376,9 +376,9 @@ def test_memory_for_marks_may_be_needed_while_another_stream_captures(calls, str
 
     def launch():
         calls[0](capturing)
-        assert fresh._slots == {}
+        assert fresh._cells == {}
         calls[1](other)
-        assert len(fresh._slots) == 1
+        assert len(fresh._cells) == 1
 
     with fi_ffi.watchdog(LONG) as dog:
         replay, nodes = capture(capturing, launch)

@@ -31,12 +31,12 @@ from fi_ffi.loader import (
     libraries,
     lock,
     machine,
+    permission,
     runtime,
     search,
     trust,
     tvm_ffi,
 )
-from fi_ffi.loader.fetch import urls  # fmt: skip
 from fi_ffi.loader.kernels import KernelFile, open_source
 from fi_ffi.ops.call import cuda, providers
 from fi_ffi.ops.call.op import Op
@@ -90,7 +90,7 @@ def of_file(text: bytes, call: Callable[[Path], object], mode: int = 0o644) -> C
 
 
 def disk(number: int) -> None:
-    with cache.writing(Path("norm.so"), 10**6):
+    with cache.as_loader_error(Path("norm.so"), 10**6):
         raise OSError(number, os.strerror(number))
 
 
@@ -323,7 +323,7 @@ RAISED: list[HERE] = [
     ("Unsafe permissions", errors.ArtifactError,
      lambda tmp_path: writable(tmp_path, 0o777, trust.check_folder)),
     ("Unsafe permissions", errors.ArtifactError,
-     lambda tmp_path: writable(tmp_path, 0o777, trust.check_named)),
+     lambda tmp_path: writable(tmp_path, 0o777, trust.check_user_path)),
     ("Unsafe permissions", errors.ArtifactError,
      of_file(b"", lambda file: trust.check_object(file, file.lstat()), 0o666)),
     (DAMAGED, errors.ArtifactError, lambda tmp_path: no_wheel(tmp_path, "kernels.txt")),
@@ -331,7 +331,7 @@ RAISED: list[HERE] = [
     (DAMAGED, errors.ArtifactError,
      of_file(b"no library", lambda file: held.facts_of(KernelFile(file).file()))),
     ("Offline", errors.FetchError,
-     in_environment("FI_FFI_OFFLINE", "1", lambda: urls.refuse_offline("norm.so"))),
+     in_environment("FI_FFI_OFFLINE", "1", lambda: permission.check_permission("norm.so"))),
     ("No GPU", errors.LoaderError,
      lambda: machine._attribute.__wrapped__(machine.device_count(), 75)),
     ("libcudart is missing", errors.LoaderError, no_cudart),

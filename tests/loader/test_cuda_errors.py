@@ -153,7 +153,7 @@ def pretended(monkeypatch):
         runtime = Runtime(code, left)
         monkeypatch.setattr(machine, "load_cudart", lambda: (runtime, "a pretended one"))
         monkeypatch.setattr(machine, "thread", machine._Thread())
-        monkeypatch.setattr(failure, "examine", machine.examined)
+        monkeypatch.setattr(failure, "examine", machine.root_cause)
         if has_context:
             machine.thread.bound.add(0)
         return runtime
@@ -219,7 +219,7 @@ def kernel_error(message):
 def test_a_stale_error_is_named_and_forgotten(pretended):
     runtime = pretended(0, left=INVALID_DEVICE)
     blamed = kernel_error("mhc_post kernel launch failed with error code invalid device ordinal")
-    found = machine.examined(blamed)
+    found = machine.root_cause(blamed)
     assert type(found) is fi_ffi.KernelError and found.message.startswith(blamed.message)
     assert "cudaErrorInvalidDevice is not an error of a launch" in found.message
     assert (found.op, found.kind, found.backtrace) == (blamed.op, blamed.kind, "frames")
@@ -230,7 +230,7 @@ def test_a_kernel_s_own_error_stays_itself(pretended):
     """What its launch left behind is forgotten: the next launcher may ask for it."""
     runtime = pretended(0, left=1)
     own = kernel_error("FusedAddRMSNorm failed with error invalid argument")
-    assert machine.examined(own) is own
+    assert machine.root_cause(own) is own
     assert (runtime.left, runtime.queries) == (0, 1)
 
 
@@ -238,18 +238,18 @@ def test_a_kernel_s_own_error_stays_itself(pretended):
 def test_a_lost_gpu_behind_a_kernel_s_error(left, pretended):
     runtime = pretended(ILLEGAL, left=left)
     own = kernel_error("run failed")
-    found = machine.examined(own)
+    found = machine.root_cause(own)
     assert isinstance(found, fi_ffi.DeviceError)
     is_told(found, "mhc.mhc_post")
     assert found.__cause__ is own, "the kernel's words are kept"
     assert runtime.queries == (0 if left else 1) and runtime.left == 0
-    assert machine.examined(found) is found
+    assert machine.root_cause(found) is found
 
 
 def test_a_thread_without_a_context_gets_none_by_asking(pretended):
     runtime = pretended(ILLEGAL, has_context=False)
     own = kernel_error("run failed")
-    assert machine.examined(own) is own
+    assert machine.root_cause(own) is own
     assert runtime.queries == 0
 
 

@@ -22,7 +22,7 @@ THREADS = 8
 def nothing_kept(monkeypatch):
     """Files of a test are not kept longer than it lasts."""
     kept: dict[tuple[int, int], tuple[int, str]] = {}
-    monkeypatch.setattr(held, "_kept", kept)
+    monkeypatch.setattr(held, "open_libraries", kept)
     yield kept
     for fd, _ in kept.values():
         os.close(fd)

@@ -1,7 +1,7 @@
 """Module names: built and read as FlashInfer's own generators do; what a source of them lacks.
 
 `data/uris.json` has what the generators of every supported release answered
-(`fi-ffi release record` made it); those of the default release are asked again here.
+(`python3 -m tools.release record` made it); those of the default release are asked again here.
 """
 
 from __future__ import annotations
@@ -15,14 +15,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fi_ffi.catalogue.advice import build_advice, missing_module_message
+from fi_ffi.catalogue.families import DEFAULT_RELEASE
+from fi_ffi.catalogue.modules import modules_of, nearest
+from fi_ffi.catalogue.requests import parse_request
 from fi_ffi.errors import ArgumentError
-from fi_ffi.loader.catalogue import build_advice, modules_of, nearest, without
 from fi_ffi.loader.kernels import open_source
 from fi_ffi.loader.uris import DTYPES, KINDS, ROWS, Number, Words, family_row, parse, uri
 from fi_ffi_build.build import available
-from fi_ffi_build.described import generated_names
-from fi_ffi_build.names import DEFAULT_RELEASE, parse_request
+from fi_ffi_build.questions import question_of
 from tools import gpu_kernels
+from tools.release.described import generated_names
 from tools.release.record import EVERY_ARCH
 
 from tests.helpers.compiler import why_not_build
@@ -350,7 +353,7 @@ def test_nearest_of_names_without_parameters(published):
 
 def test_what_is_missing_names_the_nearest_and_the_build_line(published):
     wanted = name("batch_prefill", dtype_q="bf16", head_dim_qk=96, backend="fa3")
-    text = without(published, wanted)
+    text = missing_module_message(published, wanted)
     assert text.startswith(f"the wheel has no module {wanted}; the nearest it has:\n")
     near = name("batch_prefill", dtype_q="bf16", head_dim_qk=128, backend="fa3")
     assert f"    {near} (head_dim 128x128, not 96x96)\n" in text
@@ -358,15 +361,18 @@ def test_what_is_missing_names_the_nearest_and_the_build_line(published):
         f"`fi-ffi build --release 0.6.13 --arch 9.0a {wanted}` makes it"
     )
     # The line is one that the build understands: it calls a generator with what was read.
-    assert parse_request(wanted).as_json("0.6.13")["arguments"]["head_dim_qk"] == 96
+    assert question_of(parse_request(wanted), "0.6.13")["arguments"]["head_dim_qk"] == 96
 
 
 def test_sources_with_little():
-    assert without(Source(), "norm") == "the wheel has no module norm; it has none at all"
-    text = without(Source("norm", "page"), name("single_decode", **HALF))
+    assert (
+        missing_module_message(Source(), "norm")
+        == "the wheel has no module norm; it has none at all"
+    )
+    text = missing_module_message(Source("norm", "page"), name("single_decode", **HALF))
     assert text.endswith("; it has norm, page")
     many = Source(*(f"m{number}" for number in range(20)))
-    assert without(many, "gdn_prefill_sm90").endswith(" and 8 more")
+    assert missing_module_message(many, "gdn_prefill_sm90").endswith(" and 8 more")
 
 
 def test_a_release_that_lacks_the_module():
@@ -434,7 +440,7 @@ def test_the_generators_of_the_default_release(build_dir):
     expected = {str(n): name for n, (_case, name) in enumerate(cases)}
     plain = [r.family for r in ROWS if not r.kinds and r.generator and r.holds_for(DEFAULT_RELEASE)]
     for name in [*expected.values(), *plain]:
-        request = parse_request(name).as_json(DEFAULT_RELEASE)
+        request = question_of(parse_request(name), DEFAULT_RELEASE)
         if "generator" in request:
             requests.append(request)
     expected |= {request["text"]: request["text"] for request in requests[len(cases) :]}

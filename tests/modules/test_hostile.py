@@ -16,7 +16,8 @@ import fi_ffi
 from fi_ffi import ArgumentError, ArgumentTypeError
 from fi_ffi.abi.function import Entry, global_function, make_array, probe
 from fi_ffi.abi.objects import CallArena, Function, Object, String, Tensor
-from fi_ffi.modules.entry import Life
+from fi_ffi.modules.entry import HandleGuard
+from fi_ffi.modules.packing import call
 
 MANY = 100_000
 
@@ -138,7 +139,7 @@ OWNERS = {
     "String": lambda every: String.create("long enough for the heap"),
     "Tensor": lambda every: tensor_of(X),
     "CallArena": lambda every: CallArena("call"),
-    "Life": lambda every: Life(None),
+    "HandleGuard": lambda every: HandleGuard(None),
 }
 
 
@@ -176,7 +177,7 @@ def test_values_inside_themselves(every, name):
         with pytest.raises(ArgumentError, match="endlessly nested values, expected values"):
             every.entry(name)(value)
         with pytest.raises(RecursionError):
-            global_function("ffi.Array")(value)
+            call(global_function("ffi.Array"), value)
     one, inner = every.entry(name)([1, [2]])
     assert (one, [*inner]) == (1, [2])
 

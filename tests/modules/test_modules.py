@@ -311,7 +311,7 @@ def test_an_interruption_while_it_is_read(tmp_path: Path, tvm_ffi_loaded: object
 
 
 def test_every_type_in_the_page_s_table_is_taken():
-    from fi_ffi.abi.values import packer_of
+    from fi_ffi.modules.packing import packer_of
 
     text = (ROOT / "docs" / "modules.md").read_text()
     table = text.partition("| type | takes | gives |")[2].partition("\n\n")[0]

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 
 import fi_ffi
-from fi_ffi.abi import reflection
 from fi_ffi.abi.objects import Object, find_global
 from fi_ffi.abi.signature import Signature
 from fi_ffi.errors import AbiError, ArgumentError, ArgumentTypeError, KernelError
-from fi_ffi.modules import ReflectedObject
+from fi_ffi.modules import ReflectedObject, reflection
 
 from tests.helpers.children import done
 from tests.ops.test_threads import at_once

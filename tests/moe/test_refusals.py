@@ -10,7 +10,7 @@ import pytest
 
 import fi_ffi
 from fi_ffi.ops.call import compiled
-from fi_ffi.ops.moe import modes
+from fi_ffi.ops.moe import rows
 
 from tests.helpers import moe_layers
 from tests.helpers.moe_layers import BF16, F16, F32, a, refused
@@ -183,13 +183,13 @@ def test_one_step_of_4_bit_weights(mode, size, of, monkeypatch):
 def test_one_step_of_few_tokens(of, monkeypatch):
     """Where the switch is on: as long as no block can have two tiles."""
     monkeypatch.setattr(moe_layers, "TOO_SMALL", {})
-    monkeypatch.setattr(modes, "ONE_STEP_OF_FEW_TOKENS", True)
+    monkeypatch.setattr(rows, "ONE_STEP_OF_FEW_TOKENS", True)
     # On the CPU there are as many multiprocessors as a call could need.
     monkeypatch.setattr(compiled.Variant, "__getattr__", lambda self, name: 132)
     sizes = {"hidden": 256, "inter": 256, "experts": 5} | {of: 128}
     # 66 tiles at most: of 64 rows 4 or 8, and of each 5 and one for every 16 of two for a token.
     most = 95 if of == "inter" else 31
-    modes.row_of.cache_clear()
+    rows.row_of.cache_clear()
     try:
         for tokens, is_refused in ((1, False), (most, False), (most + 1, True)):
             made = a("mxfp4", tokens=tokens, **sizes)
@@ -203,7 +203,7 @@ def test_one_step_of_few_tokens(of, monkeypatch):
                 layer(**tensors, quant_scales=made.scales, **flags)
                 assert made.worst(tensors["output"]) <= 1
     finally:
-        modes.row_of.cache_clear()
+        rows.row_of.cache_clear()
 
 
 def test_without_a_gate_the_first_weights_are_half():

@@ -252,8 +252,8 @@ def test_inputs_are_left_alone(rng):
 
 
 def test_the_reference_numbers_activations_alike():
-    from fi_ffi.ops.moe import interface
+    from fi_ffi.ops.moe import activations, interface
     from fi_ffi.reference import moe
 
-    assert moe.ACTIVATIONS == interface.ACTIVATIONS
+    assert moe.ACTIVATIONS == activations.ACTIVATIONS
     assert moe.KERNELS[interface.MODULE].keys() >= {interface.INTERLEAVE.signature.name}

@@ -16,8 +16,9 @@ import fi_ffi
 from fi_ffi.abi.function import make_array, probe
 from fi_ffi.loader import search
 from fi_ffi.ops.call import cuda, memory
-from fi_ffi.ops.moe import profile
-from fi_ffi.ops.moe.interface import INTERLEAVE, SET_INCLUDE_DIRS, Runner, of_release
+from fi_ffi.ops.moe import tactics
+from fi_ffi.ops.moe.interface import INTERLEAVE, SET_INCLUDE_DIRS, of_release
+from fi_ffi.ops.moe.kernels import Runner
 
 from tests.helpers.moe_layers import EVERY, F8, F16, FLAGS, I64, U8, make
 
@@ -44,7 +45,7 @@ DTYPES = {"half": (F16, F16), "fp8": (F8, F8), "nvfp4": (F16, I64), "nvfp4_packe
 def moe_of(recording, release: str, mode: str = "half") -> fi_ffi.FusedMoe:
     """On the host's memory, with the recording object for its kernels."""
     moe = fi_ffi.FusedMoe(*DTYPES[mode], F16, device="cpu", **FLAGS[mode])
-    moe._runner = runner_of(recording, release)
+    moe._kernels._runner = runner_of(recording, release)
     return moe
 
 
@@ -56,7 +57,7 @@ def launched(recording, release, made, *, times=2, **asked):
         made.call_of(moe, **asked)
     words = {module.last() for _ in range(times)}
     assert len(words) == 1
-    (compiled,) = moe._calls.values()
+    ((compiled, _),) = moe._call._rows.values()
     (variant,) = compiled.variants.values()
     assert len(variant.frames) == 1
     return words.pop().split()[1:]
@@ -131,7 +132,7 @@ def test_scales_arrive_and_are_those_of_the_call(release, recording, rng):
         words = module.last().split()[1:]
         assert words[8:14] == ["{", *map(shown, made.scales), "}"]
         assert words[14:18] == ["none"] * 4
-    assert len(moe._calls) == 2, "by the scales' forms, not by sizes"
+    assert len(moe._call._rows) == 2, "by the scales' shapes, not by sizes"
 
 
 @each_variant
@@ -164,7 +165,7 @@ def test_calls_of_any_sizes_share_a_frame(recording, rng):
         words = module.last().split()[1:]
         assert words[0] == shown(made.tensors["output"])
         assert words[4] == shown(made.tensors["fc1_expert_weights"])
-    (compiled,) = moe._calls.values()
+    ((compiled, _),) = moe._call._rows.values()
     (variant,) = compiled.variants.values()
     assert len(variant.frames) == 1
 
@@ -221,7 +222,7 @@ def test_the_workspace_is_given_back(recording, rng):
 def test_a_frame_whose_tensor_a_callee_keeps_serves_no_other_call(recording, rng, monkeypatch):
     made, moe = make(rng, "fp8", F8, F16), moe_of(recording, "0.6.13", "fp8")
     made.call_of(moe)
-    (variant,) = next(iter(moe._calls.values())).variants.values()
+    (variant,) = next(iter(moe._call._rows.values()))[0].variants.values()
     frame, kept = variant.frames.pop(), []
     monkeypatch.setattr(memory, "keep", kept.append)
     with make_array([next(iter(frame._objects.values()))]):  # as a callee might
@@ -234,7 +235,7 @@ def test_a_frame_whose_tensor_a_callee_keeps_serves_no_other_call(recording, rng
 def test_frames_let_their_arrays_go(recording, rng):
     made, moe = make(rng, "fp8", F8, F16), moe_of(recording, "0.6.13", "fp8")
     made.call_of(moe)
-    (compiled,) = moe._calls.values()
+    ((compiled, _),) = moe._call._rows.values()
     (variant,) = compiled.variants.values()
     (frame,) = variant.frames
     (array,), tensors = frame._arrays, [*frame._objects.values()]
@@ -258,7 +259,7 @@ def test_a_workspace_size_that_the_release_tells(recording, monkeypatch):
     size = moe.workspace_size(10, 64, 128, 8, 2, ep_size=2, ep_rank=1, activation_type="Identity")
     assert size == 12345
     assert recording("-DABSOLUTE").last() == "size: 10 64 128 8 2 1 0 2 1 no 9 "
-    moe._runner = runner_of(recording, "0.6.13")
+    moe._kernels._runner = runner_of(recording, "0.6.13")
     with pytest.raises(fi_ffi.KernelNotFoundError, match="does not report it"):
         moe.workspace_size(10, 64, 128, 8, 2)
 
@@ -278,7 +279,7 @@ def timed(monkeypatch):
         yield found
         found.append(next(times))
 
-    monkeypatch.setattr(profile, "_elapsed", elapsed)
+    monkeypatch.setattr(tactics, "_elapsed", elapsed)
     return start
 
 
@@ -287,7 +288,7 @@ PROFILED = ("input", "fc1_expert_weights", "fc2_expert_weights")
 
 def profiled(recording, release, made, timed, monkeypatch, times):
     moe = moe_of(recording, release)
-    moe.make_runner = lambda: runner_of(recording, release)
+    moe._kernels.make_runner = lambda: runner_of(recording, release)
     monkeypatch.setattr(cuda, "is_capturing", lambda stream: False)
     timed(times)
     return moe.profile(**{name: made.tensors[name] for name in PROFILED}, top_k=2, repeats=4)
@@ -331,9 +332,9 @@ def test_profiles_are_kept(recording, monkeypatch, rng):
 
     def measure(*args):
         counted.append(args)
-        return profile.Profile((1, 1), (), ())
+        return tactics.Profile((1, 1), (), ())
 
-    monkeypatch.setattr(profile, "measure", measure)
+    monkeypatch.setattr(tactics, "measure", measure)
     given = {name: made.tensors[name] for name in PROFILED}
     for _ in range(3):
         assert moe.profile(**given, top_k=2).profile_ids == (1, 1)
@@ -396,12 +397,12 @@ def test_modes_of_later_releases(release, mode, recording, monkeypatch, rng):
     moe = fi_ffi.FusedMoe(act, weight, out, device="cpu", **FLAGS[mode])
     if mode == "mxfp8":
         with pytest.raises(fi_ffi.KernelNotFoundError, match="mxfp8 .* laid out"):
-            moe.make_runner()
-    moe._runner = runner_of(recording, "0.6.13")
-    moe._runner.release_in_use = "0.6.9"
+            moe._kernels.make_runner()
+    moe._kernels._runner = runner_of(recording, "0.6.13")
+    moe._kernels._runner.release_in_use = "0.6.9"
     with pytest.raises(fi_ffi.KernelNotFoundError, match="has no Relu2 with MXFP"):
-        moe.number_of("op", "Relu2")
-    assert moe.number_of("op", "Swiglu") == 3
+        moe._kernels.number_of("op", "Relu2")
+    assert moe._kernels.number_of("op", "Swiglu") == 3
     if mode == "mxfp8":
         given = {name: made.tensors[name] for name in PROFILED}
         with pytest.raises(fi_ffi.KernelNotFoundError, match="the profiler of FlashInfer 0.6.9"):

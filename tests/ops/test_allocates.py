@@ -10,7 +10,7 @@ import pytest
 
 import fi_ffi
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.abi.allocator import Source
+from fi_ffi.abi.allocator import MemoryPool
 from fi_ffi.abi.function import register
 from fi_ffi.loader.runtime import ensure_tvm_ffi
 from fi_ffi.ops.call import compiled, cuda
@@ -80,7 +80,7 @@ def test_a_source_that_fails_is_told_by_the_op(kernel, monkeypatch):
         raise MemoryError(f"{count} bytes is too much")
 
     sources = cuda.kernel_memory()._sources
-    monkeypatch.setitem(sources, "cpu", Source(fail, sources["cpu"].give_back))
+    monkeypatch.setitem(sources, "cpu", MemoryPool(fail, sources["cpu"].give_back))
     with pytest.raises(fi_ffi.KernelError, match="96 bytes is too much"):
         call(ROW)
     assert not kernel

@@ -35,7 +35,7 @@ HEAD = re.compile(r"\[(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{6}) (\d+)\] #(\d+) (.*
 @pytest.fixture(autouse=True)
 def _nothing_is_left():
     yield
-    assert watching.hooks == () and hooks.watcher is None
+    assert watching.inboxes == watching.logs == () and hooks.watcher is None
 
 
 @pytest.fixture
@@ -407,7 +407,7 @@ def test_a_closed_log_keeps_no_file_open(mine, path):
 def test_a_watchdog_beside_a_log(mine, path):
     """Each sees all calls, whichever was opened or closed first."""
     inner = []
-    mine.work = lambda: inner.append(len(watching.hooks))
+    mine.work = lambda: inner.append(len(watching.inboxes + watching.logs))
     log = fi_ffi.call_log(1, path)
     mine.op(*mine.descs)
     with fi_ffi.watchdog(30):
@@ -460,7 +460,7 @@ def test_a_forked_child_goes_on(mine, tmp_path):
     pids = []
 
     def run():
-        assert len(watching.hooks) == len(watching.logs()) == 2
+        assert len(watching.logs) == 2 and watching.inboxes == ()
         mine.op(*mine.descs)
         with fi_ffi.watchdog(30):
             mine.op(*mine.descs)
@@ -551,7 +551,7 @@ def test_what_a_level_imports(level):
         from fi_ffi.watch import watching
         from fi_ffi.abi.tensor import parse_device
 
-        if watching.hooks:
+        if watching.logs:
             x = fi_ffi.TensorDesc(4096, (4,), "float16", device="cpu")
             watching.called("mine", print, (x, 3), [("0", x)], parse_device("cpu"))
         print("numpy" in sys.modules, "fi_ffi.watch.call_log" in sys.modules)

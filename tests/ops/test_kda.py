@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 import fi_ffi
+from fi_ffi.catalogue.requests import parse_request
 from fi_ffi.cli.cases import bound, case_of
 from fi_ffi.ops.states.kda import Kernel, row_of
-from fi_ffi_build.names import parse_request
+from fi_ffi_build.questions import question_of
 
 from tests.helpers.calls import called, of_bound, refused
 
@@ -426,7 +427,7 @@ def test_supports():
     for compiled, options in COMPILED:
         found = fi_ffi.recurrent_kda.supports(90, release="0.7.2.post1", **compiled)
         assert found.build == f"{command}:{options}"
-        made = parse_request(f"kda_decode:{options}").as_json("0.7.2.post1")["name"]
+        made = question_of(parse_request(f"kda_decode:{options}"), "0.7.2.post1")["name"]
         function = "grouped_kda_host" if "t" in compiled else "recurrent_kda_launch"
         assert found.module.endswith(f"_cute_dsl_{function}_{made}")
     assert fi_ffi.recurrent_kda.supports(90, release="0.7.1").status == "refused"

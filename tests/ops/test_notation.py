@@ -8,7 +8,7 @@ import pytest
 from packaging.specifiers import SpecifierSet
 
 import fi_ffi
-from fi_ffi.loader.listed import known_releases
+from fi_ffi.catalogue.ahead_of_time import known_releases
 from fi_ffi.ops.call.compiled import CompiledRow
 from fi_ffi.ops.call.notation import Condition, names_in, replaced, round_up
 from fi_ffi.ops.call.releases import forms_of, is_in, span_of

@@ -16,11 +16,11 @@ import pytest
 import fi_ffi
 from fi_ffi.capability.judgement import Query
 from fi_ffi.capability.matrix import lines
+from fi_ffi.catalogue.ahead_of_time import published
+from fi_ffi.catalogue.modules import members
 from fi_ffi.errors import FetchError, LoaderError
 from fi_ffi.loader import lock, machine, runtime, search
-from fi_ffi.loader.catalogue import members
-from fi_ffi.loader.fetch.urls import fetching, is_withheld
-from fi_ffi.loader.listed import published
+from fi_ffi.loader.permission import fetching, is_withheld
 from fi_ffi.loader.uris import parse
 from fi_ffi.ops.call.support import REFUSED, UNKNOWN, Support
 from fi_ffi.ops.functions import OPS

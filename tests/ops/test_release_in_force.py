@@ -10,7 +10,7 @@ from fi_ffi.loader import generation, search
 from fi_ffi.ops.call import compiled
 from fi_ffi.ops.call.releases import fits
 from fi_ffi.ops.functions import OPS
-from fi_ffi.ops.moe import fused
+from fi_ffi.ops.moe import kernels
 
 from tests.helpers.cases import default_dtypes, make_case
 from tests.helpers.decode_calls import DecodeCall
@@ -140,7 +140,7 @@ def test_without_a_lock_the_first_forms_are_in_force(tmp_path, monkeypatch):
 def asked(monkeypatch):
     """The names of entries that were looked for."""
     found = []
-    for module in (compiled, fused):
+    for module in (compiled, kernels):
         real = module.entry_for
         monkeypatch.setattr(
             module,

@@ -48,7 +48,7 @@ def threads() -> list[str]:
 @pytest.fixture(autouse=True)
 def _nothing_is_left():
     yield
-    assert watching.hooks == () and hooks.watcher is None
+    assert watching.inboxes == watching.logs == () and hooks.watcher is None
     assert threads() == []
 
 
@@ -106,10 +106,10 @@ class Gpu:
             if arg.name in descs:
                 write_tensor(frame, i, descs[arg.name])
         call = call_record.of_frame(frame, stream)
-        module.tell(call)
-        call.slot = self.progress.slot((0, stream))
+        watching.deliver(call)
+        call.cell = self.progress.cell((0, stream))
         if returns:
-            call.slot, call.mark = self.progress.mark(call.slot, (0, stream), stream)
+            call.cell, call.mark = self.progress.mark(call.cell, (0, stream), stream)
         return call
 
     def work(self, count: int = 1, stream: int = 7) -> None:
@@ -489,13 +489,13 @@ def test_nested_watchdogs_wait_for_their_own_calls(machine):
     assert (outer.reports, len(inner.dog.reports)) == ([], 1)
 
 
-# ---------------------------------------------------------------- slots
+# ---------------------------------------------------------------- cells
 
 
 def test_numbers_wrap_around(gpu):
-    slot = gpu.progress.slot((0, 7))
-    slot.issued = 2**32 - 3
-    ffi.cast("uint32_t *", slot.address)[0] = slot.issued
+    cell = gpu.progress.cell((0, 7))
+    cell.issued = 2**32 - 3
+    ffi.cast("uint32_t *", cell.address)[0] = cell.issued
     with fi_ffi.watchdog(LONG):
         calls = [gpu.launch() for _ in range(5)]
         assert [call.mark for call in calls] == [2**32 - 2, 2**32 - 1, 0, 1, 2]
@@ -514,9 +514,9 @@ def test_numbers_are_queued_in_their_order():
         gpu.write(stream, address, number)
 
     gpu.progress = stream_progress.StreamProgress(gpu.allocate, write)
-    slot, key = gpu.progress.slot((0, 7)), (0, 7)
+    cell, key = gpu.progress.cell((0, 7)), (0, 7)
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda _: gpu.progress.mark(slot, key, 7), range(2000)))
+        list(pool.map(lambda _: gpu.progress.mark(cell, key, 7), range(2000)))
     assert [number for _, number in gpu.queues[7]] == list(range(1, 2001))
 
 
@@ -527,40 +527,40 @@ def test_a_signal_handler_that_launches_in_between():
     def write(stream, address, number):
         if number in signals:
             signals.clear()
-            gpu.progress.mark(gpu.progress.slot((0, 7)), (0, 7), 7)
+            gpu.progress.mark(gpu.progress.cell((0, 7)), (0, 7), 7)
         gpu.write(stream, address, number)
 
     gpu.progress = stream_progress.StreamProgress(gpu.allocate, write)
-    slot = gpu.progress.slot((0, 7))
+    cell = gpu.progress.cell((0, 7))
     for _ in range(3):
-        gpu.progress.mark(slot, (0, 7), 7)
+        gpu.progress.mark(cell, (0, 7), 7)
     assert [number for _, number in gpu.queues[7]] == [1, 2, 2, 3]
 
 
 def test_pages_are_added_and_slots_taken_back():
     gpu = Gpu()
-    slots = [gpu.progress.slot((0, stream)) for stream in range(1024)]
+    cells = [gpu.progress.cell((0, stream)) for stream in range(1024)]
     assert len(gpu.pages) == 1
-    assert len({slot.address for slot in slots}) == 1024
-    assert all(slot.value == 0 for slot in slots), "whatever the memory held"
-    for stream, slot in enumerate(slots):
-        gpu.progress.mark(slot, (0, stream), stream)
-    others = [gpu.progress.slot((1, stream)) for stream in range(1024)]
+    assert len({cell.address for cell in cells}) == 1024
+    assert all(cell.value == 0 for cell in cells), "whatever the memory held"
+    for stream, cell in enumerate(cells):
+        gpu.progress.mark(cell, (0, stream), stream)
+    others = [gpu.progress.cell((1, stream)) for stream in range(1024)]
     assert len(gpu.pages) == 2, "every stream of the first page has something to write"
-    assert len({slot.address for slot in slots + others}) == 2048
-    for stream, slot in enumerate(others):
-        gpu.progress.mark(slot, (1, stream), 5000 + stream)
+    assert len({cell.address for cell in cells + others}) == 2048
+    for stream, cell in enumerate(others):
+        gpu.progress.mark(cell, (1, stream), 5000 + stream)
     gpu.work(stream=500)
-    taken = gpu.progress.slot((2, 0))
-    assert len(gpu.pages) == 2 and taken is slots[500], "the only one that is not waited for"
+    taken = gpu.progress.cell((2, 0))
+    assert len(gpu.pages) == 2 and taken is cells[500], "the only one that is not waited for"
     assert gpu.progress.mark(taken, (2, 0), 9999) == (taken, 2)
     # The stream that had it gets another, and writes its number there.
-    slot, number = gpu.progress.mark(slots[500], (0, 500), 500)
-    assert slot is gpu.progress.slot((0, 500)) and slot is not taken
-    assert gpu.queues[500] == deque([(slot.address, number)])
+    cell, number = gpu.progress.mark(cells[500], (0, 500), 500)
+    assert cell is gpu.progress.cell((0, 500)) and cell is not taken
+    assert gpu.queues[500] == deque([(cell.address, number)])
     gpu.work(stream=500)
-    assert (slot.until(number), taken.until(2)) == (0, 1)
-    assert [gpu.progress.slot((0, i)) for i in range(500)] == slots[:500]
+    assert (cell.until(number), taken.until(2)) == (0, 1)
+    assert [gpu.progress.cell((0, i)) for i in range(500)] == cells[:500]
 
 
 def test_an_error_of_the_write_is_raised(gpu):
@@ -568,10 +568,10 @@ def test_an_error_of_the_write_is_raised(gpu):
         raise fi_ffi.KernelError("cuStreamWriteValue32", "RuntimeError", "CUDA error 700")
 
     gpu.progress = stream_progress.StreamProgress(gpu.allocate, write)
-    slot = gpu.progress.slot((0, 7))
+    cell = gpu.progress.cell((0, 7))
     with pytest.raises(fi_ffi.KernelError, match="cuStreamWriteValue32.*700"):
-        gpu.progress.mark(slot, (0, 7), 7)
-    assert slot.issued == 0
+        gpu.progress.mark(cell, (0, 7), 7)
+    assert cell.issued == 0
 
 
 def test_without_a_gpu_cuda_errors_are_typed():
@@ -706,9 +706,9 @@ def test_a_forked_child_has_none_of_its_parents_watchdogs(gpu, mine):
 
     def run():
         nonlocal dog
-        assert watching.hooks == () and threads() == []
+        assert watching.inboxes == watching.logs == () and threads() == []
         assert stream_progress.progress is not before
-        assert stream_progress.progress._slots == {} and stream_progress.progress._lock.acquire(
+        assert stream_progress.progress._cells == {} and stream_progress.progress._lock.acquire(
             blocking=False
         )
         call(mine)

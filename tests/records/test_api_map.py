@@ -1,4 +1,4 @@
-"""fi_ffi/loader/data/flashinfer-api.toml against fi_ffi's names and the record of entries.
+"""fi_ffi/catalogue/data/flashinfer-api.toml against fi_ffi's names and the record of entries.
 
 tests/releases/test_api.py holds it against FlashInfer's own names.
 """
@@ -11,7 +11,7 @@ import pytest
 
 import fi_ffi
 from fi_ffi import comm
-from fi_ffi.loader.api_map import Row, release, rows
+from fi_ffi.catalogue.api_map import Row, release, rows
 from tools.entries import entries_of
 
 OF_VLLM = "vLLM: "

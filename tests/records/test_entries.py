@@ -9,9 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fi_ffi.loader.fatbin import sass_named
-from fi_ffi.loader.listed import (
-    Box,
+from fi_ffi.catalogue.ahead_of_time import (
+    ParameterGrid,
     compiles_for,
     gpus_in,
     in_wheel,
@@ -23,10 +22,11 @@ from fi_ffi.loader.listed import (
     spans_of_wheels,
     wheels_of,
 )
+from fi_ffi.loader.fatbin import sass_named
 from fi_ffi.loader.lock import the_lock
 from fi_ffi.loader.uris import parse, uri, version_of
 from tools.entries import entries_of
-from tools.release import boxes
+from tools.release import grids
 
 DEFAULT = the_lock().default_release
 NAMES = json.loads((Path(__file__).parents[1] / "loader" / "data" / "uris.json").read_text())
@@ -40,7 +40,8 @@ def names_of(release: str) -> list[str]:
 def test_every_module_of_the_list_is_recorded_once():
     record = entries_of(DEFAULT)
     listed = [group for group in record if group.is_listed]
-    names = [name for group in listed for box in group.boxes for name in boxes.names(box, DEFAULT)]
+    every = [grid for group in listed for grid in group.grids]
+    names = [name for grid in every for name in grids.names(grid, DEFAULT)]
     assert len(names) == len(set(names)) == sum(group.count for group in listed) == 956
     recorded = set(names)
     # The list for 9.0a was recorded by another tool.
@@ -76,21 +77,21 @@ def test_no_type_and_no_name_is_left_out():
 @pytest.mark.parametrize("release", recorded_releases())
 def test_boxes_are_the_names(release):
     names = names_of(release)
-    found = boxes.boxes_of(names, release)
-    again = sorted(name for box in found for name in boxes.names(box, release))
+    found = grids.grids_of(names, release)
+    again = sorted(name for grid in found for name in grids.names(grid, release))
     assert again == sorted(name for name in names if parse(name, release))
     assert len(found) < len(names) / 4
-    assert [Box.read(boxes.write(box)) for box in found] == found
+    assert [ParameterGrid.read(grids.write(grid)) for grid in found] == found
 
 
 @given(st.sets(st.sampled_from(names_of(DEFAULT)), min_size=1, max_size=60))
 @settings(max_examples=60, deadline=None)
 def test_boxes_of_any_names_have_these_and_no_others(names):
-    made = boxes.boxes_of(names, DEFAULT)
-    found = [name for box in made for name in boxes.names(box, DEFAULT)]
+    made = grids.grids_of(names, DEFAULT)
+    found = [name for grid in made for name in grids.names(grid, DEFAULT)]
     assert sorted(found) == sorted(names)
     for name in names_of(DEFAULT)[::29]:
-        assert any(box.has(parse(name, DEFAULT)) for box in made) == (name in names)
+        assert any(grid.has(parse(name, DEFAULT)) for grid in made) == (name in names)
 
 
 @pytest.mark.parametrize("release", recorded_releases())

@@ -6,7 +6,7 @@ those of which the lock pins kernels, and the newest.
 
 from __future__ import annotations
 
-from fi_ffi.loader.listed import known_releases
+from fi_ffi.catalogue.ahead_of_time import known_releases
 from fi_ffi.loader.lock import the_lock
 
 RELEASES = known_releases()

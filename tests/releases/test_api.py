@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 
 import pytest
 
-from fi_ffi.loader.api_map import release
+from fi_ffi.catalogue.api_map import release
 
 from tests.records.test_api_map import NAMES, label
 
@@ -107,4 +107,4 @@ def test_no_public_name_lacks_a_row(modules):
             wanted |= marked(tree)
     here = {name.rpartition(".")[2] for name in modules}
     lacking = sorted(name for name in wanted - known - here if is_public(name))
-    assert not lacking, f"no row of fi_ffi/loader/data/flashinfer-api.toml: {', '.join(lacking)}"
+    assert not lacking, f"no row of fi_ffi/catalogue/data/flashinfer-api.toml: {', '.join(lacking)}"

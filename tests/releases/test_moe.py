@@ -7,17 +7,15 @@ import re
 import pytest
 
 from fi_ffi.loader.lock import the_lock
+from fi_ffi.ops.call.releases import is_in
+from fi_ffi.ops.moe.activations import ACTIVATIONS, GATED, activation_numbers
 from fi_ffi.ops.moe.interface import (
-    ACTIVATIONS,
     FOLDED_RELEASES,
-    GATED,
     INTERFACES,
     INTERLEAVE,
     MODULE,
     MODULES,
     W4_RELEASES,
-    activation_numbers,
-    is_in,
     of_release,
 )
 from fi_ffi.ops.moe.modes import BLOCK, INT4_GROUP, MODES, MXFP4_GROUP, MXFP8, MXFP8_MXFP4, NVFP4

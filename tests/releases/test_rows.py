@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fi_ffi.loader.listed import known_releases, recorded_releases, sha256_of
+from fi_ffi.catalogue.ahead_of_time import known_releases, recorded_releases, sha256_of
 from fi_ffi.loader.lock import the_lock
 from fi_ffi.ops.call.releases import OLDEST, fits, is_in
 from fi_ffi.ops.call.row import Row

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from fi_ffi.ops import on_host
 from fi_ffi.ops.attention.backends import FP8_WINDOWS, decode_groups
 from fi_ffi.ops.attention.rows import UNIFORM
 from fi_ffi.ops.attention.run import OWN_STRIDES
@@ -478,7 +479,7 @@ def test_the_workspace_of_top_p_renorm(release, row, sources):
     for n, h, of in itertools.product((1, 3, 100), (2048, 32000, 128256), (True, False)):
         known = {"batch_size": n, "vocab_size": h, "is_deterministic": of}
         exec(re.sub(r"^    ", "", body[0], flags=re.MULTILINE), known)
-        assert renorm.top_p_renorm_workspace_size(n, h, of) == known["ws_size"]
+        assert on_host.top_p_renorm_workspace_size(n, h, of) == known["ws_size"]
 
 
 @each_release

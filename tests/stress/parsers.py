@@ -23,7 +23,6 @@ from unittest import mock
 
 import fi_ffi
 from fi_ffi.abi.signature import Signature, parse_signature, signature_from_mismatch
-from fi_ffi.abi.values import packer_of
 from fi_ffi.cli import replay
 from fi_ffi.errors import AbiError, ArtifactError, FiFfiError, LoaderError
 from fi_ffi.loader import cache, held, lock
@@ -31,6 +30,7 @@ from fi_ffi.loader.elf import inspect_elf
 from fi_ffi.loader.fatbin import architectures, sass_named
 from fi_ffi.loader.wheel import Wheel, parse_record
 from fi_ffi.modules.module import AtPath
+from fi_ffi.modules.packing import packer_of
 from fi_ffi.watch import safetensors
 from fi_ffi.watch.dump import AFTER, BEFORE
 
@@ -122,8 +122,8 @@ def _evidence(data: bytes) -> None:
     path.write_bytes(data or b"\0")
     made: Any = object.__new__(AtPath)
     made._loaded = type("Loaded", (), {"file": type("File", (), {"sha256": "a library's"})})
-    with path.open("rb") as file, mock.patch.dict(held._kept):
-        held._kept[0, 0] = file.fileno(), "a library's"
+    with path.open("rb") as file, mock.patch.dict(held.open_libraries):
+        held.open_libraries[0, 0] = file.fileno(), "a library's"
         has_refusals, names = made._evidence
     assert isinstance(has_refusals, bool) and all(isinstance(name, str) for name in names)
 

@@ -188,7 +188,7 @@ def test_forks_before_use() -> None:
     on_cpu()
 
     def child() -> None:
-        assert not of_loader.is_cut_off()
+        assert not of_loader.forked_after_cuda()
         on_cpu()
         module = fi_ffi.module(counted())
         x = np.ones(4, np.float32)

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from fi_ffi.loader import cache, upkeep
+from fi_ffi.cli import upkeep
+from fi_ffi.loader import cache
 from fi_ffi.loader.wheel import Wheel
 
 from tests.helpers.children import done, start

@@ -1,4 +1,4 @@
-"""`fi-ffi release diff`: reports what a FlashInfer release changed, and which rows it affects."""
+"""`python3 -m tools.release`: what a FlashInfer release changed, and which rows it affects."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from fi_ffi.cli import NearNames
+from fi_ffi.cli.group import CommandGroup
 from fi_ffi.cli.output import print_json, say
 from fi_ffi.loader.fetch.progress import doing
 from fi_ffi.loader.lock import the_lock
@@ -39,8 +39,8 @@ from tools.release.wheels import open_release, published
 _WIDTH = 120  # templates with more characters in total are abbreviated
 
 
-@click.group(cls=NearNames)
-def release() -> None:
+@click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
     """Compare and record the sources of FlashInfer's releases."""
 
 
@@ -80,7 +80,7 @@ def touched(old: Interface, new: Interface) -> list[Touched]:
     return found
 
 
-@release.command()
+@main.command()
 @click.argument("old", metavar="OLD")
 @click.argument("new", metavar="NEW")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -106,7 +106,7 @@ def diff(old: str, new: str, as_json: bool) -> None:
         sys.exit(1)
 
 
-@release.command()
+@main.command()
 @click.argument("releases", nargs=-1, metavar="[RELEASE]...")
 @click.option("--modules", is_flag=True, help="Run the generators too, for the names of modules.")
 @click.option("--check", is_flag=True, help="Write nothing; exit with 1 if a file is stale.")

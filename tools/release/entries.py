@@ -1,4 +1,4 @@
-"""The record of a release's exports, written by `fi-ffi release record --modules`.
+"""The record of a release's exports, written by `python3 -m tools.release record --modules`.
 
 It is read from FlashInfer's bindings, for every module built ahead of time, and compared with
 binaries by `tests/gpu/test_entries.py`.
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fi_ffi.abi.signature import Signature
-from fi_ffi.loader.listed import Box
+from fi_ffi.catalogue.ahead_of_time import ParameterGrid
 from fi_ffi.loader.uris import parse
 
 
@@ -42,7 +42,7 @@ class Group:
     If not `is_listed`, FlashInfer makes the modules only on request, and these are examples.
     """
 
-    boxes: tuple[Box, ...]
+    grids: tuple[ParameterGrid, ...]
     count: int
     sources: tuple[str, ...]
     entries: Mapping[str, Entry]
@@ -51,7 +51,7 @@ class Group:
 
     @property
     def families(self) -> list[str]:
-        return [*dict.fromkeys(box.family for box in self.boxes)]
+        return [*dict.fromkeys(grid.family for grid in self.grids)]
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Entries:
         parsed = parse(module, self.release)
         if parsed is None:
             return None
-        return next((g for g in self.groups if any(box.has(parsed) for box in g.boxes)), None)
+        return next((g for g in self.groups if any(grid.has(parsed) for grid in g.grids)), None)
 
     def of_family(self, family: str) -> list[Group]:
         return [group for group in self.groups if family in group.families]
@@ -83,7 +83,7 @@ def read_entries(path: Path) -> Entries:
 
 def _group(data: Mapping[str, Any]) -> Group:
     return Group(
-        boxes=tuple(map(Box.read, data["modules"])),
+        grids=tuple(map(ParameterGrid.read, data["modules"])),
         count=data["count"],
         sources=tuple(data["sources"]),
         entries={name: Entry.read(name, entry) for name, entry in data["entries"].items()},

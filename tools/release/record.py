@@ -1,7 +1,7 @@
 """The records of releases: exports of their sources, their modules, and the modules' names.
 
-The records are in three places. `fi_ffi/loader/data/releases.json` lists the wheels that rows are
-compared with. `fi_ffi/loader/data/modules.json`, with `tools/data/entries-RELEASE.json`, has
+The records are in three places. `fi_ffi/catalogue/data/releases.json` lists the wheels that rows
+are compared with. `fi_ffi/catalogue/data/modules.json`, with `tools/data/entries-RELEASE.json`, has
 FlashInfer's own list of modules and their exports. `tests/loader/data/uris.json` has the names that
 generators give modules, case by case. The first needs only a release's wheel; the others run its
 generators, in the environment of `fi-ffi build`.
@@ -15,23 +15,23 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from fi_ffi.catalogue.ahead_of_time import ParameterGrid
 from fi_ffi.errors import ArgumentError, BuildError
-from fi_ffi.loader.listed import Box
 from fi_ffi.loader.uris import DTYPES, ROWS, Value, uri, version_of
 from fi_ffi_build.build import available
-from fi_ffi_build.described import described, generated_names
-from tools.release import boxes
+from tools.release import grids
+from tools.release.described import described, generated_names
 from tools.release.entries import Entry
 from tools.release.modules import Reader, architectures
 from tools.release.wheels import open_release
 
 EVERY_ARCH = "7.5 8.0 8.9 9.0a 10.0a 10.3a 11.0a 12.0f 12.1a"
 ARCH = "9.0a"
-RELEASES, MODULES = "fi_ffi/loader/data/releases.json", "fi_ffi/loader/data/modules.json"
+RELEASES, MODULES = "fi_ffi/catalogue/data/releases.json", "fi_ffi/catalogue/data/modules.json"
 NAMES = "tests/loader/data/uris.json"
-_MADE_BY = "Made by `fi-ffi release record`: "
+_MADE_BY = "Made by `python3 -m tools.release record`: "
 ABOUT_RELEASES = (
-    f"{_MADE_BY}the wheels of flashinfer-python whose sources rows are held against. `names` are "
+    f"{_MADE_BY}the wheels of flashinfer-python whose sources rows are compared with. `names` are "
     "those that TVM_FFI_DLL_EXPORT_TYPED_FUNC is written out with below csrc, in so many `files`; "
     "`entries` are all that is exported, methods and variants of generators included; `gpus` are "
     "those from SM90 on that its list of what is built ahead of time has cases for."
@@ -161,16 +161,16 @@ def _written(functions: Mapping[str, Any]) -> Document:
 
 
 def _boxes(names: Iterable[str], release: str) -> list[dict[str, object]]:
-    return [boxes.write(box) for box in boxes.boxes_of(names, release)]
+    return [grids.write(grid) for grid in grids.grids_of(names, release)]
 
 
 def with_modules(document: Document, answers: Mapping[str, Mapping[str, Any]]) -> Document:
     """Return the record of modules, updated by these releases' answers from their generators."""
-    found: dict[tuple[Box, str], list[str]] = {}
+    found: dict[tuple[ParameterGrid, str], list[str]] = {}
     for group in document.get("groups", ()):
         kept = [release for release in group["releases"] if release not in answers]
         if kept:
-            found[Box.read(group), group["compiled_for"]] = kept
+            found[ParameterGrid.read(group), group["compiled_for"]] = kept
     about = dict(document.get("releases", {}))
     for release, answer in answers.items():
         by_codes: dict[str, list[str]] = {}
@@ -180,21 +180,21 @@ def with_modules(document: Document, answers: Mapping[str, Mapping[str, Any]]) -
             codes.sort(key=lambda name: (len(name.strip("smaf")), name))
             by_codes.setdefault(" ".join(codes), []).append(module["name"])
         for codes_text, names in by_codes.items():
-            for box in boxes.boxes_of(names, release):
-                found.setdefault((box, codes_text), []).append(release)
+            for grid in grids.grids_of(names, release):
+                found.setdefault((grid, codes_text), []).append(release)
         about[release] = {
             "architectures": EVERY_ARCH,
             "count": len(answer["modules"]),
             "unknown": sorted(answer["unavailable"]),
         }
-    groups = [((box, codes), _in_order(of)) for (box, codes), of in found.items()]
+    groups = [((grid, codes), _in_order(of)) for (grid, codes), of in found.items()]
     groups.sort(key=lambda item: (item[0][0].family, str(item[0]), item[1]))
     return {
         "about": ABOUT_MODULES,
         "releases": {release: about[release] for release in _in_order(about)},
         "groups": [
-            {**boxes.write(box), "compiled_for": codes, "releases": releases}
-            for (box, codes), releases in groups
+            {**grids.write(grid), "compiled_for": codes, "releases": releases}
+            for (grid, codes), releases in groups
         ],
     }
 

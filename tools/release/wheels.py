@@ -21,11 +21,12 @@ from pathlib import Path
 
 from packaging.utils import InvalidWheelFilename, parse_wheel_filename
 
+from fi_ffi.catalogue.ahead_of_time import sha256_of
 from fi_ffi.errors import ArgumentError, ArtifactError, BuildError
 from fi_ffi.loader import cache
-from fi_ffi.loader.fetch.urls import redact, refuse_offline
-from fi_ffi.loader.listed import sha256_of
+from fi_ffi.loader.fetch.urls import redact
 from fi_ffi.loader.lock import parse_release
+from fi_ffi.loader.permission import check_permission
 from tools.release.interface import Interface, interface_of
 
 PROJECT = "flashinfer-python"
@@ -155,7 +156,7 @@ def published() -> tuple[str, ...]:
 
 def _fetch(release: str) -> SourceWheel:
     what, wanted = f"{PROJECT} {release}", f"{PROJECT}=={release}"
-    refuse_offline(what)
+    check_permission(what)
     report = _pip(
         f"looking for {what}", "install", "--dry-run", "--ignore-installed", "--no-deps",
         "--only-binary=:all:", "--quiet", "--report", "-", wanted,

@@ -19,7 +19,8 @@ from fi_ffi.errors import ArtifactError, LoaderError
 from fi_ffi.loader import cache
 from fi_ffi.loader.fetch.http import Attempts, Client, Transient
 from fi_ffi.loader.fetch.ranges import Changed, NoRanges, Overrun, RemotePieces
-from fi_ffi.loader.fetch.urls import redact, refuse_offline
+from fi_ffi.loader.fetch.urls import redact
+from fi_ffi.loader.permission import check_permission
 from fi_ffi.loader.wheel import safe_name
 
 _CHUNK = 1 << 20
@@ -70,7 +71,7 @@ def fetch_file(
     found = _cached(sha256, name)
     if found is not None:
         return found
-    refuse_offline(name)
+    check_permission(name)
     with _place(sha256 or hashlib.sha256(url.encode()).hexdigest()) as part:
         found = _cached(sha256, name)  # another process may have fetched it during the wait
         if found is not None:
@@ -165,9 +166,9 @@ class _Transfer:
     def run(self, sha256: str | None) -> str:
         """Fetch the whole file and return its sha256."""
         if sha256 is None:
-            self._drop()  # nothing identifies an earlier part as one of this file
+            self._restart()  # nothing identifies an earlier part as one of this file
         else:
-            self._take_up()
+            self._resume()
             if self._digest.hexdigest() == sha256:
                 return sha256
         size = f"{self._size:,} bytes" if self._size is not None else "a file of unknown size"
@@ -177,7 +178,7 @@ class _Transfer:
             found = self._digest.hexdigest()
             if sha256 in (None, found):
                 return found
-            self._drop()
+            self._restart()
             if last or not (self._begun_at or self._attempts.total):
                 break
             # The file may mix parts of two versions: retry once from the start.
@@ -186,7 +187,7 @@ class _Transfer:
             f"{self._where}: sha256 is {found}, pinned is {sha256}: the address serves another file"
         )
 
-    def _take_up(self) -> None:
+    def _resume(self) -> None:
         """Hash the part that is on disk."""
         with contextlib.suppress(FileNotFoundError), self.part.open("rb") as file:
             while chunk := file.read(_CHUNK):
@@ -195,7 +196,7 @@ class _Transfer:
         self._begun_at = self.done
         self._attempts.reached(self.done)
 
-    def _drop(self) -> None:
+    def _restart(self) -> None:
         self.part.unlink(missing_ok=True)
         self._digest, self.done = hashlib.sha256(), 0
 
@@ -209,13 +210,13 @@ class _Transfer:
                         self._append(chunk)
                 return
             except NoRanges:
-                self._drop()
+                self._restart()
             except Changed:
-                self._drop()
+                self._restart()
                 self._remote.forget()
                 self._attempts.failed(Transient("the file changed while it was fetched"))
             except (ArtifactError, Overrun):
-                self._drop()
+                self._restart()
                 raise
 
     def _append(self, chunk: bytes) -> None:
@@ -231,7 +232,7 @@ class _Transfer:
             ) from error
         self._digest.update(chunk)
         self.done += len(chunk)
-        self._tell()
+        self._report_progress()
 
     def _check_space(self) -> None:
         needed = (self._remote.total or 0) - self.done
@@ -242,7 +243,7 @@ class _Transfer:
                 f"{self.part.parent}: make room, or set FI_FFI_CACHE_DIR to another directory"
             )
 
-    def _tell(self) -> None:
+    def _report_progress(self) -> None:
         now, total = time.monotonic(), self._remote.total
         if self._report is None or (now - self._told < _REPORT_EVERY and self.done != total):
             return

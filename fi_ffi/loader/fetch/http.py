@@ -21,14 +21,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from fi_ffi.errors import FetchError
-from fi_ffi.loader.fetch.urls import (
-    check_url,
-    is_loopback,
-    origin,
-    redact,
-    redirected,
-    refuse_offline,
-)
+from fi_ffi.loader.fetch.urls import check_url, is_loopback, origin, redact, redirected
+from fi_ffi.loader.permission import check_permission
 
 if TYPE_CHECKING:  # the import takes longer than a warm start may
     import requests
@@ -56,7 +50,7 @@ class Policy:
     longest_wait: float = 60.0  # s; a server that asks for more is given up
     connect_timeout: float = 10.0
     read_timeout: float = 30.0  # s without a byte; also for a status with all its headers
-    slowest: float = 1024.0  # bytes/s, averaged over `read_timeout` of waiting
+    min_bytes_per_s: float = 1024.0  # bytes/s, averaged over `read_timeout` of waiting
     transfer_timeout: float = 12 * 3600.0  # s, for all tries; data received by then is kept
     redirects: int = 10
 
@@ -118,7 +112,7 @@ class Attempts:
         time.sleep(wait)
 
 
-class _PacedSocket(io.RawIOBase):
+class _DeadlineSocket(io.RawIOBase):
     """Reads a socket; the answer's head has a deadline, the body a minimum rate.
 
     With a timeout for each read alone, a server could send a byte or `100 Continue` now and then,
@@ -155,7 +149,7 @@ class _PacedSocket(io.RawIOBase):
         # Only the waiting counts, not the time that the caller takes for the bytes.
         self._waited, self._got = self._waited + time.monotonic() - before, self._got + count
         if self._deadline is None and self._waited >= self._policy.read_timeout:
-            if self._got < self._policy.slowest * self._waited:
+            if self._got < self._policy.min_bytes_per_s * self._waited:
                 text = f"only {self._got} bytes came in {self._waited:.1f} s"
                 raise TimeoutError(errno.ETIMEDOUT, text)
             self._waited, self._got = 0.0, 0
@@ -168,25 +162,25 @@ class _PacedSocket(io.RawIOBase):
         return TimeoutError(errno.ETIMEDOUT, f"no status with its headers came in {limit:.1f} s")
 
 
-class _PacedResponse(http.client.HTTPResponse):
+class _DeadlineResponse(http.client.HTTPResponse):
     policy: Policy
 
     def __init__(self, sock: socket.socket, *args: Any, **options: Any) -> None:
         super().__init__(sock, *args, **options)
         self.fp.close()
-        self._paced = _PacedSocket(sock, self.policy)
-        self.fp = io.BufferedReader(self._paced)
+        self._reader = _DeadlineSocket(sock, self.policy)
+        self.fp = io.BufferedReader(self._reader)
 
     def begin(self) -> None:
         super().begin()
-        self._paced.head_ended()
+        self._reader.head_ended()
 
 
 def _adapter(policy: Policy) -> Any:
     """Return an adapter of requests whose connections enforce the policy."""
     from requests.adapters import HTTPAdapter
 
-    response = type("_Response", (_PacedResponse,), {"policy": policy})
+    response = type("_Response", (_DeadlineResponse,), {"policy": policy})
 
     class Adapter(HTTPAdapter):
         def get_connection_with_tls_context(self, *args: Any, **options: Any) -> Any:
@@ -215,7 +209,7 @@ class Client:
 
         Raises `Transient` if a retry may help, else `FetchError`.
         """
-        refuse_offline(redact(url))
+        check_permission(redact(url))
         answer, final = self._follow(url, {"Accept-Encoding": "identity", **(headers or {})})
         try:
             _check_status(answer, final)

@@ -7,14 +7,15 @@ RECORD, the whole file is fetched.
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import io
 import logging
 import threading
 import urllib.request
+import zipfile
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 from urllib.parse import unquote, urlsplit
@@ -26,9 +27,10 @@ from fi_ffi.loader.cache import State
 from fi_ffi.loader.fetch.download import Reporter, fetch_file
 from fi_ffi.loader.fetch.http import Client
 from fi_ffi.loader.fetch.ranges import Changed, NoRanges, RangeFile, RemotePieces
-from fi_ffi.loader.fetch.urls import is_file_url, redact, refuse_offline
+from fi_ffi.loader.fetch.urls import is_file_url, redact
 from fi_ffi.loader.lock import PinnedWheel
-from fi_ffi.loader.wheel import ReadableZip, WheelReader, open_same, verify_file
+from fi_ffi.loader.permission import check_permission
+from fi_ffi.loader.wheel import SLACK, Index, ReadableZip, WheelReader, open_same, verify_file
 
 # "full": if RECORD is not pinned, the whole file must have its pinned sha256. "record": an unpinned
 # RECORD is accepted as it is.
@@ -38,7 +40,8 @@ Verify = Literal["record", "full"]
 _TAIL = 22 + 20 + 56
 _END = b"PK\x05\x06"
 _LONGEST_TAIL = _TAIL + 0xFFFF
-_FORMAT = 3  # version of the stored directories' format
+_FIXED_HEADER = 30  # bytes before a member's name in its local header
+_RECORD = ".dist-info/RECORD"
 _BUFFER = 1 << 16  # bytes; larger than the gaps between the parts that are read
 
 _log = logging.getLogger(__name__)
@@ -108,20 +111,24 @@ class RemoteWheel(WheelReader):
                     self._recover(error)
             return super().extract(member)
 
-    def _open(
-        self, extent: tuple[int, int] | None, keep: bool
-    ) -> AbstractContextManager[ReadableZip]:
+    def _open(self, member: str | None) -> AbstractContextManager[ReadableZip]:
         if self._file is not None:
             return open_same(*self._file)
         index = self._index
-        if keep:
-            return RangeFile(self._pieces, index.kept, index.size, extent, keep)
-        refuse_offline(f"a member of {self.name}")
-        if extent is not None:
+        if member is None:  # what is read of the directory is stored
+            return RangeFile(self._pieces, index.pieces, index.size, None, keep=True)
+        extent = _extents([*self._infos.values()], self._directory_at)[member]
+        if not member.endswith(_RECORD):
+            check_permission(f"a member of {self.name}")
             size = f"{extent[1] - extent[0]:,} bytes"
             _log.info("fetching a member of %s, %s, from %s", self.name, size, self._origin)
-        raw = RangeFile(self._pieces, index.kept, index.size, extent, keep)
+        raw = RangeFile(self._pieces, index.pieces, index.size, extent, keep=False)
         return io.BufferedReader(raw, _BUFFER)
+
+    def _read_record(self, member: str) -> bytes:
+        if not self._index.record:
+            self._index = replace(self._index, record=super()._read_record(member).decode())
+        return self._index.record.encode()
 
     def _load(self) -> None:
         super()._load()
@@ -153,7 +160,7 @@ class RemoteWheel(WheelReader):
         if self._file is not None:
             self._load()
             return
-        refuse_offline(f"the directory of {self.name}")
+        check_permission(f"the directory of {self.name}")
         _log.info("fetching the directory and RECORD of %s", self._origin)
         self._pieces = RemotePieces(self.url, self.client, self._size)
         self._index = Index(self._pieces.size(), {})
@@ -162,7 +169,7 @@ class RemoteWheel(WheelReader):
         for length in (_TAIL, _LONGEST_TAIL):
             start = max(0, self._index.size - length)
             tail = b"".join(self._pieces.stream(start, self._index.size))
-            self._index.kept[start] = tail
+            self._index.pieces[start] = tail
             if tail[-22:-18] == _END and tail[-2:] == b"\0\0":
                 break
         self._load()
@@ -177,15 +184,14 @@ class RemoteWheel(WheelReader):
                 raise ArtifactError(f"{path}: there is no such file")
             verified = self._sha256 if self._must_verify else None
             return path, verify_file(path, verified) if verified else None
-        found = cache.find(self._sha256, self.name) if self._sha256 else None
-        seeded = seed.find(self._sha256, self.name) if self._sha256 and not found else None
-        if seeded is not None:
-            return seeded.path, seeded.state
-        if found is None and fetch:
-            pins = {"sha256": self._sha256, "size": self._size}
-            how = {"client": self.client, "report": self._report}
-            found = fetch_file(self.url, self.name, **pins, **how).path  # type: ignore[arg-type]
-        return None if found is None else (found, None)
+        stored = seed.find(self._sha256, self.name) if self._sha256 else None
+        if stored is not None:
+            return stored.path, stored.state
+        if not fetch:
+            return None
+        pins = {"sha256": self._sha256, "size": self._size}
+        how = {"client": self.client, "report": self._report}
+        return fetch_file(self.url, self.name, **pins, **how).path, None  # type: ignore[arg-type]
 
     def _recover(self, error: NoRanges | Changed | ArtifactError) -> None:
         """Open the wheel again after the file changed, or after ranges proved unavailable."""
@@ -200,31 +206,17 @@ class RemoteWheel(WheelReader):
         self._begin(whole)
 
 
-@dataclass(frozen=True)
-class Index:
-    """Parts of a wheel's bytes by offset: the zip's directory, and RECORD."""
+def _extents(infos: Sequence[zipfile.ZipInfo], end: int) -> dict[str, tuple[int, int]]:
+    """Return each member's range, from its local header to the next member.
 
-    size: int
-    kept: dict[int, bytes]
-
-    @staticmethod
-    def path(sha256: str) -> Path:
-        return cache.cache_root() / "indexes" / f"{sha256}.json"
-
-    @classmethod
-    def load(cls, sha256: str) -> Index | None:
-        """Return a file's stored parts; None if there are none, or if they are unreadable."""
-        path = cls.path(sha256)
-        data = cache.read_note(path, _FORMAT)
-        seeded = seed.note(path) if data is None else None
-        if seeded is not None:
-            data = cache.read_note(seeded, _FORMAT, seeded.parents[1])
-        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
-            kept = {int(at): base64.b64decode(piece) for at, piece in data["kept"].items()}
-            return cls(int(data["size"]), kept)
-        return None
-
-    def store(self, sha256: str) -> None:
-        """Store the parts; if the cache cannot be written, they are fetched again next time."""
-        kept = {str(at): base64.b64encode(piece).decode() for at, piece in self.kept.items()}
-        cache.write_note(self.path(sha256), _FORMAT, {"size": self.size, "kept": kept})
+    The directory does not have the length of a local header, but it has the next member's offset.
+    """
+    starts = sorted({info.header_offset for info in infos})
+    following = dict(zip(starts, [*starts[1:], end], strict=True))
+    extents = {}
+    for info in infos:
+        start = info.header_offset
+        header = _FIXED_HEADER + len(info.filename.encode()) + len(info.extra) + SLACK
+        stop = min(following[start], start + header + info.compress_size)
+        extents[info.filename] = (start, max(start, stop))
+    return extents

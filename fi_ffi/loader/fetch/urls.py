@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import ipaddress
-import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from urllib.parse import urljoin, urlsplit
 
-from fi_ffi.errors import FetchError, LoaderError
+from fi_ffi.errors import FetchError
 
 # Parsers disagree about text before or after the brackets of an IPv6 address.
 _HOST = re.compile(r"(.*@)?([^\[\]@]*|\[[^\[\]@]*\](:\d*)?)")
@@ -34,45 +30,6 @@ def redact(url: str) -> str:
 
 def is_file_url(url: str) -> bool:
     return url[:5].lower() == "file:"
-
-
-_fetching: ContextVar[bool] = ContextVar("fi_ffi.fetching", default=True)
-# part of an error of `refuse_offline`, which `is_withheld` recognises
-UNASKED = "nothing is fetched unasked"
-
-
-@contextmanager
-def fetching(allowed: bool) -> Iterator[None]:
-    """Allow or forbid fetching inside the block; an outer block that forbids it prevails."""
-    token = _fetching.set(allowed and _fetching.get())
-    try:
-        yield
-    finally:
-        _fetching.reset(token)
-
-
-def may_fetch() -> bool:
-    """Return whether the open `fetching` blocks allow fetching."""
-    return _fetching.get()
-
-
-def is_withheld(error: Exception) -> bool:
-    """Return whether something was not fetched only because a `fetching` block forbids it."""
-    return isinstance(error, LoaderError) and UNASKED in str(error)
-
-
-def refuse_offline(what: str) -> None:
-    """Raise `FetchError` if fetching is not allowed; `what` is what would have been fetched."""
-    from fi_ffi.loader.cache import cache_root
-
-    # First: being asked would not help.
-    if os.environ.get("FI_FFI_OFFLINE") == "1":
-        raise FetchError(
-            f"FI_FFI_OFFLINE=1, and {what} is not in the cache at {cache_root()}: fetch it once "
-            "where there is a network, or copy a cache that has it"
-        )
-    if not may_fetch():
-        raise FetchError(f"{what} is not in the cache at {cache_root()}, and {UNASKED}")
 
 
 def check_url(url: str) -> None:

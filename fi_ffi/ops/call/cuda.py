@@ -13,7 +13,7 @@ from typing import Any
 
 from fi_ffi.abi import export
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.abi.allocator import HOST, Allocator, Source
+from fi_ffi.abi.allocator import HOST, Allocator, MemoryPool
 from fi_ffi.abi.streams import PER_THREAD
 from fi_ffi.abi.tensor import DTYPES, Device, TensorDesc, parse_device
 from fi_ffi.errors import DeviceError, KernelError
@@ -103,7 +103,7 @@ def unless_cut_off(give_back: Callable[[Any], object], handle: Any) -> None:
 
     The object may be collected at any time, also during a capture.
     """
-    if machine.is_cut_off():
+    if machine.forked_after_cuda():
         return
     with relaxed():
         # The GPU may be lost, or the runtime may be shutting down: ignore the error.
@@ -289,7 +289,7 @@ def _host(count: int) -> Memory:
 def kernel_memory() -> Allocator:
     """Return the allocator for kernels that allocate: the device's pool on a GPU, host memory on
     the CPU."""
-    return Allocator({"cpu": HOST, "cuda": Source(_take_in_order, _free_in_order)})
+    return Allocator({"cpu": HOST, "cuda": MemoryPool(_take_in_order, _free_in_order)})
 
 
 def _take_in_order(count: int, device: Device, stream: int) -> int:
@@ -305,7 +305,7 @@ def _take_in_order(count: int, device: Device, stream: int) -> int:
 
 def _free_in_order(address: int, device: Device, stream: int) -> None:
     """Return memory to the pool after the stream's work so far."""
-    if machine.is_cut_off():
+    if machine.forked_after_cuda():
         return
     with current(device):
         code = machine.load_cudart()[0].cudaFreeAsync(pointer(address), pointer(stream))
@@ -334,7 +334,7 @@ def _make_cublas_lt(device: Device) -> int:
         status = cublas.cublasLtCreate(slot)
     if status:
         words = f"cuBLAS status {status} on {device}"
-        raise machine.examined(KernelError("cublasLtCreate", "RuntimeError", words))
+        raise machine.root_cause(KernelError("cublasLtCreate", "RuntimeError", words))
     return int(ffi.cast("uintptr_t", slot[0]))
 
 

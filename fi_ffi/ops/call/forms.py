@@ -33,17 +33,17 @@ def of_release(forms: Sequence[_Form], release: str) -> _Form | None:
     return next(fitting, None)
 
 
-def in_force(forms: Sequence[_Form], device: Device) -> _Form:
+def in_force(forms: Sequence[_Form], device: Device | None = None) -> _Form:
     """Return the form of the release in force.
 
-    Raises `KernelNotFoundError` for a GPU if no form has that release. The CPU's reference then has
-    the first form.
+    If no form has that release, raises `KernelNotFoundError` for a GPU. The CPU's reference then
+    has the first form; so has a caller that names no device and leaves the refusal to later checks.
     """
     release = release_in_force()
-    found = of_release(forms, release)
-    if found is not None:
-        return found
-    if not device.is_cuda:
+    form = of_release(forms, release)
+    if form is not None:
+        return form
+    if device is None or not device.is_cuda:
         return forms[0]
     raise KernelNotFoundError(
         f"{forms[0].name} can be called in FlashInfer {span_of(forms)}; "

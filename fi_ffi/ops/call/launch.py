@@ -146,7 +146,7 @@ def _pointer(target: LaunchTarget, handle: int) -> Any:
 def _forget_streams_after_fork() -> None:
     """Make the next call in a forked child check its device again: `machine.refuse_after_fork`
     refuses if the parent had used a GPU."""
-    if machine.is_cut_off():
+    if machine.forked_after_cuda():
         _thread.pointers.clear()
         streams.thread.scopes.clear()
         streams.thread.replaced.clear()

@@ -35,7 +35,7 @@ from fi_ffi.ops.matmul import rows
 from fi_ffi.ops.matmul.rows import E4M3
 
 if TYPE_CHECKING:
-    from fi_ffi.loader.methods import ModuleObject
+    from fi_ffi.loader.methods import AttestedObject
     from fi_ffi.ops.call.prepared import Prepared
 
 GET_ALGOS, RUN_WITH_ALGO = Op(*rows.GET_ALGOS), Op(*rows.RUN_WITH_ALGO)
@@ -184,7 +184,7 @@ _SIZE = Signature("get_workspace_size", ("int", "int", "int"), "int")
 # Held for one product: each product sets the object's memory, and the next may set another.
 _lock = threading.Lock()
 # By device: the object, and the rows that its memory is laid out for.
-_rows: dict[int, tuple[ModuleObject, int]] = {}
+_rows: dict[int, tuple[AttestedObject, int]] = {}
 
 
 def _announce(device: Device, m: int, n: int, k: int) -> int:

@@ -14,9 +14,10 @@ from pathlib import Path
 
 from fi_ffi.abi.function import make_array
 from fi_ffi.abi.tensor import parse_device
-from fi_ffi.errors import ArgumentError, ArgumentTypeError, LoaderError
+from fi_ffi.errors import LoaderError
 from fi_ffi.loader import libraries
 from fi_ffi.ops.call import cuda
+from fi_ffi.ops.call.arguments import Refusal
 from fi_ffi.ops.moe.interface import MODULE, SET_INCLUDE_DIRS
 
 _COMPILER = "TRTLLM_DG_NVCC_COMPILER"
@@ -50,28 +51,26 @@ def set_deepgemm_jit_include_dirs(
     Raises `ArgumentError` if the headers are missing, and `LoaderError` if nvcc is.
     """
     op = "set_deepgemm_jit_include_dirs"
-    if isinstance(include_dirs, (str, bytes, os.PathLike)) or not isinstance(
-        include_dirs, Sequence
-    ):
-        got = type(include_dirs).__name__
-        raise ArgumentTypeError(op, "include_dirs", got=got, expected="a sequence of paths")
+    refuse = Refusal(op)
+    if isinstance(include_dirs, (str, bytes)) or not isinstance(include_dirs, Sequence):
+        raise refuse.type("include_dirs", include_dirs, "a sequence of paths")
     folders = [Path(folder).expanduser().absolute() for folder in include_dirs]
     for folder in folders:
         if not _PLAIN.fullmatch(str(folder)):
-            raise ArgumentError(op, "include_dirs", got=folder, expected=_WORDS)
+            raise refuse("include_dirs", folder, _WORDS)
     kept = libraries.deepgemm_folder()
     if folders and not _PLAIN.fullmatch(str(kept)):
         raise LoaderError(f"{op}: {libraries.DEEPGEMM_FOLDER} or HOME: {kept} is not {_WORDS}")
     if folders and not any((folder / _HEADER).is_file() for folder in folders):
-        got, expected = ", ".join(map(str, folders)), f"a folder with {_HEADER}"
-        raise ArgumentError(op, "include_dirs", got=got, expected=expected)
+        got = ", ".join(map(str, folders))
+        raise refuse("include_dirs", got, f"a folder with {_HEADER}")
     if folders and compiler() is None:
         raise LoaderError(
             f"{op}: the module runs nvcc, and there is none: {_COMPILER}, CUDA_HOME or PATH name it"
         )
     place = parse_device(device, op=op)
     if not place.is_cuda:
-        raise ArgumentError(op, "device", got=place, expected="a CUDA device")
+        raise refuse("device", place, "a CUDA device")
     from fi_ffi.loader import runtime
 
     entry = runtime.kernel_entry(MODULE, SET_INCLUDE_DIRS.signature, ">=0.6.3", place.index)

@@ -1,4 +1,4 @@
-"""The functions of `fused_moe_90` in each FlashInfer release, and the object that they make.
+"""The functions of `fused_moe_90` in each FlashInfer release, and the methods of what `init` makes.
 
 Blackwell's modules are the same sources compiled for other GPUs. The binding is
 `csrc/fused_moe/cutlass_backend/flashinfer_cutlass_fused_moe_binding.cu`: `init` makes an object
@@ -10,36 +10,25 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fi_ffi.abi.function import array_values
 from fi_ffi.abi.signature import Signature
-from fi_ffi.abi.tensor import DTYPES, Device
-from fi_ffi.errors import ArchitectureError, KernelNotFoundError
-from fi_ffi.loader import machine
-from fi_ffi.loader.methods import ModuleObject
-from fi_ffi.ops.call import cuda
-from fi_ffi.ops.call.releases import is_in
+from fi_ffi.errors import KernelNotFoundError
+from fi_ffi.ops.call import forms
 from fi_ffi.ops.call.row import Absent
-
-if TYPE_CHECKING:
-    from fi_ffi.ops.moe.modes import Mode
 
 MODULE = "fused_moe_90"
 # The modules of other GPUs, by compute capability.
 MODULES = {
-    (10, 0): "fused_moe_100", (10, 3): "fused_moe_103", (11, 0): "fused_moe_100",
-    (12, 0): "fused_moe_120", (12, 1): "fused_moe_120",
-}  # fmt: skip
+    (10, 0): "fused_moe_100",
+    (10, 3): "fused_moe_103",
+    (11, 0): "fused_moe_100",
+    (12, 0): "fused_moe_120",
+    (12, 1): "fused_moe_120",
+}
 SOURCE = "csrc/fused_moe/cutlass_backend/flashinfer_cutlass_fused_moe_binding.cu"
-_CAPABILITIES = ((9, 0), *MODULES)
-# The flags of `init` that select a quantisation.
-FLAGS = (
-    "use_deepseek_fp8_block_scale", "use_w4_group_scaling", "use_mxfp8_act_scaling",
-    "use_packed_weights",
-)  # fmt: skip
 # Parameters that callers of these kernels cannot choose.
 _DEFAULTS = {"use_fused_finalize": 1, "swizzled_input_sf": 1, "cluster_size": 1}
 
@@ -92,10 +81,13 @@ class Interface:
     methods: dict[str, Function]
     # Whether GEMM2's tactics in `profile_ids` are numbered after GEMM1's; otherwise from 0.
     absolute_ids: bool
+    name: str = MODULE
 
 
 _INIT = """dtype activation_dtype weight_dtype output_dtype, bool use_deepseek_fp8_block_scale
     use_w4_group_scaling use_mxfp8_act_scaling use_packed_weights"""
+# The flags of `init` that select a quantisation.
+FLAGS = Function.read("init", _INIT).names[3:]
 _FUSED_FINALIZE = _INIT + " use_fused_finalize"
 _HUMMING = _FUSED_FINALIZE + " use_wfp4afp8_humming"
 
@@ -164,109 +156,14 @@ SET_INCLUDE_DIRS = Function(
     Signature("set_deepgemm_jit_include_dirs", ("Array<str>",)), ("include_dirs",)
 )
 
-# `ActivationType` of nv_internal/.../cutlass_kernels/include/common.h. A name's number is its
-# index among the names that a release has.
-_ACTIVATIONS = {
-    "Gelu": "", "Relu": "", "Silu": "", "Swiglu": "", "Geglu": "", "SwigluBias": "", "Relu2": "",
-    "SwigluStep": ">=0.6.13", "GegluTanh": ">=0.6.14", "Identity": "",
-}  # fmt: skip
-ACTIVATIONS = tuple(_ACTIVATIONS)
-GATED = frozenset({"Swiglu", "Geglu", "SwigluBias", "SwigluStep", "GegluTanh"})
-
 
 @functools.cache
 def of_release(release: str | None) -> Interface:
     """Return the interface of a release; the default release's if the release is unknown (None)."""
-    found = (one for one in INTERFACES if release is None or is_in(release, one.releases))
-    interface = next(found, None)
+    interface = INTERFACES[0] if release is None else forms.of_release(INTERFACES, release)
     if interface is None:
         known = "; ".join(one.releases for one in INTERFACES)
         raise KernelNotFoundError(
             f"{MODULE} of FlashInfer {release} has an unknown interface; {known} are supported"
         )
     return interface
-
-
-@functools.cache
-def activation_numbers(release: str | None) -> dict[str, int]:
-    """Return the activations of a release with their numbers; for None all of them, with the
-    numbers of the CPU's reference."""
-    every = _ACTIVATIONS.items()
-    had = [name for name, since in every if not (since and release) or is_in(release, since)]
-    return {name: number for number, name in enumerate(had)}
-
-
-class Runner(ModuleObject):
-    """A `FusedMoeRunner` of C++, whose methods must be those of its interface.
-
-    Raises `AbiError` if they are not, before it calls any.
-    """
-
-    def __init__(
-        self, made: object, interface: Interface, where: str, release: str | None = None,
-        module: str = MODULE,
-    ) -> None:  # fmt: skip
-        super().__init__(made, module, interface.releases, where)
-        self.interface, self.release_in_use = interface, release
-        self._serving: dict[tuple[int, int, int], frozenset[int]] = {}
-        for function in interface.methods.values():
-            self.entry(function.signature)
-
-    def has(self, method: str) -> bool:
-        return method in self.interface.methods
-
-    def ask(self, method: str, **values: int) -> int:
-        """Call a method that takes numbers; return its int."""
-        function = self.interface.methods[method]
-        return int(self.entry(function.signature)(*function.values(values)))
-
-    def counts(self) -> tuple[int, int]:
-        """Return the numbers of tactics of GEMM1 and of GEMM2."""
-        return self.ask("get_gemm1_tactic_count"), self.ask("get_gemm2_tactic_count")
-
-    def serving(self, gemm: int, rows: int, columns: int) -> frozenset[int] | None:
-        """Return the tactics whose tiles divide a weight's rows and columns, numbered as in the
-        profiler; None if the release does not report tiles, where any tactic works."""
-        key = (gemm, rows, columns)
-        if self.has(_FOR_SHAPE) and key not in self._serving:
-            entry = self.entry(self.interface.methods[_FOR_SHAPE].signature)
-            self._serving[key] = frozenset(array_values(entry(*key)))
-        return self._serving.get(key)
-
-
-def make_runner(op: str, mode: Mode, dtypes: Sequence[str], device: Device) -> Runner:
-    """Make a runner for the dtypes of activations, weights and results, on a GPU.
-
-    Raises `ArchitectureError` for a GPU without kernels for the mode, `KernelNotFoundError` if
-    there are no kernels or the release lacks the mode, and `AbiError` if the kernels have another
-    interface.
-    """
-    from fi_ffi.loader import runtime, search  # imported late: most processes have no experts
-
-    capability = machine.capability(device.index)
-    if capability not in _CAPABILITIES or capability[0] not in mode.capabilities:
-        got, *able = (
-            ".".join(map(str, one))
-            for one in (capability, *_CAPABILITIES)
-            if one == capability or one[0] in mode.capabilities
-        )
-        raise ArchitectureError(
-            f"{op}: {device} has compute capability {got}; {mode.name} ({mode.about}) is for "
-            f"{', '.join(able)} (docs/moe.md)"
-        )
-    module = MODULES.get(capability, MODULE)
-    release = search.release()
-    interface = of_release(release)
-    if release is not None and not is_in(release, mode.releases):
-        raise KernelNotFoundError(
-            f"{op}: {mode.name} ({mode.about}) is laid out here as FlashInfer {mode.releases} has "
-            f"it; the kernels in use are of {release}"
-        )
-    entry = runtime.kernel_entry(module, interface.init.signature, interface.releases, device.index)
-    words = ("activation_dtype", "weight_dtype", "output_dtype")
-    given: dict[str, Any] = {word: DTYPES[name] for word, name in zip(words, dtypes, strict=True)}
-    given |= {flag: flag in mode.flags for flag in FLAGS}
-    with cuda.current(device):  # `init` queries the current device's architecture
-        made = entry(*interface.init.values(given))
-    where = str(runtime.load(module, device.index).file.path)
-    return Runner(made, interface, where, release, module)

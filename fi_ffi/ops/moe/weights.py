@@ -6,13 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 from fi_ffi.abi.interop import TensorLike, as_desc
-from fi_ffi.errors import ArgumentError
-from fi_ffi.ops.call.arguments import check_choice, check_int
+from fi_ffi.ops.call.arguments import INT32_MAX, Refusal, check_choice, check_int
 from fi_ffi.ops.call.compiled import CompiledRow
-from fi_ffi.ops.call.keyword_call import keyword_function, prepare_row
+from fi_ffi.ops.call.keyword_call import keyword_function
+from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.call.prepared import Prepared
-from fi_ffi.ops.call.providers import release_in_force
-from fi_ffi.ops.call.releases import fits
 from fi_ffi.ops.call.row import Row, Rule, Scalar, Tensor, Vector
 from fi_ffi.ops.moe.interface import (
     FOLDED_RELEASES,
@@ -23,79 +21,73 @@ from fi_ffi.ops.moe.interface import (
 )
 
 _QUANT_TYPES = {"int4": 0, "fp4": 1}
-_INT32 = 2**31 - 1
 _ANY: dict[str, Any] = {"offset_limit": 2**63, "vector": Vector(())}
 _TARGET = "scales_interleaved"
-_WRITTEN: dict[str, Any] = {"doc": "", "contiguous": True, "writes": True, "reads": False}
+_READ: dict[str, Any] = {"doc": "", "contiguous": True}
+_WRITTEN: dict[str, Any] = {**_READ, "writes": True, "reads": False}
 
 # The kernel permutes tiles of 16 rows and 32 bytes, and counts values in 32 bits.
 _ROW = Row(
-    INTERLEAVE.signature.name, MODULE, INTERLEAVE.signature.name, SOURCE, "",
+    INTERLEAVE.signature.name,
+    MODULE,
+    INTERLEAVE.signature.name,
+    SOURCE,
+    "",
     (
-        Tensor("weight", "experts rows packed", "uint8", "", contiguous=True, alignment=2),
+        Tensor("weight", "experts rows packed", "uint8", alignment=2, **_READ),
         Tensor("weight_interleaved", "experts rows packed", "uint8", alignment=2, **_WRITTEN),
         Scalar("quant_type", int, None, ""),
     ),
-    {}, W4_RELEASES, capabilities=(9,), **_ANY,
-    requires=("rows % 16 == 0", "packed % 32 == 0", f"rows * packed <= {_INT32 // 2}"),
-)  # fmt: skip
-# The default release's first.
-WEIGHTS = tuple(
-    CompiledRow(row) for row in (_ROW, replace(_ROW, releases=FOLDED_RELEASES, variant=".folded"))
+    {},
+    W4_RELEASES,
+    capabilities=(9,),
+    requires=("rows % 16 == 0", "packed % 32 == 0", f"rows * packed <= {INT32_MAX // 2}"),
+    **_ANY,
 )
+# The default release's first.
+WEIGHTS = Op(_ROW, replace(_ROW, releases=FOLDED_RELEASES, variant=".folded"))
 
 
-def _scales(dtype: str, most: int, least: int) -> CompiledRow:
+def _interleaved(dtype: str, most: int, least: int) -> CompiledRow:
     """Return the checks of scales with n adjacent groups: n = `most`, or, if `least` is smaller,
     the first of 4, 2 and 1 that divides the groups."""
 
-    def holds(rows: int, groups: int, steps: int, wide: int) -> bool:
-        count = together(groups)
+    def are_interleaved(rows: int, groups: int, steps: int, wide: int) -> bool:
+        count = most if least == most else next((n for n in (4, 2) if groups % n == 0), 1)
         return groups == steps * count and wide == rows * count
 
-    def together(groups: int) -> int:
-        return next((n for n in (4, 2) if groups % n == 0), 1) if least < most else most
-
-    name = "interleave_moe_scales_for_sm90_mixed_gemm"
-    args = (
-        Tensor("scales", "experts rows groups", dtype, "", contiguous=True, host=True),
-        Tensor(_TARGET, "experts steps wide", dtype, host=True, **_WRITTEN),
-    )
     expected = f"the shape [experts, groups / n, rows * n] with n of {most}"
     expected += "" if least == most else ", or of 2 or 1 where groups are no multiple"
     holding = "are_interleaved(rows, groups, steps, wide)"
-    rule = Rule(_TARGET, holding, expected, {"are_interleaved": holds})
-    return CompiledRow(
-        Row(name, "", "", "", "", args, {}, "", requires=(f"groups % {least} == 0", rule),
-            **_ANY)
-    )  # fmt: skip
+    rule = Rule(_TARGET, holding, expected, {"are_interleaved": are_interleaved})
+    return _scales(dtype, "experts steps wide", f"groups % {least} == 0", rule)
 
 
 def _folded(dtype: str, together: int) -> CompiledRow:
     """Return the checks of scales in blocks of 64 rows and `together` groups, in lines of 16
     bytes."""
     side = 16 if dtype == "uint8" else 8
+    axes = f"experts rows/64 groups/{together} {side} {side}"
+    return _scales(dtype, axes, "rows % 64 == 0", f"groups % {together} == 0")
+
+
+def _scales(dtype: str, axes: str, *requires: str | Rule) -> CompiledRow:
+    """Return the checks of scales on the host that are written to a tensor of these axes."""
     args = (
-        Tensor("scales", "experts rows groups", dtype, "", contiguous=True, host=True),
-        Tensor(_TARGET, f"experts rows/64 groups/{together} {side} {side}", dtype,
-               host=True, **_WRITTEN),
-    )  # fmt: skip
+        Tensor("scales", "experts rows groups", dtype, host=True, **_READ),
+        Tensor(_TARGET, axes, dtype, host=True, **_WRITTEN),
+    )
     name = "interleave_moe_scales_for_sm90_mixed_gemm"
-    limits = ("rows % 64 == 0", f"groups % {together} == 0")
-    return CompiledRow(Row(name, "", "", "", "", args, {}, "", requires=limits, **_ANY))
+    return CompiledRow(Row(name, "", "", "", "", args, {}, "", requires=requires, **_ANY))
 
 
 # By the size of a group and whether the scales are folded.
 _SCALES = {
-    (32, False): _scales("uint8", 4, 4), (128, False): _scales("bfloat16", 4, 1),
-    (32, True): _folded("uint8", 4), (128, True): _folded("bfloat16", 1),
-}  # fmt: skip
-
-
-def _in_force() -> CompiledRow:
-    """Return the row for the release in force."""
-    release = release_in_force()
-    return next((one for one in WEIGHTS if fits(one.row, release)), WEIGHTS[0])
+    (32, False): _interleaved("uint8", 4, 4),
+    (128, False): _interleaved("bfloat16", 4, 1),
+    (32, True): _folded("uint8", 4),
+    (128, True): _folded("bfloat16", 1),
+}
 
 
 def _number(quant_type: object) -> int:
@@ -103,7 +95,7 @@ def _number(quant_type: object) -> int:
 
 
 def _prepare(weight: Any, weight_interleaved: Any, quant_type: Any, stream: object) -> Prepared:
-    return prepare_row(_in_force(), stream, weight, weight_interleaved, _number(quant_type))
+    return WEIGHTS.prepare(weight, weight_interleaved, _number(quant_type), stream=stream)
 
 
 @keyword_function(_prepare)
@@ -128,7 +120,7 @@ def interleave_moe_weights_for_sm90_mixed_gemm(
     unknown order.
     Upstream: flashinfer/fused_moe/core.py, moe_gemm_mixed_utils.cu.
     """
-    _in_force().call(None, weight, weight_interleaved, _number(quant_type), stream=stream)
+    WEIGHTS(weight, weight_interleaved, _number(quant_type), stream=stream)
 
 
 def interleave_moe_scales_for_sm90_mixed_gemm(
@@ -156,7 +148,7 @@ def interleave_moe_scales_for_sm90_mixed_gemm(
     is_folded = target.kind.rank == 5
     compiled = _SCALES.get((size, is_folded))
     if compiled is None:
-        raise ArgumentError(op, name, got=group_size, expected="32 or 128")
+        raise Refusal(op)(name, group_size, "32 or 128")
     descs, sizes = compiled.check(scales, target)
     # Imported late: numpy takes long to import.
     from fi_ffi.reference.arrays import as_array

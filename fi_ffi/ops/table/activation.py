@@ -7,21 +7,28 @@ half starts, and a row with fewer elements would be launched with no threads.
 
 from __future__ import annotations
 
+from fi_ffi.ops.call.arguments import INT32_MAX
 from fi_ffi.ops.call.releases import forms_of
 from fi_ffi.ops.call.row import PDL, Row, Tensor, Vector
 
 _ARGS = (
-    Tensor("out", "n d", "T", "the product; must not share memory with `input`",
-           writes=True, reads=False, contiguous=True),
-    Tensor("input", "n 2*d", "T", "the activated half, then the other factor",
-           contiguous=True),
+    Tensor(
+        "out",
+        "n d",
+        "T",
+        "the product; must not share memory with `input`",
+        writes=True,
+        reads=False,
+        contiguous=True,
+    ),
+    Tensor("input", "n 2*d", "T", "the activated half, then the other factor", contiguous=True),
     PDL,
-)  # fmt: skip
+)
 
 
 def _rows(name: str, doc: str) -> tuple[Row, ...]:
     # Limits of a grid and of an int.
-    always = "d >= 1", f"n <= {2**31 - 1}", f"d <= {2**30 - 1}"
+    always = "d >= 1", f"n <= {INT32_MAX}", f"d <= {2**30 - 1}"
     row = Row(
         name,
         name,  # each is a module of its own

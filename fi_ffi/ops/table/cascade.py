@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from fi_ffi.ops.call.arguments import INT32_MAX
 from fi_ffi.ops.call.releases import forms_of
 from fi_ffi.ops.call.row import Row, Rule, Tensor, Vector
 
 _V, _S = "n num_heads head_dim", "n num_heads"
 _OUT: dict[str, Any] = {"writes": True, "reads": False}
-_LIMITS = ("head_dim in (64, 128, 256, 512)", f"n <= {2**31 - 1}")
+_LIMITS = ("head_dim in (64, 128, 256, 512)", f"n <= {INT32_MAX}")
 
 
 def _tensor(name: str, axes: str, doc: str, **more: Any) -> Tensor:
@@ -32,9 +33,15 @@ def _rows(name: str, doc: str, *args: Tensor, **more: Any) -> tuple[Row, ...]:
         "requires": _LIMITS,
     }
     row = Row(
-        name, "cascade", name, "csrc/flashinfer_cascade_binding.cu", doc, args,
-        releases=">=0.6.3", **(fields | more),
-    )  # fmt: skip
+        name,
+        "cascade",
+        name,
+        "csrc/flashinfer_cascade_binding.cu",
+        doc,
+        args,
+        releases=">=0.6.3",
+        **(fields | more),
+    )
     return forms_of(row, {"0.7.0": {"variant": "_of_empty_ones"}})
 
 
@@ -60,8 +67,14 @@ ROWS = (
         _tensor("s", _S, "its log-sum-exp, base 2; becomes that over all keys", writes=True),
         _tensor("v_other", _V, "the other's output"),
         _tensor("s_other", _S, "the other's log-sum-exp"),
-        Tensor("mask", "n", "M", "tokens with 0 stay unchanged; default: all are merged",
-               contiguous=True, optional=True),
+        Tensor(
+            "mask",
+            "n",
+            "M",
+            "tokens with 0 stay unchanged; default: all are merged",
+            contiguous=True,
+            optional=True,
+        ),
         dtypes={"T": ("float16", "bfloat16"), "M": ("bool", "uint8")},
         block=("num_heads",),
     ),
@@ -75,9 +88,12 @@ ROWS = (
         requires=(
             *_LIMITS,
             f"num_heads <= {2**16 - 1}",
-            Rule("v", "num_index_sets >= n or num_heads * min(head_dim // 8, 32) <= 1024",
-                 "num_index_sets of at least n, or num_heads that fit a block of 1024 threads, "
-                 "with head_dim / 8 (at most 32) threads each"),
+            Rule(
+                "v",
+                "num_index_sets >= n or num_heads * min(head_dim // 8, 32) <= 1024",
+                "num_index_sets of at least n, or num_heads that fit a block of 1024 threads, "
+                "with head_dim / 8 (at most 32) threads each",
+            ),
         ),
     ),
-)  # fmt: skip
+)

@@ -23,10 +23,16 @@ _ROW = Row(
     "csrc/concat_mla.cu",
     "Concatenate MLA's keys: each head's own part, then the part that all heads share.",
     (
-        Tensor("k", "n num_heads nope_dim+rope_dim", "T", "the keys", writes=True, reads=False,
-               **_STRIDES),
-        Tensor("k_nope", "n num_heads nope_dim", "T", "each head's own part",
-               **_STRIDES),
+        Tensor(
+            "k",
+            "n num_heads nope_dim+rope_dim",
+            "T",
+            "the keys",
+            writes=True,
+            reads=False,
+            **_STRIDES,
+        ),
+        Tensor("k_nope", "n num_heads nope_dim", "T", "each head's own part", **_STRIDES),
         Tensor("k_rope", "n 1 rope_dim", "T", "the part with the position, shared by all heads"),
     ),
     dtypes={"T": _F16},
@@ -35,9 +41,7 @@ _ROW = Row(
     # kernel would accept less.
     vector=Vector(("nope_dim", "rope_dim"), bytes=8),
     offset_limit=2**63,
-    requires=(
-        "num_heads in (128,)", "nope_dim in (128,)", "rope_dim in (64,)", f"n <= {2**24}",
-    ),
-)  # fmt: skip
+    requires=("num_heads in (128,)", "nope_dim in (128,)", "rope_dim in (64,)", f"n <= {2**24}"),
+)
 
 ROWS = forms_of(_ROW, {"0.6.11": {"dtypes": {"T": (*_F16, "float8_e4m3fn", "float8_e5m2")}}})

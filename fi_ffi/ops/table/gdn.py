@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from fi_ffi.ops.call.arguments import INT32_MAX
 from fi_ffi.ops.call.releases import forms_of
 from fi_ffi.ops.call.row import Absent, Arg, Row, Rule, Scalar, Tensor, Vector
 
@@ -21,6 +22,7 @@ _STATE: dict[str, Any] = {"dtype": "float32", "contiguous": True, "offset_limit"
 _STATE_AXES = "num_seqs num_sab_heads head_size head_size"
 # Bytes of a TMA descriptor; the kernel keeps one for each multiprocessor.
 _DESCRIPTOR_BYTES = 128
+_CHECKPOINTED = "0.6.8"
 
 _ARGS = (
     Tensor("output", f"{_TOKENS} num_sab_heads head_size", "T", "output of each token",
@@ -47,9 +49,6 @@ _ARGS = (
            contiguous=True, alignment=128, bytes_per_multiprocessor=_DESCRIPTOR_BYTES,
            doc="scratch of `gdn_prefill_workspace_size()` bytes, for one stream at a time; by "
                "default fi_ffi keeps one for each stream"),
-)  # fmt: skip
-_CHECKPOINTED = "0.6.8"
-_CHECKPOINTS = (
     Tensor("state_checkpoints", "total_checkpoints num_sab_heads head_size head_size", "float32",
            "intermediate states, as [value, key]", writes=True, reads=False, contiguous=True,
            optional=True, since=_CHECKPOINTED),
@@ -69,7 +68,7 @@ _ROW = Row(
     "`state *= alpha`, `state += beta * outer(v - state @ k, k)`, `output = scale * state @ q`. "
     "The number of heads is that of q (GQA: a multiple of the heads of k and v) or of v (GVA: a "
     "multiple of the heads of q and k).",
-    (*_ARGS, *_CHECKPOINTS),
+    _ARGS,
     dtypes={"T": ("float16", "bfloat16")},
     releases=">=0.6.3,<0.6.14",
     rounding="T",
@@ -84,11 +83,11 @@ _ROW = Row(
         "num_sab_heads == max(num_q_heads, num_v_heads)",
         "num_k_heads == min(num_q_heads, num_v_heads)",
         f"{_TOKENS} >= num_seqs",  # every sequence has a token
-        f"num_seqs * num_sab_heads <= {2**31 - 1}",
-        f"{_TOKENS} <= {2**31 - 1}",
+        f"num_seqs * num_sab_heads <= {INT32_MAX}",
+        f"{_TOKENS} <= {INT32_MAX}",
     ),
     nothing_axis="num_seqs",
-    together=tuple(arg.name for arg in _CHECKPOINTS),
+    together=tuple(arg.name for arg in _ARGS if arg.since == _CHECKPOINTED),
     in_place=(("output_state", "input_state"),),
     capabilities=(9,),
 )
@@ -100,7 +99,7 @@ CUTE_MODULE = f"{_CUTE}bfloat16_alpha_beta_init_float32_float32_nocheckpoints_no
 _KEYS_LAST, _KEYS_FIRST = ((0,), (2,), (1,)), ((2,), (0,), (1,))
 _FLOATS = ("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
 _OLD_DTYPES = dict.fromkeys(("S", "S0", "C"), ("float32",)) | dict.fromkeys(("L", "L0"), ("int64",))
-_OF_OLD: dict[str, Any] = {arg.name: arg for arg in (*_ARGS, *_CHECKPOINTS)}
+_OF_OLD: dict[str, Any] = {arg.name: arg for arg in _ARGS}
 
 
 def _as(name: str, **changed: Any) -> Any:
@@ -121,25 +120,40 @@ _CUTE_ARGS: tuple[Arg, ...] = (
     _as("output", view=_KEYS_FIRST, alignment=16),
     _as("alpha", view=((0, 1),), alignment=16),
     _as("beta", view=((0, 1),), alignment=16),
-    _as("output_state", dtype="S", **_FREE, alignment=16,
-        doc="the state after each sequence, as [value, key]; may be `input_state` itself"),
+    _as(
+        "output_state",
+        dtype="S",
+        **_FREE,
+        alignment=16,
+        doc="the state after each sequence, as [value, key]; may be `input_state` itself",
+    ),
     _as("input_state", dtype="S0", **_FREE, alignment=16),
-    Tensor("state_indices", "num_seqs", "I",
-           "slot of each sequence's state in `input_state` and `output_state`, which then are "
-           "pools; each slot at most once", contiguous=True, optional=True,
-           since="0.7.0"),
+    Tensor(
+        "state_indices",
+        "num_seqs",
+        "I",
+        "slot of each sequence's state in `input_state` and `output_state`, which then are "
+        "pools; each slot at most once",
+        contiguous=True,
+        optional=True,
+        since="0.7.0",
+    ),
     _as("state_checkpoints", dtype="C", view=((0, 1, 2, 3),), alignment=16),
     _as("checkpoint_cu_starts", dtype="L0", alignment=8),
     _as("workspace_buffer"),
-    _as("cu_seqlens", dtype="L", alignment=8,
+    _as(
+        "cu_seqlens",
+        dtype="L",
+        alignment=8,
         doc="start of each sequence, and the end: from 0, and not decreasing; the state of a "
-            "sequence without tokens is not written"),
+        "sequence without tokens is not written",
+    ),
     _as("scale", zero="head_size ** -0.5"),
     *map(_size, ("num_q_heads", "num_k_heads", "num_v_heads", "num_sab_heads", "num_seqs")),
     _size("total_checkpoints", "(total_checkpoints or 1)"),
     _as("checkpoint_every_n_tokens"),
     _size("grid_x", "num_seqs * num_sab_heads"),
-)  # fmt: skip
+)
 
 
 def _compiled_for(row: Row, dtypes: Mapping[str, str]) -> Row:
@@ -150,25 +164,32 @@ def _compiled_for(row: Row, dtypes: Mapping[str, str]) -> Row:
 @functools.cache
 def _row_for(row: Row, dtypes: tuple[tuple[str, str], ...]) -> Row:
     of = dict(dtypes)
-    there = {
-        "alpha": "alpha" if "alpha" in of else "noalpha",
-        "beta": "beta" if "beta" in of else "nobeta",
-        "init": f"init_{of['input_state']}" if "input_state" in of else "noinit",
-        "state": of["output_state"],
-        "checkpoints": f"checkpoints_{of['state_checkpoints']}"
-        if "state_checkpoints" in of
-        else "nocheckpoints",
-        "indices": f"indices_{of['state_indices']}" if "state_indices" in of else "noindices",
-    }
-    module = f"{_CUTE}{'_'.join((of['q'], *there.values(), of['cu_seqlens']))}"
-    args = tuple(
-        Absent(arg.name, "None")
-        if isinstance(arg, Tensor) and arg.optional and arg.name not in of
-        else replace(arg, optional=False) if isinstance(arg, Tensor) else arg
-        for arg in row.args
-    )  # fmt: skip
+    parts = (
+        of["q"],
+        "alpha" if "alpha" in of else "noalpha",
+        "beta" if "beta" in of else "nobeta",
+        _part("init", of.get("input_state")),
+        of["output_state"],
+        _part("checkpoints", of.get("state_checkpoints")),
+        _part("indices", of.get("state_indices")),
+        of["cu_seqlens"],
+    )
+    module = f"{_CUTE}{'_'.join(parts)}"
     symbol = module.replace("_sm90a_cute_dsl", "", 1)
+    args = tuple(_compiled(arg, arg.name in of) for arg in row.args)
     return replace(row, module=module, modules={}, symbol=symbol, args=args)
+
+
+def _part(option: str, dtype: str | None) -> str:
+    """Return an optional tensor's part of the module's name."""
+    return f"{option}_{dtype}" if dtype else f"no{option}"
+
+
+def _compiled(arg: Arg, is_given: bool) -> Arg:
+    """Return the argument of the compiled kernel, which no longer is optional."""
+    if isinstance(arg, Tensor) and arg.optional:
+        return replace(arg, optional=False) if is_given else Absent(arg.name, "None")
+    return arg
 
 
 _ROW_CUTE = replace(
@@ -181,16 +202,24 @@ _ROW_CUTE = replace(
     dtypes={"T": ("bfloat16", "float16"), **_OLD_DTYPES},
     requires=(
         *(each for each in _ROW.requires if each != f"{_TOKENS} >= num_seqs"),
-        Rule("output_state", "state_indices or slots == num_seqs",
-             "a state for each sequence, unless state_indices is given"),
+        Rule(
+            "output_state",
+            "state_indices or slots == num_seqs",
+            "a state for each sequence, unless state_indices is given",
+        ),
     ),
-    order=(*(arg.name for arg in _ARGS), *(arg.name for arg in _CHECKPOINTS), "state_indices"),
+    order=(*(arg.name for arg in _ARGS), "state_indices"),
     compiled_for=_compiled_for,
-)  # fmt: skip
+)
 
 _NEW_DTYPES = {
-    "T": ("bfloat16", "float16"), "S": _FLOATS, "S0": _FLOATS, "C": _FLOATS,
-    "L": ("int64", "int32"), "L0": ("int64", "int32"), "I": ("int32", "int64"),
-}  # fmt: skip
+    "T": ("bfloat16", "float16"),
+    "S": _FLOATS,
+    "S0": _FLOATS,
+    "C": _FLOATS,
+    "L": ("int64", "int32"),
+    "L0": ("int64", "int32"),
+    "I": ("int32", "int64"),
+}
 
 ROWS = (*forms_of(_ROW), *forms_of(_ROW_CUTE, {"0.7.0": {"dtypes": _NEW_DTYPES}}))

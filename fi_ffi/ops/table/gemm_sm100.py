@@ -9,23 +9,32 @@ from __future__ import annotations
 
 from typing import Any
 
+from fi_ffi.ops.call.arguments import INT32_MAX
 from fi_ffi.ops.call.row import Row, Rule, Scalar, Tensor, Vector
 from fi_ffi.ops.table.gemm import F16
 
-_INT = 2**31 - 1
 _OUT: dict[str, Any] = {"writes": True, "reads": False, "contiguous": True, "alignment": 16}
 _IN: dict[str, Any] = {"contiguous": True, "alignment": 16}
 _FIELDS: dict[str, Any] = {"vector": Vector(()), "offset_limit": 2**63}
 # The workspace that FlashInfer passes.
 _WORKSPACE = Tensor(
-    "workspace_buffer", "workspace_size", "uint8",
+    "workspace_buffer",
+    "workspace_size",
+    "uint8",
     "scratch of 32 MiB; by default fi_ffi keeps one for each stream",
-    writes=True, reads=False, contiguous=True, alignment=256, bytes=32 << 20,
-)  # fmt: skip
+    writes=True,
+    reads=False,
+    contiguous=True,
+    alignment=256,
+    bytes=32 << 20,
+)
 _TACTIC = Scalar(
-    "tactic", int, -1,
-    "number of the kernel, below the module's `{}_tactic_num`; -1: the module chooses", low=-1,
-)  # fmt: skip
+    "tactic",
+    int,
+    -1,
+    "number of the kernel, below the module's `{}_tactic_num`; -1: the module chooses",
+    low=-1,
+)
 
 
 def _tactic(of: str) -> Scalar:
@@ -49,16 +58,21 @@ _A4, _A4_RULE = _scales("mat1Scale", "scales_a", "m", "half // 8")
 _B4, _B4_RULE = _scales("mat2Scale", "scales_b", "n", "half // 8")
 _A8, _A8_RULE = _scales("mat1Scale", "scales_a", "m", "k // 32")
 _B8, _B8_RULE = _scales("mat2Scale", "scales_b", "n", "k // 32")
-_SIZES = (f"m <= {_INT}", f"n <= {_INT}")
+_SIZES = (f"m <= {INT32_MAX}", f"n <= {INT32_MAX}")
 # The kernels count the elements from one product to the next in an int.
 _BATCH: tuple[str | Rule, ...] = (
-    *_SIZES, f"k <= {_INT}", f"b <= {_INT}",
+    *_SIZES,
+    f"k <= {INT32_MAX}",
+    f"b <= {INT32_MAX}",
     *(
-        Rule(name, f"b == 1 or {elements} <= {_INT}",
-             f"of {elements} of at most {_INT} where there are several matrices")
+        Rule(
+            name,
+            f"b == 1 or {elements} <= {INT32_MAX}",
+            f"of {elements} of at most {INT32_MAX} where there are several matrices",
+        )
         for name, elements in (("mat1", "m * k"), ("mat2", "n * k"), ("out", "m * n"))
     ),
-)  # fmt: skip
+)
 
 
 def _batched(name: str, axis: str, rows: str) -> tuple[Tensor, Rule, Rule]:
@@ -67,9 +81,10 @@ def _batched(name: str, axis: str, rows: str) -> tuple[Tensor, Rule, Rule]:
     than all rows have."""
     tensor, count = _scales(name, axis, f"b * {rows}", "k // 32")
     whole = Rule(
-        name.removesuffix("Scale"), f"b == 1 or {rows} % 128 == 0",
+        name.removesuffix("Scale"),
+        f"b == 1 or {rows} % 128 == 0",
         "a multiple of 128 rows in each of several matrices: otherwise their scales share tiles",
-    )  # fmt: skip
+    )
     return tensor, whole, count
 
 
@@ -96,7 +111,7 @@ ROWS = (
         {"O": F16}, ">=0.6.3", **_FIELDS, allocates=True, capabilities=(10, 11, 12),
         modules=_other("fp4_gemm_cutlass_sm120", _SM120),
         requires=("half >= 16", "half % 16 == 0", "n % 32 == 0",
-                  f"half <= {_INT // 2}", *_SIZES, _A4_RULE, _B4_RULE),
+                  f"half <= {INT32_MAX // 2}", *_SIZES, _A4_RULE, _B4_RULE),
     ),
     Row(
         "mxfp8_gemm", "mxfp8_gemm_cutlass", "mxfp8_gemm", "csrc/mxfp8_gemm_cutlass.cu",
@@ -111,7 +126,7 @@ ROWS = (
         ),
         {"O": F16}, ">=0.6.4", **_FIELDS, allocates=True, capabilities=(10, 11, 12),
         modules=_other("mxfp8_gemm_cutlass_sm120", _SM120),
-        requires=("k >= 32", "k % 32 == 0", "n % 32 == 0", f"k <= {_INT}", *_SIZES,
+        requires=("k >= 32", "k % 32 == 0", "n % 32 == 0", f"k <= {INT32_MAX}", *_SIZES,
                   _A8_RULE, _B8_RULE),
     ),
     Row(
@@ -125,7 +140,7 @@ ROWS = (
         ),
         {"O": ("bfloat16", "float16", "float32")}, ">=0.6.3", **_FIELDS, allocates=True,
         capabilities=(10,),
-        requires=("k >= 8", "k % 8 == 0", "n % 8 == 0", f"k <= {_INT}", *_SIZES),
+        requires=("k >= 8", "k % 8 == 0", "n % 8 == 0", f"k <= {INT32_MAX}", *_SIZES),
     ),
     Row(
         "bmm_bf16", "bf16_gemm_cutlass", "bf16_gemm", "csrc/bf16_gemm_cutlass.cu",

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from fi_ffi.ops.call.arguments import INT32_MAX
 from fi_ffi.ops.call.row import Row, Rule, Scalar, Tensor, Vector
 
-_INT = 2**31 - 1
 _PIECE: dict[str, Any] = {"dtype": "int32", "contiguous": True}
 # The most sequences for one block; more need memory for a sum across blocks.
 ONE_BLOCK = 1023
@@ -33,35 +33,70 @@ ROWS = (
         "Count the pieces of chunks. A chunk of tokens is cut where a sequence ends; the result is "
         "the number of pieces before each sequence, and of all pieces.",
         (
-            Tensor("seq_idx", "tokens", "I",
-                   "each token's sequence, in rising order", contiguous=True),
-            Tensor("chunk_indices", "num_logical_chunks",
-                   doc="chunk of each piece, in order: its first token is `chunk_indices * "
-                       "chunk_size + chunk_offsets`, which is not checked", **_PIECE),
-            Tensor("chunk_offsets", "num_logical_chunks", doc="start of the piece in its chunk",
-                   **_PIECE),
-            Tensor("output", "num_seqs+1", writes=True, reads=False,
-                   doc="number of pieces before each sequence, then of all pieces", **_PIECE),
-            Tensor("tile_state", "bytes", "uint8",
-                   "scratch for more than 1023 sequences; by default fi_ffi keeps one for each "
-                   "stream", writes=True, reads=False,
-                   contiguous=True, optional=True, alignment=8,
-                   bytes_for=lambda sizes: tile_state_bytes(sizes["num_seqs"])),
-            Scalar("chunk_size", int, None, "tokens in a chunk", low=1, high=_INT),
-            Scalar("num_logical_chunks", int, None, "number of pieces", low=0, high=_INT,
-                   size_of="num_logical_chunks"),
-            Scalar("num_seqs", int, None, "number of sequences", low=0, high=_INT,
-                   size_of="num_seqs"),
+            Tensor(
+                "seq_idx", "tokens", "I", "each token's sequence, in rising order", contiguous=True
+            ),
+            Tensor(
+                "chunk_indices",
+                "num_logical_chunks",
+                doc="chunk of each piece, in order: its first token is `chunk_indices * "
+                "chunk_size + chunk_offsets`, which is not checked",
+                **_PIECE,
+            ),
+            Tensor(
+                "chunk_offsets",
+                "num_logical_chunks",
+                doc="start of the piece in its chunk",
+                **_PIECE,
+            ),
+            Tensor(
+                "output",
+                "num_seqs+1",
+                writes=True,
+                reads=False,
+                doc="number of pieces before each sequence, then of all pieces",
+                **_PIECE,
+            ),
+            Tensor(
+                "tile_state",
+                "bytes",
+                "uint8",
+                "scratch for more than 1023 sequences; by default fi_ffi keeps one for each stream",
+                writes=True,
+                reads=False,
+                contiguous=True,
+                optional=True,
+                alignment=8,
+                bytes_for=lambda sizes: tile_state_bytes(sizes["num_seqs"]),
+            ),
+            Scalar("chunk_size", int, None, "tokens in a chunk", low=1, high=INT32_MAX),
+            Scalar(
+                "num_logical_chunks",
+                int,
+                None,
+                "number of pieces",
+                low=0,
+                high=INT32_MAX,
+                size_of="num_logical_chunks",
+            ),
+            Scalar(
+                "num_seqs",
+                int,
+                None,
+                "number of sequences",
+                low=0,
+                high=INT32_MAX,
+                size_of="num_seqs",
+            ),
         ),
         {"I": ("int32", "int64")},
         ">=0.6.7",
         vector=Vector(()),
         offset_limit=2**63,
         requires=(
-            f"num_logical_chunks <= {_INT}",
-            f"num_seqs <= {_INT - 1024}",
-            Rule("chunk_indices", "tokens >= 1 or num_logical_chunks == 0",
-                 "0 without tokens"),
+            f"num_logical_chunks <= {INT32_MAX}",
+            f"num_seqs <= {INT32_MAX - 1024}",
+            Rule("chunk_indices", "tokens >= 1 or num_logical_chunks == 0", "0 without tokens"),
         ),
     ),
-)  # fmt: skip
+)

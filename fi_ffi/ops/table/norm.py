@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fi_ffi.ops.call.arguments import INT32_MAX
 from fi_ffi.ops.call.releases import forms_of
 from fi_ffi.ops.call.row import PDL, Row, Rule, Scalar, Tensor, Vector
 
@@ -117,7 +118,7 @@ ROWS = (
         # The kernel counts pairs in an int, or single elements if their number is odd.
         requires=(
             "h >= 1",
-            f"n <= {2**31 - 1}",
+            f"n <= {INT32_MAX}",
             Rule(
                 "input",
                 f"h % 2 == 0 or n * h <= {2**31}",

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from fi_ffi.ops.call.arguments import INT32_MAX
 from fi_ffi.ops.call.row import Absent, Row, Rule, Scalar, Tensor, Vector
 
 _SOURCE = "csrc/flashinfer_norm_binding.cu"
@@ -28,7 +29,7 @@ def _size(name: str, axis: str = "") -> Scalar:
 
 
 def _count(name: str, doc: str) -> Scalar:
-    return Scalar(name, int, None, doc, low=1, high=2**31 - 1)
+    return Scalar(name, int, None, doc, low=1, high=INT32_MAX)
 
 
 def _channels(name: str, doc: str) -> Scalar:
@@ -58,15 +59,20 @@ def _from_table(*names: str) -> tuple[Tensor, ...]:
 
 def _layernorm(name: str, doc: str, mode: int, *args: Tensor | Absent) -> Row:
     return Row(
-        name, "norm", "fused_dit_layernorm", _SOURCE, doc,
+        name,
+        "norm",
+        "fused_dit_layernorm",
+        _SOURCE,
+        doc,
         (
             *args,
             Tensor("residual_out", _ROWS_OF, doc="the new residual", **_NEW),
             Tensor("norm_out", _ROWS_OF, doc="the normalised residual", **_NEW),
             Absent("sf_out"),
             Absent("sf_scale"),
-            Tensor("input_sf_scale", "1", "float32", "factor of `input`", optional=True,
-                   empty=True),
+            Tensor(
+                "input_sf_scale", "1", "float32", "factor of `input`", optional=True, empty=True
+            ),
             Scalar("epsilon", float, 1e-6, "added to the variance before the root", low=0.0),
             Absent("mode", "int", mode),
             Absent("output_format", "int"),  # bfloat16
@@ -75,11 +81,12 @@ def _layernorm(name: str, doc: str, mode: int, *args: Tensor | Absent) -> Row:
         releases=">=0.6.11",
         vector=Vector(()),
         offset_limit=2**32,
-        requires=(f"n <= {2**31 - 1}", f"num_rows <= {2**31 - 1}"),
+        requires=(f"n <= {INT32_MAX}", f"num_rows <= {INT32_MAX}"),
         # A thread reads its 8 elements of both tensors before it writes the same elements.
-        in_place=tuple((out, of) for out in ("residual_out", "norm_out")
-                       for of in ("input", "residual")),
-    )  # fmt: skip
+        in_place=tuple(
+            (out, of) for out in ("residual_out", "norm_out") for of in ("input", "residual")
+        ),
+    )
 
 
 _NO_GATE, _NO_GAMMA = (Absent("gate"), Absent("gate_bias")), (Absent("gamma"), Absent("beta"))
@@ -94,22 +101,36 @@ _LAYERNORMS = (
         "fused_dit_gate_residual_layernorm_gamma_beta",
         "Layer-normalise `residual_out = input * (gate + gate_bias) + residual`, then "
         "`norm_out = normalised * gamma + beta`.",
-        0, _INPUT, _RESIDUAL, *_from_table("gate"), *_GAMMA, *_NO_SHIFT,
+        0,
+        _INPUT,
+        _RESIDUAL,
+        *_from_table("gate"),
+        *_GAMMA,
+        *_NO_SHIFT,
     ),
     _layernorm(
         "fused_dit_residual_layernorm_scale_shift",
         "Layer-normalise `residual_out = input + residual`, then `norm_out = normalised * "
         f"{_SHIFTED}",
-        1, _INPUT, replace(_RESIDUAL, optional=True, empty=True), *_NO_GATE, *_NO_GAMMA,
+        1,
+        _INPUT,
+        replace(_RESIDUAL, optional=True, empty=True),
+        *_NO_GATE,
+        *_NO_GAMMA,
         *_from_table("scale", "shift"),
     ),
     _layernorm(
         "fused_dit_gate_residual_layernorm_scale_shift",
         "Layer-normalise `residual_out = input * (gate + gate_bias) + residual`, then "
         f"`norm_out = normalised * {_SHIFTED}",
-        2, _INPUT, _RESIDUAL, *_from_table("gate"), *_NO_GAMMA, *_from_table("scale", "shift"),
+        2,
+        _INPUT,
+        _RESIDUAL,
+        *_from_table("gate"),
+        *_NO_GAMMA,
+        *_from_table("scale", "shift"),
     ),
-)  # fmt: skip
+)
 
 ROWS = (
     Row(
@@ -120,14 +141,15 @@ ROWS = (
         "RMS-normalise queries and keys over all heads, rotate them by the position of their patch "
         "in a video, and copy values: see docs/norm_fused.md.",
         (
-            Tensor("qkv_in", "n num_heads_q+num_heads_k+num_heads_v head_dim",
-                   doc="queries, keys and values of each token", **_IN),
-            Tensor("q_weight", "num_heads_q head_dim", doc="scales of the queries",
-                   **_IN),
-            Tensor("k_weight", "num_heads_k head_dim", doc="scales of the keys",
-                   **_IN),
-            Tensor("q_out", "n num_heads_q head_dim", doc="the queries",
-                   **_OUT),
+            Tensor(
+                "qkv_in",
+                "n num_heads_q+num_heads_k+num_heads_v head_dim",
+                doc="queries, keys and values of each token",
+                **_IN,
+            ),
+            Tensor("q_weight", "num_heads_q head_dim", doc="scales of the queries", **_IN),
+            Tensor("k_weight", "num_heads_k head_dim", doc="scales of the keys", **_IN),
+            Tensor("q_out", "n num_heads_q head_dim", doc="the queries", **_OUT),
             Tensor("k_out", "n num_heads_k head_dim", doc="the keys", **_OUT),
             Tensor("v_out", "n num_heads_v head_dim", doc="the values", **_OUT),
             _size("num_tokens", "n"),
@@ -141,20 +163,32 @@ ROWS = (
             *map(_size, _HEADS),
             _size("head_dim"),
             _EPS,
-            Scalar("base", float, 10000.0,
-                   "pair i of c channels turns by base**(-2 * i / c) for each patch", low=_LEAST),
-            Scalar("interleave", bool, True,
-                   "True: pairs are neighbours; False: an element and the one half a head later"),
-            Scalar("factor", float, 1.0, "YaRN's factor for slow pairs; 1.0: no YaRN",
-                   low=_LEAST),
+            Scalar(
+                "base",
+                float,
+                10000.0,
+                "pair i of c channels turns by base**(-2 * i / c) for each patch",
+                low=_LEAST,
+            ),
+            Scalar(
+                "interleave",
+                bool,
+                True,
+                "True: pairs are neighbours; False: an element and the one half a head later",
+            ),
+            Scalar("factor", float, 1.0, "YaRN's factor for slow pairs; 1.0: no YaRN", low=_LEAST),
             Scalar("low", float, 0.0, "the last pair that YaRN leaves alone", low=0.0),
             Scalar("high", float, 0.0, "the first pair that YaRN scales in full", low=0.0),
-            Scalar("attention_factor", float, 1.0, "YaRN's factor of queries and keys",
-                   low=0.0),
+            Scalar("attention_factor", float, 1.0, "YaRN's factor of queries and keys", low=0.0),
             Scalar("is_qk_norm", bool, True, "True: normalise"),
             Scalar("output_fp8", bool, False, "True: the outputs are float8"),
-            Scalar("output_quant_scale", float, 1.0,
-                   "factor of float8 queries and keys, before they are clamped to ±448", low=0.0),
+            Scalar(
+                "output_quant_scale",
+                float,
+                1.0,
+                "factor of float8 queries and keys, before they are clamped to ±448",
+                low=0.0,
+            ),
             Scalar("v_quant_scale", float, 1.0, "the same for values", low=0.0),
         ),
         dtypes={"T": ("bfloat16",), "O": ("bfloat16", "float8_e4m3fn")},
@@ -165,17 +199,26 @@ ROWS = (
         offset_limit=2**63,
         requires=(
             "head_dim in (64, 128, 256)",
-            f"n <= {2**31 - 1}",
+            f"n <= {INT32_MAX}",
             *(f"{heads} <= 32" for heads in _HEADS),
             Rule("seq_len", "seq_len == ppf * pph * ppw", "seq_len = ppf * pph * ppw"),
-            Rule("num_frame_channels", f"head_dim == {' + '.join(_CHANNELS)}",
-                 f"{' + '.join(_CHANNELS)} = head_dim"),
+            Rule(
+                "num_frame_channels",
+                f"head_dim == {' + '.join(_CHANNELS)}",
+                f"{' + '.join(_CHANNELS)} = head_dim",
+            ),
             # The kernel compares in float32.
-            Rule("attention_factor", "attention_factor == 1 or abs(factor - 1) > 2**-23",
-                 "an attention_factor of 1.0, or a factor that is not"),
-            Rule("output_fp8", "output_fp8 == (O == 'float8_e4m3fn')",
-                 "output_fp8 if and only if O is float8_e4m3fn"),
+            Rule(
+                "attention_factor",
+                "attention_factor == 1 or abs(factor - 1) > 2**-23",
+                "an attention_factor of 1.0, or a factor that is not",
+            ),
+            Rule(
+                "output_fp8",
+                "output_fp8 == (O == 'float8_e4m3fn')",
+                "output_fp8 if and only if O is float8_e4m3fn",
+            ),
         ),
     ),
     *_LAYERNORMS,
-)  # fmt: skip
+)

@@ -44,10 +44,19 @@ def _row(
     name: str, doc: str, *args: Tensor | KvLayout, requires: tuple[str, ...], **fields: Any
 ) -> Row:
     return Row(
-        name, "page", name, _SOURCE, doc, args,
-        dtypes=_T, releases=">=0.6.3", offset_limit=2**63, requires=(*requires, *_LIMITS),
-        nothing_axis="nnz", **fields,
-    )  # fmt: skip
+        name,
+        "page",
+        name,
+        _SOURCE,
+        doc,
+        args,
+        dtypes=_T,
+        releases=">=0.6.3",
+        offset_limit=2**63,
+        requires=(*requires, *_LIMITS),
+        nothing_axis="nnz",
+        **fields,
+    )
 
 
 ROWS = (
@@ -57,11 +66,20 @@ ROWS = (
         Tensor("append_key", "nnz num_kv_heads head_dim", "T", "keys of the new tokens"),
         Tensor("append_value", "nnz num_kv_heads head_dim", "T", "values of the new tokens"),
         *_WHERE,
-        Tensor("paged_k_cache", "num_pages page_size num_kv_heads head_dim",
-               doc="keys; for one tensor with both, see `split_paged_kv_cache`",
-               kv=True, **_CACHE),
-        Tensor("paged_v_cache", "num_pages page_size num_kv_heads head_dim",
-               doc="values", kv=True, **_CACHE),
+        Tensor(
+            "paged_k_cache",
+            "num_pages page_size num_kv_heads head_dim",
+            doc="keys; for one tensor with both, see `split_paged_kv_cache`",
+            kv=True,
+            **_CACHE,
+        ),
+        Tensor(
+            "paged_v_cache",
+            "num_pages page_size num_kv_heads head_dim",
+            doc="values",
+            kv=True,
+            **_CACHE,
+        ),
         *_PAGES,
         KvLayout(strided=False),
         vector=Vector(("head_dim",), threads=32),
@@ -75,13 +93,15 @@ ROWS = (
         Tensor("append_ckv", "nnz head_dim_ckv", "T", "compressed keys and values"),
         Tensor("append_kpe", "nnz head_dim_kpe", "T", "the keys' part with the position encoding"),
         *_WHERE,
-        Tensor("ckv_cache", "num_pages page_size head_dim_ckv", doc="cache of `append_ckv`",
-               **_CACHE),
-        Tensor("kpe_cache", "num_pages page_size head_dim_kpe", doc="cache of `append_kpe`",
-               **_CACHE),
+        Tensor(
+            "ckv_cache", "num_pages page_size head_dim_ckv", doc="cache of `append_ckv`", **_CACHE
+        ),
+        Tensor(
+            "kpe_cache", "num_pages page_size head_dim_kpe", doc="cache of `append_kpe`", **_CACHE
+        ),
         *_PAGES,
         # The kernel loads 16 bytes from 0.6.16 on, and two elements before.
         vector=Vector(("head_dim_ckv", "head_dim_kpe")),
         requires=("head_dim_ckv in (512,)", "head_dim_kpe in (64,)"),
     ),
-)  # fmt: skip
+)

@@ -7,19 +7,16 @@ each other, and rely on zeroed scratch.
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from fi_ffi.errors import ArgumentError, ArgumentTypeError, printed
-from fi_ffi.ops.call.arguments import check_flag
+from fi_ffi.ops.call.arguments import INT32_MAX
 from fi_ffi.ops.call.notation import round_up
 from fi_ffi.ops.call.releases import forms_of
 from fi_ffi.ops.call.row import MULTIPROCESSORS, Row, Rule, Scalar, Tensor, Vector
 
 _SOURCE = "csrc/flashinfer_sampling_binding.cu"
-_INT = 2**31 - 1
 _OUT: dict[str, Any] = {"writes": True, "reads": False, "contiguous": True}
 # The filters' parameters: one number for each row.
 MAYBE: dict[str, Any] = {"optional": True, "contiguous": True, "column": True}
@@ -41,11 +38,18 @@ def rule_of_shared_rows(argument: str, axis: str) -> Rule:
 # A group of blocks has at most 5152 bytes; there are at most half as many groups as
 # multiprocessors.
 ROW_STATES = Tensor(
-    "row_states_buffer", "workspace_size", "uint8", writes=True, reads=True, contiguous=True,
-    alignment=8, bytes=2**20, zeroed=True,
+    "row_states_buffer",
+    "workspace_size",
+    "uint8",
+    writes=True,
+    reads=True,
+    contiguous=True,
+    alignment=8,
+    bytes=2**20,
+    zeroed=True,
     doc="scratch of 2^20 bytes, for one stream at a time, zero before its first use; by default "
-        "fi_ffi keeps one for each stream",
-)  # fmt: skip
+    "fi_ffi keeps one for each stream",
+)
 
 
 def _aligned(count: int) -> int:
@@ -71,23 +75,7 @@ def top_p_renorm_bytes(sizes: Mapping[str, int]) -> int:
     return _aligned(_COUNTER_BYTES * n) + counts + 2 * buffer
 
 
-def top_p_renorm_workspace_size(
-    batch_size: int, vocab_size: int, is_deterministic: bool = True
-) -> int:
-    """Size in bytes of `workspace` for `top_p_renorm_probs` with these rows and tokens."""
-    sizes = {"n": batch_size, "h": vocab_size}
-    for argument, size in zip(("batch_size", "vocab_size"), sizes.values(), strict=True):
-        op, expected = "top_p_renorm_workspace_size", "an integer of 0 or more"
-        if not isinstance(size, numbers.Integral) or isinstance(size, bool):
-            raise ArgumentTypeError(op, argument, got=f"{printed(size)}", expected=expected)
-        if size < 0:
-            raise ArgumentError(op, argument, got=size, expected=expected)
-    op = "top_p_renorm_workspace_size"
-    is_deterministic = check_flag(op, "is_deterministic", is_deterministic)
-    return top_p_renorm_bytes(sizes | {"is_deterministic": is_deterministic})
-
-
-_LIMITS = ("h >= 1", f"h <= {_INT}", f"n <= {_INT}")
+_LIMITS = ("h >= 1", f"h <= {INT32_MAX}", f"n <= {INT32_MAX}")
 
 
 def _row(name: str, doc: str, args: tuple[Any, ...], releases: str, **more: Any) -> Row:
@@ -103,29 +91,43 @@ def _in_and_out(source: str, out: str, dtype: str, doc: str) -> tuple[Tensor, Te
 
 _T: dict[str, tuple[str, ...]] = {"T": ("float32", "float16", "bfloat16")}
 _TOP_K = (
-    Tensor("maybe_top_k_arr", "n", "int32", "`top_k_val` of each row; 0 keeps nothing",
-           **MAYBE),
-    Scalar("top_k_val", int, _INT, "number of tokens kept; ties with the last one are kept too",
-           low=1, high=_INT, instead="maybe_top_k_arr"),
-)  # fmt: skip
+    Tensor("maybe_top_k_arr", "n", "int32", "`top_k_val` of each row; 0 keeps nothing", **MAYBE),
+    Scalar(
+        "top_k_val",
+        int,
+        INT32_MAX,
+        "number of tokens kept; ties with the last one are kept too",
+        low=1,
+        high=INT32_MAX,
+        instead="maybe_top_k_arr",
+    ),
+)
 _DETERMINISTIC = Scalar(
-    "is_deterministic", bool, True,
-    "same result each time, by slower sums in 64-bit integers",
-)  # fmt: skip
+    "is_deterministic", bool, True, "same result each time, by slower sums in 64-bit integers"
+)
 _WORKSPACE = Tensor(
-    "workspace", "workspace_size", "uint8", writes=True, reads=False, contiguous=True,
-    alignment=128, bytes_for=top_p_renorm_bytes, bytes_given=("is_deterministic",), since="0.6.7",
+    "workspace",
+    "workspace_size",
+    "uint8",
+    writes=True,
+    reads=False,
+    contiguous=True,
+    alignment=128,
+    bytes_for=top_p_renorm_bytes,
+    bytes_given=("is_deterministic",),
+    since="0.6.7",
     doc="scratch of `top_p_renorm_workspace_size(n, h, is_deterministic)` bytes, for one stream at "
-        "a time; by default fi_ffi keeps one for each stream",
-)  # fmt: skip
+    "a time; by default fi_ffi keeps one for each stream",
+)
 
 # If the buckets' sums miss `top_p` by a rounding error, the kernel counts the last bucket twice. So
 # a `top_p` of 1 may lose part of a row, and more than 1 any part of it, until no sum can be near.
 _ALL = 4.0
 _WITHIN_REACH = Rule(
-    "top_p_val", f"maybe_top_p_arr or top_p_val <= 1 or top_p_val >= {_ALL}",
+    "top_p_val",
+    f"maybe_top_p_arr or top_p_val <= 1 or top_p_val >= {_ALL}",
     f"at most 1.0, or {_ALL} for all of a row",
-)  # fmt: skip
+)
 
 _TOP_P_ROW = _row(
     "top_p_renorm_probs",
@@ -133,11 +135,15 @@ _TOP_P_ROW = _row(
     "them; scale them to sum to 1.",
     (
         *_in_and_out("probs", "renorm_probs", "float32", "rows that sum to 1"),
-        Tensor("maybe_top_p_arr", "n", "float32", "`top_p_val` of each row",
-               **MAYBE),
-        Scalar("top_p_val", float, _ALL,
-               "smallest sum of the kept tokens; 4.0 keeps all, 1.0 may lose the least probable",
-               low=0.0, instead="maybe_top_p_arr"),
+        Tensor("maybe_top_p_arr", "n", "float32", "`top_p_val` of each row", **MAYBE),
+        Scalar(
+            "top_p_val",
+            float,
+            _ALL,
+            "smallest sum of the kept tokens; 4.0 keeps all, 1.0 may lose the least probable",
+            low=0.0,
+            instead="maybe_top_p_arr",
+        ),
         replace(_DETERMINISTIC, since="0.6.7"),
         _WORKSPACE,
     ),
@@ -147,8 +153,8 @@ _TOP_P_ROW = _row(
     offset_limit=2**31,
     in_place=(("renorm_probs", "probs"),),
     # A grid's second dimension counts rows, an int counts elements.
-    requires=("h >= 1", f"h <= {_INT}", f"n <= {2**16 - 1}", _WITHIN_REACH),
-)  # fmt: skip
+    requires=("h >= 1", f"h <= {INT32_MAX}", f"n <= {2**16 - 1}", _WITHIN_REACH),
+)
 _TOP_K_ROW = _row(
     "top_k_renorm_probs",
     "Keep the `top_k` most probable tokens of each row and scale them to sum to 1.",
@@ -171,12 +177,15 @@ ROWS = (
     _row(
         "top_k_mask_logits",
         "Keep the `top_k` greatest logits of each row and set the others to -inf.",
-        (*_in_and_out("logits", "mask_logits", "T", "rows of logits without NaN"), *_TOP_K,
-         ROW_STATES),
+        (
+            *_in_and_out("logits", "mask_logits", "T", "rows of logits without NaN"),
+            *_TOP_K,
+            ROW_STATES,
+        ),
         ">=0.6.3",
         dtypes=_T,
         vector=Vector(("h",), dtype="T"),
         in_place=(("mask_logits", "logits"),),
         requires=(*_LIMITS, rule_of_shared_rows("logits", "h")),
     ),
-)  # fmt: skip
+)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from fi_ffi.ops.call.arguments import INT32_MAX
 from fi_ffi.ops.call.notation import ceil_div
 from fi_ffi.ops.call.row import IN_PLACE, Absent, KvLayout, Row, Rule, Scalar, Tensor, Vector
 
@@ -22,7 +23,7 @@ INDEX: dict[str, tuple[str, ...]] = {"I": ("int32", "int64")}
 _HEAD_DIMS = (64, 128, 256, 512)
 WIDE = 16  # elements of a thread of the quantising kernel
 MOST_BLOCKS = 2**16 - 1  # the limit of a grid's second dimension
-MOST = f"nnz <= {2**31 - 1}"
+MOST = f"nnz <= {INT32_MAX}"
 MOST_THREADS = 1024
 
 
@@ -61,118 +62,180 @@ _HEAD = "nnz num_qo_heads head_dim", "nnz num_kv_heads head_dim"
 _IN = (
     Tensor("q", _HEAD[0], "T", "queries; may be slices of a fused buffer"),
     Tensor("k", _HEAD[1], "T", "keys; without heads, only q is rotated"),
-    Tensor("q_rope", _HEAD[0], "T", "rotated q; may be q itself",
-           writes=True, reads=False),
-    Tensor("k_rope", _HEAD[1], "T", "rotated k; may be k itself",
-           writes=True, reads=False),
-)  # fmt: skip
+    Tensor("q_rope", _HEAD[0], "T", "rotated q; may be q itself", writes=True, reads=False),
+    Tensor("k_rope", _HEAD[1], "T", "rotated k; may be k itself", writes=True, reads=False),
+)
 _RAGGED = (
-    Tensor("indptr", "b+1", "I", contiguous=True,
-           doc="start of each request's tokens, and the end; tokens past the end are left out"),
+    Tensor(
+        "indptr",
+        "b+1",
+        "I",
+        contiguous=True,
+        doc="start of each request's tokens, and the end; tokens past the end are left out",
+    ),
     Tensor("offsets", "b", "I", "position of each request's first token", contiguous=True),
-)  # fmt: skip
+)
 POS_IDS = Tensor("pos_ids", "nnz", "I", "position of each token", contiguous=True)
 INTERLEAVE = Scalar(
-    "interleave", bool, False,
+    "interleave",
+    bool,
+    False,
     "True: rotate elements 2i and 2i+1 (GPT-J); False: i and i + rotary_dim / 2 (GPT-NeoX, Llama)",
-)  # fmt: skip
+)
 # The least value that is not taken for a mistake: the kernels divide by it in float32.
 _LEAST = 1e-6
 _ANGLE = (
-    Scalar("rotary_dim", int, None, "number of elements of a head that are rotated, from the first",
-           low=0, size_of="head_dim", or_less=True),
+    Scalar(
+        "rotary_dim",
+        int,
+        None,
+        "number of elements of a head that are rotated, from the first",
+        low=0,
+        size_of="head_dim",
+        or_less=True,
+    ),
     INTERLEAVE,
     Scalar("rope_scale", float, 1.0, "divisor of positions", low=_LEAST),
-    Scalar("rope_theta", float, 1e4, "pair i turns by position * theta ** (-2i / rotary_dim)",
-           low=_LEAST),
-)  # fmt: skip
+    Scalar(
+        "rope_theta",
+        float,
+        1e4,
+        "pair i turns by position * theta ** (-2i / rotary_dim)",
+        low=_LEAST,
+    ),
+)
 _ANGLE_31 = (
     *_ANGLE[:2],
     Scalar("rope_scale", float, 8.0, "divisor of the positions of long waves", low=_LEAST),
     replace(_ANGLE[3], default=5e5),
-    Scalar("low_freq_factor", float, 1.0, low=0.0,
-           doc="waves longer than old_context_length / low_freq_factor are scaled in full"),
-    Scalar("high_freq_factor", float, 4.0, low=0.0,
-           doc="waves shorter than old_context_length / high_freq_factor are not scaled"),
-    Scalar("old_context_length", float, 8192.0, low=0.0,
-           doc="context length of the first training"),
-)  # fmt: skip
+    Scalar(
+        "low_freq_factor",
+        float,
+        1.0,
+        low=0.0,
+        doc="waves longer than old_context_length / low_freq_factor are scaled in full",
+    ),
+    Scalar(
+        "high_freq_factor",
+        float,
+        4.0,
+        low=0.0,
+        doc="waves shorter than old_context_length / high_freq_factor are not scaled",
+    ),
+    Scalar(
+        "old_context_length", float, 8192.0, low=0.0, doc="context length of the first training"
+    ),
+)
 _FACTORS = Rule(
-    "high_freq_factor", "high_freq_factor > low_freq_factor", "more than low_freq_factor",
-)  # fmt: skip
+    "high_freq_factor", "high_freq_factor > low_freq_factor", "more than low_freq_factor"
+)
 _ROPE = "Rotate q and k by their positions, the angles computed in the kernel"
 _ROPE_31 = f"{_ROPE}, as Llama 3.1 scales them"
 
 
 def row(
-    name: str, doc: str, *args: Tensor | Scalar | Absent | KvLayout,
-    requires: tuple[str | Rule, ...], **more: Any,
-) -> Row:  # fmt: skip
+    name: str,
+    doc: str,
+    *args: Tensor | Scalar | Absent | KvLayout,
+    requires: tuple[str | Rule, ...],
+    **more: Any,
+) -> Row:
     fields: dict[str, Any] = {
-        "symbol": name, "dtypes": INPUTS | INDEX, "vector": Vector(("head_dim",), dtype="T"),
-        "requires": ("num_qo_heads >= 1", MOST, *requires), "nothing_axis": "nnz",
+        "symbol": name,
+        "dtypes": INPUTS | INDEX,
+        "vector": Vector(("head_dim",), dtype="T"),
+        "requires": ("num_qo_heads >= 1", MOST, *requires),
+        "nothing_axis": "nnz",
         "in_place": (("q_rope", "q"), ("k_rope", "k")),
-    } | more  # fmt: skip
+    } | more
     return Row(
-        name, "rope", source=SOURCE, doc=doc, args=args, releases=">=0.6.3", offset_limit=2**63,
+        name,
+        "rope",
+        source=SOURCE,
+        doc=doc,
+        args=args,
+        releases=">=0.6.3",
+        offset_limit=2**63,
         **fields,
-    )  # fmt: skip
+    )
 
 
 def _ragged(name: str, doc: str, angle: tuple[Scalar, ...], *rules: Rule) -> Row:
     # b * (num_qo_heads + num_kv_heads) blocks are in one dimension of a grid.
     most = (f"b * {heads} <= {2**30 - 1}" for heads in ("num_qo_heads", "num_kv_heads"))
     return row(
-        name, f"{doc}; a request's tokens have positions one after another.",
-        *_IN, *_RAGGED, *angle,
+        name,
+        f"{doc}; a request's tokens have positions one after another.",
+        *_IN,
+        *_RAGGED,
+        *angle,
         requires=(f"head_dim in {_HEAD_DIMS}", "nnz == 0 or b >= 1", *most, _WHOLE_VECTORS, *rules),
-    )  # fmt: skip
+    )
 
 
 def _positioned(name: str, doc: str, angle: tuple[Scalar, ...], *rules: Rule) -> Row:
     most = (f"{heads} <= {MOST_BLOCKS // 2}" for heads in ("num_qo_heads", "num_kv_heads"))
     return row(
-        name, f"{doc}; each token has a position of its own.", *_IN, POS_IDS, *angle,
+        name,
+        f"{doc}; each token has a position of its own.",
+        *_IN,
+        POS_IDS,
+        *angle,
         requires=(f"head_dim in {_HEAD_DIMS}", *most, _WHOLE_VECTORS, *rules),
-    )  # fmt: skip
+    )
 
 
 def cos_sin_cache(rotary_dim: str) -> Tensor:
     return Tensor(
-        "cos_sin_cache", f"max_seq_len {rotary_dim}", "float32", contiguous=True, alignment=16,
+        "cos_sin_cache",
+        f"max_seq_len {rotary_dim}",
+        "float32",
+        contiguous=True,
+        alignment=16,
         # With int32 positions, the kernel counts the table's elements in 32 bits.
         offset_limit=2**32,
         doc="for each position, the cosines of all pairs, then their sines; with interleave, the "
-            "kernel reads up to 32 bytes past a row",
-    )  # fmt: skip
+        "kernel reads up to 32 bytes past a row",
+    )
 
 
 _COS_SIN = row(
     "apply_rope_pos_ids_cos_sin_cache",
     "Rotate q and k by their positions, with cosines and sines from a table.",
-    *_IN, cos_sin_cache("rotary_dim"), POS_IDS, INTERLEAVE,
+    *_IN,
+    cos_sin_cache("rotary_dim"),
+    POS_IDS,
+    INTERLEAVE,
     requires=(
-        "rotary_dim >= 1", "head_dim % 8 == 0", "head_dim >= rotary_dim",
-        "nnz == 0 or max_seq_len >= 1", f"rotary_dim <= {WIDE * MOST_THREADS}",
+        "rotary_dim >= 1",
+        "head_dim % 8 == 0",
+        "head_dim >= rotary_dim",
+        "nnz == 0 or max_seq_len >= 1",
+        f"rotary_dim <= {WIDE * MOST_THREADS}",
         Rule(
-            "cos_sin_cache", _HAS_WHOLE_VECTORS,
+            "cos_sin_cache",
+            _HAS_WHOLE_VECTORS,
             "of a rotary_dim that with interleave is a multiple of 16, or of 8 where head_dim is "
-            "64, 128 or 256; and of twice that without", _WHOLE_VECTORS.using,
+            "64, 128 or 256; and of twice that without",
+            _WHOLE_VECTORS.using,
         ),
         Rule(
             "q",
             "fits_grid(num_qo_heads, num_kv_heads, rotary_dim, head_dim)",
             "of heads so few that (num_qo_heads + num_kv_heads) * (head_dim / rotary_dim, rounded "
-            f"up) is at most {MOST_BLOCKS}", {"fits_grid": _fits_grid},
+            f"up) is at most {MOST_BLOCKS}",
+            {"fits_grid": _fits_grid},
         ),
         Rule(
-            "q_rope", f"reads_first({IN_PLACE}, interleave, rotary_dim, head_dim)",
+            "q_rope",
+            f"reads_first({IN_PLACE}, interleave, rotary_dim, head_dim)",
             "other memory than q (and k_rope than k), unless interleave is set, or head_dim is 64, "
             "128, 256 or 512, or rotary_dim is 32, 64, 128, 256 or 512: otherwise a warp may "
-            "overwrite input of another warp", {"reads_first": _reads_before_it_writes},
+            "overwrite input of another warp",
+            {"reads_first": _reads_before_it_writes},
         ),
     ),
-)  # fmt: skip
+)
 
 
 ROWS = (

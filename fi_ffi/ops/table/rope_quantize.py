@@ -55,9 +55,14 @@ _TABLE = (cos_sin_cache("rope_dim"), POS_IDS)
 
 
 def _quantising(
-    name: str, doc: str, *args: Tensor | Scalar | Absent | KvLayout, heads: str = "num_kv_heads",
-    of_values: bool = False, requires: tuple[str, ...] = (), **more: Any,
-) -> Row:  # fmt: skip
+    name: str,
+    doc: str,
+    *args: Tensor | Scalar | Absent | KvLayout,
+    heads: str = "num_kv_heads",
+    of_values: bool = False,
+    requires: tuple[str, ...] = (),
+    **more: Any,
+) -> Row:
     """Return a row of the quantising kernels, with `heads` as the number of key heads.
 
     With `of_values`, the grid has blocks for values too.
@@ -66,13 +71,25 @@ def _quantising(
     count, values = f"(num_qo_heads + {heads})", f" + {heads}" * of_values
     told = f"{count} * (1 + no_rope_dim / rope_dim, rounded up)"
     return row(
-        name, doc, *args, *_SCALES, INTERLEAVE, PDL,
-        dtypes=_QUANTISED, vector=Vector(("rope_dim", "no_rope_dim")), in_place=(),
+        name,
+        doc,
+        *args,
+        *_SCALES,
+        INTERLEAVE,
+        PDL,
+        dtypes=_QUANTISED,
+        vector=Vector(("rope_dim", "no_rope_dim")),
+        in_place=(),
         requires=(
-            "rope_dim >= 1", f"rope_dim % {WIDE} == 0", f"no_rope_dim % {WIDE} == 0",
-            "nnz == 0 or max_seq_len >= 1", f"rope_dim <= {WIDE * MOST_THREADS}", *requires,
+            "rope_dim >= 1",
+            f"rope_dim % {WIDE} == 0",
+            f"no_rope_dim % {WIDE} == 0",
+            "nnz == 0 or max_seq_len >= 1",
+            f"rope_dim <= {WIDE * MOST_THREADS}",
+            *requires,
             Rule(
-                "q_rope_in", f"interleave or rope_dim % {2 * WIDE} == 0",
+                "q_rope_in",
+                f"interleave or rope_dim % {2 * WIDE} == 0",
                 f"of a rope_dim that is a multiple of {2 * WIDE} without interleave",
             ),
             Rule(
@@ -83,19 +100,27 @@ def _quantising(
             ),
         ),
         **more,
-    )  # fmt: skip
+    )
 
 
 _PAGE: dict[str, Any] = {"dtype": "int32", "contiguous": True}
 _WHERE = (
     Tensor("kv_indices", "num_indices", doc="pages of all requests, in order", **_PAGE),
-    Tensor("kv_indptr", "b+1",
-           doc="start of each request's pages in `kv_indices`, and the end", **_PAGE),
-    Tensor("batch_indices", "nnz", **_PAGE,
-           doc="request of each token; since FlashInfer 0.6.8 a token with -1 is left out, with "
-               "its queries"),
+    Tensor(
+        "kv_indptr",
+        "b+1",
+        doc="start of each request's pages in `kv_indices`, and the end",
+        **_PAGE,
+    ),
+    Tensor(
+        "batch_indices",
+        "nnz",
+        **_PAGE,
+        doc="request of each token; since FlashInfer 0.6.8 a token with -1 is left out, with "
+        "its queries",
+    ),
     Tensor("positions", "nnz", doc="its position in the request, from 0", **_PAGE),
-)  # fmt: skip
+)
 _PAGE_SIZE = Scalar("page_size", int, None, "tokens in a page", low=1, size_of="page_size")
 # The entry tells the caches that it is given by their addresses: those of a call have some.
 _APPENDING = (
@@ -120,29 +145,47 @@ ROWS = (
         "rope_quantize",
         "Rotate a part of q and k by their positions, and quantise all of q and k: `out = "
         "fp8(rotated * scale)`, clamped to O's range.",
-        *_both(_HEADS), _Q_OUT[0],
-        _out("k_rope_out", _HEADS, "rope_dim", "`k_rope_in`, rotated and quantised"), _Q_OUT[1],
-        _out("k_nope_out", _HEADS, "no_rope_dim", "`k_nope_in`, quantised"), *_TABLE,
+        *_both(_HEADS),
+        _Q_OUT[0],
+        _out("k_rope_out", _HEADS, "rope_dim", "`k_rope_in`, rotated and quantised"),
+        _Q_OUT[1],
+        _out("k_nope_out", _HEADS, "no_rope_dim", "`k_nope_in`, quantised"),
+        *_TABLE,
     ),
     _quantising(
         _APPEND,
         "`rope_quantize`, with keys and values appended to a paged cache.",
-        *_both(_HEADS), _in("v_in", _HEADS, _HEAD_DIM, "values to quantise"),
-        *_Q_OUT, *_TABLE,
+        *_both(_HEADS),
+        _in("v_in", _HEADS, _HEAD_DIM, "values to quantise"),
+        *_Q_OUT,
+        *_TABLE,
         _cache("k_cache", f"{_HEADS} {_HEAD_DIM}", "keys, the rotated part first", kv=True),
         _cache("v_cache", f"{_HEADS} {_HEAD_DIM}", "values", kv=True),
-        Absent("ckv_cache"), Absent("kpe_cache"),
-        *_WHERE, KvLayout(strided=False), _PAGE_SIZE,
-        of_values=True, same_strides=("k_cache", "v_cache"),
+        Absent("ckv_cache"),
+        Absent("kpe_cache"),
+        *_WHERE,
+        KvLayout(strided=False),
+        _PAGE_SIZE,
+        of_values=True,
+        same_strides=("k_cache", "v_cache"),
         requires=("num_kv_heads >= 1", *_APPENDING),
     ),
     _quantising(
         "rope_quantize_append_paged_mla_kv_cache",
         "`rope_quantize`, with compressed keys appended to a paged MLA cache.",
-        *_both("1"), Absent("v_in"), *_Q_OUT, *_TABLE, Absent("k_cache"), Absent("v_cache"),
+        *_both("1"),
+        Absent("v_in"),
+        *_Q_OUT,
+        *_TABLE,
+        Absent("k_cache"),
+        Absent("v_cache"),
         _cache("ckv_cache", "no_rope_dim", "`k_nope_in`, quantised"),
         _cache("kpe_cache", "rope_dim", "`k_rope_in`, rotated and quantised"),
-        *_WHERE, Absent("kv_layout", "int"), _PAGE_SIZE,
-        heads="1", symbol=_APPEND, requires=("no_rope_dim >= 1", *_APPENDING),
+        *_WHERE,
+        Absent("kv_layout", "int"),
+        _PAGE_SIZE,
+        heads="1",
+        symbol=_APPEND,
+        requires=("no_rope_dim >= 1", *_APPENDING),
     ),
-)  # fmt: skip
+)

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from fi_ffi.ops.call.arguments import INT32_MAX
 from fi_ffi.ops.call.releases import forms_of
 from fi_ffi.ops.call.row import PDL, Arg, Row, Rule, Scalar, Tensor, Vector
 from fi_ffi.ops.table import renorm
@@ -20,20 +21,15 @@ _SOURCE = "csrc/flashinfer_sampling_binding.cu"
 _OUT: dict[str, Any] = {"writes": True, "reads": False, "contiguous": True}
 _MAYBE: dict[str, Any] = {"optional": True, "contiguous": True}
 _DTYPES = {"I": ("int32", "int64"), "S": ("int64", "uint64")}
-_INT = 2**31 - 1
 
-_PROBS = Tensor("probs", "r h", "float32", "rows without negative elements that sum to 1",
-                contiguous=True)  # fmt: skip
-_TOKENS = Tensor("output", "n", "I", "the tokens; 0 for a row without a token",
-                 **_OUT)  # fmt: skip
+_PROBS = Tensor(
+    "probs", "r h", "float32", "rows without negative elements that sum to 1", contiguous=True
+)
+_TOKENS = Tensor("output", "n", "I", "the tokens; 0 for a row without a token", **_OUT)
 _FLAGGED = "0.6.7"
 _VALID = Tensor("valid", "n", "bool", "True for rows with a token", since=_FLAGGED, **_OUT)
 _INDICES = Tensor(
-    "maybe_indices",
-    "n",
-    "I",
-    "row that each output is drawn from; default: its own",
-    **_MAYBE,
+    "maybe_indices", "n", "I", "row that each output is drawn from; default: its own", **_MAYBE
 )
 _DETERMINISTIC = Scalar("deterministic", bool, True, "same token for the same arguments each time")
 # Seeds were numbers, then there were arrays of one, and then a seed for each output.
@@ -64,11 +60,9 @@ _SEEDS = (
 )
 # Unless an array has one element for each output, the kernel reads its first.
 _ONE_OR_EACH = tuple(
-    Rule(
-        f"maybe_{of}_arr", f"{of}s in (None, 1, n)", f"1 or n elements of {of}s", since=_EACH,
-    )
+    Rule(f"maybe_{of}_arr", f"{of}s in (None, 1, n)", f"1 or n elements of {of}s", since=_EACH)
     for of in ("seed", "offset")
-)  # fmt: skip
+)
 _ROW_FOR_EACH = Rule(
     "output",
     "maybe_indices or n <= r",
@@ -76,42 +70,46 @@ _ROW_FOR_EACH = Rule(
 )
 # Output i starts at subsequence i * h, modulo 2**32: from this size on, outputs share subsequences.
 _OWN_SUBSEQUENCE = Rule(
-    "output", f"n * gcd(h, {2**32}) <= {2**32}",
+    "output",
+    f"n * gcd(h, {2**32}) <= {2**32}",
     "of at most 2**32 / gcd(h, 2**32) tokens: later ones would reuse the random numbers of the "
     "first",
     using={"gcd": math.gcd},
-)  # fmt: skip
+)
 _FLOATS = Vector(("h",), dtype="float32")
 _LIMITS: dict[str, Any] = {
     "vector": _FLOATS,
     "nothing_axis": "n",
-    "requires": ("h >= 1", "n == 0 or r >= 1", f"h <= {_INT}", f"n <= {_INT}", _ROW_FOR_EACH),
+    "requires": (
+        "h >= 1",
+        "n == 0 or r >= 1",
+        f"h <= {INT32_MAX}",
+        f"n <= {INT32_MAX}",
+        _ROW_FOR_EACH,
+    ),
 }
 
 
 def _read_by_output(name: str) -> Rule:
-    return Rule(
-        name,
-        f"not {name} or n <= r",
-        "at least as long as `output`",
-        until=_EACH,
-    )
+    return Rule(name, f"not {name} or n <= r", "at least as long as `output`", until=_EACH)
 
 
-def _sampler(
-    name: str, doc: str, *parameters: Arg, read_by_output: str = ""
-) -> tuple[Row, ...]:  # fmt: skip
+def _sampler(name: str, doc: str, *parameters: Arg, read_by_output: str = "") -> tuple[Row, ...]:
     """Return the forms of a sampler of probabilities."""
     args = (_PROBS, _TOKENS, _VALID, _INDICES, *parameters, _DETERMINISTIC)
     by_output = (_read_by_output(read_by_output),) if read_by_output else ()
     limits = _LIMITS | {"requires": (*_LIMITS["requires"], *by_output)}
     return _seeded(
-        name, doc, args, {
+        name,
+        doc,
+        args,
+        {
             _ARRAYS: {"variant": "_without_valid"},
             _FLAGGED: {"variant": ""},
             _EACH: {"variant": "_by_row" if read_by_output else ""},
-        }, **limits,
-    )  # fmt: skip
+        },
+        **limits,
+    )
 
 
 def _seeded(
@@ -120,8 +118,17 @@ def _seeded(
     """Return the forms of an op that draws random numbers."""
     fields = {"dtypes": _DTYPES, **more}
     fields["requires"] += _ONE_OR_EACH
-    row = Row(name, "sampling", name, _SOURCE, doc, (*args, *_SEEDS), releases=">=0.6.3",
-              variant="_of_numbers", **fields)  # fmt: skip
+    row = Row(
+        name,
+        "sampling",
+        name,
+        _SOURCE,
+        doc,
+        (*args, *_SEEDS),
+        releases=">=0.6.3",
+        variant="_of_numbers",
+        **fields,
+    )
     return forms_of(row, later or {_ARRAYS: {"variant": ""}})
 
 
@@ -132,16 +139,34 @@ def _array(name: str, dtype: str, doc: str) -> Tensor:
 _TOP_K_ARR = _array("maybe_top_k_arr", "I", "`top_k_val` of each row, of the outputs' dtype")
 _TOP_P_ARR = _array("maybe_top_p_arr", "float32", "`top_p_val` of each row")
 _MIN_P_ARR = _array("maybe_min_p_arr", "float32", "`min_p_val` of each row")
-_TOP_K = Scalar("top_k_val", int, _INT, "number of tokens kept, the most probable ones",
-                low=1, high=_INT, instead=_TOP_K_ARR.name)  # fmt: skip
-_TOP_K_FLOAT = replace(_TOP_K, type=float, default=float(_INT), doc=f"{_TOP_K.doc}, a whole number")
-_TOP_P = Scalar("top_p_val", float, 1.0,
-                "smallest sum of the kept tokens, the most probable ones; with 0 no row has a "
-                "token", low=0.0,
-                instead=_TOP_P_ARR.name)  # fmt: skip
-_MIN_P = Scalar("min_p_val", float, 0.0,
-                "smallest probability of a kept token, as a fraction of the greatest one",
-                low=0.0, instead=_MIN_P_ARR.name)  # fmt: skip
+_TOP_K = Scalar(
+    "top_k_val",
+    int,
+    INT32_MAX,
+    "number of tokens kept, the most probable ones",
+    low=1,
+    high=INT32_MAX,
+    instead=_TOP_K_ARR.name,
+)
+_TOP_K_FLOAT = replace(
+    _TOP_K, type=float, default=float(INT32_MAX), doc=f"{_TOP_K.doc}, a whole number"
+)
+_TOP_P = Scalar(
+    "top_p_val",
+    float,
+    1.0,
+    "smallest sum of the kept tokens, the most probable ones; with 0 no row has a token",
+    low=0.0,
+    instead=_TOP_P_ARR.name,
+)
+_MIN_P = Scalar(
+    "min_p_val",
+    float,
+    0.0,
+    "smallest probability of a kept token, as a fraction of the greatest one",
+    low=0.0,
+    instead=_MIN_P_ARR.name,
+)
 
 
 # Few rows are split into slices of 8192 elements, one for each block.
@@ -163,26 +188,40 @@ _SOFTMAX = Row(
     "finite or -inf, and not all -inf in a row. A temperature of 0 makes all probabilities equal; "
     "it does not choose the greatest.",
     (
-        Tensor("workspace_buffer", "workspace_size", "uint8", writes=True, reads=False,
-               contiguous=True, alignment=8, bytes_for=_softmax_bytes,
-               doc="scratch of 2^20 bytes (more for rows above 2^23), for one stream at a time; "
-                   "None: fi_ffi keeps one for each stream"),
+        Tensor(
+            "workspace_buffer",
+            "workspace_size",
+            "uint8",
+            writes=True,
+            reads=False,
+            contiguous=True,
+            alignment=8,
+            bytes_for=_softmax_bytes,
+            doc="scratch of 2^20 bytes (more for rows above 2^23), for one stream at a time; "
+            "None: fi_ffi keeps one for each stream",
+        ),
         Tensor("logits", "n h", "float32", "rows of logits", contiguous=True),
-        Tensor("output", "n h", "float32", "probabilities; may be `logits` itself",
-               **_OUT),
-        Tensor("maybe_temperature_arr", "n", "float32", "`temperature_val` of each row",
-               **renorm.MAYBE),
-        Scalar("temperature_val", float, 1.0, "divisor of the logits", low=0.0,
-               instead="maybe_temperature_arr"),
+        Tensor("output", "n h", "float32", "probabilities; may be `logits` itself", **_OUT),
+        Tensor(
+            "maybe_temperature_arr", "n", "float32", "`temperature_val` of each row", **renorm.MAYBE
+        ),
+        Scalar(
+            "temperature_val",
+            float,
+            1.0,
+            "divisor of the logits",
+            low=0.0,
+            instead="maybe_temperature_arr",
+        ),
         PDL,
     ),
     dtypes={},
     releases=">=0.6.3",
     vector=_FLOATS,
     # A grid's second dimension counts slices.
-    requires=("h >= 1", f"h <= {_SLICE * (2**16 - 1)}", f"n <= {_INT}"),
+    requires=("h >= 1", f"h <= {_SLICE * (2**16 - 1)}", f"n <= {INT32_MAX}"),
     in_place=(("output", "logits"),),
-)  # fmt: skip
+)
 
 ROWS = (
     _SOFTMAX,
@@ -239,22 +278,43 @@ ROWS = (
         "target's distribution.",
         (
             Tensor("draft_probs", "n s h", "float32", "the draft's distributions", contiguous=True),
-            Tensor("draft_token_ids", "n s", "int32", "drafted tokens, from 0 to h - 1",
-                   contiguous=True),
-            Tensor("target_probs", "n s+1 h", "float32", "the target's distributions",
-                   contiguous=True),
-            Tensor("output_token_ids", "n s+1", "int32",
-                   "accepted tokens, the drawn one, then -1",
-                   **_OUT),
-            Tensor("output_accepted_token_num", "n", "int32",
-                   "grows by the number of drafted tokens that would be accepted independently",
-                   writes=True, contiguous=True),
-            Tensor("output_emitted_draft_token_num", "n", "int32",
-                   "grows by the number of accepted tokens", writes=True, contiguous=True),
+            Tensor(
+                "draft_token_ids",
+                "n s",
+                "int32",
+                "drafted tokens, from 0 to h - 1",
+                contiguous=True,
+            ),
+            Tensor(
+                "target_probs", "n s+1 h", "float32", "the target's distributions", contiguous=True
+            ),
+            Tensor(
+                "output_token_ids",
+                "n s+1",
+                "int32",
+                "accepted tokens, the drawn one, then -1",
+                **_OUT,
+            ),
+            Tensor(
+                "output_accepted_token_num",
+                "n",
+                "int32",
+                "grows by the number of drafted tokens that would be accepted independently",
+                writes=True,
+                contiguous=True,
+            ),
+            Tensor(
+                "output_emitted_draft_token_num",
+                "n",
+                "int32",
+                "grows by the number of accepted tokens",
+                writes=True,
+                contiguous=True,
+            ),
             _DETERMINISTIC,
         ),
         dtypes={"S": _DTYPES["S"]},
         vector=_FLOATS,
-        requires=("h >= 1", "s >= 1", f"h <= {_INT}", f"n <= {_INT}"),
+        requires=("h >= 1", "s >= 1", f"h <= {INT32_MAX}", f"n <= {INT32_MAX}"),
     ),
-)  # fmt: skip
+)

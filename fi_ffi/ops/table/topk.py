@@ -12,12 +12,12 @@ from dataclasses import replace
 from typing import Any
 
 from fi_ffi.abi.tensor import DTYPES
+from fi_ffi.ops.call.arguments import INT32_MAX
 from fi_ffi.ops.call.releases import forms_of
 from fi_ffi.ops.call.row import SHARED_MEMORY, Arg, Row, Rule, Scalar, Tensor, Vector
 from fi_ffi.ops.table.renorm import ROW_STATES, rule_of_shared_rows
 
 _SOURCE = "csrc/flashinfer_topk_binding.cu"
-_INT = 2**31 - 1
 _OUT: dict[str, Any] = {"writes": True, "reads": False, "contiguous": True}
 _MAYBE: dict[str, Any] = {"optional": True, "contiguous": True}
 _INDEX: dict[str, Any] = {"dtype": "int32", "contiguous": True}
@@ -26,7 +26,9 @@ MOST_CHOSEN = 2048
 
 _STATES = replace(ROW_STATES, name="maybe_row_states_buffer", optional=True)
 _INPUT = Tensor("input", "n d", "T", "rows to choose from, without NaN", contiguous=True)
-_TOP_K = Scalar("top_k", int, None, "number of chosen elements", low=0, high=_INT, size_of="top_k")
+_TOP_K = Scalar(
+    "top_k", int, None, "number of chosen elements", low=0, high=INT32_MAX, size_of="top_k"
+)
 _SORTED = Scalar(
     "sorted_output", bool, False, "greatest first; for top_k up to 2048", since="0.6.8"
 )
@@ -34,16 +36,22 @@ _DETERMINISTIC = Scalar(
     "deterministic", bool, False, "same elements in the same order each time", since="0.6.8"
 )
 _TIE_BREAK = Scalar(
-    "tie_break", int, 0,
+    "tie_break",
+    int,
+    0,
     "choice among ties: 0 any, 1 smallest indices, 2 largest indices; 1 and 2 take top_k up to "
-    "2048 and are deterministic", low=0, high=2,
+    "2048 and are deterministic",
+    low=0,
+    high=2,
     since="0.6.9",
-)  # fmt: skip
+)
 _GRAPH_SAFE = Scalar(
-    "dsa_graph_safe", bool, False,
+    "dsa_graph_safe",
+    bool,
+    False,
     "same kernel for all sizes, for graphs that are replayed with others; top_k up to 2048",
     since="0.6.10",
-)  # fmt: skip
+)
 
 
 def _at_most(option: Scalar) -> Rule:
@@ -56,37 +64,57 @@ def _at_most(option: Scalar) -> Rule:
 
 
 # The kernels count the outputs' elements in 32 bits.
-_LIMITS = ("d >= 1", f"n * top_k <= {2**32 - 1}", f"d <= {_INT}", f"n <= {_INT}")
+_LIMITS = ("d >= 1", f"n * top_k <= {2**32 - 1}", f"d <= {INT32_MAX}", f"n <= {INT32_MAX}")
 
 
 def _forms(
-    name: str, doc: str, *args: Arg, requires: tuple[str | Rule, ...] = (),
-    later: Mapping[str, Mapping[str, Any]] | None = None, **more: Any,
-) -> tuple[Row, ...]:  # fmt: skip
+    name: str,
+    doc: str,
+    *args: Arg,
+    requires: tuple[str | Rule, ...] = (),
+    later: Mapping[str, Mapping[str, Any]] | None = None,
+    **more: Any,
+) -> tuple[Row, ...]:
     limited = [_at_most(o) for o in (_SORTED, _TIE_BREAK, _GRAPH_SAFE) if o in args]
     row = Row(
-        name, "topk", name, _SOURCE, doc, args, {"T": ("float32", "float16", "bfloat16")},
+        name,
+        "topk",
+        name,
+        _SOURCE,
+        doc,
+        args,
+        {"T": ("float32", "float16", "bfloat16")},
         releases=">=0.6.3",
         vector=Vector(("d",), dtype="T"),
         offset_limit=2**63,
         requires=(*_LIMITS, rule_of_shared_rows("input", "d"), *limited, *requires),
         **more,
-    )  # fmt: skip
+    )
     return forms_of(row, later)
 
 
-_INDICES = Tensor("output_indices", "n top_k", doc="their indices in their rows",
-                  writes=True, reads=False, **_INDEX)  # fmt: skip
+_INDICES = Tensor(
+    "output_indices",
+    "n top_k",
+    doc="their indices in their rows",
+    writes=True,
+    reads=False,
+    **_INDEX,
+)
 _VALUES = Tensor("output_values", "n top_k", "T", "their values", until="0.6.18", **_OUT)
 _MAYBE_VALUES = replace(
     _VALUES, name="maybe_output_values", optional=True, since=_VALUES.until, until=""
 )
 
-_LENGTHS = Tensor("lengths", "n", doc="number of elements of each row to choose from",
-                  **_INDEX)  # fmt: skip
-_STARTS = Tensor("maybe_row_starts", "n", "int32",
-                 "their start in each row; default: 0",
-                 since="0.6.10", **_MAYBE)  # fmt: skip
+_LENGTHS = Tensor("lengths", "n", doc="number of elements of each row to choose from", **_INDEX)
+_STARTS = Tensor(
+    "maybe_row_starts",
+    "n",
+    "int32",
+    "their start in each row; default: 0",
+    since="0.6.10",
+    **_MAYBE,
+)
 _PAGES_DOC = (
     "Choose the `top_k` greatest of each row's first `lengths` elements, and return their entries "
     "of a page table: `src_page_table[batch, start + index]`. A row with no more than `top_k` "
@@ -102,9 +130,15 @@ _OF_THE_BLOCK, _OF_WHOLE_ROWS = 2080, 128 << 10
 
 
 def _is_in_order(
-    n: int, d: int, k: int, dtype: str, shared: int, deterministic: bool | None,
-    tie_break: int | None, graph_safe: bool | None,
-) -> bool:  # fmt: skip
+    n: int,
+    d: int,
+    k: int,
+    dtype: str,
+    shared: int,
+    deterministic: bool | None,
+    tie_break: int | None,
+    graph_safe: bool | None,
+) -> bool:
     """Whether no block reads an index before another block has written it.
 
     Blocks that share a row put indices in the row's place, wait for each other, and read them as
@@ -125,18 +159,35 @@ _IN_ORDER = Rule(
     "True for rows that several blocks share: else they race, and entries are wrong",
     {"is_in_order": _is_in_order},
 )
-_PAGE_STARTS = Tensor("maybe_page_table_row_starts", "n", "int32",
-                      "their start in the page tables; default: their start in the rows",
-                      since="0.6.17", **_MAYBE)  # fmt: skip
+_PAGE_STARTS = Tensor(
+    "maybe_page_table_row_starts",
+    "n",
+    "int32",
+    "their start in the page tables; default: their start in the rows",
+    since="0.6.17",
+    **_MAYBE,
+)
 _PAGED = "0.6.18"  # from here on, an entry of a page table covers several elements of a row
 _PAGE_SIZE = Scalar(
-    "page_size", int, 1,
+    "page_size",
+    int,
+    1,
     "elements of a row for each entry of the page table, a power of 2; the result is `table[start "
-    "+ index // page_size] * page_size + index % page_size`", low=1,
-    high=2**30, since=_PAGED,
-)  # fmt: skip
-_RAW = Tensor("maybe_output_raw_indices", "n top_k", doc="receives the indices in the rows",
-              writes=True, reads=False, optional=True, since=_PAGED, **_INDEX)  # fmt: skip
+    "+ index // page_size] * page_size + index % page_size`",
+    low=1,
+    high=2**30,
+    since=_PAGED,
+)
+_RAW = Tensor(
+    "maybe_output_raw_indices",
+    "n top_k",
+    doc="receives the indices in the rows",
+    writes=True,
+    reads=False,
+    optional=True,
+    since=_PAGED,
+    **_INDEX,
+)
 # From here on, a tie break alone does not fix the order (with page tables neither).
 _IN_ANY_ORDER = {"0.6.18": {"variant": "_in_any_order"}}
 _LONG_TABLES = (

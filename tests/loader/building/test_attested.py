@@ -15,14 +15,15 @@ from pathlib import Path
 import pytest
 
 from fi_ffi.abi.function import probe
+from fi_ffi.catalogue.requests import parse_arch, parse_requests
 from fi_ffi.loader import runtime
 from fi_ffi.ops.call.row import form_on
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.matmul import rows
 from fi_ffi.ops.moe import interface as moe
-from fi_ffi_build.build import MissingPart, ask, run_ninja
+from fi_ffi_build.build import MissingPart, run_ninja
 from fi_ffi_build.environment import Workshop, open_workshop
-from fi_ffi_build.names import parse_arch, parse_requests
+from fi_ffi_build.questions import ask, question_of
 
 _FP4 = ("fp4_quantize", "fp4_batched_quantize", "block_scale_interleave",
         "block_scale_interleave_reverse")  # fmt: skip
@@ -109,7 +110,7 @@ _REST = re.compile("tensorrt_llm|flashinfer|[Cc]utlass|[Gg]emm")  # of FlashInfe
 def bindings_of(workshop: Workshop, module: str, names: tuple[str, ...]) -> list[Path]:
     """The objects of a module's binding sources, compiled as its own build file says."""
     (request,) = parse_requests([module], workshop.architectures)
-    answer = ask(workshop, {"action": "generate", "requests": [request.as_json(_RELEASE)]})
+    answer = ask(workshop, {"action": "generate", "requests": [question_of(request, _RELEASE)]})
     assert not answer["failed"]
     (made,) = answer["modules"]
     folder = Path(made["ninja"]).parent

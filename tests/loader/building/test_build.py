@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from fi_ffi.catalogue.families import DEFAULT_RELEASE, FAMILIES
+from fi_ffi.catalogue.requests import parse_arch, parse_request, parse_requests, with_options
 from fi_ffi.errors import ArgumentError, BuildError
 from fi_ffi.loader import machine
 from fi_ffi.loader.cache import cache_root
@@ -33,14 +35,7 @@ from fi_ffi_build.build import (
     write_index,
 )
 from fi_ffi_build.environment import Missing, Progress, Toolkit, Workshop, missing_part
-from fi_ffi_build.names import (
-    DEFAULT_RELEASE,
-    FAMILIES,
-    parse_arch,
-    parse_request,
-    parse_requests,
-    with_options,
-)
+from fi_ffi_build.questions import question_of
 from fi_ffi_build.wheel_writer import KernelWheel, write_wheel
 
 from tests.helpers import sampling
@@ -76,7 +71,7 @@ def test_what_is_refused_before_anything_is_done() -> None:
 
 
 def test_exact_names_are_left_to_flashinfer() -> None:
-    assert parse_request("norm").as_json() == {"text": "norm", "exact": True}
+    assert question_of(parse_request("norm"), DEFAULT_RELEASE) == {"text": "norm", "exact": True}
 
 
 def test_an_exact_name_tells_its_backend_and_takes_no_options() -> None:
@@ -87,7 +82,7 @@ def test_an_exact_name_tells_its_backend_and_takes_no_options() -> None:
     assert parse_request(name).exact
     with pytest.raises(ArgumentError, match=r"expected 9\.0a, which 'single_prefill"):
         parse_requests([name], ("8.7",))
-    arguments = parse_request(name).as_json()["arguments"]
+    arguments = question_of(parse_request(name), DEFAULT_RELEASE)["arguments"]
     assert arguments.items() >= {
         "dtype_q": "torch.bfloat16", "head_dim_qk": 192, "head_dim_vo": 128,
         "use_sliding_window": True, "use_logits_soft_cap": False, "backend": "fa3",
@@ -96,13 +91,13 @@ def test_an_exact_name_tells_its_backend_and_takes_no_options() -> None:
 
 
 def test_family_defaults_and_options() -> None:
-    plain = parse_request("single_decode").as_json()["arguments"]
+    plain = question_of(parse_request("single_decode"), DEFAULT_RELEASE)["arguments"]
     assert isinstance(plain, dict)
     assert (plain["dtype_q"], plain["dtype_kv"], plain["head_dim_vo"]) == (
         "torch.float16", "torch.float16", 128,
     )  # fmt: skip
     text = "batch_prefill:dtype=bf16,kv_dtype=e4m3,head_dim=192x128,use_sliding_window=1"
-    chosen = parse_request(text).as_json()["arguments"]
+    chosen = question_of(parse_request(text), DEFAULT_RELEASE)["arguments"]
     assert isinstance(chosen, dict)
     assert (chosen["dtype_q"], chosen["dtype_kv"]) == ("torch.bfloat16", "torch.float8_e4m3fn")
     assert (chosen["head_dim_qk"], chosen["head_dim_vo"]) == (192, 128)

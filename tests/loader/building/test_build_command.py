@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from fi_ffi_build import command as command
+from fi_ffi.cli import build as command
 from fi_ffi_build.build import Available
 from fi_ffi_build.environment import Progress
 

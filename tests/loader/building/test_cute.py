@@ -10,15 +10,17 @@ from typing import Any
 
 import pytest
 
+from fi_ffi.catalogue.advice import build_advice
+from fi_ffi.catalogue.families import FAMILIES
+from fi_ffi.catalogue.requests import parse_request, request_for, with_options
 from fi_ffi.errors import ArgumentError
 from fi_ffi.loader.cache import cache_root
-from fi_ffi.loader.catalogue import build_advice
 from fi_ffi.loader.elf import inspect_elf
 from fi_ffi.loader.fatbin import architectures
 from fi_ffi_build import cute, cute_driver
 from fi_ffi_build.build import build
 from fi_ffi_build.environment import Progress
-from fi_ffi_build.names import FAMILIES, parse_request, with_options
+from fi_ffi_build.questions import question_of
 
 from tests.helpers.children import done
 from tests.helpers.compiler import why_not_build
@@ -29,7 +31,7 @@ NAME = "rmsnorm_sm90a_cute_dsl_rmsnorm_kernel_bfloat16_512_bias1"
 
 def asked(text: str) -> dict[str, Any]:
     """What the driver is told of a request."""
-    return dict(parse_request(text).as_json(RELEASE))
+    return dict(question_of(parse_request(text), RELEASE))
 
 
 @pytest.mark.parametrize("name", cute.CALLS)
@@ -41,7 +43,7 @@ def test_every_family_has_a_call_for_its_defaults(name: str) -> None:
     home, _, function = question["function"].partition(":")
     assert home.startswith("flashinfer.") and function.isidentifier()
     assert question["arguments"]
-    assert cute.OPTIONS.keys() == cute.DOCS.keys() == cute.CALLS.keys()
+    assert cute.CALLS.keys() == {family.name for family in FAMILIES.values() if family.is_cute}
     # Each option makes a difference.
     for option, of in FAMILIES[name].options.items():
         values = of.values or ("7",)
@@ -79,7 +81,7 @@ def test_what_flashinfer_does_not_name_is_named_by_its_options() -> None:
     assert {text: asked(text)["name"] for text in names} == names
     # Each option is in the name that a release without names needs.
     name = asked("gdn_decode:state=bf16,tokens=2")["name"]
-    assert all(f"{option}_" in name for option in cute.OPTIONS["gdn_decode"])
+    assert all(f"{option}_" in name for option in FAMILIES["gdn_decode"].options)
     assert "tokens_2_state_bf16" in name
 
 
@@ -98,15 +100,15 @@ def test_what_flashinfer_does_not_name_is_named_by_its_options() -> None:
 def test_a_name_tells_what_makes_it(text: str) -> None:
     question = asked(text)
     module = f"{question['module']}_sm90a_cute_dsl_some_kernel_{question['name']}"
-    assert cute.request_for(module) == (text, "9.0a")
+    assert request_for(module) == (text, "9.0a")
     line = f"`fi-ffi build --release {RELEASE} --arch 9.0a {text}` makes it"
     assert build_advice(module, RELEASE).startswith(line)
 
 
 def test_names_that_tell_less() -> None:
-    assert cute.request_for("norm") is cute.request_for("gdn_prefill_sm90") is None
+    assert request_for("norm") is request_for("gdn_prefill_sm90") is None
     for name in ("gdn_decode_bf16_state_sm90a_cute_dsl_wide_vec_t1", "x_sm120f_cute_dsl_x"):
-        asked, arch = cute.request_for(name) or ("?", "?")
+        asked, arch = request_for(name) or ("?", "?")
         assert (asked, arch) == ("", "12.0f" if name[0] == "x" else "9.0a")
         assert "--list` shows the families" in build_advice(name, RELEASE)
 

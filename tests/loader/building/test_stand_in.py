@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from fi_ffi.cli import main
+from fi_ffi.catalogue.requests import parse_request
+from fi_ffi.cli import main, upkeep
 from fi_ffi.errors import BuildError
-from fi_ffi.loader import upkeep
 from fi_ffi_build import build as building
 from fi_ffi_build import cute_install, driver, environment, stand_in
-from fi_ffi_build.names import parse_request
+from fi_ffi_build.questions import question_of
 
 from tests.helpers.compiler import why_not_build
 from tests.helpers.sampling import only_in_full
@@ -153,7 +153,7 @@ def beside_torch() -> Path:
 @pytest.mark.parametrize("release", ["0.6.13", "0.7.2.post1"])
 def test_generators_write_the_same_with_torch(release: str, beside_torch: Path) -> None:
     """Names, sources and build files, byte by byte, from the release's own generators."""
-    requests = [parse_request(text).as_json(release) for text in REQUESTS]
+    requests = [question_of(parse_request(text), release) for text in REQUESTS]
     question: dict[str, object] = {"action": "generate", "requests": requests}
     written = []
     with environment.open_workshop(release, ("9.0a",), None) as workshop:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from fi_ffi.cli import upkeep
 from fi_ffi.errors import ArtifactError, LoaderError
-from fi_ffi.loader import cache, upkeep
+from fi_ffi.loader import cache
 
 from tests.helpers.children import start
 from tests.helpers.forking import in_child
@@ -67,10 +68,10 @@ def test_a_name_of_255_bytes(sample):
 
 
 def test_filling_gives_the_file_or_the_turn(sample):
-    with cache.filling(sample.sha256, sample.name) as found:
+    with cache.fill_lock(sample.sha256, sample.name) as found:
         assert found is None
         path = sample.store()  # the same thread's, so it does not wait for itself
-    with cache.filling(sample.sha256, sample.name) as found:
+    with cache.fill_lock(sample.sha256, sample.name) as found:
         assert found == path
 
     def chunks():

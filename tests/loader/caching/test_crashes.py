@@ -21,9 +21,9 @@ import filelock
 import pytest
 from click.testing import CliRunner
 
-from fi_ffi.cli import main
+from fi_ffi.cli import main, upkeep
 from fi_ffi.errors import LoaderError
-from fi_ffi.loader import cache, upkeep
+from fi_ffi.loader import cache
 
 from tests.helpers.forking import fork, in_child, wait
 
@@ -235,7 +235,7 @@ def test_two_threads_store_once(sample):
 
 
 def test_a_holder_that_is_stopped_holds_nobody_up_for_ever(sample, monkeypatch):
-    with held(lambda: cache.filling(sample.sha256, sample.name)):
+    with held(lambda: cache.fill_lock(sample.sha256, sample.name)):
         monkeypatch.setattr(cache, "PATIENCE", 0.2)
         start = time.monotonic()
         assert sample.store().read_bytes() == sample.content
@@ -307,7 +307,7 @@ def test_a_prune_between_making_the_folder_and_naming_the_file(sample, monkeypat
 
 def test_who_waits_for_a_process_that_is_killed_takes_over(sample):
     """Two of a cold cache do not both extract; nor does the second wait for ever."""
-    with held(lambda: cache.filling(sample.sha256, sample.name)) as pid:
+    with held(lambda: cache.fill_lock(sample.sha256, sample.name)) as pid:
         waiting = fork(sample.store)
         time.sleep(0.3)
         assert os.waitid(os.P_PID, waiting, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None

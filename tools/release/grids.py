@@ -1,4 +1,4 @@
-"""Compression of module names to boxes (`fi_ffi.loader.listed.Box`), for the records.
+"""Compression of module names to `ParameterGrid`s, for the records.
 
 FlashInfer makes its modules in loops over parameters, so hundreds of names are a few products.
 """
@@ -8,37 +8,37 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable
 
-from fi_ffi.loader.listed import Box
+from fi_ffi.catalogue.ahead_of_time import ParameterGrid
 from fi_ffi.loader.uris import ModuleName, Value, parse, uri
 
 
-def write(box: Box) -> dict[str, object]:
-    """Return the JSON that `Box.read` reads."""
-    params = {name: [*values] for name, values in box.values}
-    return {"family": box.family} | ({"params": params} if params else {})
+def write(grid: ParameterGrid) -> dict[str, object]:
+    """Return the JSON that `ParameterGrid.read` reads."""
+    params = {name: [*values] for name, values in grid.values}
+    return {"family": grid.family} | ({"params": params} if params else {})
 
 
-def names(box: Box, release: str) -> list[str]:
-    """Return the names of a box's modules in a release."""
-    keys = [name for name, _ in box.values]
-    found = itertools.product(*(values for _, values in box.values))
-    return [uri(box.family, release=release, **dict(zip(keys, one, strict=True))) for one in found]
+def names(grid: ParameterGrid, release: str) -> list[str]:
+    """Return the names of a grid's modules in a release."""
+    keys = [name for name, _ in grid.values]
+    found = itertools.product(*(values for _, values in grid.values))
+    return [uri(grid.family, release=release, **dict(zip(keys, one, strict=True))) for one in found]
 
 
-def boxes_of(given: Iterable[str], release: str) -> list[Box]:
-    """Return the boxes that cover the names; names without a rule in the release are left out."""
+def grids_of(given: Iterable[str], release: str) -> list[ParameterGrid]:
+    """Return the grids that cover the names; names without a rule in the release are left out."""
     modules = [found for name in sorted(given) if (found := parse(name, release))]
     by_family: dict[str, list[ModuleName]] = {}
     for module in modules:
         by_family.setdefault(module.family, []).append(module)
-    boxes: list[Box] = []
+    grids: list[ParameterGrid] = []
     for family, members in by_family.items():
         made = _merged([{k: (v,) for k, v in module.params.items()} for module in members])
-        filled = [Box(family, tuple(params.items())) for params in made]
-        names_again = sorted(name for box in filled for name in names(box, release))
+        filled = [ParameterGrid(family, tuple(params.items())) for params in made]
+        names_again = sorted(name for grid in filled for name in names(grid, release))
         assert names_again == [module.name for module in members], family
-        boxes += filled
-    return boxes
+        grids += filled
+    return grids
 
 
 _Params = dict[str, tuple[Value, ...]]

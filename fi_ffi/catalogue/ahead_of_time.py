@@ -1,9 +1,9 @@
 """The modules that FlashInfer builds ahead of time in a release, and their GPUs.
 
 `data/modules.json` records what the generators of some releases list, with the architectures in
-their compiler flags (made by `fi-ffi release record --modules`). The generators were asked for
-`architectures`, more than published wheels have; `published` returns those of the wheels. Of a GPU
-that is in no record, nothing is claimed.
+their compiler flags (made by `python3 -m tools.release record --modules`). The generators were
+asked for `architectures`, more than published wheels have; `published` returns those of the wheels.
+Of a GPU that is in no record, nothing is claimed.
 """
 
 from __future__ import annotations
@@ -68,21 +68,21 @@ CPUS = ("x86_64", "aarch64")
 
 
 @dataclass(frozen=True)
-class Box:
+class ParameterGrid:
     """The modules of a family with every combination of these values."""
 
     family: str
     values: tuple[tuple[str, tuple[Value, ...]], ...]
 
     @classmethod
-    def read(cls, data: Mapping[str, object]) -> Box:
-        """Return a box from JSON: `{"family": "norm"}`, with `params` if the family has any."""
+    def read(cls, data: Mapping[str, object]) -> ParameterGrid:
+        """Return a grid from JSON: `{"family": "norm"}`, with `params` if the family has any."""
         params = data.get("params", {})
         assert isinstance(params, dict)
         return cls(str(data["family"]), tuple((k, tuple(v)) for k, v in params.items()))
 
     def has(self, module: ModuleName) -> bool:
-        """Return whether the module is in the box."""
+        """Return whether the module is in the grid."""
         return module.family == self.family and all(
             any(given == value and type(given) is type(value) for value in values)
             for name, values in self.values
@@ -91,11 +91,11 @@ class Box:
 
 
 @dataclass(frozen=True)
-class Listed:
-    """A release's own list: boxes of modules, with the machine code they are compiled to."""
+class AheadOfTimeList:
+    """A release's own list: grids of modules, with the machine code they are compiled to."""
 
     release: str
-    modules: tuple[tuple[Box, tuple[CudaCode, ...]], ...]
+    modules: tuple[tuple[ParameterGrid, tuple[CudaCode, ...]], ...]
     # Number of modules, including those whose names follow no rule.
     count: int
 
@@ -105,11 +105,11 @@ class Listed:
         return None if parsed is None else self._codes(parsed)
 
     def _codes(self, module: ModuleName) -> tuple[CudaCode, ...] | None:
-        return next((codes for box, codes in self.modules if box.has(module)), None)
+        return next((codes for grid, codes in self.modules if grid.has(module)), None)
 
-    def family(self, name: str) -> list[tuple[Box, tuple[CudaCode, ...]]]:
-        """Return the boxes of a family."""
-        return [(box, codes) for box, codes in self.modules if box.family == name]
+    def family(self, name: str) -> list[tuple[ParameterGrid, tuple[CudaCode, ...]]]:
+        """Return the grids of a family."""
+        return [(grid, codes) for grid, codes in self.modules if grid.family == name]
 
 
 def wheels_of(release: str) -> dict[str, tuple[str, str]]:
@@ -208,13 +208,13 @@ def entries_in(release: str) -> int:
 
 
 @functools.cache
-def listed_in(release: str) -> Listed | None:
+def listed_in(release: str) -> AheadOfTimeList | None:
     """Return the list of a release; None if it is not recorded."""
     about = _data()["releases"].get(release)
     if about is None:
         return None
     groups = [group for group in _data()["groups"] if release in group["releases"]]
-    return Listed(release, tuple(map(_read, groups)), about["count"])
+    return AheadOfTimeList(release, tuple(map(_read, groups)), about["count"])
 
 
 # The generators were not asked for Orin, which no wheel has; modules compiled for both of these
@@ -222,6 +222,6 @@ def listed_in(release: str) -> Listed | None:
 _AROUND_ORIN, _ORIN = {sass_named("sm80"), sass_named("sm89")}, sass_named("sm87")
 
 
-def _read(group: Mapping[str, Any]) -> tuple[Box, tuple[CudaCode, ...]]:
+def _read(group: Mapping[str, Any]) -> tuple[ParameterGrid, tuple[CudaCode, ...]]:
     codes = tuple(map(sass_named, group["compiled_for"].split()))
-    return Box.read(group), (*codes, _ORIN) if {*codes} >= _AROUND_ORIN else codes
+    return ParameterGrid.read(group), (*codes, _ORIN) if {*codes} >= _AROUND_ORIN else codes

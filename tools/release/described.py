@@ -1,7 +1,7 @@
 """Information from FlashInfer's generators that only records need: modules' names and sources.
 
 As a script (`python -I described.py ANSWER`) this file runs in the build environment and extends
-`driver.py`.
+`fi_ffi_build/driver.py`. So it imports nothing of this project at the top.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-DRIVER = Path(__file__).with_name("driver.py")
+DRIVER = Path(__file__).resolve().parents[2] / "fi_ffi_build" / "driver.py"
 
 
 def generated_names(
@@ -24,12 +24,13 @@ def generated_names(
 
     A request has a unique `text`, a `generator` ("module:function") and its `arguments`.
     """
-    from fi_ffi_build import build, environment, names
+    from fi_ffi.catalogue.requests import parse_arch
+    from fi_ffi_build import environment, questions
 
-    architectures = names.parse_arch(arch)
+    architectures = parse_arch(arch)
     with environment.open_workshop(release, architectures, build_dir) as workshop:
         question: dict[str, object] = {"action": "names", "requests": list(requests)}
-        answer = build.ask(workshop, question, Path(__file__))
+        answer = questions.ask(workshop, question, Path(__file__))
     return answer["names"], answer["failed"]
 
 
@@ -42,16 +43,17 @@ def described(
     modules requested by name. `data` is the folder of the sources that are not generated.
     `unavailable` lists failed generators with the reasons.
     """
-    from fi_ffi_build import build, cute_install, environment, names
+    from fi_ffi.catalogue.requests import parse_arch, parse_request
+    from fi_ffi_build import cute_install, environment, questions
 
-    architectures, torch = names.parse_arch(arch), cute_install.CUTE_TORCH
-    requests = [names.parse_request(name).as_json(release) for name in unlisted]
+    architectures, torch = parse_arch(arch), cute_install.CUTE_TORCH
+    requests = [questions.question_of(parse_request(name), release) for name in unlisted]
     # With torch, so that the list has its extensions.
     with environment.open_workshop(release, architectures, build_dir, torch) as workshop:
         # A generator compiles a helper that includes cuBLAS.
         environment.install_headers(workshop.environment, "cublas", workshop.toolkit, workshop.say)
         question: dict[str, object] = {"action": "sources", "requests": requests}
-        answer: dict[str, Any] = build.ask(workshop, question, Path(__file__))
+        answer: dict[str, Any] = questions.ask(workshop, question, Path(__file__))
     return answer
 
 

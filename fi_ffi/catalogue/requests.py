@@ -1,4 +1,4 @@
-"""The requests that `fi-ffi build` accepts: architectures, and names of kernel modules.
+"""The requests that `fi-ffi build` and `fetch` accept: architectures, and names of kernel modules.
 
 A module is requested by its exact name in FlashInfer's own build list (`norm`, `gdn_prefill_sm90`,
 `single_decode_with_kv_cache_dtype_q_f16_…`), or by a family and its options:
@@ -7,70 +7,15 @@ A module is requested by its exact name in FlashInfer's own build list (`norm`, 
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import product
 
+from fi_ffi.catalogue.families import FAMILIES, OPTIONS, Family, every_option
 from fi_ffi.errors import ArgumentError
 from fi_ffi.loader.fatbin import architecture_named
 from fi_ffi.loader.uris import DTYPES, ModuleName, Row, Value, family_row, parse, uri
-from fi_ffi_build import cute
-from fi_ffi_build.options import Option
-
-DEFAULT_RELEASE = "0.6.13"
-DEFAULT_ARCH = ("9.0a",)
-
-_FLAGS = {"0": False, "1": True}
-
-
-OPTIONS = {
-    "dtype": Option(("f16", "bf16"), "f16", "type of query and output"),
-    "kv_dtype": Option(("f16", "bf16", "e4m3", "e5m2", "same"), "same",
-                       "type of key and value; same: as dtype"),
-    "head_dim": Option(
-        None, "128", "a size such as 128, or one for query and key and one for value: 192x128",
-        r"[1-9]\d{0,3}(x[1-9]\d{0,3})?",
-    ),
-    "backend": Option(("fa2", "fa3"), "fa2", "FlashAttention 2, or 3 (needs 9.0a)"),
-    "use_sliding_window": Option(tuple(_FLAGS), "0", "compiled for window_left"),
-    "use_logits_soft_cap": Option(tuple(_FLAGS), "0", "compiled for logits_soft_cap"),
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Family:
-    """Modules that FlashInfer makes from a few options.
-
-    They are made by one of its generators, or by the call of a kernel of CuTe DSL (`call`).
-    """
-
-    name: str  # the key in the table of module names, or of calls
-    options: Mapping[str, Option]
-    doc: str
-    call: cute.CuteCall | None = None
-
-
-def _options_of(*names: str) -> dict[str, Option]:
-    return {name: OPTIONS[name] for name in names}
-
-
-_ATTENTION = ("dtype", "kv_dtype", "head_dim", "use_sliding_window", "use_logits_soft_cap")
-FAMILIES = {
-    family.name: family
-    for family in (
-        Family("single_decode", _options_of(*_ATTENTION), "decode attention of one request"),
-        Family("batch_decode", _options_of(*_ATTENTION), "decode attention over a paged KV cache"),
-        Family("single_prefill", _options_of(*_ATTENTION, "backend"),
-               "prefill attention of one request"),
-        Family("batch_prefill", _options_of(*_ATTENTION, "backend"),
-               "prefill attention, ragged and paged"),
-        Family("batch_mla", _options_of("dtype", "backend"),
-               "multi-head latent attention over a paged cache"),
-        *(Family(name, cute.OPTIONS[name], f"CuTe DSL: {cute.DOCS[name]}", call)
-          for name, call in cute.CALLS.items()),
-    )
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -94,69 +39,56 @@ class Request:
     @property
     def is_cute(self) -> bool:
         """Whether a kernel of CuTe DSL is requested."""
-        return self.family is not None and self.family.call is not None
+        return self.family is not None and self.family.is_cute
+
+    @property
+    def all_options(self) -> dict[str, str]:
+        """The options of the family, with defaults for those that are not requested."""
+        assert self.family is not None
+        defaults = {name: option.default for name, option in self.family.options.items()}
+        return {**defaults, **self.options}
+
+    def params_in(self, release: str) -> tuple[Row, dict[str, Value]] | None:
+        """Return a release's row of the module, and its parameters.
+
+        None for an exact name that follows no rule.
+        """
+        if module := self.module and (parse(self.text, release) or self.module):
+            return module.row, dict(module.params)
+        if self.family is None:
+            return None
+        row = family_row(self.family.name, release)
+        return row, row.complete(_params(self.options, row))
 
     def module_in(self, release: str) -> str:
         """Return the one module that is requested, by its name in a release."""
         if self.family is None:
             return self.text
         if self.is_cute:
-            raise _error(
-                "modules",
-                repr(self.text),
-                "a module's name: what CuTe DSL makes is "
-                "called as FlashInfer calls it when it compiles it",
+            expected = (
+                "a module's name: what CuTe DSL makes is called as FlashInfer calls it when it "
+                "compiles it"
             )
+            raise _error("modules", repr(self.text), expected)
         row = family_row(self.family.name, release)
-        return uri(self.family.name, release=release, **_params(self.options, set(row.kinds)))
-
-    def as_json(self, release: str = DEFAULT_RELEASE) -> dict[str, object]:
-        """Return the request for the driver in the build environment."""
-        question: dict[str, object] = {"text": self.text, "exact": self.exact}
-        if self.family is not None and self.family.call is not None:
-            given = {name: option.default for name, option in self.family.options.items()}
-            return question | self.family.call.as_json({**given, **self.options})
-        module = self.module and (parse(self.text, release) or self.module)
-        if module is not None:
-            row, params = module.row, module.params
-        elif self.family is not None:
-            row = family_row(self.family.name, release)
-            params = row.complete(_params(self.options, set(row.kinds)))
-        else:
-            return question
-        if generator := row.generator_for(params):
-            question["generator"] = generator
-            question["arguments"] = _driver_arguments(row, params)
-        return question
+        return uri(self.family.name, release=release, **_params(self.options, row))
 
 
-def _driver_arguments(row: Row, params: Mapping[str, Value]) -> dict[str, Value]:
-    """Return a generator's arguments, with dtypes as torch names them.
-
-    The driver passes those that are in the generator's signature.
-    """
-    found: dict[str, Value] = dict(row.arguments)
-    for name, value in params.items():
-        short = row.kinds[name].is_dtype and value is not None
-        found[name] = f"torch.{DTYPES[str(value)]}" if short else value
-    return found
-
-
-def _params(options: Mapping[str, str], wanted: set[str]) -> dict[str, Value]:
-    """Return the parameters that the options determine; the table has defaults for the others."""
+def _params(options: Mapping[str, str], row: Row) -> dict[str, Value]:
+    """Return the parameters that the options determine; the row has defaults for the others."""
     value = {name: options.get(name, option.default) for name, option in OPTIONS.items()}
     head_dim_qk, _, head_dim_vo = value["head_dim"].partition("x")
     kv_dtype = value["dtype"] if value["kv_dtype"] == "same" else value["kv_dtype"]
-    found: dict[str, Value] = {
+    params: dict[str, Value] = {
         "backend": value["backend"],
         "dtype_q": value["dtype"],
         "dtype_kv": kv_dtype,
         "head_dim_qk": int(head_dim_qk),
         "head_dim_vo": int(head_dim_vo or head_dim_qk),
-        "use_sliding_window": _FLAGS[value["use_sliding_window"]],
-        "use_logits_soft_cap": _FLAGS[value["use_logits_soft_cap"]],
+        "use_sliding_window": value["use_sliding_window"] == "1",
+        "use_logits_soft_cap": value["use_logits_soft_cap"] == "1",
     }
-    return {name: given for name, given in found.items() if name in wanted}
+    return {name: param for name, param in params.items() if name in row.kinds}
 
 
 def _error(argument: str, got: object, expected: object) -> ArgumentError:
@@ -210,7 +142,7 @@ def with_options(names: Sequence[str], choices: Mapping[str, Sequence[str]]) -> 
         taken = request.family.options if request.family else {}
         keys = [key for key in taken if choices.get(key) and key not in request.options]
         unused -= set(keys)
-        for values in product(*(choices[key] for key in keys)):
+        for values in itertools.product(*(choices[key] for key in keys)):
             options = {**request.options, **dict(zip(keys, values, strict=True))}
             suffix = ",".join(f"{key}={value}" for key, value in options.items())
             result.append(f"{name.partition(':')[0]}:{suffix}" if suffix else name)
@@ -231,3 +163,44 @@ def parse_arch(values: str | Iterable[str]) -> tuple[str, ...]:
         # FlashInfer has no kernels for plain 9.0 and interprets it as 9.0a.
         found.add((9, 0, "a") if named == (9, 0, "") else named)
     return tuple(f"{major}.{minor}{suffix}" for major, minor, suffix in sorted(found))
+
+
+_CUTE_MODULE = re.compile(r"(\w+?)_sm(\d+)(\d[af]?)_cute_dsl_(\w+)")
+
+
+def request_for(module: str) -> tuple[str, str] | None:
+    """Return the `fi-ffi build` request and the architecture for a module of CuTe DSL.
+
+    The request is "" if the name does not determine the options. Returns None if no CuTe DSL module
+    can have this name.
+    """
+    parts = _CUTE_MODULE.fullmatch(module)
+    if parts is None:
+        return None
+    stem, major, minor, words = parts.groups()
+    for family in FAMILIES.values():
+        if family.stem != stem or family.words is every_option:
+            continue
+        for options in _options_in(words, family):
+            if words.endswith(f"_{family.suffix(options)}"):
+                chosen = [
+                    f"{name}={value}"
+                    for name, value in options.items()
+                    if value != family.options[name].default
+                ]
+                request = f"{family.name}:{','.join(chosen)}" if chosen else family.name
+                return request, f"{major}.{minor}"
+    return "", f"{major}.{minor}"
+
+
+def _options_in(words: str, family: Family) -> Iterator[dict[str, str]]:
+    """Yield the options that a module's name with these words may have been made from."""
+    numbers = re.findall(r"\d+", words)
+    choices = [
+        [v for v in option.values if v in "01" or v in words or DTYPES.get(v, v) in words]
+        if option.values
+        else [n for n in dict.fromkeys((option.default, *numbers)) if option.accepts(n)]
+        for option in family.options.values()
+    ]
+    for values in itertools.product(*choices):
+        yield dict(zip(family.options, values, strict=True))

@@ -26,7 +26,6 @@ import os
 import re
 import stat
 import threading
-import time
 from _thread import interrupt_main
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -44,17 +43,13 @@ from fi_ffi.errors import (
     LoaderError,
 )
 from fi_ffi.loader import search
-from fi_ffi.loader.fetch.urls import redact
 
-FOLDER, REPOSITORY = "FLASHINFER_CUBIN_DIR", "FLASHINFER_CUBINS_REPOSITORY"
-NO_DOWNLOAD = "FLASHINFER_NO_DOWNLOAD"
-# FlashInfer's default, from `flashinfer/jit/cubin_loader.py`.
-SERVER = "https://edge.urm.nvidia.com/artifactory/sw-kernelinferencelibrary-public-generic-local/"
+FOLDER = "FLASHINFER_CUBIN_DIR"
 
 _DISTRIBUTION, _LAYOUT = "flashinfer_cubin", "flashinfer_cubin/cubins"
 _SHA256 = re.compile("[0-9a-fA-F]{64}")
 _PART = re.compile(r"(?!\.\.?$)[A-Za-z0-9_.+-]{1,255}")
-_MOST = 2**31 - 1  # bytes; the module takes the size as an int
+_MAX_SIZE = 2**31 - 1  # bytes; the module takes the size as an int
 
 _log = logging.getLogger(__name__)
 
@@ -114,9 +109,9 @@ def _read(folder: Path, name: str, sha256: str) -> bytes:
             raise ArtifactError(f"{folder / name} leads out of {folder}, to {path}: it is not read")
         with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
             status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode) or status.st_size > _MOST:
+            if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_SIZE:
                 raise ArtifactError(f"{path} is no file of at most 2 GiB")
-            content = file.read(_MOST)
+            content = file.read(_MAX_SIZE)
     # up to Python 3.12, a loop of links raises RuntimeError
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -127,33 +122,9 @@ def _read(folder: Path, name: str, sha256: str) -> bytes:
     return content
 
 
-# Servers that could not be reached: the reason, and the time.
-_unreachable: dict[str, tuple[str, float]] = {}
-
-
 def _fetched(name: str, sha256: str) -> bytes:
-    from fi_ffi.loader.fetch.download import (
-        fetch_file,  # imported here: most processes fetch nothing
-    )
-    from fi_ffi.loader.fetch.http import Unreachable
-
-    base = os.environ.get(REPOSITORY) or SERVER
-    if os.environ.get(NO_DOWNLOAD):
-        raise LoaderError(f"{redact(base)}: {NO_DOWNLOAD} is set, and nothing is fetched")
-    refusal, at = _unreachable.get(base, ("", -search.UNREACHABLE))
-    if time.monotonic() - at < search.UNREACHABLE:
-        raise LoaderError(refusal)
-    try:
-        # The name's end, since the cache limits its length; the hash identifies the file.
-        kept = name.rpartition("/")[2][-200:]
-        found = fetch_file(f"{base.rstrip('/')}/{name}", kept, sha256=sha256)
-    except OSError as error:
-        if isinstance(error, Unreachable):
-            _unreachable[base] = str(error), time.monotonic()
-        if isinstance(error, LoaderError):
-            raise
-        raise LoaderError(f"{redact(base)}: {error}") from error
-    return _read(found.path.parent, found.path.name, sha256)
+    path = search.fetcher().device_code(name, sha256)
+    return _read(path.parent, path.name, sha256)
 
 
 # Serving a module

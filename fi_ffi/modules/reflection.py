@@ -16,8 +16,9 @@ from fi_ffi.abi.failure import check
 from fi_ffi.abi.function import Entry, array_values, library_function
 from fi_ffi.abi.library import TypeIndex
 from fi_ffi.abi.objects import CallArena, Function, Object
-from fi_ffi.abi.values import pack, unpack
+from fi_ffi.abi.values import unpack
 from fi_ffi.errors import LoaderError
+from fi_ffi.modules.packing import pack
 
 # TVMFFIFieldFlagBitMask
 _WRITABLE, _IS_STATIC, _SETTER_IS_FUNCTION = 1 << 0, 1 << 2, 1 << 11

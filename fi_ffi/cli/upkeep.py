@@ -196,7 +196,7 @@ def _verdict(item: Item) -> Verdict:
 
 def _repair(item: Item, root: Path) -> Verdict:
     """Remove a bad object, unless another process has replaced it by a good one meanwhile."""
-    with cache.turn(str(item.sha256)):
+    with cache.lock_for(str(item.sha256)):
         verdict = _verdict(item)
         if not verdict.problem:
             return verdict
