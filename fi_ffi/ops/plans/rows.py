@@ -15,7 +15,6 @@ from fi_ffi.ops.attention.rows import (
     F16,
     FA2_SCALARS,
     FAR,
-    FORMS,
     HEADS,
     IN_4_BITS,
     OF_FP8,
@@ -32,6 +31,7 @@ from fi_ffi.ops.attention.rows import (
     output,
     prefill_source,
 )
+from fi_ffi.ops.attention.rows import FORMS as FORMS
 from fi_ffi.ops.call.row import Arg, IntArray, PlanInfo, Row, Rule, Tensor, Vector
 
 # One request.
