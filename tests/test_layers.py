@@ -128,13 +128,13 @@ CALLS = """
 
     indptr, last = np.array([0, 2, 3], np.int32), np.array([3, 16], np.int32)
     plan = fi_ffi.BatchDecodePlan(
-        indptr, paged_kv_last_page_len=last, num_qo_heads=4, num_kv_heads=2, head_dim=128,
+        indptr, np.arange(3, dtype=np.int32), last, num_qo_heads=4, num_kv_heads=2, head_dim=128,
         page_size=16, device="cpu",
     )
     q = rng.standard_normal((2, 4, 128)).astype(np.float16)
     kv = rng.standard_normal((3, 2, 16, 2, 128)).astype(np.float16)
     out = np.full(q.shape, np.nan, np.float16)
-    plan.run(out, q, kv[:, 0], kv[:, 1], indices=np.arange(3, dtype=np.int32))
+    plan.run(q, kv[:, 0], kv[:, 1], out)
     for request, (pages, count) in enumerate((([0, 1], 19), ([2], 16))):
         cached = kv[pages].swapaxes(0, 1).reshape(2, -1, 2, 128)[:, :count]
         keys, values = cached.astype(np.float64)
