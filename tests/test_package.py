@@ -18,7 +18,12 @@ from tests.helpers.children import done
 
 PACKAGE = Path(fi_ffi.__file__).parent
 GENERATED = {PACKAGE / "abi" / "_cffi.py"}
-MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path not in GENERATED)
+MODULES = sorted(
+    path
+    for package in (PACKAGE, PACKAGE.with_name("fi_ffi_build"))
+    for path in package.rglob("*.py")
+    if path not in GENERATED
+)
 
 # They would bring a second copy of what is loaded here, or seconds of import time.
 NEVER = {"torch", "tvm_ffi", "tvm", "flashinfer", "flashinfer_jit_cache", "ctypes", "cupy", "jax"}
