@@ -17,9 +17,9 @@ from fi_ffi.capability.judgement import gpu_runs, key_of  # noqa: E402
 from fi_ffi.capability.matrix import package_entries  # noqa: E402
 from fi_ffi.loader.lock import the_lock  # noqa: E402
 from fi_ffi.loader.uris import family_row, parse  # noqa: E402
-from fi_ffi.ops.attention.rows import FORMS  # noqa: E402
 from fi_ffi.ops.call.releases import fits, is_in  # noqa: E402
 from fi_ffi.ops.moe import interface as moe  # noqa: E402
+from fi_ffi.ops.plans.rows import FORMS  # noqa: E402
 from fi_ffi.ops.states import mamba  # noqa: E402
 from fi_ffi.ops.table import ROWS, comm  # noqa: E402
 from tools.entries import Entries, Group, entries_of  # noqa: E402

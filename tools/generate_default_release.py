@@ -18,13 +18,13 @@ from fi_ffi.capability.matrix import SMS, Line, lines  # noqa: E402
 from fi_ffi.catalogue.ahead_of_time import listed_in, published, sass_named  # noqa: E402
 from fi_ffi.loader.lock import the_lock  # noqa: E402
 from fi_ffi.loader.uris import parse  # noqa: E402
-from fi_ffi.ops.attention.rows import FORMS  # noqa: E402
 from fi_ffi.ops.call.releases import fits, is_in  # noqa: E402
 from fi_ffi.ops.call.row import Absent, Arg, Row, Rule, Tensor  # noqa: E402
 from fi_ffi.ops.call.support import RUN, Support  # noqa: E402
 from fi_ffi.ops.functions import OPS  # noqa: E402
 from fi_ffi.ops.moe.activations import activation_numbers  # noqa: E402
 from fi_ffi.ops.moe.modes import MODES, Mode  # noqa: E402
+from fi_ffi.ops.plans.rows import FORMS  # noqa: E402
 
 TARGET = ROOT / "docs" / "default-release.md"
 CUDA, CPU = "cu130", "x86_64"

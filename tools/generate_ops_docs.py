@@ -20,12 +20,12 @@ from fi_ffi.capability.matrix import PACKAGES, package_entries  # noqa: E402
 from fi_ffi.families import FAMILIES  # noqa: E402
 from fi_ffi.loader.lock import the_lock  # noqa: E402
 from fi_ffi.ops import attention, plans  # noqa: E402
-from fi_ffi.ops.attention.rows import FORMS  # noqa: E402
 from fi_ffi.ops.call.op import Op  # noqa: E402
 from fi_ffi.ops.call.releases import span_of  # noqa: E402
 from fi_ffi.ops.call.row import Arg, Row, Tensor, default_of, defaults  # noqa: E402
 from fi_ffi.ops.functions import OPS  # noqa: E402
 from fi_ffi.ops.moe import interface  # noqa: E402
+from fi_ffi.ops.plans.rows import FORMS  # noqa: E402
 
 # Where a package of rows is documented.
 _ROOMS = {"comm": "fi_ffi.comm.entries"}

@@ -22,21 +22,23 @@ from fi_ffi.ops.attention.options import (
     PrefillOptions,
 )
 from fi_ffi.ops.attention.rows import (
-    BATCH_ATTENTION,
-    BATCH_ATTENTION_FP4,
     BATCH_DECODE_RUN,
     BATCH_MLA,
     BATCH_PREFILL,
     BATCH_PREFILL_SINK,
-    FORMS,
     FP4,
     FP8,
-    SINGLE_DECODE,
-    SINGLE_PREFILL,
 )
 from fi_ffi.ops.call.arguments import check_choice
 from fi_ffi.ops.call.row import Row
 from fi_ffi.ops.call.support import MISSING, REFUSED, Support
+from fi_ffi.ops.plans.rows import (
+    BATCH_ATTENTION,
+    BATCH_ATTENTION_FP4,
+    FORMS,
+    SINGLE_DECODE,
+    SINGLE_PREFILL,
+)
 
 # Required options of plans on which no module depends.
 _PLAN = {"num_qo_heads": 8, "num_kv_heads": 8, "page_size": 16}

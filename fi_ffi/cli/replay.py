@@ -29,13 +29,13 @@ from fi_ffi.cli.cases import case_of
 from fi_ffi.errors import ArtifactError, FiFfiError
 from fi_ffi.loader import machine, runtime, search
 from fi_ffi.loader.fetch import progress
-from fi_ffi.ops.attention.rows import FORMS
 from fi_ffi.ops.attention.workspace import FLOAT_BYTES, INT_BYTES
 from fi_ffi.ops.call import cuda
 from fi_ffi.ops.call.compiled import CompiledRow
 from fi_ffi.ops.call.releases import fits
 from fi_ffi.ops.call.row import PlanInfo, Row, Tensor
 from fi_ffi.ops.functions import OPS
+from fi_ffi.ops.plans.rows import FORMS
 from fi_ffi.reference import EXACT, MOVES
 from fi_ffi.reference.arrays import Array, bits
 from fi_ffi.watch import safetensors

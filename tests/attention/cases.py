@@ -18,9 +18,10 @@ from fi_ffi.ops.attention.options import (
     MlaOptions,
     PrefillOptions,
 )
-from fi_ffi.ops.attention.rows import BATCH_ATTENTION_FP4, MLA_FP8
+from fi_ffi.ops.attention.rows import MLA_FP8
 from fi_ffi.ops.call.providers import release_in_force
 from fi_ffi.ops.call.releases import is_in
+from fi_ffi.ops.plans.rows import BATCH_ATTENTION_FP4
 from fi_ffi.reference.attention.formula import Exact, exact, from_pages
 
 from tests.attention import judge

@@ -11,9 +11,9 @@ from cuda.bindings import runtime
 import fi_ffi
 from fi_ffi.cli.cuda import check
 from fi_ffi.loader import machine
-from fi_ffi.ops.attention.rows import SCRATCH_BYTES
 from fi_ffi.ops.call.providers import release_in_force
 from fi_ffi.ops.call.releases import is_in
+from fi_ffi.ops.plans.rows import SCRATCH_BYTES
 from fi_ffi.ops.plans.xqa import WINDOWS_OF_EACH
 
 from tests.attention.test_xqa_mla import SPECS as XQA_MLA

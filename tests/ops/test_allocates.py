@@ -88,7 +88,7 @@ def test_a_source_that_fails_is_told_by_the_op(kernel, monkeypatch):
 
 def test_no_row_for_a_gpu_that_was_tried_allocates():
     """One that does is a new kind of call, to be tried on a GPU: tests/gpu/test_allocator.py."""
-    from fi_ffi.ops.attention.rows import ROWS as ATTENTION
+    from fi_ffi.ops.plans.rows import ROWS as ATTENTION
     from fi_ffi.ops.table import ROWS
 
     rows = [row for row in (*ROWS, *ATTENTION) if not row.capabilities or 9 in row.capabilities]

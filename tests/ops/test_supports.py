@@ -18,10 +18,10 @@ from fi_ffi.catalogue.ahead_of_time import compiles_for, in_wheel, is_recorded, 
 from fi_ffi.errors import ArgumentError, KernelNotFoundError
 from fi_ffi.loader import machine, search
 from fi_ffi.loader.lock import the_lock
-from fi_ffi.ops.attention.rows import ROWS as ATTENTION
 from fi_ffi.ops.call.releases import span_of
 from fi_ffi.ops.call.support import WORDS
 from fi_ffi.ops.functions import OPS
+from fi_ffi.ops.plans.rows import ROWS as ATTENTION
 from tools.entries import entries_of
 
 DEFAULT = the_lock().default_release

@@ -10,6 +10,7 @@ import pytest
 
 from fi_ffi.errors import KernelError
 from fi_ffi.ops.attention import rows
+from fi_ffi.ops.plans import rows as other_rows
 from fi_ffi.reference.attention import reference_kernel
 from fi_ffi.reference.attention.formula import Options
 
@@ -138,10 +139,10 @@ def test_more_queries_than_keys(rng):
     k, v = batch.keys(0)
     given = {"q": batch.q, "k": k, "v": v, "tmp": EMPTY, "o": batch.o, "sm_scale": SCALE}
     with pytest.raises(KernelError, match="kv_len 4 to be qo_len 9 or more"):
-        call(rows.SINGLE_PREFILL["fa2"], **given, mask_mode_code=1)
-    call(rows.SINGLE_PREFILL["fa3"], **given, mask_mode_code=1)
+        call(other_rows.SINGLE_PREFILL["fa2"], **given, mask_mode_code=1)
+    call(other_rows.SINGLE_PREFILL["fa3"], **given, mask_mode_code=1)
     with pytest.raises(KernelError, match="RoPE of 9 queries, and 4 keys"):
-        call(rows.SINGLE_PREFILL["fa2"], ROPE, **given)
+        call(other_rows.SINGLE_PREFILL["fa2"], ROPE, **given)
 
 
 def test_mla(rng):
@@ -187,10 +188,10 @@ def test_what_was_not_compiled_in(name, rng, error):
     batch = Batch(rng, [1], [33])
     k, v = batch.keys(0)
     given = {"k": k, "v": v, "tmp": EMPTY, "sm_scale": SCALE, name: IGNORED[name]}
-    call(rows.SINGLE_DECODE, q=batch.q[0], o=batch.o[0], **given)
+    call(other_rows.SINGLE_DECODE, q=batch.q[0], o=batch.o[0], **given)
     assert error(batch.expected(Options(SCALE)), batch.o) <= 1
     batch.o[...] = np.nan
-    call(rows.SINGLE_PREFILL["fa2"], q=batch.q, o=batch.o, **given)
+    call(other_rows.SINGLE_PREFILL["fa2"], q=batch.q, o=batch.o, **given)
     assert error(batch.expected(Options(SCALE)), batch.o) <= 1
     if name == "logits_soft_cap":
         batch.o[...] = np.nan

@@ -8,9 +8,10 @@ import pytest
 
 import fi_ffi
 from fi_ffi.loader.lock import the_lock
-from fi_ffi.ops.attention.rows import BATCH_ATTENTION_FP4, FORMS, ROWS, of_release
+from fi_ffi.ops.call.forms import form_of
 from fi_ffi.ops.call.releases import FIRST, fits, is_in
 from fi_ffi.ops.call.row import Row, Tensor
+from fi_ffi.ops.plans.rows import BATCH_ATTENTION_FP4, FORMS, ROWS
 from tools.release.generators import added_parameters
 
 from tests.releases.bindings import RELEASES
@@ -104,14 +105,14 @@ def test_every_release_has_one_form(release):
         if form is None:
             since = ">=0.6.10" if first.variant == "_fp4" else ">=0.6.1[48]"
             with pytest.raises(fi_ffi.KernelNotFoundError, match=since):
-                of_release(first, release)
+                form_of(FORMS[first], release)
         else:
-            assert of_release(first, release) is form
+            assert form_of(FORMS[first], release) is form
 
 
 def test_a_release_that_has_none_is_told():
     first = next(row for row in ROWS if row.name == "batch_mla.plan")
     with pytest.raises(fi_ffi.KernelNotFoundError) as caught:
-        of_release(first, "0.6.2")
+        form_of(FORMS[first], "0.6.2")
     assert "batch_mla.plan can be called in FlashInfer >=0.6.3;" in str(caught.value)
     assert "the kernels in use are of 0.6.2" in str(caught.value)

@@ -13,16 +13,18 @@ import pytest
 
 import fi_ffi
 from fi_ffi import reference
-from fi_ffi.abi.function import register
+from fi_ffi.abi.function import library_function, register
 from fi_ffi.abi.interop import as_desc
 from fi_ffi.abi.tensor import parse_device
 from fi_ffi.loader import generation
 from fi_ffi.loader.runtime import ensure_tvm_ffi
-from fi_ffi.ops.attention import backends, plan
-from fi_ffi.ops.attention.rows import BATCH_MLA, FORMS, ROWS, WITH_COPY, of_release
-from fi_ffi.ops.call import compiled
+from fi_ffi.ops.attention import plan
+from fi_ffi.ops.attention.rows import BATCH_MLA, WITH_COPY
+from fi_ffi.ops.call import compiled, forms
+from fi_ffi.ops.call.forms import form_of, in_force
 from fi_ffi.ops.call.releases import is_in
 from fi_ffi.ops.plans import single
+from fi_ffi.ops.plans.rows import FORMS, ROWS
 from fi_ffi.reference.attention.formula import Options, exact
 
 # One of each form that an entry has.
@@ -67,7 +69,8 @@ def kernels_of(monkeypatch, seen):
             # What it would have copied stays in the stage.
             elsewhere = np.zeros(given["int_workspace_buffer"].shape, np.uint8)
             given["int_workspace_buffer"] = as_desc(elsewhere)
-            return [inner(*(given.pop(name, None) for name in first_names)), elsewhere.size]
+            info = inner(*(given.pop(name, None) for name in first_names))
+            return library_function("ffi.Array")(info, elsewhere.size)
 
         name = f"fi_ffi.tests.release.{next(_numbers)}"
         return register(name, row.signature, run)
@@ -77,8 +80,7 @@ def kernels_of(monkeypatch, seen):
         generation.advance()
         monkeypatch.setattr(compiled, "entry_for", entry_for)
         for user in (plan, single):
-            chosen = lambda rows, device: tuple(of_release(row, release) for row in rows)  # noqa: E731
-            monkeypatch.setattr(user, "in_use", chosen)
+            monkeypatch.setattr(user, "in_force", lambda forms, device: form_of(forms, release))
 
     yield use
     generation.advance()
@@ -246,9 +248,9 @@ def test_mla_of_another_batch(release, kernels_of):
 def test_a_gpu_s_rows_are_of_the_kernels_release(monkeypatch):
     rows = BATCH_MLA["fa2"]
     for release in RELEASES:
-        monkeypatch.setattr(backends, "release_in_force", lambda release=release: release)
-        found = backends.in_use(rows, parse_device("cuda:0"))
-        assert found == tuple(of_release(row, release) for row in rows)
-        assert backends.in_use(rows, parse_device("cpu")) == found
+        monkeypatch.setattr(forms, "release_in_force", lambda release=release: release)
+        found = tuple(in_force(FORMS[row], parse_device("cuda:0")) for row in rows)
+        assert found == tuple(form_of(FORMS[row], release) for row in rows)
+        assert tuple(in_force(FORMS[row], parse_device("cpu")) for row in rows) == found
     for row in rows:
-        assert len({of_release(row, release) for release in RELEASES}) == len(FORMS[row])
+        assert len({form_of(FORMS[row], release) for release in RELEASES}) == len(FORMS[row])

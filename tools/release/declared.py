@@ -7,13 +7,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from fi_ffi.abi.signature import Signature
-from fi_ffi.ops.attention.rows import FORMS
 from fi_ffi.ops.call.releases import is_in
 from fi_ffi.ops.call.row import Row
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.matmul import rows as matmul
 from fi_ffi.ops.moe import interface as moe
 from fi_ffi.ops.moe import lora
+from fi_ffi.ops.plans.rows import FORMS
 from fi_ffi.ops.states import mamba
 from fi_ffi.ops.table import comm
 from tools.release.exports import Function

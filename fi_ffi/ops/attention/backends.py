@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from fi_ffi.abi.tensor import Device, DType, parse_dtype
 from fi_ffi.errors import ArgumentError, printed
 from fi_ffi.loader import machine
-from fi_ffi.ops.attention.rows import DECODE_GROUPS, F16, FORMS, FP4, FP8, MLA_FP8, of_release
+from fi_ffi.ops.attention.rows import DECODE_GROUPS, F16, FP4, FP8, MLA_FP8
 from fi_ffi.ops.attention.sizes import BY_QUERY, Geometry
 from fi_ffi.ops.call.arguments import check_choice, check_number
 from fi_ffi.ops.call.providers import release_in_force
-from fi_ffi.ops.call.releases import fits, is_in
-from fi_ffi.ops.call.row import Row
+from fi_ffi.ops.call.releases import is_in
 
 # flashinfer/utils.py: PosEncodingMode and MaskMode
 POS_ENCODING_MODES = {"NONE": 0, "ROPE_LLAMA": 1, "ALIBI": 2}
@@ -99,18 +97,6 @@ def _module_name(family: str, of: str, **parameters: Any) -> str:
 def multiprocessors(device: Device) -> int:
     """Return the multiprocessors of a GPU; 1 on the CPU, whose reference does not use them."""
     return machine.multiprocessors(device.index) if device.is_cuda else 1
-
-
-def in_use(rows: Sequence[Row], device: Device) -> tuple[Row, ...]:
-    """Return rows in their forms for the release in force.
-
-    Raises `KernelNotFoundError` for a GPU if a row has no form for that release. The CPU's
-    reference then has the first form.
-    """
-    release = release_in_force()
-    if device.is_cuda:
-        return tuple(of_release(row, release) for row in rows)
-    return tuple(next((one for one in FORMS[row] if fits(one, release)), row) for row in rows)
 
 
 def data_type(op: str, argument: str, value: object, allowed: tuple[str, ...]) -> str:

@@ -20,13 +20,14 @@ from fi_ffi.abi.tensor import Device, TensorDesc, TensorKind, make_desc, parse_d
 from fi_ffi.errors import ArgumentError, ArgumentTypeError
 from fi_ffi.loader import machine
 from fi_ffi.ops.attention.arrays import Arrays, Batch
-from fi_ffi.ops.attention.backends import geometry_on, in_use, multiprocessors
+from fi_ffi.ops.attention.backends import geometry_on, multiprocessors
 from fi_ffi.ops.attention.options import Options, SignatureWithOptions
-from fi_ffi.ops.attention.rows import WITH_COPY
+from fi_ffi.ops.attention.rows import FORMS, WITH_COPY
 from fi_ffi.ops.attention.run import BoundRow, Values, compiled_row
 from fi_ffi.ops.attention.sizes import Need, aligned
 from fi_ffi.ops.attention.workspace import Workspace
 from fi_ffi.ops.call import cuda, hooks, memory
+from fi_ffi.ops.call.forms import in_force
 from fi_ffi.ops.call.launch import launch
 from fi_ffi.ops.call.notation import parse_axis
 from fi_ffi.ops.call.prepared import PackedCall, tensor_like
@@ -141,7 +142,7 @@ class Plan:
         rows = self._choose_rows()
         self._geometry = geometry_on(self.device, self.options.geometry(self._machine))
         self.module = self.options.kernel.module(self._backend_of_module)
-        planner, *self._run_rows = in_use(rows, self.device)
+        planner, *self._run_rows = (in_force(FORMS[row], self.device) for row in rows)
         self._bind_planner(planner)
         batch = self._read(arrays)
         self._max_rows = getattr(self.options, "max_total_num_rows", None) or batch.rows

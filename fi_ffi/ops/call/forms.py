@@ -40,11 +40,16 @@ def in_force(forms: Sequence[_Form], device: Device | None = None) -> _Form:
     has the first form; so has a caller that names no device and leaves the refusal to later checks.
     """
     release = release_in_force()
+    if device is None or not device.is_cuda:
+        return of_release(forms, release) or forms[0]
+    return form_of(forms, release)
+
+
+def form_of(forms: Sequence[_Form], release: str) -> _Form:
+    """Return the form of a release; `KernelNotFoundError` if no form has it."""
     form = of_release(forms, release)
     if form is not None:
         return form
-    if device is None or not device.is_cuda:
-        return forms[0]
     raise KernelNotFoundError(
         f"{forms[0].name} can be called in FlashInfer {span_of(forms)}; "
         f"the kernels in use are of {release}"

@@ -12,11 +12,12 @@ from fi_ffi.ops.attention.arrays import Batch
 from fi_ffi.ops.attention.backends import CAUSAL, NON_CAUSAL
 from fi_ffi.ops.attention.options import AttentionKeywords, AttentionOptions
 from fi_ffi.ops.attention.plan import Plan
-from fi_ffi.ops.attention.rows import BATCH_ATTENTION, BATCH_ATTENTION_FP4, FP4
+from fi_ffi.ops.attention.rows import FP4
 from fi_ffi.ops.attention.run import Values, block_scales, softmax_scale
 from fi_ffi.ops.attention.workspace import Workspace
 from fi_ffi.ops.call.arguments import check_number
 from fi_ffi.ops.call.row import Row
+from fi_ffi.ops.plans.rows import BATCH_ATTENTION, BATCH_ATTENTION_FP4
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -12,13 +12,13 @@ from fi_ffi.abi.tensor import TensorDesc
 from fi_ffi.errors import ArgumentError
 from fi_ffi.ops.attention.arrays import Batch
 from fi_ffi.ops.attention.prefill import BatchPrefillPlan
-from fi_ffi.ops.attention.rows import BATCH_POD
 from fi_ffi.ops.attention.run import NotOf
 from fi_ffi.ops.attention.workspace import Workspace
 from fi_ffi.ops.call import cuda, memory
 from fi_ffi.ops.call.arguments import check_choice, check_flag
 from fi_ffi.ops.call.row import KV_LAYOUTS, Row, as_nhd
 from fi_ffi.ops.plans.pod import PodKeywords, PodPlan
+from fi_ffi.ops.plans.rows import BATCH_POD
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

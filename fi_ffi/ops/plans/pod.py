@@ -13,12 +13,12 @@ from fi_ffi.ops.attention.backends import NON_CAUSAL, module_name
 from fi_ffi.ops.attention.masks import check_causal, packed_mask
 from fi_ffi.ops.attention.options import refuse_options
 from fi_ffi.ops.attention.prefill import BatchPrefillPlan
-from fi_ffi.ops.attention.rows import POD
 from fi_ffi.ops.attention.run import NotOf, Values
 from fi_ffi.ops.attention.workspace import Workspace
 from fi_ffi.ops.call import cuda
 from fi_ffi.ops.call.arguments import check_choice, check_flag, check_int, check_number
 from fi_ffi.ops.call.row import KV_LAYOUTS, Row, as_nhd
+from fi_ffi.ops.plans.rows import POD
 from fi_ffi.ops.plans.single import check_tmp, prefill_bytes
 
 # The decode half is compiled for tiles of 16 rows, and the planner has to choose the same tile.

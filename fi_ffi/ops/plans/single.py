@@ -13,13 +13,12 @@ from fi_ffi.ops.attention.backends import (
     check_soft_cap,
     choose_backend,
     decode_groups,
-    in_use,
     multiprocessors,
     output_type,
     release_for,
 )
 from fi_ffi.ops.attention.masks import check_causal, packed_mask
-from fi_ffi.ops.attention.rows import F16, FP4, FP8, SINGLE_DECODE, SINGLE_PREFILL
+from fi_ffi.ops.attention.rows import F16, FORMS, FP4, FP8
 from fi_ffi.ops.attention.run import (
     Values,
     block_scales,
@@ -27,8 +26,10 @@ from fi_ffi.ops.attention.run import (
     softmax_scale,
 )
 from fi_ffi.ops.call.arguments import check_choice, check_flag, check_int
+from fi_ffi.ops.call.forms import in_force
 from fi_ffi.ops.call.keyword_call import KeywordCall
 from fi_ffi.ops.call.row import KV_LAYOUTS
+from fi_ffi.ops.plans.rows import SINGLE_DECODE, SINGLE_PREFILL
 
 # By rows of a tile: an upper bound of the blocks of 128 threads on a multiprocessor, from the
 # registers that outputs and logits need.
@@ -177,7 +178,7 @@ def single_decode(
                      window_left, logits_soft_cap)  # fmt: skip
     need = _decode_bytes(kv_len, q.shape[0], kv_heads, q.shape[1], multiprocessors(q.device))
     check_tmp(op, "tmp", tmp, need, op)
-    (row,) = in_use((SINGLE_DECODE,), q.device)
+    row = in_force(FORMS[SINGLE_DECODE], q.device)
     compiled = compiled_row(row, kernel.module(""), kernel.dtypes, op, q.device)
     values = Values(op, compiled, "these kernels", {})
     scale = softmax_scale(op, sm_scale, q.shape[1])
@@ -251,7 +252,7 @@ def single_prefill(
         expected += " (docs/attention.md)"
         raise ArgumentError(op, "k", got=k.layout, expected=expected)
     rows, kind = SINGLE_PREFILL, kernel.kind(chosen)
-    (row,) = in_use((rows[kind],), q.device)
+    row = in_force(FORMS[rows[kind]], q.device)
     if chosen == "fa2" and kv_heads and not qo_heads % kv_heads:
         sms = multiprocessors(q.device)
         need = prefill_bytes(qo_len, kv_len, qo_heads, kv_heads, head_dim_vo, sms)

@@ -9,13 +9,15 @@ from fi_ffi.abi.interop import TensorLike, as_desc
 from fi_ffi.abi.tensor import Device, TensorDesc, make_desc
 from fi_ffi.errors import ArgumentError
 from fi_ffi.loader import machine
-from fi_ffi.ops.attention.backends import in_use, module_name, multiprocessors, release_for
-from fi_ffi.ops.attention.rows import XQA, XQA_MLA, XQA_ROWS, XQA_SPEC_DEC, query_blocks
+from fi_ffi.ops.attention.backends import module_name, multiprocessors, release_for
+from fi_ffi.ops.attention.rows import FORMS
 from fi_ffi.ops.attention.run import Values, compiled_row
 from fi_ffi.ops.call.arguments import check_choice, check_int, check_number, shown
+from fi_ffi.ops.call.forms import in_force
 from fi_ffi.ops.call.keyword_call import KeywordCall
 from fi_ffi.ops.call.releases import is_in
 from fi_ffi.ops.call.row import KV_LAYOUTS, as_nhd
+from fi_ffi.ops.plans.rows import XQA, XQA_MLA, XQA_ROWS, XQA_SPEC_DEC, query_blocks
 
 _OP, _MLA = "xqa", "xqa_mla"
 _HOPPER = 9
@@ -97,7 +99,7 @@ def xqa(
     if len(table.shape) != 2:
         raise ArgumentError(_OP, "page_table", got=table.layout, expected="rank 2 (b max_pages)")
     device = q.device
-    (row,) = in_use((XQA if queries == 1 else XQA_SPEC_DEC,), device)
+    row = in_force(FORMS[XQA if queries == 1 else XQA_SPEC_DEC], device)
     window = check_int(_OP, "sliding_win_size", sliding_win_size, 0)
     room = table.shape[1] * page_size
     if queries > 1 and window >= room:
@@ -189,7 +191,7 @@ def xqa_mla(
         expected = " or ".join(XQA_MLA.dtypes["Q"])
         raise ArgumentError(_MLA, "q", got=q.dtype, expected=expected)
     page_size, own = keys.shape[2], q.dtype.name
-    (row,) = in_use((XQA_MLA,), q.device)
+    row = in_force(FORMS[XQA_MLA], q.device)
     module = module_name(
         "xqa_mla", input_dtype=own, kv_cache_dtype=own, page_size=page_size,
         use_sliding_window=False,

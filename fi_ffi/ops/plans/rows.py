@@ -1,0 +1,396 @@
+"""The entries of attention above the core: single requests, batch attention, XQA and POD.
+
+`FORMS` and `ROWS` have those of `fi_ffi.ops.attention.rows` as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from fi_ffi.ops.attention.rows import (
+    BLOCK_SCALES,
+    DECODE_DTYPES,
+    F16,
+    FA2_SCALARS,
+    FAR,
+    HEADS,
+    IN_4_BITS,
+    OF_FP8,
+    PAGES,
+    PREFILL_DTYPES,
+    SHARED,
+    WORKSPACES,
+    add_plan,
+    add_row,
+    arguments,
+    in_4_bits,
+    index,
+    number,
+    output,
+    prefill_source,
+)
+from fi_ffi.ops.attention.rows import FORMS as FORMS
+from fi_ffi.ops.call.row import Arg, IntArray, PlanInfo, Row, Rule, Tensor, Vector
+
+# One request.
+
+_TENSORS = "q k v tmp o maybe_lse"
+SINGLE_DECODE = add_row(
+    "single_decode",
+    "run",
+    "",
+    "single_decode_jit_binding.cu",
+    "Attention of one query.",
+    arguments(
+        f"{_TENSORS} kv_layout window_left maybe_alibi_slopes {FA2_SCALARS}",
+        Tensor("q", "num_qo_heads head_dim_qk", "Q", "the query", contiguous=True),
+        replace(SHARED["k"], contiguous=True),
+        replace(SHARED["v"], axes=SHARED["k"].axes, contiguous=True),
+        replace(SHARED["o"], axes="num_qo_heads head_dim_qk"),
+        replace(SHARED["maybe_lse"], axes="num_qo_heads"),
+        replace(SHARED["kv_layout"], strided=False),
+    ),
+    requires=(*HEADS, "nnz_kv >= 1"),
+    dtypes=DECODE_DTYPES,
+)
+
+# What modules.py adds to one request's prefill, by kernel.
+_OF_ONE = {
+    "fa2": f"maybe_custom_mask maybe_alibi_slopes {BLOCK_SCALES} {FA2_SCALARS}",
+    "fa3": "maybe_scale_v logits_soft_cap sm_scale scale_v_scalar",
+    "fa3_fp8": OF_FP8,
+}
+
+
+def _single_prefill(kind: str, doc: str, *own: Tensor, **fields: Any) -> Row:
+    variant = {"fa2": "", "fa2_fp4": "_fp4"}.get(kind, f"_{kind}")
+    names = f"{_TENSORS} mask_mode_code kv_layout window_left {_OF_ONE[kind.removesuffix('_fp4')]}"
+    args, source = arguments(names, output(kind), *own), prefill_source("single_prefill", kind)
+    fields |= {"nothing_axis": "nnz_qo"}
+    return add_row("single_prefill", "run", variant, source, doc, args, **fields)
+
+
+SINGLE_PREFILL = {
+    kind: _single_prefill(kind, "Attention of one request.", dtypes=PREFILL_DTYPES[kind])
+    for kind in _OF_ONE
+}
+SINGLE_PREFILL["fa2_fp4"] = _single_prefill(
+    "fa2_fp4",
+    "Attention of one request, over keys and values of 4 bits.",
+    *in_4_bits(SHARED["k"], SHARED["v"]),
+    **IN_4_BITS,
+)
+
+# Prefill and decode requests of a batch in one persistent launch.  It turns page numbers into
+# offsets in 32 bits, and loads values from where the keys' strides say.
+_POOL_K = replace(SHARED["paged_k_cache"], name="k_cache", offset_limit=2**32)
+_POOL_V = replace(SHARED["paged_v_cache"], name="v_cache", offset_limit=2**32)
+
+
+def _attention_run(variant: str, doc: str, *own: Tensor, **fields: Any) -> Row:
+    names = f"{WORKSPACES} plan_info_vec q k_cache v_cache kv_indices o maybe_lse mask_mode_code "
+    names += "kv_layout num_qo_heads num_kv_heads page_size v_scale sm_scale logits_soft_cap "
+    args = arguments(names + BLOCK_SCALES, *own, number("v_scale", "factor of the output"))
+    fields |= {"same_strides": ("k_cache", "v_cache"), "nothing_axis": "nnz_qo"}
+    source = "batch_attention_jit_binding.cu"
+    return add_row("batch_attention", "run", variant, source, doc, args, **fields)
+
+
+BATCH_ATTENTION = (
+    add_plan(
+        "batch_attention",
+        "",
+        "batch_attention_jit_binding.cu",
+        "qo_indptr kv_indptr kv_len batch_size num_qo_heads num_kv_heads head_dim_o causal",
+        index("qo_indptr", "b+1", "start of each request's queries", host=True),
+        index("kv_indptr", "b+1", "start of each request's pages", host=True),
+        index("kv_len", "b", "tokens in each request", host=True),
+    ),
+    _attention_run(
+        "",
+        "Attention over a paged cache, of prefills and decodes at once.",
+        _POOL_K,
+        _POOL_V,
+    ),
+)
+# The same over keys and values of 4 bits.  Later releases find scales by strides of their own,
+# which their binding sets to 0: every token's scales are then those of the first.
+BATCH_ATTENTION_FP4 = (
+    BATCH_ATTENTION[0],
+    _attention_run(
+        "_fp4",
+        "Attention over a paged cache of 4 bits, of prefills and decodes at once.",
+        *in_4_bits(_POOL_K, _POOL_V),
+        **IN_4_BITS | {"releases": ">=0.6.10,<0.6.15"},
+    ),
+)
+
+# xqa, decode attention for queries that share keys.  The kernels turn the caches' strides into
+# heads, read those of the keys for both, and count heads in 32 bits.  A request's pieces meet in
+# `scratch`, where their sum is found by whoever is last to count up its semaphore, which is 0
+# again then.
+
+_ONE: dict[str, Any] = {"optional": True, "contiguous": True}
+_CACHE = "num_pages page_size num_kv_heads head_dim"
+# Rows of queries, of at most 256 elements and two numbers each, for every piece of a request;
+# there are no more pieces than multiprocessors.
+XQA_ROWS, _HEAD_DIM = 32, 256
+SCRATCH_BYTES = XQA_ROWS * (4 * _HEAD_DIM + 8) + 1024
+_GRID = 2**16 - 1  # blocks along a grid's second and third dimension
+
+
+def semaphore_bytes(sizes: Mapping[str, int]) -> int:
+    """A counter for each request and head of the keys, which both kernels number in that order."""
+    return 4 * sizes["b"] * sizes["num_kv_heads"]
+
+
+# Several queries a request, for speculative decoding: `XQA_ROWS` rows of queries and heads are a
+# block's, and so are a counter and the pieces.
+
+
+def query_blocks(q_seq_len: int, group: int) -> int:
+    """Blocks that the queries of a request are, for each head of keys."""
+    return -(-q_seq_len * group // XQA_ROWS)
+
+
+def _counters(sizes: Mapping[str, int]) -> int:
+    group = sizes["num_qo_heads"] // max(sizes["num_kv_heads"], 1)
+    return semaphore_bytes(sizes) * query_blocks(sizes["q_seq_len"], group)
+
+
+# The kernel for Hopper has both in one dimension of its grid, the other one has two for them.
+_IN_A_GRID = Rule(
+    "q",
+    f"not run_sm90_fp8_mha or b * num_kv_heads <= {_GRID}",
+    f"b * num_kv_heads of at most {_GRID}: the kernel has a block for each",
+)
+# Latent attention by the same kernels, for SM120: 128 heads of queries and one of keys, of which
+# the values are the first 512 elements.  `q_scale` is all that logits are multiplied by but
+# `kv_scale`.  Each request has four blocks and two buffers in `scratch`, of 128 rows of
+# probabilities for a tile of keys, 64 bytes each, and two numbers; nothing counts semaphores up.
+MLA_HEADS, MLA_DIM, MLA_DIM_VO = 128, 576, 512
+_MLA_BUFFERS = 2 * MLA_HEADS * (64 + 8)
+_MLA_CACHE = "num_pages 1 page_size head_dim"
+
+_XQA_ARGS: tuple[Arg, ...] = (
+    number("run_sm90_fp8_mha", "in fp8, by the kernel for Hopper", bool),
+    number("multiProcessorCount", "multiprocessors to use", int),
+    number("nbKHeads", "heads of the keys", int),
+    number("slidingWinSize", "visible keys, the last ones; 0: all", int),
+    number("qScale", "of the queries"),
+    Tensor("qScaleTensor", "1", "float32", "the same, on the device", **_ONE),
+    Tensor("output", "b 1 num_qo_heads head_dim", "O", "the output", writes=True, reads=False,
+           contiguous=True),
+    number("rcpOutScale", "factor of an fp8 output"),
+    Tensor("q", "b 1 num_qo_heads head_dim", "Q", "the queries", contiguous=True),
+    Tensor("attentionSinks", "num_kv_heads group", "float32", "a logit more", **_ONE),
+    Tensor("kCacheVLLM", _CACHE, "KV", "the keys' pages", offset_limit=FAR),
+    Tensor("vCacheVLLM", _CACHE, "KV", "the values' pages", offset_limit=FAR),
+    Tensor("kSfCacheVLLM", _CACHE, "uint8", "scales of 4-bit keys", optional=True, since="0.6.7"),
+    Tensor("vSfCacheVLLM", _CACHE, "uint8", "scales of 4-bit values", optional=True,
+           since="0.6.7"),
+    Tensor("kvCachePageList", "b max_pages", "int32", "each request's pages", contiguous=True),
+    number("maxSeqLen", "room for keys in the pages", int),
+    Tensor("seqLen", "b 1", "LEN", "each request's keys", contiguous=True),
+    number("batchSize", "requests", int),
+    number("kvCacheScale", "of keys and values"),
+    Tensor("kvScaleTensor", "1", "float32", "the same, on the device", **_ONE),
+    number("qSeqLen", "queries in each request", int),
+    Tensor("qCuSeqLens", "b+1", "uint32", "start of each request's queries", since="0.6.16",
+           **_ONE),
+    Tensor("mask", "b q_seq_len mask_words", "uint16", "bits", **_ONE),
+    Tensor("semaphores", "num_semaphores", "uint32", "0, and so afterwards", writes=True,
+           contiguous=True, bytes_for=semaphore_bytes, zeroed=True),
+    Tensor("scratch", "scratch_size", "uint8", "partial results", writes=True, reads=False,
+           contiguous=True, alignment=128, bytes_per_multiprocessor=SCRATCH_BYTES),
+    SHARED["enable_pdl"],
+)  # fmt: skip
+# The kernels read lengths as uint32; no length has other bits as int32.
+_LENGTHS = {"LEN": ("uint32", "int32")}
+_PAGE_SIZES = "page_size in (16, 32, 64, 128)"
+_XQA: dict[str, Any] = {
+    "dtypes": {"Q": F16, "KV": (*F16, "float8_e4m3fn"), "O": (*F16, "float8_e4m3fn")} | _LENGTHS,
+    "vector": Vector(("head_dim",)),
+    "same_strides": ("kCacheVLLM", "vCacheVLLM"),
+    "requires": (
+        *HEADS,
+        _PAGE_SIZES,
+        "head_dim % 16 == 0",
+        f"b <= {_GRID}",
+        f"num_kv_heads <= {_GRID}",
+        _IN_A_GRID,
+    ),
+    "capabilities": (9, 10, 11, 12),
+    "nothing_axis": "b",
+    "offset_limit": FAR,
+}
+
+
+def _changed(**changes: Mapping[str, Any]) -> Iterator[Arg]:
+    """The arguments of `xqa` with these fields of some of them changed."""
+    for arg in _XQA_ARGS:
+        yield replace(arg, **changes[arg.name]) if arg.name in changes else arg
+
+
+_SOURCE = "flashinfer_xqa_binding.cu"
+_ONE_QUERY = "Attention of one query of each request over a paged cache."
+XQA = add_row("xqa", "xqa_wrapper", "", _SOURCE, _ONE_QUERY, _XQA_ARGS, **_XQA)
+XQA_SPEC_DEC = add_row(
+    "xqa",
+    "xqa_wrapper",
+    "_spec_dec",
+    _SOURCE,
+    "Attention of several queries of each request over a paged cache.",
+    tuple(
+        _changed(
+            q={"axes": "b 1 q_seq_len num_qo_heads head_dim"},
+            output={"axes": "b 1 q_seq_len num_qo_heads head_dim"},
+            mask={"alignment": 4},
+            semaphores={"bytes_for": _counters},
+        )
+    ),
+    **_XQA,
+)
+_OF_LATENT = _changed(
+    qScale={"doc": "what logits are multiplied by"},
+    output={"axes": f"b 1 num_qo_heads {MLA_DIM_VO}", "dtype": "bfloat16"},
+    q={"doc": "the queries, absorbed"},
+    kCacheVLLM={"axes": _MLA_CACHE, "dtype": "Q"},
+    vCacheVLLM={"axes": _MLA_CACHE, "dtype": "Q"},
+    semaphores={"bytes_for": lambda sizes: 4 * sizes["b"]},
+    scratch={
+        "bytes_per_multiprocessor": 0,
+        "bytes_for": lambda sizes: _MLA_BUFFERS * sizes["b"],
+    },
+)
+XQA_MLA = add_row(
+    "xqa_mla",
+    "xqa_wrapper_mla",
+    "",
+    _SOURCE,
+    "Multi-head latent attention of one query of each request over a paged cache.",
+    arguments(
+        "multiProcessorCount qScale qScaleTensor output q kCacheVLLM vCacheVLLM kvCachePageList "
+        "maxSeqLen seqLen batchSize kvCacheScale kvScaleTensor semaphores scratch enable_pdl",
+        *_OF_LATENT,
+    ),
+    **_XQA
+    | {
+        "dtypes": {"Q": ("bfloat16", "float8_e4m3fn")} | _LENGTHS,
+        "capabilities": (12,),
+        "requires": (
+            f"num_qo_heads in ({MLA_HEADS},)",
+            f"head_dim in ({MLA_DIM},)",
+            _PAGE_SIZES,
+            f"b <= {_GRID}",
+        ),
+    },
+)
+
+# POD: a request's prefill and a batch's decode in one launch.  Both kinds of cache are handed
+# over as NHD views, whatever their order.
+
+_LAYOUT = number("layout", "0: tokens before heads", int)
+_SLOPES = replace(SHARED["maybe_alibi_slopes"], doc="ALiBi's slopes: unused", as_object=False)
+_OUTPUTS = "o maybe_lse mask_mode_code layout window_left maybe_custom_mask"
+_OPTIONS = f"maybe_alibi_slopes {FA2_SCALARS}"
+_PAGED = f"{WORKSPACES} plan_info_vec q paged_k_cache paged_v_cache qo_indptr {PAGES} {_OUTPUTS} "
+_PAGED += f"maybe_mask_indptr {_OPTIONS}"
+
+
+def _half(part: str, names: str, *own: Arg) -> tuple[Arg, ...]:
+    """Arguments of the prefill (p) or of the decode (d)."""
+    args = arguments(names, _LAYOUT, _SLOPES, *own)
+    return tuple(replace(arg, name=f"{arg.name}_{part}") for arg in args)
+
+
+def _outputs(queries: str, axes: str, doc: str) -> Iterator[Tensor]:
+    """A half's queries, outputs and logarithms, for so many rows."""
+    heads = f"{axes} num_qo_heads head_dim"
+    yield Tensor("q", heads, "Q", queries)
+    yield replace(SHARED["o"], axes=heads, doc=doc)
+    yield replace(SHARED["maybe_lse"], axes=f"{axes} num_qo_heads")
+
+
+def _paged(cache: str) -> Iterator[Tensor]:
+    """A half's caches, whose order is always NHD."""
+    for name in ("paged_k_cache", "paged_v_cache"):
+        yield replace(SHARED[name], axes=cache, kv=False)
+
+
+def _masks(part: str, doc: str) -> Iterator[Tensor]:
+    """The masks that neither half over pages reads."""
+    yield Tensor("maybe_custom_mask", f"{part}_mask_bytes", "uint8", doc, **_ONE)
+    yield Tensor("maybe_mask_indptr", f"{part}_mask_indptr", "int32", doc, **_ONE)
+
+
+_POD_PREFILL = _half(
+    "p",
+    f"q k v tmp {_OUTPUTS} {_OPTIONS}",
+    *_outputs("the request's queries", "qo_len", "its output"),
+    Tensor("k", "kv_len num_kv_heads head_dim", "KV", "its keys"),
+    Tensor("v", "kv_len num_kv_heads head_dim", "KV", "its values"),
+    Tensor("tmp", "tmp_size", "uint8", "partial results", writes=True, reads=False, alignment=16),
+    Tensor("maybe_custom_mask", "mask_bytes", "uint8", "which keys each query sees", **_ONE),
+)
+_POD_DECODE = _half(
+    "d",
+    _PAGED,
+    *_outputs("a query of each request", "b", "their outputs"),
+    *_paged(_CACHE),
+    index("qo_indptr", "b+1", "where each request's query is"),
+    *_masks("d", "unused"),
+    PlanInfo(),
+)
+_POD: dict[str, Any] = {
+    "same_strides": ("paged_k_cache_d", "paged_v_cache_d"),
+    "offset_limit": FAR,
+}
+# The binding has no suffix for the schedule of its only plan.
+_UNNAMED = tuple(PlanInfo() if isinstance(arg, PlanInfo) else arg for arg in _POD_DECODE)
+POD = add_row(
+    "pod",
+    "pod_with_kv_cache_tensor",
+    "",
+    "pod_jit_binding.cu",
+    "A request's prefill and a batch's decode in one launch.",
+    (*_POD_PREFILL, *_UNNAMED, SHARED["enable_pdl"]),
+    requires=(*HEADS, "qo_len >= 1", "kv_len >= 1", "b >= 1"),
+    **_POD,
+)
+
+# The same of a batch of prefills, over pages as well.
+_BATCH_POD_PREFILL = _half(
+    "p",
+    _PAGED,
+    IntArray("plan_info_vec"),
+    *_outputs("the prefills' queries", "nnz_p", "their outputs"),
+    *_paged("num_pages_p page_size num_kv_heads head_dim"),
+    index("qo_indptr", "b_p+1", "where each prefill's queries start"),
+    index("paged_kv_indptr", "b_p+1", "where each prefill's pages start"),
+    index("paged_kv_indices", "num_indices_p", "the prefills' pages"),
+    index("paged_kv_last_page_len", "b_p", "tokens in each prefill's last page"),
+    *_masks("p", "not read"),
+)
+_COUNTERS = "counters of blocks: set to zero first"
+BATCH_POD = add_row(
+    "batch_pod",
+    "batch_pod_with_kv_cache_tensor",
+    "",
+    "batch_pod_jit_binding.cu",
+    "A batch's prefills and another's decode in one launch.",
+    (
+        *_BATCH_POD_PREFILL,
+        *_POD_DECODE,
+        SHARED["enable_pdl"],
+        replace(
+            SHARED["o"], name="sm_aware_sched", axes="num_counters", dtype="int32", doc=_COUNTERS
+        ),
+    ),
+    requires=(*HEADS, "nnz_p >= 1", "b >= 1"),
+    **_POD,
+)
+
+ROWS = tuple(FORMS)
