@@ -247,12 +247,10 @@ def _heads(q: TensorDesc, kv_heads: int) -> tuple[int, int, int]:
         expected = f"rank 4 (batch_size 1 num_q_heads head_dim), and less than {_SIZE_LIMIT} heads"
         raise _refuse("q", q.layout, expected)
     if rank == 5 and q.shape[2] < 2:
-        expected = "two queries or more in rank 5, and one in rank 4"
-        raise _refuse("q", q.layout, expected)
+        raise _refuse("q", q.layout, "two queries or more in rank 5, and one in rank 4")
     heads = q.shape[-2]
     if not heads or heads % kv_heads:
-        expected = f"heads in a multiple of the cache's {kv_heads}"
-        raise _refuse("q", q.layout, expected)
+        raise _refuse("q", q.layout, f"heads in a multiple of the cache's {kv_heads}")
     return q.shape[0], q.shape[2] if rank == 5 else 1, heads
 
 
@@ -263,12 +261,10 @@ def _check_several(
     wrongly."""
     if queries == 1:
         if mask is not None:
-            expected = "None with one query of each request"
-            raise _refuse("mask", shown(mask), expected)
+            raise _refuse("mask", shown(mask), "None with one query of each request")
         return None
     if mask is None:
-        expected = "a mask with several queries: which keys each of them sees"
-        raise _refuse("mask", "None", expected)
+        raise _refuse("mask", "None", "a mask with several queries: which keys each of them sees")
     desc, shape = as_desc(mask, _OP, "mask"), (batch, queries, 2 * -(-queries // 32))
     if desc.shape != shape:
         expected = f"shape {shape}: a bit for each query, in words of 16, two at a time"
@@ -291,8 +287,7 @@ def _check_dtypes(q: TensorDesc, k: TensorDesc, output: TensorDesc) -> None:
         raise _refuse("k_cache", k.dtype, f"{own}, as q, or {fp8}")
     allowed = (own, fp8) if k.dtype.name == fp8 else (own,)
     if output.dtype.name not in allowed:
-        expected = " or ".join(allowed)
-        raise _refuse("output", output.dtype, expected)
+        raise _refuse("output", output.dtype, " or ".join(allowed))
 
 
 def _put_scales(values: Values, q_scale: object, kv_scale: object) -> None:
