@@ -34,7 +34,9 @@ def test_it_takes_under_30_lines():
     assert len(lines) + 1 == int(stated[1]) <= 30
 
 
-@pytest.mark.parametrize("gate", ["ruff check .", "ruff format --check .", "mypy --cache-dir=/dev/null"])
+@pytest.mark.parametrize(
+    "gate", ["ruff check .", "ruff format --check .", "mypy --cache-dir=/dev/null"]
+)
 def test_its_code_passes_the_gates(copy, gate):
     """What a reader copies passes what CI runs over the whole repository."""
     tool, *options = gate.split()
