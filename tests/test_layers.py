@@ -113,31 +113,28 @@ def run_in(folder: Path, code: str, **environment: str) -> tuple[int, str, str]:
 
 
 CALLS = """
-    import numpy as np
-
-    import fi_ffi
-
-    assert fi_ffi.__file__.startswith({folder!r}), fi_ffi.__file__
     rng = np.random.default_rng()
     x, weight = (rng.standard_normal(shape).astype(np.float16) for shape in ((5, 128), 128))
-    out = np.full((5, 128), np.nan, np.float16)
-    fi_ffi.rmsnorm(out, x, weight, eps=1e-6)
+    out = put(np.full((5, 128), np.nan, np.float16))
+    fi_ffi.rmsnorm(out, put(x), put(weight), eps=1e-6, stream=stream)
     x, weight = x.astype(np.float64), weight.astype(np.float64)
     exact = x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6) * weight
-    assert np.abs(out - exact).max() <= 2**-9 * np.abs(exact).max()
+    assert np.abs(get(out) - exact).max() <= 2**-9 * np.abs(exact).max()
 
     indptr, last = np.array([0, 2, 3], np.int32), np.array([3, 16], np.int32)
     plan = fi_ffi.BatchDecodePlan(
         indptr, np.arange(3, dtype=np.int32), last, num_qo_heads=4, num_kv_heads=2, head_dim=128,
-        page_size=16, device="cpu",
+        page_size=16, device=device, stream=stream,
     )
     q = rng.standard_normal((2, 4, 128)).astype(np.float16)
-    kv = rng.standard_normal((3, 2, 16, 2, 128)).astype(np.float16)
-    out = np.full(q.shape, np.nan, np.float16)
-    plan.run(q, kv[:, 0], kv[:, 1], out)
+    k, v = rng.standard_normal((2, 3, 16, 2, 128)).astype(np.float16)
+    out = put(np.full(q.shape, np.nan, np.float16))
+    plan.run(put(q), put(k), put(v), out, stream=stream)
+    out = get(out)
     for request, (pages, count) in enumerate((([0, 1], 19), ([2], 16))):
-        cached = kv[pages].swapaxes(0, 1).reshape(2, -1, 2, 128)[:, :count]
-        keys, values = cached.astype(np.float64)
+        keys, values = (
+            cache[pages].reshape(-1, 2, 128)[:count].astype(np.float64) for cache in (k, v)
+        )
         for head in range(4):
             scores = keys[:, head // 2] @ q[request, head].astype(np.float64) / np.sqrt(128)
             weights = np.exp(scores - scores.max())
@@ -149,14 +146,26 @@ CALLS = """
     except fi_ffi.LoaderError as error:
         print(error)
 """
+ON_CPU = """
+    import numpy as np
+
+    import fi_ffi
+
+    device, stream, put, get = "cpu", None, np.asarray, np.asarray
+"""
+
+
+def calls_in(folder: Path, machine: str, **environment: str) -> None:
+    """Call a norm and a decode plan with the copy's package on a machine, beside float64."""
+    checked = f"assert fi_ffi.__file__.startswith({str(folder)!r}), fi_ffi.__file__\n"
+    code = textwrap.dedent(machine) + checked + textwrap.dedent(CALLS)
+    status, out, err = run_in(folder, code, **environment)
+    assert status == 0, err
+    assert "the judge is missing" in out and "fi_ffi.capability" in out
 
 
 def test_the_core_runs_alone(core: Path) -> None:
-    """On the CPU: a norm, a decode plan and its run, beside float64."""
-    code = CALLS.replace("{folder!r}", repr(str(core)))
-    status, out, err = run_in(core, code)
-    assert status == 0, err
-    assert "the judge is missing" in out and "fi_ffi.capability" in out
+    calls_in(core, ON_CPU)
 
 
 LOADS = """

@@ -18,7 +18,12 @@ from tests.helpers.children import done
 
 PACKAGE = Path(fi_ffi.__file__).parent
 GENERATED = {PACKAGE / "abi" / "_cffi.py"}
-MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path not in GENERATED)
+MODULES = sorted(
+    path
+    for package in (PACKAGE, PACKAGE.with_name("fi_ffi_build"))
+    for path in package.rglob("*.py")
+    if path not in GENERATED
+)
 
 # They would bring a second copy of what is loaded here, or seconds of import time.
 NEVER = {"torch", "tvm_ffi", "tvm", "flashinfer", "flashinfer_jit_cache", "ctypes", "cupy", "jax"}
@@ -151,3 +156,20 @@ def test_options_of_plans_are_documented(plan: type) -> None:
     assert {
         n for n in plan._options_class.table if not re.search(rf"^    {n}[ :]", doc, re.M)
     } == set()
+
+
+def test_a_first_call_imports_its_family_alone() -> None:
+    """All families' formulas take longer to import than a call on the CPU does."""
+    code = """
+        import sys
+
+        import numpy as np
+
+        import fi_ffi
+
+        x = np.ones((2, 64), np.float16)
+        fi_ffi.rmsnorm(np.empty_like(x), x, x[0])
+        late = {"numpy.ma", *(f"fi_ffi.reference.{name}" for name in fi_ffi.families.FAMILIES)}
+        print(*sorted(late & sys.modules.keys()))
+    """
+    assert child(textwrap.dedent(code)) == "fi_ffi.reference.norm"

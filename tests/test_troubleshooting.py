@@ -97,9 +97,15 @@ def test_what_is_raised_is_found(
 
 # What the sources say
 
+PACKAGES = ("fi_ffi", "fi_ffi_build")
 # Read by tools, or of values that only a library of another TVM-FFI makes.
-INTERNAL = ("cli/replay", "abi/signature",
-            "watch/safetensors", "loader/lockfile", "loader/lockedit", "abi/values")  # fmt: skip
+INTERNAL = (
+    "fi_ffi/cli/replay",
+    "fi_ffi/abi/signature",
+    "fi_ffi/watch/safetensors",
+    "fi_ffi/abi/values",
+    "fi_ffi/modules/packing",
+)
 
 
 def text_of(node: ast.AST) -> str:
@@ -115,7 +121,7 @@ def text_of(node: ast.AST) -> str:
 
 def messages() -> Iterator[tuple[str, str]]:
     """Where each error is made, and its message; those of arguments are put together elsewhere."""
-    for file in sorted((ROOT / "fi_ffi").rglob("*.py")):
+    for file in sorted(file for name in PACKAGES for file in (ROOT / name).rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text())):
             if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
                 continue
@@ -125,7 +131,7 @@ def messages() -> Iterator[tuple[str, str]]:
             parts = 3 if issubclass(kind, errors.KernelError) else 1
             text = ": ".join(map(text_of, node.args[:parts]))
             if re.search(r"\w", text.replace(ANY, "")):
-                where = f"{file.relative_to(ROOT / 'fi_ffi')}:{node.lineno}"
+                where = f"{file.relative_to(ROOT)}:{node.lineno}"
                 yield where, f"{kind.__name__}: {text}"
 
 
@@ -143,6 +149,7 @@ def test_every_class_has_a_heading() -> None:
 
 
 def test_every_message_of_the_sources_is_found() -> None:
+    assert all((ROOT / f"{name}.py").exists() for name in INTERNAL)
     lost = [
         f"{where}: {message}"
         for where, message in messages()

@@ -14,9 +14,11 @@ be, bit for bit.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -27,31 +29,50 @@ from fi_ffi.abi.signature import Signature
 from fi_ffi.errors import KernelNotFoundError
 from fi_ffi.families import FAMILIES
 from fi_ffi.loader import runtime
-from fi_ffi.reference import attention
 from fi_ffi.reference.arrays import bits, over_arrays, store_changed
 from fi_ffi.reference.formula import Formula, Move, as_inputs
 
 # What a module was compiled for, if its kernels depend on it: names and values.
 Compiled = tuple[tuple[str, object], ...]
 
-_FAMILIES = tuple(
-    importlib.import_module(f"fi_ffi.reference.{name}")
-    for name in (*FAMILIES, "moe", "comm", "comm_fusion")
-)
-EXACT: dict[str, Formula] = {}
-MOVES: dict[str, Move] = {}
-for _family in _FAMILIES:
-    EXACT |= getattr(_family, "EXACT", {})
-    MOVES |= getattr(_family, "MOVES", {})
+_NAMES = (*FAMILIES, "moe", "comm", "comm_fusion")
+EXACT: dict[str, Formula]
+MOVES: dict[str, Move]
 _lock = threading.Lock()
 library.renew_after_fork(globals(), "_lock", threading.Lock)
 _entries: dict[tuple[str, str, str, Compiled, str, tuple[str, ...]], Entry] = {}
 
 
+def _families(first: str = "") -> Iterator[ModuleType]:
+    """Import the families' modules as they are asked for, the one of this name first.
+
+    All of them together take longer than a call does.
+    """
+    for name in sorted(_NAMES, key=lambda name: name != first):
+        yield importlib.import_module(f"fi_ffi.reference.{name}")
+
+
+def __getattr__(name: str) -> Any:
+    """Return `EXACT` or `MOVES`, which are put together when they are asked for."""
+    if name not in ("EXACT", "MOVES"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _of_all(name)
+
+
+@functools.cache
+def _of_all(name: str) -> dict[str, Any]:
+    formulas: dict[str, Any] = {}
+    for family in _families():
+        formulas |= getattr(family, name, {})
+    return formulas
+
+
 def kernels() -> dict[str, list[str]]:
     """Return the entries that have a kernel of their own, by module."""
+    from fi_ffi.reference import attention
+
     found: dict[str, set[str]] = {module: {*names} for module, names in attention.KERNELS.items()}
-    for family in _FAMILIES:
+    for family in _families():
         for module, names in getattr(family, "KERNELS", {}).items():
             found.setdefault(module, set()).update(names)
     return {module: sorted(names) for module, names in found.items()}
@@ -73,7 +94,7 @@ def entry(
     key = (module, kernel, str(signature), compiled, formula, tuple(names))
     with _lock:
         if key not in _entries:
-            function = _function(module, kernel, compiled) or from_formula(formula, names)
+            function = _function(module, kernel, compiled, formula, names)
             if function is None:
                 raise KernelNotFoundError(
                     f"{module}.{kernel} has no reference kernel: it runs on CUDA only"
@@ -85,13 +106,23 @@ def entry(
         return _entries[key]
 
 
-def _function(module: str, kernel: str, compiled: Compiled) -> Callable[..., Any] | None:
-    if module in attention.KERNELS:
-        if kernel not in attention.KERNELS[module]:
-            return None
-        return attention.reference_kernel(module, kernel, **dict(compiled))
-    found = (getattr(family, "KERNELS", {}).get(module, {}).get(kernel) for family in _FAMILIES)
-    return next(filter(None, found), None)
+def _function(
+    module: str, kernel: str, compiled: Compiled, formula: str, names: Sequence[str]
+) -> Callable[..., Any] | None:
+    """Return a module's kernel, or else what computes the formula."""
+    if module not in _NAMES:
+        from fi_ffi.reference import attention
+
+        if module in attention.KERNELS:
+            if kernel not in attention.KERNELS[module]:
+                return None
+            return attention.reference_kernel(module, kernel, **dict(compiled))
+    for family in _families(module):
+        own: Callable[..., Any] | None = getattr(family, "KERNELS", {}).get(module, {}).get(kernel)
+        exact, move = (getattr(family, kind, {}).get(formula) for kind in ("EXACT", "MOVES"))
+        if found := own or _from_formula(exact, move, names):
+            return found
+    return None
 
 
 def from_formula(formula: str, names: Sequence[str]) -> Callable[..., Any] | None:
@@ -99,7 +130,12 @@ def from_formula(formula: str, names: Sequence[str]) -> Callable[..., Any] | Non
 
     `names` are the formula's names of the arguments, "" for an argument that the op lacks.
     """
-    exact, move = EXACT.get(formula), MOVES.get(formula)
+    return _from_formula(_of_all("EXACT").get(formula), _of_all("MOVES").get(formula), names)
+
+
+def _from_formula(
+    exact: Formula | None, move: Move | None, names: Sequence[str]
+) -> Callable[..., Any] | None:
     if exact is None and move is None:
         return None
 

@@ -18,7 +18,7 @@ from fi_ffi.reference.moe_weights import FP4, fp4
 
 _NEAR = 2.0**-18
 _E4M3 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float64)
-_FINITE = np.unique(_E4M3[np.isfinite(_E4M3)])
+_FINITE = np.array(sorted({*_E4M3[np.isfinite(_E4M3)].tolist()}), _E4M3.dtype)
 # Codes of the order of scales: rows of a tile by code, and the code for plain rows.
 _TILES, _ROWS = {0: 128, 1: 8}, 2
 

@@ -16,7 +16,7 @@ from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.call.row import Row, Scalar, Tensor, default_of, defaults
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.table import ROWS
-from fi_ffi.reference import EXACT, MOVES
+from fi_ffi.reference import EXACT, MOVES, norm
 
 ROW_IDS = [f"{row.name} {row.releases}" for row in ROWS]
 
@@ -67,7 +67,7 @@ def test_a_new_row_and_its_formula_are_a_function_at_once(monkeypatch):
     )  # fmt: skip
     import numpy as np
 
-    monkeypatch.setitem(EXACT, "mine", lambda a: {"y": (a["x"] / 2 * a["w"], None)})
+    monkeypatch.setitem(norm.EXACT, "mine", lambda a: {"y": (a["x"] / 2 * a["w"], None)})
     y, x, w = (np.ones(s, np.float16) for s in ((2, 8), (2, 8), (8,)))
     Op(row)(y=y, x=2 * x, w=3 * w)
     assert (y == 3).all()

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import fi_ffi
 
-PACKAGE = Path(fi_ffi.__file__).parent
-ROOT = PACKAGE.parent
+ROOT = Path(fi_ffi.__file__).parent.parent
+PACKAGES = (ROOT / "fi_ffi", ROOT / "fi_ffi_build")
 NAME = re.compile(r"FI_FFI_[A-Z_]*")
 
 
@@ -26,16 +26,19 @@ def tables():
 
 
 def sources():
-    for path in PACKAGE.rglob("*.py"):
+    for path in (path for package in PACKAGES for path in package.rglob("*.py")):
         if path.name != "_cffi.py":
             yield path, ast.parse(path.read_text())
 
 
 def test_every_variable_of_ours_is_told():
     used = {
-        name for path in PACKAGE.rglob("*.py*") if path.suffix in (".py", ".pyi")
+        name
+        for package in PACKAGES
+        for path in package.rglob("*.py*")
+        if path.suffix in (".py", ".pyi")
         for name in NAME.findall(path.read_text())
-    }  # fmt: skip
+    }
     assert used == tables()[0]
     assert not [name for name in used if name.endswith("_")], "a name that is put together"
 
@@ -83,7 +86,7 @@ def test_every_variable_of_others_is_told():
     told = tables()
     # `fi-ffi build` takes compilers' search paths over, and tells FlashInfer not to fetch and
     # CuTe DSL for which GPU it compiles.
-    compilers = "? " + str(PACKAGE / "loader/building/environment.py")
+    compilers = "? " + str(ROOT / "fi_ffi_build/environment.py")
     written = {"FLASHINFER_NO_DOWNLOAD", "CUTE_DSL_ARCH"}
     assert read - {compilers} - written <= told[0] | told[1]
     elsewhere = {"REQUESTS_CA_BUNDLE", "NETRC", "XDG_CACHE_HOME"}
