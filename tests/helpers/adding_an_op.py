@@ -14,7 +14,8 @@ from tests.helpers.children import ROOT
 PAGE = ROOT / "docs" / "adding-an-op.md"
 NAME = "mhc"
 _FILE = re.compile(r"`(fi_ffi/[\w/]+\.py)`:\n\n<!-- [^>]* -->\n```python\n(.*?)```", re.DOTALL)
-_KEPT = ("fi_ffi", "tests", "tools", "wheels.lock", "pyproject.toml", "README.md", "docs")
+_KEPT = ("fi_ffi", "fi_ffi_build", "tests", "tools", "docs")
+_KEPT += ("wheels.lock", "pyproject.toml", "README.md")
 
 
 def files() -> dict[str, str]:
@@ -40,6 +41,8 @@ def follow(folder: Path) -> Path:
     families.write_text(text.replace("FAMILIES = (", f'FAMILIES = (\n    "{NAME}",', 1))
     assert families.read_text() != text
     run(copy, "tools/generate_stubs.py")
+    for generator in sorted((copy / "tools").glob("generate_*.py")):
+        run(copy, generator)
     return copy
 
 

@@ -240,13 +240,6 @@ class MlaKeywords(_Mla, _Queries, _Graphs, total=False):
     ]
 
 
-def refuse_options(op: str, lacks: Collection[str], options: Mapping[str, Any]) -> None:
-    """Refuse options that other plans have, as Python refuses unknown keywords."""
-    for name in lacks:
-        if name in options:
-            raise TypeError(f"{op}() got an unexpected keyword argument {name!r}")
-
-
 class Options:
     """A plan's checked options, as attributes."""
 

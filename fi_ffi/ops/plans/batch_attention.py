@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fi_ffi.abi.interop import TensorLike, as_desc
+from fi_ffi.abi.interop import TensorLike
 from fi_ffi.ops.attention import sizes
 from fi_ffi.ops.attention.arrays import Batch
 from fi_ffi.ops.attention.backends import CAUSAL, NON_CAUSAL
@@ -17,13 +17,14 @@ from fi_ffi.ops.attention.run import Values, block_scales, softmax_scale
 from fi_ffi.ops.attention.workspace import Workspace
 from fi_ffi.ops.call.arguments import check_number
 from fi_ffi.ops.call.row import Row
+from fi_ffi.ops.plans.arguments import described
 from fi_ffi.ops.plans.rows import BATCH_ATTENTION, BATCH_ATTENTION_FP4
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 # The kernel counts the tokens of all listed pages in 32 bits.
-_MOST_TOKENS = 2**32
+_TOKEN_LIMIT = 2**32
 
 
 class BatchAttentionPlan(Plan):
@@ -53,9 +54,11 @@ class BatchAttentionPlan(Plan):
     op = "BatchAttentionPlan"
     _options_class = AttentionOptions
     _names: Mapping[str, str] = {
-        "qo_indptr": "qo_indptr", "kv_indptr": "kv_indptr", "indices": "kv_indices",
+        "qo_indptr": "qo_indptr",
+        "kv_indptr": "kv_indptr",
+        "indices": "kv_indices",
         "kv_len": "kv_len_arr",
-    }  # fmt: skip
+    }
     _run_arrays: Mapping[str, str] = {"kv_indices": "indices"}
     backend = "persistent"
     _backend_of_module = ""
@@ -130,13 +133,10 @@ class BatchAttentionPlan(Plan):
             values.put(v_scale=check_number(self.op, "v_scale", v_scale, -math.inf))
         dtype = self.options.kv_data_type
         if dtype in FP4 or k_cache_sf is not None or v_cache_sf is not None:
-            given = {"k_cache": k_cache, "v_cache": v_cache}
-            descs = {name: as_desc(tensor, self.op, name) for name, tensor in given.items()}
-            block_scales(values, dtype, descs, k_cache_sf=k_cache_sf, v_cache_sf=v_cache_sf)
-        values.put(
-            q=q, k_cache=k_cache, v_cache=v_cache, o=o, maybe_lse=lse, kv_layout=kv_layout,
-            kv_indices=kv_indices,
-        )  # fmt: skip
+            caches = described(self.op, k_cache=k_cache, v_cache=v_cache)
+            block_scales(values, dtype, caches, k_cache_sf=k_cache_sf, v_cache_sf=v_cache_sf)
+        values.put(q=q, k_cache=k_cache, v_cache=v_cache, o=o, maybe_lse=lse)
+        values.put(kv_layout=kv_layout, kv_indices=kv_indices)
         self._run_packed(bound, values.values, stream)
 
     def _fill_defaults(self, values: Values) -> None:
@@ -147,17 +147,16 @@ class BatchAttentionPlan(Plan):
 
     def _facts(self) -> dict[str, Any]:
         mask = CAUSAL if self.options.causal else NON_CAUSAL
-        return super()._facts() | {
-            "mask_mode_code": mask, "head_dim_o": self.options.head_dim_vo,
-        }  # fmt: skip
+        own = {"mask_mode_code": mask, "head_dim_o": self.options.head_dim_vo}
+        return super()._facts() | own
 
     def _read(self, arrays: Sequence[object]) -> Batch:
         batch = super()._read(arrays)
         if self.options.causal:
             batch.check_keys("with causal=True")
         tokens = batch.kv.total * self.options.page_size
-        if tokens >= _MOST_TOKENS:
-            expected = f"less than {_MOST_TOKENS} tokens in all pages that are listed"
+        if tokens >= _TOKEN_LIMIT:
+            expected = f"less than {_TOKEN_LIMIT} tokens in all pages that are listed"
             raise self._refuse("kv_indptr", f"{tokens} tokens", expected)
         return batch
 

@@ -9,23 +9,19 @@ from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.function import Frame
 from fi_ffi.abi.interop import TensorLike, as_desc
 from fi_ffi.abi.tensor import TensorDesc
-from fi_ffi.errors import ArgumentError
 from fi_ffi.ops.attention.arrays import Batch
 from fi_ffi.ops.attention.prefill import BatchPrefillPlan
 from fi_ffi.ops.attention.run import NotOf
 from fi_ffi.ops.attention.workspace import Workspace
 from fi_ffi.ops.call import cuda, memory
-from fi_ffi.ops.call.arguments import check_choice, check_flag
+from fi_ffi.ops.call.arguments import check_choice
 from fi_ffi.ops.call.row import KV_LAYOUTS, Row, as_nhd
-from fi_ffi.ops.plans.pod import PodKeywords, PodPlan
+from fi_ffi.ops.plans.arguments import PodKeywords, described, workspace_for_each
+from fi_ffi.ops.plans.pod import POD_RUN, PodPlan
 from fi_ffi.ops.plans.rows import BATCH_POD
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-# The kind of run: its row follows those of a prefill plan.
-_POD = 2
-_ARRAYS = ("paged_kv_indptr", "paged_kv_indices", "paged_kv_last_page_len")
 
 
 class _Prefills(BatchPrefillPlan):
@@ -33,19 +29,20 @@ class _Prefills(BatchPrefillPlan):
 
     op = "BatchPodPlan"
     _names: Mapping[str, str] = {
-        "qo_indptr": "qo_indptr_p", "kv_indptr": "paged_kv_indptr_p",
-        "indices": "paged_kv_indices_p", "last_page_len": "paged_kv_last_page_len_p",
-    }  # fmt: skip
+        "qo_indptr": "qo_indptr_p",
+        "kv_indptr": "paged_kv_indptr_p",
+        "indices": "paged_kv_indices_p",
+        "last_page_len": "paged_kv_last_page_len_p",
+    }
 
     def _read(self, arrays: Sequence[object]) -> Batch:
         batch = super()._read(arrays)
         if not batch.rows:
-            raise self._refuse(
-                "qo_indptr_p", "no queries", "one or more: the kernel divides by them"
-            )
+            expected = "one or more: the kernel divides by them"
+            raise self._refuse("qo_indptr_p", "no queries", expected)
         return batch
 
-    def given(self) -> dict[str, Any]:
+    def run_arguments(self) -> dict[str, Any]:
         """Return this plan's part of a run's arguments, by the row's names."""
         workspace, info = self._check_current(), self._info
         assert info is not None
@@ -58,20 +55,16 @@ class _Prefills(BatchPrefillPlan):
 
     def check(self, q: TensorDesc, k: TensorDesc, v: TensorDesc) -> None:
         """Raise if a run's tensors do not fit the planned batch."""
-        batch = self._batch
-        if not q.shape or q.shape[0] != batch.rows:
-            raise self._refuse("q_p", q.layout, f"{batch.rows} queries, as planned")
-        if (
-            len(k.shape) != 4
-            or k.shape[0] < batch.num_pages
-            or k.shape[1] != self.options.page_size
-        ):
-            expected = f"{batch.num_pages} pages or more of {self.options.page_size}, as planned"
+        rows, pages, page_size = self._batch.rows, self._batch.num_pages, self.options.page_size
+        if not q.shape or q.shape[0] != rows:
+            raise self._refuse("q_p", q.layout, f"{rows} queries, as planned")
+        if k.shape[0] < pages or k.shape[1] != page_size:
+            expected = f"{pages} pages or more of {page_size}, as planned"
             raise self._refuse("paged_k_cache_p", k.layout, expected)
         if v.strides != k.strides:
             raise self._refuse("paged_v_cache_p", v.layout, f"the strides of the keys: {k.strides}")
 
-    def hold(self, handle: int | None) -> cuda.Event | None:
+    def make_wait(self, handle: int | None) -> cuda.Event | None:
         """Let a run's stream wait for the plan; return the event to record after the run."""
         workspace = self._check_current()
         if memory.recording() is not None:
@@ -111,9 +104,11 @@ class BatchPodPlan(PodPlan):
     _run_info = "plan_info_vec_d"
     workspace_size: Any = NotOf()
     _names: Mapping[str, str] = {
-        "qo_indptr": "paged_kv_last_page_len_d", "kv_indptr": "paged_kv_indptr_d",
-        "indices": "paged_kv_indices_d", "last_page_len": "paged_kv_last_page_len_d",
-    }  # fmt: skip
+        "qo_indptr": "paged_kv_last_page_len_d",
+        "kv_indptr": "paged_kv_indptr_d",
+        "indices": "paged_kv_indices_d",
+        "last_page_len": "paged_kv_last_page_len_d",
+    }
 
     def __init__(
         self,
@@ -130,22 +125,27 @@ class BatchPodPlan(PodPlan):
         workspaces: Sequence[Workspace | None] | None = None,
         **options: Unpack[PodKeywords],
     ) -> None:
-        if workspaces is not None and len(workspaces) != 2:
-            got = f"{len(workspaces)} of them"
-            raise ArgumentError(self.op, "workspaces", got=got, expected="2: one for each half")
-        of_p, of_d = workspaces or (None, None)
-        pages = (paged_kv_indptr_p, paged_kv_indices_p, paged_kv_last_page_len_p)
+        of_p, of_d = workspace_for_each(self.op, workspaces, 2, "half")
         # The decode first: its keywords are checked, the prefill's are not.
         super().__init__(
-            paged_kv_indptr_d, paged_kv_indices=paged_kv_indices_d,
-            paged_kv_last_page_len=paged_kv_last_page_len_d, head_dim=head_dim, workspace=of_d,
+            paged_kv_indptr_d,
+            paged_kv_indices=paged_kv_indices_d,
+            paged_kv_last_page_len=paged_kv_last_page_len_d,
+            head_dim=head_dim,
+            workspace=of_d,
             **options,
-        )  # fmt: skip
-        of_prefills: dict[str, Any] = dict(zip(_ARRAYS, pages, strict=True))
+        )
         self.prefill = _Prefills(
-            qo_indptr_p, **of_prefills, head_dim_qk=head_dim, backend="fa2", causal=causal_p,
-            workspace=of_p, **options,
-        )  # fmt: skip
+            qo_indptr_p,
+            paged_kv_indptr=paged_kv_indptr_p,
+            paged_kv_indices=paged_kv_indices_p,
+            paged_kv_last_page_len=paged_kv_last_page_len_p,
+            head_dim_qk=head_dim,
+            backend="fa2",
+            causal=causal_p,
+            workspace=of_p,
+            **options,
+        )
         count = self._machine[0] + 2
         self._counters = cuda.allocate(4 * count, self.device)
         where = self._counters.desc.ptr
@@ -165,15 +165,21 @@ class BatchPodPlan(PodPlan):
     ) -> None:
         """Plan other batches with the same options, in the same workspaces; if one is refused,
         neither changes."""
-        pages = (paged_kv_indptr_p, paged_kv_indices_p, paged_kv_last_page_len_p)
-        of_p = dict(zip(_ARRAYS, pages, strict=True))
         of_d = (paged_kv_indptr_d, paged_kv_indices_d, paged_kv_last_page_len_d)
         self._read((self._each_one(paged_kv_last_page_len_d), None, *of_d))
-        self.prefill.replan(qo_indptr_p, **of_p, stream=stream)
+        self.prefill.replan(
+            qo_indptr_p,
+            paged_kv_indptr=paged_kv_indptr_p,
+            paged_kv_indices=paged_kv_indices_p,
+            paged_kv_last_page_len=paged_kv_last_page_len_p,
+            stream=stream,
+        )
         super().replan(
-            paged_kv_indptr_d, paged_kv_last_page_len=paged_kv_last_page_len_d,
-            paged_kv_indices=paged_kv_indices_d, stream=stream,
-        )  # fmt: skip
+            paged_kv_indptr_d,
+            paged_kv_indices=paged_kv_indices_d,
+            paged_kv_last_page_len=paged_kv_last_page_len_d,
+            stream=stream,
+        )
 
     def run(  # type: ignore[override]
         self,
@@ -208,26 +214,25 @@ class BatchPodPlan(PodPlan):
             sm_scale_p, sm_scale_d: 1 / sqrt(head_dim) by default.
         """
         check_choice(self.op, "kv_layout", kv_layout, tuple(KV_LAYOUTS))
-        bound = self._bound_run(_POD, True, self._pod_module(self.options.window_left))
-        given = {
-            "q_p": q_p, "paged_k_cache_p": paged_k_cache_p, "paged_v_cache_p": paged_v_cache_p,
-            "paged_k_cache_d": paged_k_cache_d, "paged_v_cache_d": paged_v_cache_d,
-        }  # fmt: skip
-        descs = {name: as_desc(tensor, self.op, name) for name, tensor in given.items()}
-        for name in [*descs][1:]:
-            if len(descs[name].shape) != 4:
-                expected = "rank 4: pages, tokens, heads and elements"
-                raise self._refuse(name, descs[name].layout, expected)
-            descs[name] = as_nhd(descs[name], kv_layout)
-        self.prefill.check(*(descs[name] for name in [*descs][:3]))
+        bound = self._bound_run(POD_RUN, True, self._pod_module(self.options.window_left))
+        queries = as_desc(q_p, self.op, "q_p")
+        caches = described(
+            self.op,
+            paged_k_cache_p=paged_k_cache_p,
+            paged_v_cache_p=paged_v_cache_p,
+            paged_k_cache_d=paged_k_cache_d,
+            paged_v_cache_d=paged_v_cache_d,
+        )
+        for name, cache in caches.items():
+            if len(cache.shape) != 4:
+                raise self._refuse(name, cache.layout, "rank 4: pages, tokens, heads and elements")
+            caches[name] = as_nhd(cache, kv_layout)
+        self.prefill.check(queries, caches["paged_k_cache_p"], caches["paged_v_cache_p"])
         values = bound.template.fresh()
-        values.put(
-            **descs, **self.prefill.given(), o_p=o_p, q_d=q_d, o_d=o_d, maybe_lse_p=lse_p,
-            maybe_lse_d=lse_d, sm_scale_p=self._scale("sm_scale_p", sm_scale_p),
-            sm_scale_d=self._scale("sm_scale_d", sm_scale_d), sm_aware_sched=self._sched,
-            enable_pdl=check_flag(self.op, "enable_pdl", enable_pdl),
-            mask_mode_code_p=self.prefill.options.mask_mode,
-        )  # fmt: skip
+        values.put(q_p=queries, q_d=q_d, **caches, **self.prefill.run_arguments())
+        values.put(o_p=o_p, o_d=o_d, maybe_lse_p=lse_p, maybe_lse_d=lse_d)
+        values.put(sm_aware_sched=self._sched, mask_mode_code_p=self.prefill.options.mask_mode)
+        self._put_options(values, sm_scale_p, sm_scale_d, enable_pdl)
         self._run_packed(bound, values.values, stream)
 
     def _facts(self) -> dict[str, Any]:
@@ -238,7 +243,7 @@ class BatchPodPlan(PodPlan):
 
     def _launch_frame(self, frame: Frame, stream: object) -> None:
         handle = self._stream_handle(stream) if self.device.is_cuda else None
-        event = self.prefill.hold(handle)
+        event = self.prefill.make_wait(handle)
         super()._launch_frame(frame, stream)
         if event is not None and handle is not None:
             event.record(handle)

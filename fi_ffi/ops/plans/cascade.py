@@ -2,54 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypedDict
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-from fi_ffi.abi.interop import TensorLike, as_desc
-from fi_ffi.abi.tensor import TensorDesc
-from fi_ffi.errors import ArgumentError
+from fi_ffi.abi.interop import TensorLike
 from fi_ffi.ops import functions
 from fi_ffi.ops.attention.arrays import Indptr, host_ints
-from fi_ffi.ops.attention.options import PrefillOptions, SignatureWithOptions, refuse_options
+from fi_ffi.ops.attention.options import PrefillOptions, SignatureWithOptions
 from fi_ffi.ops.attention.prefill import BatchPrefillPlan
 from fi_ffi.ops.attention.workspace import Workspace
-from fi_ffi.ops.call.arguments import check_int
+from fi_ffi.ops.call.arguments import Refusal, check_int
 from fi_ffi.ops.call.refuse import may_overlap
 from fi_ffi.ops.call.support import Support, supports
+from fi_ffi.ops.plans.arguments import (
+    CascadeKeywords,
+    check_keywords,
+    described,
+    workspace_for_each,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-
-# Options that depend on the keys' positions in the request, which a level does not know.
-_POSITIONAL_OPTIONS = (
-    "window_left", "pos_encoding_mode", "use_multi_item_scoring", "use_custom_mask",
-    "use_attention_sink",
-)  # fmt: skip
-
-_ARRAYS = ("qo_indptr", "kv_indptr", "paged_kv_indptr", "paged_kv_indices",
-           "paged_kv_last_page_len")  # fmt: skip
+# A level's arrays over pages, by their names in `BatchPrefillPlan`.
+_PAGED_ARRAYS = ("qo_indptr", "paged_kv_indptr", "paged_kv_indices", "paged_kv_last_page_len")
+_ARRAYS = ("qo_indptr", "kv_indptr", *_PAGED_ARRAYS[1:])
 _MERGED_HEAD_DIMS = (64, 128, 256, 512)  # head sizes that `merge_state_in_place` supports
-
-
-class CascadeKeywords(TypedDict, total=False):
-    """Prefill options that apply to all levels."""
-
-    num_qo_heads: int
-    num_kv_heads: int
-    head_dim_qk: int
-    head_dim_vo: int | None
-    q_data_type: object
-    kv_data_type: object
-    o_data_type: object
-    backend: str
-    logits_soft_cap: float
-    use_fp16_qk_reduction: bool
-    fixed_split_size: int | None
-    disable_split_kv: bool
-    enable_cuda_graph: bool
-    max_total_num_rows: int | None
-    max_num_indices: int | None
+_Levels = Sequence[dict[str, Any]]
 
 
 class _Cascade:
@@ -57,8 +37,12 @@ class _Cascade:
 
     op: str
     levels: tuple[BatchPrefillPlan, ...]
+    _refuse: Refusal
 
     __signature__ = SignatureWithOptions(PrefillOptions)
+
+    def __init_subclass__(cls) -> None:
+        cls._refuse = Refusal(cls.op)
 
     def __repr__(self) -> str:
         levels = getattr(self, "levels", ())
@@ -68,65 +52,58 @@ class _Cascade:
     def supports(cls, sm: Any = None, **asked: Any) -> Support:
         """Ask whether the levels can be planned and merged on a GPU (`sm=90`), with these of the
         prefill's options. See `Op.supports`."""
-        found = supports(cls.__name__, sm=sm, **asked)
+        planned = supports(cls.__name__, sm=sm, **asked)
         where = {name: asked[name] for name in ("release", "cuda", "kernels") if name in asked}
         merged = functions.merge_state_in_place.supports(sm, **where)
-        return merged if found and not merged else found
+        return merged if planned and not merged else planned
 
     def _check_options(self, options: Mapping[str, object]) -> None:
-        refuse_options(self.op, _POSITIONAL_OPTIONS, options)
+        check_keywords(self.op, CascadeKeywords, options)
         size = options.get("head_dim_vo") or options.get("head_dim_qk")
         if size not in _MERGED_HEAD_DIMS and size is not None:
-            raise self._refuse(
-                "head_dim_qk", size, f"one of {_MERGED_HEAD_DIMS}, which can be merged"
-            )
+            expected = f"one of {_MERGED_HEAD_DIMS}, which can be merged"
+            raise self._refuse("head_dim_qk", size, expected)
 
-    def _replan(self, arrays: Sequence[dict[str, Any]], stream: object) -> None:
+    def _plan(
+        self, levels: _Levels, workspaces: Sequence[Workspace | None] | None, **options: Any
+    ) -> None:
+        """Plan each level with its own arguments and those of all levels."""
+        chosen = workspace_for_each(self.op, workspaces, len(levels), "level")
+        self.levels = tuple(
+            BatchPrefillPlan(**level, workspace=workspace, **options)
+            for level, workspace in zip(levels, chosen, strict=True)
+        )
+
+    def _replan(self, arrays: _Levels, stream: object) -> None:
         """Plan every level anew; if one is refused, no level changes."""
         for level, each in zip(self.levels, arrays, strict=True):
             level._read([each.get(name) for name in _ARRAYS])
         for level, each in zip(self.levels, arrays, strict=True):
             level.replan(**each, stream=stream)
 
-    def _refuse(self, argument: str, got: object, expected: str) -> ArgumentError:
-        return ArgumentError(self.op, argument, got=got, expected=expected)
-
-    def _workspaces(
-        self, given: Sequence[Workspace | None] | None, count: int
-    ) -> Sequence[Workspace | None]:
-        if given is not None and len(given) != count:
-            raise self._refuse(
-                "workspaces", f"{len(given)} of them", f"{count}: one for each level"
-            )
-        return given or [None] * count
-
-    def _merged(
-        self, runs: Sequence[Any], o: TensorLike, lse: TensorLike, tmp_o: TensorLike,
-        tmp_lse: TensorLike, stream: object,
-    ) -> None:  # fmt: skip
+    def _run_levels(
+        self, runs: Sequence[Callable[..., None]], stream: object, **outputs: TensorLike
+    ) -> None:
         """Run the last level into `o`, and each other level into `tmp_o`, which is merged into
         `o`."""
-        given = {"o": o, "lse": lse, "tmp_o": tmp_o, "tmp_lse": tmp_lse}
-        descs = {name: as_desc(tensor, self.op, name) for name, tensor in given.items()}
+        descs = described(self.op, **outputs)
         for name, like in (("tmp_o", "o"), ("tmp_lse", "lse")):
             one, other = descs[name], descs[like]
             if (one.shape, one.dtype, one.device) != (other.shape, other.dtype, other.device):
-                raise self._refuse(
-                    name, one.layout, f"another tensor like `{like}`: {other.layout}"
-                )
+                expected = f"another tensor like `{like}`: {other.layout}"
+                raise self._refuse(name, one.layout, expected)
             if may_overlap(one, other):
                 raise self._refuse(name, f"memory of `{like}`", "memory of its own")
+        o, lse, tmp_o, tmp_lse = (descs[name] for name in ("o", "lse", "tmp_o", "tmp_lse"))
         # The first level runs into scratch memory, so that a refusal comes before `o` is written.
         *others, last = runs
         for run in others[:1]:
-            run(descs["tmp_o"], descs["tmp_lse"])
-        last(descs["o"], descs["lse"])
+            run(tmp_o, tmp_lse)
+        last(o, lse)
         for i, run in enumerate(others):
             if i:
-                run(descs["tmp_o"], descs["tmp_lse"])
-            functions.merge_state_in_place(
-                descs["o"], descs["lse"], descs["tmp_o"], descs["tmp_lse"], stream=stream
-            )
+                run(tmp_o, tmp_lse)
+            functions.merge_state_in_place(o, lse, tmp_o, tmp_lse, stream=stream)
 
 
 class MultiLevelCascadePlan(_Cascade):
@@ -164,37 +141,27 @@ class MultiLevelCascadePlan(_Cascade):
         page_size: int,
         causal: bool = False,
         workspaces: Sequence[Workspace | None] | None = None,
-        device: object = None,
-        stream: object = None,
         **options: Unpack[CascadeKeywords],
     ) -> None:
         self._check_options(options)
         arrays = self._arrays(
             qo_indptr_arr, paged_kv_indptr_arr, paged_kv_indices_arr, paged_kv_last_page_len_arr
         )
-        last = len(arrays) - 1
-        more: dict[str, Any] = {"page_size": page_size, "device": device, "stream": stream}
-        more |= options
-        self.levels = tuple(
-            BatchPrefillPlan(
-                **each, causal=causal if i == last else False, workspace=workspace, **more
-            )
-            for i, (each, workspace) in enumerate(
-                zip(arrays, self._workspaces(workspaces, len(arrays)), strict=True)
-            )
-        )
+        levels = [each | {"page_size": page_size} for each in arrays]
+        levels[-1]["causal"] = causal
+        self._plan(levels, workspaces, **options)
 
-    def _arrays(self, *given: Sequence[TensorLike]) -> list[dict[str, Any]]:
+    def _arrays(self, *arrays: Sequence[TensorLike]) -> _Levels:
         """Return each level's arrays, by their names in `BatchPrefillPlan`."""
-        names = ("qo_indptr", "paged_kv_indptr", "paged_kv_indices", "paged_kv_last_page_len")
-        for name, each in zip(names, given, strict=True):
-            if len(each) != len(given[0]) or not len(each):
-                expected = f"{max(len(given[0]), 1)}: an array for each level, as of qo_indptr_arr"
+        first, *_ = arrays
+        for name, each in zip(_PAGED_ARRAYS, arrays, strict=True):
+            if len(each) != len(first) or not len(each):
+                expected = f"{max(len(first), 1)}: an array for each level, as of qo_indptr_arr"
                 raise self._refuse(f"{name}_arr", f"{len(each)} arrays", expected)
-        totals = [Indptr(self.op, "qo_indptr_arr", each).total for each in given[0]]
+        totals = [Indptr(self.op, "qo_indptr_arr", each).total for each in first]
         if len({*totals}) > 1:
             raise self._refuse("qo_indptr_arr", f"{totals} queries", "the same in every level")
-        return [dict(zip(names, level, strict=True)) for level in zip(*given, strict=True)]
+        return [dict(zip(_PAGED_ARRAYS, level, strict=True)) for level in zip(*arrays, strict=True)]
 
     def replan(
         self,
@@ -236,16 +203,11 @@ class MultiLevelCascadePlan(_Cascade):
                 results before the merge.
             options: of `BatchPrefillPlan.paged_run`: `kv_layout`, `sm_scale`, scales.
         """
-
-        def level(plan: BatchPrefillPlan) -> Any:
-            def run(out: TensorDesc, sums: TensorDesc) -> None:
-                plan.paged_run(
-                    q, paged_k_cache, paged_v_cache, out, sums, stream=stream, **options
-                )  # fmt: skip
-
-            return run
-
-        self._merged([level(plan) for plan in self.levels], o, lse, tmp_o, tmp_lse, stream)
+        tensors = q, paged_k_cache, paged_v_cache
+        runs = [
+            partial(level.paged_run, *tensors, stream=stream, **options) for level in self.levels
+        ]
+        self._run_levels(runs, stream, o=o, lse=lse, tmp_o=tmp_o, tmp_lse=tmp_lse)
 
 
 class SharedPrefixPlan(_Cascade):
@@ -279,39 +241,27 @@ class SharedPrefixPlan(_Cascade):
         page_size: int,
         causal: bool = False,
         workspaces: Sequence[Workspace | None] | None = None,
-        device: object = None,
-        stream: object = None,
         **options: Unpack[CascadeKeywords],
     ) -> None:
         self._check_options(options)
         shared, own = self._arrays(
             num_shared, qo_indptr, paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len
         )
-        of_shared, of_own = self._workspaces(workspaces, 2)
-        where: dict[str, Any] = {"device": device, "stream": stream, **options}
-        self.levels = (
-            BatchPrefillPlan(**shared, workspace=of_shared, **where),
-            BatchPrefillPlan(
-                **own, page_size=page_size, causal=causal, workspace=of_own, **where
-            ),
-        )  # fmt: skip
+        self._plan(
+            [shared, own | {"page_size": page_size, "causal": causal}], workspaces, **options
+        )
 
-    def _arrays(
-        self, num_shared: int, qo_indptr: TensorLike | None, indptr: TensorLike,
-        indices: TensorLike, last_page_len: TensorLike,
-    ) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
-        check_int(self.op, "num_shared", num_shared, 1, 2**31 - 1)
-        starts: Any = qo_indptr
-        if starts is None:
-            count = Indptr(self.op, "paged_kv_indptr", indptr).size
-            starts = host_ints(range(count + 1))
-        total = Indptr(self.op, "qo_indptr", starts).total
-        own = {
-            "qo_indptr": starts, "paged_kv_indptr": indptr, "paged_kv_indices": indices,
-            "paged_kv_last_page_len": last_page_len,
-        }  # fmt: skip
+    def _arrays(self, num_shared: int, *own: Any) -> _Levels:
+        """Return the arrays of the shared keys, and the requests' own by their names in
+        `BatchPrefillPlan`."""
+        check_int(self.op, "num_shared", num_shared, 1)
+        arrays = dict(zip(_PAGED_ARRAYS, own, strict=True))
+        if arrays["qo_indptr"] is None:
+            count = Indptr(self.op, "paged_kv_indptr", arrays["paged_kv_indptr"]).size
+            arrays["qo_indptr"] = host_ints(range(count + 1))
+        total = Indptr(self.op, "qo_indptr", arrays["qo_indptr"]).total
         shared = {"qo_indptr": host_ints([0, total]), "kv_indptr": host_ints([0, num_shared])}
-        return shared, own
+        return [shared, arrays]
 
     def replan(
         self,
@@ -352,11 +302,8 @@ class SharedPrefixPlan(_Cascade):
             others: as in `MultiLevelCascadePlan.run`.
         """
         shared, own = self.levels
-
-        def of_shared(out: TensorDesc, sums: TensorDesc) -> None:
-            shared.ragged_run(q, k_shared, v_shared, out, sums, stream=stream, **options)
-
-        def of_own(out: TensorDesc, sums: TensorDesc) -> None:
-            own.paged_run(q, paged_k_cache, paged_v_cache, out, sums, stream=stream, **options)
-
-        self._merged([of_shared, of_own], o, lse, tmp_o, tmp_lse, stream)
+        runs = [
+            partial(shared.ragged_run, q, k_shared, v_shared, stream=stream, **options),
+            partial(own.paged_run, q, paged_k_cache, paged_v_cache, stream=stream, **options),
+        ]
+        self._run_levels(runs, stream, o=o, lse=lse, tmp_o=tmp_o, tmp_lse=tmp_lse)

@@ -4,56 +4,33 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from fi_ffi.abi.function import Frame
-from fi_ffi.abi.interop import TensorLike, as_desc
+from fi_ffi.abi.interop import TensorLike
+from fi_ffi.abi.tensor import TensorDesc
 from fi_ffi.ops.attention.arrays import int32_array
 from fi_ffi.ops.attention.backends import NON_CAUSAL, module_name
 from fi_ffi.ops.attention.masks import check_causal, packed_mask
-from fi_ffi.ops.attention.options import refuse_options
 from fi_ffi.ops.attention.prefill import BatchPrefillPlan
 from fi_ffi.ops.attention.run import NotOf, Values
 from fi_ffi.ops.attention.workspace import Workspace
 from fi_ffi.ops.call import cuda
 from fi_ffi.ops.call.arguments import check_choice, check_flag, check_int, check_number
 from fi_ffi.ops.call.row import KV_LAYOUTS, Row, as_nhd
+from fi_ffi.ops.plans.arguments import PodKeywords, check_keywords, described
 from fi_ffi.ops.plans.rows import POD
 from fi_ffi.ops.plans.single import check_tmp, prefill_bytes
 
-# The decode half is compiled for tiles of 16 rows, and the planner has to choose the same tile.
-_MOST_GROUP = 16
-# Prefill options that the POD kernel lacks or fixes.
-_EXCLUDED_OPTIONS = (
-    "backend", "causal", "enable_cuda_graph", "head_dim_qk", "head_dim_vo", "kv_indptr",
-    "logits_soft_cap", "max_num_indices", "max_total_num_rows", "pos_encoding_mode",
-    "use_attention_sink", "use_custom_mask", "use_fp16_qk_reduction", "use_multi_item_scoring",
-)  # fmt: skip
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-
-class _Sizes(TypedDict):
-    num_qo_heads: int
-    num_kv_heads: int
-    page_size: int
-
-
-class PodKeywords(_Sizes, total=False):
-    """Prefill options that the POD kernel has, and where it is planned."""
-
-    window_left: int
-    q_data_type: object
-    kv_data_type: object
-    o_data_type: object
-    fixed_split_size: int | None
-    disable_split_kv: bool
-    device: object
-    stream: object
-
-
+# The decode half is compiled for tiles of 16 rows, and the planner has to choose the same tile.
+_MAX_GROUP = 16
 # The kind of run: its row follows those of a prefill plan.
-_POD = 2
+POD_RUN = 2
+# Arguments of each half that the kernel is compiled without, or that have one value.
+_NEUTRAL = {"logits_soft_cap": 0.0, "rope_rcp_scale": 1.0, "rope_rcp_theta": 1e-4, "layout": 0}
 
 
 class PodPlan(BatchPrefillPlan):
@@ -79,9 +56,11 @@ class PodPlan(BatchPrefillPlan):
 
     op = "PodPlan"
     _run_arrays: Mapping[str, str] = {
-        "qo_indptr_d": "qo_indptr", "paged_kv_indptr_d": "kv_indptr",
-        "paged_kv_indices_d": "indices", "paged_kv_last_page_len_d": "last_page_len",
-    }  # fmt: skip
+        "qo_indptr_d": "qo_indptr",
+        "paged_kv_indptr_d": "kv_indptr",
+        "paged_kv_indices_d": "indices",
+        "paged_kv_last_page_len_d": "last_page_len",
+    }
     _run_workspaces = ("float_workspace_buffer_d", "int_workspace_buffer_d")
     _run_methods = ("run",)
     # The row of the run, the module's family, and the argument that has the last pages' lengths.
@@ -101,17 +80,22 @@ class PodPlan(BatchPrefillPlan):
         workspace: Workspace | None = None,
         **options: Unpack[PodKeywords],
     ) -> None:
-        refuse_options(self.op, _EXCLUDED_OPTIONS, options)
+        check_keywords(self.op, PodKeywords, options)
         super().__init__(
-            self._each_one(paged_kv_last_page_len), paged_kv_indptr=paged_kv_indptr,
-            paged_kv_last_page_len=paged_kv_last_page_len, head_dim_qk=head_dim, backend="fa2",
-            paged_kv_indices=paged_kv_indices, workspace=workspace, **options,
-        )  # fmt: skip
+            self._each_one(paged_kv_last_page_len),
+            paged_kv_indptr=paged_kv_indptr,
+            paged_kv_indices=paged_kv_indices,
+            paged_kv_last_page_len=paged_kv_last_page_len,
+            head_dim_qk=head_dim,
+            backend="fa2",
+            workspace=workspace,
+            **options,
+        )
 
     def _choose_rows(self) -> Sequence[Row]:
         chosen = self.options
-        if chosen.num_qo_heads // chosen.num_kv_heads > _MOST_GROUP:
-            expected = f"at most {_MOST_GROUP} for each of the {chosen.num_kv_heads} key heads"
+        if chosen.num_qo_heads // chosen.num_kv_heads > _MAX_GROUP:
+            expected = f"at most {_MAX_GROUP} for each of the {chosen.num_kv_heads} key heads"
             raise self._refuse("num_qo_heads", chosen.num_qo_heads, expected)
         return (*super()._choose_rows(), self._pod_row)
 
@@ -123,15 +107,21 @@ class PodPlan(BatchPrefillPlan):
         return array("i", range(count + 1))
 
     def replan(  # type: ignore[override]
-        self, paged_kv_indptr: TensorLike, *, paged_kv_last_page_len: TensorLike,
-        paged_kv_indices: TensorLike | None = None, stream: object = None,
-    ) -> None:  # fmt: skip
+        self,
+        paged_kv_indptr: TensorLike,
+        *,
+        paged_kv_last_page_len: TensorLike,
+        paged_kv_indices: TensorLike | None = None,
+        stream: object = None,
+    ) -> None:
         """Plan another decode batch with the same options, in the same workspace."""
         super().replan(
-            self._each_one(paged_kv_last_page_len), paged_kv_indptr=paged_kv_indptr,
-            paged_kv_last_page_len=paged_kv_last_page_len, paged_kv_indices=paged_kv_indices,
+            self._each_one(paged_kv_last_page_len),
+            paged_kv_indptr=paged_kv_indptr,
+            paged_kv_indices=paged_kv_indices,
+            paged_kv_last_page_len=paged_kv_last_page_len,
             stream=stream,
-        )  # fmt: skip
+        )
 
     def run(
         self,
@@ -176,20 +166,17 @@ class PodPlan(BatchPrefillPlan):
             check_choice(self.op, f"kv_layout_{part}", layout, tuple(KV_LAYOUTS))
         window = check_int(self.op, "window_left_p", window_left_p, -1)
         has_indices = self._check_indices("paged_kv_indices", paged_kv_indices)
-        bound = self._bound_run(_POD, has_indices, self._pod_module(window))
+        bound = self._bound_run(POD_RUN, has_indices, self._pod_module(window))
         values = bound.template.fresh()
-        self._put_prefill(values, q_p, k_p, v_p, tmp_p, kv_layout_p, causal_p, custom_mask_p)
-        values.put(
-            o_p=o_p, o_d=o_d, maybe_lse_p=lse_p, maybe_lse_d=lse_d, window_left_p=window, q_d=q_d,
-            paged_kv_indices_d=paged_kv_indices,
-            enable_pdl=check_flag(self.op, "enable_pdl", enable_pdl),
-            sm_scale_p=self._scale("sm_scale_p", sm_scale_p),
-            sm_scale_d=self._scale("sm_scale_d", sm_scale_d),
-            paged_k_cache_d=as_nhd(as_desc(paged_k_cache_d, self.op, "paged_k_cache_d"),
-                                   kv_layout_d),
-            paged_v_cache_d=as_nhd(as_desc(paged_v_cache_d, self.op, "paged_v_cache_d"),
-                                   kv_layout_d),
-        )  # fmt: skip
+        prefill = described(self.op, q_p=q_p, k_p=k_p, v_p=v_p, tmp_p=tmp_p)
+        self._put_prefill(values, prefill, kv_layout_p, causal_p, custom_mask_p)
+        caches = described(
+            self.op, paged_k_cache_d=paged_k_cache_d, paged_v_cache_d=paged_v_cache_d
+        )
+        values.put(**{name: as_nhd(cache, kv_layout_d) for name, cache in caches.items()})
+        values.put(q_d=q_d, paged_kv_indices_d=paged_kv_indices, window_left_p=window)
+        values.put(o_p=o_p, o_d=o_d, maybe_lse_p=lse_p, maybe_lse_d=lse_d)
+        self._put_options(values, sm_scale_p, sm_scale_d, enable_pdl)
         self._run_packed(bound, values.values, stream)
 
     def _other_rows(self, kind: int) -> Mapping[str, Row]:
@@ -199,12 +186,19 @@ class PodPlan(BatchPrefillPlan):
         pass  # each run sets all arguments
 
     def _facts(self) -> dict[str, Any]:
-        return super()._facts() | {
-            "head_dim": self.options.head_dim_qk, "window_left_d": self.options.window_left,
-            "logits_soft_cap_p": 0.0, "logits_soft_cap_d": 0.0, "rope_rcp_scale_p": 1.0,
-            "rope_rcp_scale_d": 1.0, "rope_rcp_theta_p": 1e-4, "rope_rcp_theta_d": 1e-4,
-            "layout_p": 0, "layout_d": 0, "mask_mode_code_d": NON_CAUSAL,
-        }  # fmt: skip
+        chosen = self.options
+        neutral = {f"{name}_{half}": _NEUTRAL[name] for half in "pd" for name in _NEUTRAL}
+        sizes = {"head_dim": chosen.head_dim_qk, "window_left_d": chosen.window_left}
+        return super()._facts() | neutral | sizes | {"mask_mode_code_d": NON_CAUSAL}
+
+    def _put_options(
+        self, values: Values, sm_scale_p: object, sm_scale_d: object, enable_pdl: object
+    ) -> None:
+        values.put(
+            enable_pdl=check_flag(self.op, "enable_pdl", enable_pdl),
+            sm_scale_p=self._scale("sm_scale_p", sm_scale_p),
+            sm_scale_d=self._scale("sm_scale_d", sm_scale_d),
+        )
 
     def _scale(self, name: str, value: object) -> float:
         if value is None:
@@ -228,30 +222,32 @@ class PodPlan(BatchPrefillPlan):
                 raise self._refuse("stream", "one made with cudaStreamNonBlocking", expected)
 
     def _put_prefill(
-        self, values: Values, q: TensorLike, k: TensorLike, v: TensorLike, tmp: TensorLike,
-        layout: str, causal: bool, mask: Any,
-    ) -> None:  # fmt: skip
-        chosen, given = self.options, {"q_p": q, "k_p": k, "v_p": v, "tmp_p": tmp}
-        descs = {name: as_desc(tensor, self.op, name) for name, tensor in given.items()}
+        self, values: Values, descs: dict[str, TensorDesc], layout: str, causal: bool, mask: Any
+    ) -> None:
+        """Check the request's tensors, which the row knows as NHD, and set them and the mask."""
+        chosen = self.options
         for name in ("q_p", "k_p", "v_p"):
             if len(descs[name].shape) != 3 or 0 in descs[name].shape:
                 expected = "rank 3, and tokens, heads and elements of at least 1"
                 raise self._refuse(name, descs[name].layout, expected)
         for name in ("k_p", "v_p"):
             descs[name] = as_nhd(descs[name], layout)
-        qo_len, kv_len = descs["q_p"].shape[0], descs["k_p"].shape[0]
-        lens = qo_len, kv_len
+        lens = descs["q_p"].shape[0], descs["k_p"].shape[0]
         is_causal = check_causal(self.op, causal, descs["k_p"], lens, "_p")
         packed, mode = packed_mask(self.op, mask, is_causal, lens, "_p")
         heads = chosen.num_qo_heads, chosen.num_kv_heads
-        need = prefill_bytes(qo_len, kv_len, *heads, chosen.head_dim_vo, self._machine[0])
+        need = prefill_bytes(*lens, *heads, chosen.head_dim_vo, self._machine[0])
         check_tmp(self.op, "tmp_p", descs["tmp_p"], need, "single_prefill")
         values.put(**descs, maybe_custom_mask_p=packed, mask_mode_code_p=mode)
 
     def _pod_module(self, window_left_p: int) -> str:
         chosen = self.options
         return module_name(
-            self._family, dtype_q=chosen.q_data_type, dtype_kv=chosen.kv_data_type,
-            dtype_o=chosen.o_data_type, head_dim=chosen.head_dim_qk,
-            use_sliding_window_p=window_left_p >= 0, use_sliding_window_d=chosen.window_left >= 0,
-        )  # fmt: skip
+            self._family,
+            dtype_q=chosen.q_data_type,
+            dtype_kv=chosen.kv_data_type,
+            dtype_o=chosen.o_data_type,
+            head_dim=chosen.head_dim_qk,
+            use_sliding_window_p=window_left_p >= 0,
+            use_sliding_window_d=chosen.window_left >= 0,
+        )

@@ -37,25 +37,15 @@ from fi_ffi.ops.call.row import Arg, IntArray, PlanInfo, Row, Rule, Tensor, Vect
 # One request.
 
 _TENSORS = "q k v tmp o maybe_lse"
-SINGLE_DECODE = add_row(
-    "single_decode",
-    "run",
-    "",
-    "single_decode_jit_binding.cu",
-    "Attention of one query.",
-    arguments(
-        f"{_TENSORS} kv_layout window_left maybe_alibi_slopes {FA2_SCALARS}",
-        Tensor("q", "num_qo_heads head_dim_qk", "Q", "the query", contiguous=True),
-        replace(SHARED["k"], contiguous=True),
-        replace(SHARED["v"], axes=SHARED["k"].axes, contiguous=True),
-        replace(SHARED["o"], axes="num_qo_heads head_dim_qk"),
-        replace(SHARED["maybe_lse"], axes="num_qo_heads"),
-        replace(SHARED["kv_layout"], strided=False),
-    ),
-    requires=(*HEADS, "nnz_kv >= 1"),
-    dtypes=DECODE_DTYPES,
+_SINGLE_DECODE_ARGS = arguments(
+    f"{_TENSORS} kv_layout window_left maybe_alibi_slopes {FA2_SCALARS}",
+    Tensor("q", "num_qo_heads head_dim_qk", "Q", "the query", contiguous=True),
+    replace(SHARED["k"], contiguous=True),
+    replace(SHARED["v"], axes=SHARED["k"].axes, contiguous=True),
+    replace(SHARED["o"], axes="num_qo_heads head_dim_qk"),
+    replace(SHARED["maybe_lse"], axes="num_qo_heads"),
+    replace(SHARED["kv_layout"], strided=False),
 )
-
 # What modules.py adds to one request's prefill, by kernel.
 _OF_ONE = {
     "fa2": f"maybe_custom_mask maybe_alibi_slopes {BLOCK_SCALES} {FA2_SCALARS}",
@@ -76,11 +66,9 @@ SINGLE_PREFILL = {
     kind: _single_prefill(kind, "Attention of one request.", dtypes=PREFILL_DTYPES[kind])
     for kind in _OF_ONE
 }
+_OVER_4_BITS = "Attention of one request, over keys and values of 4 bits."
 SINGLE_PREFILL["fa2_fp4"] = _single_prefill(
-    "fa2_fp4",
-    "Attention of one request, over keys and values of 4 bits.",
-    *in_4_bits(SHARED["k"], SHARED["v"]),
-    **IN_4_BITS,
+    "fa2_fp4", _OVER_4_BITS, *in_4_bits(SHARED["k"], SHARED["v"]), **IN_4_BITS
 )
 
 # Prefill and decode requests of a batch in one persistent launch.  It turns page numbers into
@@ -89,42 +77,34 @@ _POOL_K = replace(SHARED["paged_k_cache"], name="k_cache", offset_limit=2**32)
 _POOL_V = replace(SHARED["paged_v_cache"], name="v_cache", offset_limit=2**32)
 
 
-def _attention_run(variant: str, doc: str, *own: Tensor, **fields: Any) -> Row:
+_BATCH_SOURCE = "batch_attention_jit_binding.cu"
+_BATCH_PLAN = (
+    index("qo_indptr", "b+1", "start of each request's queries", host=True),
+    index("kv_indptr", "b+1", "start of each request's pages", host=True),
+    index("kv_len", "b", "tokens in each request", host=True),
+)
+
+
+def _attention_run(variant: str, of: str, *own: Tensor, **fields: Any) -> Row:
     names = f"{WORKSPACES} plan_info_vec q k_cache v_cache kv_indices o maybe_lse mask_mode_code "
     names += "kv_layout num_qo_heads num_kv_heads page_size v_scale sm_scale logits_soft_cap "
     args = arguments(names + BLOCK_SCALES, *own, number("v_scale", "factor of the output"))
     fields |= {"same_strides": ("k_cache", "v_cache"), "nothing_axis": "nnz_qo"}
-    source = "batch_attention_jit_binding.cu"
-    return add_row("batch_attention", "run", variant, source, doc, args, **fields)
+    doc = f"Attention over a paged cache{of}, of prefills and decodes at once."
+    return add_row("batch_attention", "run", variant, _BATCH_SOURCE, doc, args, **fields)
 
 
+_PLANNED = "qo_indptr kv_indptr kv_len batch_size num_qo_heads num_kv_heads head_dim_o causal"
 BATCH_ATTENTION = (
-    add_plan(
-        "batch_attention",
-        "",
-        "batch_attention_jit_binding.cu",
-        "qo_indptr kv_indptr kv_len batch_size num_qo_heads num_kv_heads head_dim_o causal",
-        index("qo_indptr", "b+1", "start of each request's queries", host=True),
-        index("kv_indptr", "b+1", "start of each request's pages", host=True),
-        index("kv_len", "b", "tokens in each request", host=True),
-    ),
-    _attention_run(
-        "",
-        "Attention over a paged cache, of prefills and decodes at once.",
-        _POOL_K,
-        _POOL_V,
-    ),
+    add_plan("batch_attention", "", _BATCH_SOURCE, _PLANNED, *_BATCH_PLAN),
+    _attention_run("", "", _POOL_K, _POOL_V),
 )
 # The same over keys and values of 4 bits.  Later releases find scales by strides of their own,
 # which their binding sets to 0: every token's scales are then those of the first.
+_FP4_FIELDS = IN_4_BITS | {"releases": ">=0.6.10,<0.6.15"}
 BATCH_ATTENTION_FP4 = (
     BATCH_ATTENTION[0],
-    _attention_run(
-        "_fp4",
-        "Attention over a paged cache of 4 bits, of prefills and decodes at once.",
-        *in_4_bits(_POOL_K, _POOL_V),
-        **IN_4_BITS | {"releases": ">=0.6.10,<0.6.15"},
-    ),
+    _attention_run("_fp4", " of 4 bits", *in_4_bits(_POOL_K, _POOL_V), **_FP4_FIELDS),
 )
 
 # xqa, decode attention for queries that share keys.  The kernels turn the caches' strides into
@@ -210,21 +190,21 @@ _XQA_ARGS: tuple[Arg, ...] = (
 # The kernels read lengths as uint32; no length has other bits as int32.
 _LENGTHS = {"LEN": ("uint32", "int32")}
 _PAGE_SIZES = "page_size in (16, 32, 64, 128)"
+_SIZES = ("head_dim % 16 == 0", f"b <= {_GRID}", f"num_kv_heads <= {_GRID}")
 _XQA: dict[str, Any] = {
     "dtypes": {"Q": F16, "KV": (*F16, "float8_e4m3fn"), "O": (*F16, "float8_e4m3fn")} | _LENGTHS,
     "vector": Vector(("head_dim",)),
     "same_strides": ("kCacheVLLM", "vCacheVLLM"),
-    "requires": (
-        *HEADS,
-        _PAGE_SIZES,
-        "head_dim % 16 == 0",
-        f"b <= {_GRID}",
-        f"num_kv_heads <= {_GRID}",
-        _IN_A_GRID,
-    ),
+    "requires": (*HEADS, _PAGE_SIZES, *_SIZES, _IN_A_GRID),
     "capabilities": (9, 10, 11, 12),
     "nothing_axis": "b",
     "offset_limit": FAR,
+}
+_MLA_SIZES = (f"num_qo_heads in ({MLA_HEADS},)", f"head_dim in ({MLA_DIM},)")
+_XQA_MLA: dict[str, Any] = _XQA | {
+    "dtypes": {"Q": ("bfloat16", "float8_e4m3fn")} | _LENGTHS,
+    "capabilities": (12,),
+    "requires": (*_MLA_SIZES, _PAGE_SIZES, f"b <= {_GRID}"),
 }
 
 
@@ -234,59 +214,28 @@ def _changed(**changes: Mapping[str, Any]) -> Iterator[Arg]:
         yield replace(arg, **changes[arg.name]) if arg.name in changes else arg
 
 
-_SOURCE = "flashinfer_xqa_binding.cu"
-_ONE_QUERY = "Attention of one query of each request over a paged cache."
-XQA = add_row("xqa", "xqa_wrapper", "", _SOURCE, _ONE_QUERY, _XQA_ARGS, **_XQA)
-XQA_SPEC_DEC = add_row(
-    "xqa",
-    "xqa_wrapper",
-    "_spec_dec",
-    _SOURCE,
-    "Attention of several queries of each request over a paged cache.",
-    tuple(
-        _changed(
-            q={"axes": "b 1 q_seq_len num_qo_heads head_dim"},
-            output={"axes": "b 1 q_seq_len num_qo_heads head_dim"},
-            mask={"alignment": 4},
-            semaphores={"bytes_for": _counters},
-        )
-    ),
-    **_XQA,
+_Q_SEVERAL = {"axes": "b 1 q_seq_len num_qo_heads head_dim"}
+_XQA_SPEC_DEC_ARGS = tuple(
+    _changed(
+        q=_Q_SEVERAL,
+        output=_Q_SEVERAL,
+        mask={"alignment": 4},
+        semaphores={"bytes_for": _counters},
+    )
 )
-_OF_LATENT = _changed(
-    qScale={"doc": "what logits are multiplied by"},
-    output={"axes": f"b 1 num_qo_heads {MLA_DIM_VO}", "dtype": "bfloat16"},
-    q={"doc": "the queries, absorbed"},
-    kCacheVLLM={"axes": _MLA_CACHE, "dtype": "Q"},
-    vCacheVLLM={"axes": _MLA_CACHE, "dtype": "Q"},
-    semaphores={"bytes_for": lambda sizes: 4 * sizes["b"]},
-    scratch={
-        "bytes_per_multiprocessor": 0,
-        "bytes_for": lambda sizes: _MLA_BUFFERS * sizes["b"],
-    },
-)
-XQA_MLA = add_row(
-    "xqa_mla",
-    "xqa_wrapper_mla",
-    "",
-    _SOURCE,
-    "Multi-head latent attention of one query of each request over a paged cache.",
-    arguments(
-        "multiProcessorCount qScale qScaleTensor output q kCacheVLLM vCacheVLLM kvCachePageList "
-        "maxSeqLen seqLen batchSize kvCacheScale kvScaleTensor semaphores scratch enable_pdl",
-        *_OF_LATENT,
+_SCRATCH = {"bytes_per_multiprocessor": 0, "bytes_for": lambda sizes: _MLA_BUFFERS * sizes["b"]}
+_XQA_MLA_ARGS = arguments(
+    "multiProcessorCount qScale qScaleTensor output q kCacheVLLM vCacheVLLM kvCachePageList "
+    "maxSeqLen seqLen batchSize kvCacheScale kvScaleTensor semaphores scratch enable_pdl",
+    *_changed(
+        qScale={"doc": "what logits are multiplied by"},
+        output={"axes": f"b 1 num_qo_heads {MLA_DIM_VO}", "dtype": "bfloat16"},
+        q={"doc": "the queries, absorbed"},
+        kCacheVLLM={"axes": _MLA_CACHE, "dtype": "Q"},
+        vCacheVLLM={"axes": _MLA_CACHE, "dtype": "Q"},
+        semaphores={"bytes_for": lambda sizes: 4 * sizes["b"]},
+        scratch=_SCRATCH,
     ),
-    **_XQA
-    | {
-        "dtypes": {"Q": ("bfloat16", "float8_e4m3fn")} | _LENGTHS,
-        "capabilities": (12,),
-        "requires": (
-            f"num_qo_heads in ({MLA_HEADS},)",
-            f"head_dim in ({MLA_DIM},)",
-            _PAGE_SIZES,
-            f"b <= {_GRID}",
-        ),
-    },
 )
 
 # POD: a request's prefill and a batch's decode in one launch.  Both kinds of cache are handed
@@ -344,23 +293,10 @@ _POD_DECODE = _half(
     *_masks("d", "unused"),
     PlanInfo(),
 )
-_POD: dict[str, Any] = {
-    "same_strides": ("paged_k_cache_d", "paged_v_cache_d"),
-    "offset_limit": FAR,
-}
+_POD: dict[str, Any] = {"same_strides": ("paged_k_cache_d", "paged_v_cache_d")}
+_POD |= {"offset_limit": FAR}
 # The binding has no suffix for the schedule of its only plan.
 _UNNAMED = tuple(PlanInfo() if isinstance(arg, PlanInfo) else arg for arg in _POD_DECODE)
-POD = add_row(
-    "pod",
-    "pod_with_kv_cache_tensor",
-    "",
-    "pod_jit_binding.cu",
-    "A request's prefill and a batch's decode in one launch.",
-    (*_POD_PREFILL, *_UNNAMED, SHARED["enable_pdl"]),
-    requires=(*HEADS, "qo_len >= 1", "kv_len >= 1", "b >= 1"),
-    **_POD,
-)
-
 # The same of a batch of prefills, over pages as well.
 _BATCH_POD_PREFILL = _half(
     "p",
@@ -374,23 +310,36 @@ _BATCH_POD_PREFILL = _half(
     index("paged_kv_last_page_len", "b_p", "tokens in each prefill's last page"),
     *_masks("p", "not read"),
 )
-_COUNTERS = "counters of blocks: set to zero first"
-BATCH_POD = add_row(
-    "batch_pod",
-    "batch_pod_with_kv_cache_tensor",
-    "",
-    "batch_pod_jit_binding.cu",
-    "A batch's prefills and another's decode in one launch.",
-    (
-        *_BATCH_POD_PREFILL,
-        *_POD_DECODE,
-        SHARED["enable_pdl"],
-        replace(
-            SHARED["o"], name="sm_aware_sched", axes="num_counters", dtype="int32", doc=_COUNTERS
-        ),
-    ),
-    requires=(*HEADS, "nnz_p >= 1", "b >= 1"),
-    **_POD,
+_COUNTERS = replace(
+    SHARED["o"],
+    name="sm_aware_sched",
+    axes="num_counters",
+    dtype="int32",
+    doc="counters of blocks: set to zero first",
 )
+
+_XQA_SOURCE = "flashinfer_xqa_binding.cu"
+SINGLE_DECODE, XQA, XQA_SPEC_DEC, XQA_MLA, POD, BATCH_POD = (
+    add_row("single_decode", "run", "", "single_decode_jit_binding.cu",
+            "Attention of one query.",
+            _SINGLE_DECODE_ARGS, requires=(*HEADS, "nnz_kv >= 1"), dtypes=DECODE_DTYPES),
+    add_row("xqa", "xqa_wrapper", "", _XQA_SOURCE,
+            "Attention of one query of each request over a paged cache.",
+            _XQA_ARGS, **_XQA),
+    add_row("xqa", "xqa_wrapper", "_spec_dec", _XQA_SOURCE,
+            "Attention of several queries of each request over a paged cache.",
+            _XQA_SPEC_DEC_ARGS, **_XQA),
+    add_row("xqa_mla", "xqa_wrapper_mla", "", _XQA_SOURCE,
+            "Multi-head latent attention of one query of each request over a paged cache.",
+            _XQA_MLA_ARGS, **_XQA_MLA),
+    add_row("pod", "pod_with_kv_cache_tensor", "", "pod_jit_binding.cu",
+            "A request's prefill and a batch's decode in one launch.",
+            (*_POD_PREFILL, *_UNNAMED, SHARED["enable_pdl"]),
+            requires=(*HEADS, "qo_len >= 1", "kv_len >= 1", "b >= 1"), **_POD),
+    add_row("batch_pod", "batch_pod_with_kv_cache_tensor", "", "batch_pod_jit_binding.cu",
+            "A batch's prefills and another's decode in one launch.",
+            (*_BATCH_POD_PREFILL, *_POD_DECODE, SHARED["enable_pdl"], _COUNTERS),
+            requires=(*HEADS, "nnz_p >= 1", "b >= 1"), **_POD),
+)  # fmt: skip
 
 ROWS = tuple(FORMS)

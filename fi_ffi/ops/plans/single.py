@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from fi_ffi.abi.interop import TensorLike, as_desc
+from fi_ffi.abi.interop import TensorLike
 from fi_ffi.abi.tensor import TensorDesc
-from fi_ffi.errors import ArgumentError
 from fi_ffi.loader import machine
 from fi_ffi.ops.attention.backends import (
     POS_ENCODING_MODES,
@@ -19,16 +18,12 @@ from fi_ffi.ops.attention.backends import (
 )
 from fi_ffi.ops.attention.masks import check_causal, packed_mask
 from fi_ffi.ops.attention.rows import F16, FORMS, FP4, FP8
-from fi_ffi.ops.attention.run import (
-    Values,
-    block_scales,
-    compiled_row,
-    softmax_scale,
-)
-from fi_ffi.ops.call.arguments import check_choice, check_flag, check_int
+from fi_ffi.ops.attention.run import Values, block_scales, compiled_row, softmax_scale
+from fi_ffi.ops.call.arguments import Refusal, check_choice, check_flag, check_int
 from fi_ffi.ops.call.forms import in_force
 from fi_ffi.ops.call.keyword_call import KeywordCall
 from fi_ffi.ops.call.row import KV_LAYOUTS
+from fi_ffi.ops.plans.arguments import described
 from fi_ffi.ops.plans.rows import SINGLE_DECODE, SINGLE_PREFILL
 
 # By rows of a tile: an upper bound of the blocks of 128 threads on a multiprocessor, from the
@@ -38,16 +33,15 @@ _DECODE_BLOCKS = 16
 _MIN_CHUNK = 256  # keys in the smallest piece of a split request
 
 
-def _describe(op: str, **tensors: object) -> list[TensorDesc]:
+def _on_one_device(op: str, **tensors: TensorLike) -> list[TensorDesc]:
     """Describe the call's tensors and check that they are on one device, before the row is chosen
     by it."""
-    descs = [as_desc(tensor, op, name) for name, tensor in tensors.items()]
-    first = next(iter(tensors))
-    for name, desc in zip(tensors, descs, strict=True):
-        if desc.device is not descs[0].device:
-            expected = f"{descs[0].device}, the device of `{first}`"
-            raise ArgumentError(op, name, got=desc.device, expected=expected)
-    return descs
+    descs = described(op, **tensors)
+    device = descs["q"].device
+    for name, desc in descs.items():
+        if desc.device is not device:
+            raise Refusal(op)(name, desc.device, f"{device}, the device of `q`")
+    return [*descs.values()]
 
 
 def _sizes(
@@ -57,8 +51,7 @@ def _sizes(
     check_choice(op, "kv_layout", kv_layout, tuple(KV_LAYOUTS))
     for name, desc, wanted in (("q", q, rank), ("k", k, 3), ("v", v, 3)):
         if len(desc.shape) != wanted or not desc.shape[-1]:
-            expected = f"rank {wanted}, and heads of at least 1 element"
-            raise ArgumentError(op, name, got=desc.layout, expected=expected)
+            raise Refusal(op)(name, desc.layout, f"rank {wanted}, and heads of at least 1 element")
     tokens, heads = (0, 1) if kv_layout == "NHD" else (1, 0)
     return k.shape[tokens], k.shape[heads]
 
@@ -74,7 +67,7 @@ def check_tmp(op: str, argument: str, tmp: TensorDesc, need: int, call: str) -> 
     """Raise if `tmp` is too small for the partial results of a call."""
     if tmp.span_bytes < need:
         expected = f"{need} bytes or more, as {call}_workspace_size tells"
-        raise ArgumentError(op, argument, got=f"{tmp.span_bytes} bytes", expected=expected)
+        raise Refusal(op)(argument, f"{tmp.span_bytes} bytes", expected)
 
 
 def single_decode_workspace_size(
@@ -114,7 +107,7 @@ def _check_sizes(op: str, num_qo_heads: int, num_kv_heads: int, **others: int) -
     check_int(op, "num_kv_heads", num_kv_heads, 1)
     if check_int(op, "num_qo_heads", num_qo_heads, 1) % num_kv_heads:
         expected = f"a multiple of num_kv_heads = {num_kv_heads}"
-        raise ArgumentError(op, "num_qo_heads", got=num_qo_heads, expected=expected)
+        raise Refusal(op)("num_qo_heads", num_qo_heads, expected)
 
 
 def prefill_bytes(
@@ -166,28 +159,27 @@ def single_decode(
     Upstream: flashinfer/decode.py, csrc/single_decode.cu.
     """
     op = "single_decode"
-    q, k, v, tmp, out = _describe(op, q=q, k=k, v=v, tmp=tmp, o=o)
+    q, k, v, tmp, out = _on_one_device(op, q=q, k=k, v=v, tmp=tmp, o=o)
     kv_len, kv_heads = _sizes(op, q, k, v, kv_layout, 2)
     group, rest = divmod(q.shape[0], max(kv_heads, 1))
     groups = decode_groups(release_for(q.device))
     if rest or group not in groups:
         known = ", ".join(map(str, groups))
         expected = f"{known} heads for each of k's {kv_heads}; single_prefill has any multiple"
-        raise ArgumentError(op, "q", got=q.layout, expected=expected)
-    kernel = _kernel("single_decode", op, (q, k, out), (q.shape[1],) * 2, pos_encoding_mode,
-                     window_left, logits_soft_cap)  # fmt: skip
-    need = _decode_bytes(kv_len, q.shape[0], kv_heads, q.shape[1], multiprocessors(q.device))
+        raise Refusal(op)("q", q.layout, expected)
+    qo_heads, head_dim = q.shape
+    options = pos_encoding_mode, window_left, logits_soft_cap
+    kernel = _kernel(op, (q, k, out), (head_dim, head_dim), *options)
+    need = _decode_bytes(kv_len, qo_heads, kv_heads, head_dim, multiprocessors(q.device))
     check_tmp(op, "tmp", tmp, need, op)
     row = in_force(FORMS[SINGLE_DECODE], q.device)
     compiled = compiled_row(row, kernel.module(""), kernel.dtypes, op, q.device)
     values = Values(op, compiled, "these kernels", {})
-    scale = softmax_scale(op, sm_scale, q.shape[1])
+    scale = softmax_scale(op, sm_scale, head_dim)
     scale = values.scale("k", k_scale, values.scale("q", q_scale, scale))
     values.positions(pos_encoding_mode, rope_scale, rope_theta, alibi_slopes)
-    values.put(
-        q=q, k=k, v=v, tmp=tmp, o=out, maybe_lse=lse, kv_layout=kv_layout,
-        window_left=window_left, logits_soft_cap=logits_soft_cap, sm_scale=scale,
-    )  # fmt: skip
+    values.put(q=q, k=k, v=v, tmp=tmp, o=out, maybe_lse=lse, kv_layout=kv_layout)
+    values.put(window_left=window_left, logits_soft_cap=logits_soft_cap, sm_scale=scale)
     return values
 
 
@@ -239,18 +231,18 @@ def single_prefill(
     Upstream: flashinfer/prefill.py, csrc/single_prefill.cu, csrc/single_prefill_sm90.cu.
     """
     op = "single_prefill"
-    q, k, v, tmp, out = _describe(op, q=q, k=k, v=v, tmp=tmp, o=o)
+    q, k, v, tmp, out = _on_one_device(op, q=q, k=k, v=v, tmp=tmp, o=o)
     kv_len, kv_heads = _sizes(op, q, k, v, kv_layout, 3)
     qo_len, qo_heads, head_dim = q.shape
     head_dim_vo = v.shape[-1] * (2 if v.dtype.name in FP4 else 1)
-    kernel = _kernel("single_prefill", op, (q, k, out), (head_dim, head_dim_vo), pos_encoding_mode,
-                     window_left, logits_soft_cap, use_fp16_qk_reduction)  # fmt: skip
+    options = pos_encoding_mode, window_left, logits_soft_cap, use_fp16_qk_reduction
+    kernel = _kernel(op, (q, k, out), (head_dim, head_dim_vo), *options)
     chosen, _ = choose_backend(op, backend, kernel, q.device, custom_mask is not None)
     causal = check_causal(op, causal, k, (qo_len, kv_len))
     if pos_encoding_mode == "ROPE_LLAMA" and 0 < kv_len < qo_len:
         expected = f"{qo_len} keys or more (or none) with pos_encoding_mode='ROPE_LLAMA'"
         expected += " (docs/attention.md)"
-        raise ArgumentError(op, "k", got=k.layout, expected=expected)
+        raise Refusal(op)("k", k.layout, expected)
     rows, kind = SINGLE_PREFILL, kernel.kind(chosen)
     row = in_force(FORMS[rows[kind]], q.device)
     if chosen == "fa2" and kv_heads and not qo_heads % kv_heads:
@@ -267,33 +259,36 @@ def single_prefill(
     )
     values.positions(pos_encoding_mode, rope_scale, rope_theta, alibi_slopes)
     mask, mode = packed_mask(op, custom_mask, causal, (qo_len, kv_len))
-    values.put(
-        q=q, k=k, v=v, tmp=tmp, o=out, maybe_lse=lse, kv_layout=kv_layout, window_left=window_left,
-        maybe_custom_mask=mask, mask_mode_code=mode, logits_soft_cap=float(logits_soft_cap),
-        sm_scale=scale,
-    )  # fmt: skip
+    values.put(q=q, k=k, v=v, tmp=tmp, o=out, maybe_lse=lse, kv_layout=kv_layout)
+    values.put(window_left=window_left, logits_soft_cap=float(logits_soft_cap), sm_scale=scale)
+    values.put(maybe_custom_mask=mask, mask_mode_code=mode)
     return values
 
 
 def _kernel(
-    family: str, op: str, dtypes: tuple[TensorDesc, ...], dims: tuple[int, int], mode: str,
-    window_left: int, logits_soft_cap: float, use_fp16_qk_reduction: bool = False,
-) -> Kernel:  # fmt: skip
-    """Return what tensors and options ask of a module; refuse what no module has."""
+    op: str,
+    tensors: tuple[TensorDesc, ...],
+    dims: tuple[int, int],
+    mode: str,
+    window_left: int,
+    logits_soft_cap: float,
+    use_fp16_qk_reduction: bool = False,
+) -> Kernel:
+    """Return what q, k and o and the options ask of a module; refuse what no module has."""
     check_choice(op, "pos_encoding_mode", mode, tuple(POS_ENCODING_MODES))
     window = check_int(op, "window_left", window_left, -1)
     check_flag(op, "use_fp16_qk_reduction", use_fp16_qk_reduction)
     cap = check_soft_cap(op, "logits_soft_cap", logits_soft_cap)
     check_encoding(op, mode, cap)
-    q, kv, o = (desc.dtype.name for desc in dtypes)
-    is_decode = family == "single_decode"
-    of_q, of_kv = F16 + (() if is_decode else FP8), F16 + FP8 + (() if is_decode else FP4)
+    q, kv, o = (desc.dtype.name for desc in tensors)
+    is_decode = op == "single_decode"
+    of_q, of_kv = (F16, F16 + FP8) if is_decode else (F16 + FP8, F16 + FP8 + FP4)
     for name, dtype, allowed in (("q", q, of_q), ("k", kv, of_kv)):
         if dtype not in allowed:
-            raise ArgumentError(op, name, got=dtype, expected=" or ".join(allowed))
+            raise Refusal(op)(name, dtype, " or ".join(allowed))
     output_type(op, "o", o, q, is_decode)
     if max(dims) >= 2**29:  # more digits than a module's name has
         argument, got = ("q", dims[0]) if dims[0] > dims[1] else ("v", dims[1])
-        raise ArgumentError(op, argument, got=f"head_dim = {got}", expected="64, 128, 256 or such")
+        raise Refusal(op)(argument, f"head_dim = {got}", "64, 128, 256 or such")
     kv = FP4[0] if kv in FP4 else kv
-    return Kernel(family, q, kv, o, *dims, mode, window >= 0, cap > 0, use_fp16_qk_reduction)
+    return Kernel(op, q, kv, o, *dims, mode, window >= 0, cap > 0, use_fp16_qk_reduction)

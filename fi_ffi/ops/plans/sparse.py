@@ -7,18 +7,17 @@ With `BlockSparseAttentionPlan` all heads have the same blocks. With
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 from fi_ffi.abi.interop import TensorLike, as_desc
 from fi_ffi.abi.tensor import TensorDesc, make_desc
-from fi_ffi.errors import ArgumentError, ArgumentTypeError
+from fi_ffi.errors import ArgumentTypeError
 from fi_ffi.ops.attention.arrays import Batch, Indptr, host_ints
 from fi_ffi.ops.attention.masks import pack_custom_mask
-from fi_ffi.ops.attention.options import refuse_options
 from fi_ffi.ops.attention.prefill import BatchPrefillPlan
 from fi_ffi.ops.attention.run import NotOf
-from fi_ffi.ops.attention.workspace import Workspace
-from fi_ffi.ops.call.arguments import check_int
+from fi_ffi.ops.call.arguments import INT32_MAX, Refusal, check_int
+from fi_ffi.ops.plans.arguments import SparseKeywords, check_keywords, described
 
 if TYPE_CHECKING:
     import numpy
@@ -28,22 +27,6 @@ if TYPE_CHECKING:
     from fi_ffi.ops.attention.masks import Bytes
 
     _Array = numpy.ndarray[Any, numpy.dtype[Any]]
-
-
-class SparseKeywords(TypedDict, total=False):
-    """Prefill options that work with blocks, and where the plan is made."""
-
-    q_data_type: object
-    kv_data_type: object
-    o_data_type: object
-    backend: str
-    logits_soft_cap: float
-    use_fp16_qk_reduction: bool
-    use_custom_mask: bool
-    disable_split_kv: bool
-    device: object
-    workspace: Workspace | None
-    stream: object
 
 
 def pack_block_mask(mask: numpy.typing.ArrayLike, indptr: TensorLike, M: int) -> Bytes:
@@ -56,18 +39,14 @@ def pack_block_mask(mask: numpy.typing.ArrayLike, indptr: TensorLike, M: int) ->
     """
     import numpy as np
 
-    op, blocks, rows = (
-        "pack_block_mask",
-        np.asarray(mask),
-        Indptr("pack_block_mask", "indptr", indptr),
-    )
+    refuse = Refusal("pack_block_mask")
+    blocks, rows = np.asarray(mask), Indptr(refuse.op, "indptr", indptr)
     if blocks.dtype != np.bool_ or blocks.ndim != 3 or len(blocks) != rows.total:
         got = f"{blocks.dtype} of shape {blocks.shape}"
-        raise ArgumentError(op, "mask", got=got, expected=f"bool of shape ({rows.total}, R, C)")
+        raise refuse("mask", got, f"bool of shape ({rows.total}, R, C)")
     height = blocks.shape[1]
-    if not (rows.size - 1) * height < check_int(op, "M", M, 1) <= rows.size * height:
-        expected = f"a number that needs {rows.size} rows of blocks of {height}"
-        raise ArgumentError(op, "M", got=M, expected=expected)
+    if not (rows.size - 1) * height < check_int(refuse.op, "M", M, 1) <= rows.size * height:
+        raise refuse("M", M, f"a number that needs {rows.size} rows of blocks of {height}")
     parts = np.split(blocks, rows.view.tolist()[1:-1])
     return pack_custom_mask(
         [part.swapaxes(0, 1).reshape(height, -1)[: M - i * height] for i, part in enumerate(parts)]
@@ -97,11 +76,6 @@ class BlockSparseAttentionPlan(BatchPrefillPlan):
     op = "BlockSparseAttentionPlan"
     _run_methods: Sequence[str] = ("run",)
     ragged_run: Any = NotOf()
-    # Prefill options that depend on positions, which blocks do not have, or that `__init__` sets.
-    _excluded_options: Sequence[str] = (
-        "page_size", "head_dim_qk", "head_dim_vo", "causal", "window_left", "pos_encoding_mode",
-        "use_multi_item_scoring", "enable_cuda_graph", "max_total_num_rows", "max_num_indices",
-    )  # fmt: skip
 
     def __init__(
         self,
@@ -117,27 +91,30 @@ class BlockSparseAttentionPlan(BatchPrefillPlan):
         head_dim: int,
         **options: Unpack[SparseKeywords],
     ) -> None:
-        sizes = {"M": M, "N": N, "R": R, "C": C}
-        for name, value in sizes.items():
-            check_int(self.op, name, value, 1)
+        for name, size in (("M", M), ("N", N), ("R", R), ("C", C)):
+            check_int(self.op, name, size, 1)
         if N % C:
             raise self._refuse("N", N, f"a multiple of C = {C}")
         self.M, self.N, self.R, self.C = M, N, R, C
-        refuse_options(self.op, self._excluded_options, options)
+        check_keywords(self.op, SparseKeywords, options)
         super().__init__(
-            **self._arrays(indptr, indices), page_size=C, num_qo_heads=num_qo_heads,
-            num_kv_heads=num_kv_heads, head_dim_qk=head_dim, **options,
-        )  # fmt: skip
+            **self._arrays(indptr, indices),
+            page_size=C,
+            num_qo_heads=num_qo_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim_qk=head_dim,
+            **options,
+        )
 
     def _arrays(self, indptr: TensorLike, indices: TensorLike) -> dict[str, Any]:
         """Describe the matrix as a batch: a request for each row of blocks."""
         rows = -(-self.M // self.R)
-        blocks = Indptr(self.op, "indptr", indptr, rows + 1)
         return {
             "qo_indptr": host_ints([*range(0, self.M, self.R), self.M]),
-            "paged_kv_indptr": blocks.view, "paged_kv_indices": indices,
+            "paged_kv_indptr": Indptr(self.op, "indptr", indptr, rows + 1).view,
+            "paged_kv_indices": indices,
             "paged_kv_last_page_len": host_ints([self.C] * rows),
-        }  # fmt: skip
+        }
 
     @property
     def _names(self) -> Mapping[str, str]:  # type: ignore[override]
@@ -177,11 +154,9 @@ class BlockSparseAttentionPlan(BatchPrefillPlan):
             options: of `BatchPrefillPlan.paged_run`: `custom_mask`, `sm_scale` and the scales.
         """
         pages = []
-        for name, given in (("k", k), ("v", v)):
-            desc = as_desc(given, self.op, name)
+        for name, desc in described(self.op, k=k, v=v).items():
             if len(desc.shape) != 3 or desc.shape[0] != self.N:
-                expected = f"rank 3, and N = {self.N} rows, as planned"
-                raise self._refuse(name, desc.layout, expected)
+                raise self._refuse(name, desc.layout, f"rank 3, and N = {self.N} rows, as planned")
             shape = (self.N // self.C, self.C, *desc.shape[1:])
             pages.append(_viewed(desc, shape, (self.C * desc.strides[0], *desc.strides)))
         super().paged_run(q, pages[0], pages[1], o, lse, stream=stream, **options)
@@ -226,12 +201,16 @@ class VariableBlockSparseAttentionPlan(BatchPrefillPlan):
             expected = f"a multiple of num_kv_heads = {num_kv_heads}"
             raise self._refuse("num_qo_heads", num_qo_heads, expected)
         self.num_kv_heads, self.group = num_kv_heads, num_qo_heads // num_kv_heads
-        refuse_options(self.op, BlockSparseAttentionPlan._excluded_options, options)
+        check_keywords(self.op, SparseKeywords, options)
         # Each key head becomes MB requests with one key head and `group` query heads.
         super().__init__(
-            **self._arrays(block_mask_map, block_row_sz, block_col_sz), page_size=1,
-            num_qo_heads=self.group, num_kv_heads=1, head_dim_qk=head_dim, **options,
-        )  # fmt: skip
+            **self._arrays(block_mask_map, block_row_sz, block_col_sz),
+            page_size=1,
+            num_qo_heads=self.group,
+            num_kv_heads=1,
+            head_dim_qk=head_dim,
+            **options,
+        )
 
     def _arrays(self, mask: Any, rows: Any, columns: Any) -> dict[str, Any]:
         """Describe the mask as a batch: a request for each row of blocks of each head, pages of one
@@ -244,7 +223,7 @@ class VariableBlockSparseAttentionPlan(BatchPrefillPlan):
         sizes = _host(self.op, "block_col_sz", columns, (heads, blocks.shape[2]), "iu")
         for name, each in (("block_row_sz", row_sizes), ("block_col_sz", sizes)):
             totals = each.sum(axis=1, dtype=np.int64)
-            if each.min() < 0 or totals.min() != totals.max() or totals[0] * heads >= 2**31:
+            if each.min() < 0 or totals.min() != totals.max() or totals[0] * heads > INT32_MAX:
                 expected = "sizes of 0 or more that add up to the same for every head, below 2**31"
                 raise self._refuse(name, f"sums {totals.tolist()}", expected)
         self.qo_len, self.kv_len = int(row_sizes[0].sum()), int(sizes[0].sum())
@@ -301,21 +280,23 @@ class VariableBlockSparseAttentionPlan(BatchPrefillPlan):
             options: of `BatchPrefillPlan.paged_run`: `sm_scale`, and scales that are numbers.
         """
         heads, queries, keys = self.num_kv_heads, self.qo_len, self.kv_len
-        many, dim = heads * queries, self.options.head_dim_qk
+        group, dim = self.group, self.options.head_dim_qk
+        of_rows, of_keys = (heads, queries, group), (heads, keys, dim)
+        rows, pages = (heads * queries, group), (heads * keys, 1, 1, dim)
         views = [
-            self._flat("q", q, (heads, queries, self.group, dim), (many, self.group, dim)),
-            self._flat("k", k, (heads, keys, dim), (heads * keys, 1, 1, dim)),
-            self._flat("v", v, (heads, keys, dim), (heads * keys, 1, 1, dim)),
-            self._flat("o", o, (heads, queries, self.group, dim), (many, self.group, dim)),
+            self._flat("q", q, (*of_rows, dim), (*rows, dim)),
+            self._flat("k", k, of_keys, pages),
+            self._flat("v", v, of_keys, pages),
+            self._flat("o", o, (*of_rows, dim), (*rows, dim)),
         ]
         if lse is not None:
-            views.append(self._flat("lse", lse, (heads, queries, self.group), (many, self.group)))
+            views.append(self._flat("lse", lse, of_rows, rows))
         super().paged_run(*views, stream=stream, **options)
 
     def _flat(
-        self, name: str, given: TensorLike, shape: tuple[int, ...], flat: tuple[int, ...]
+        self, name: str, tensor: TensorLike, shape: tuple[int, ...], flat: tuple[int, ...]
     ) -> TensorDesc:
-        desc = as_desc(given, self.op, name)
+        desc = as_desc(tensor, self.op, name)
         if desc.shape != shape or not desc.is_contiguous:
             raise self._refuse(name, desc.layout, f"shape {shape}, contiguous, as planned")
         return _viewed(desc, flat, None)
@@ -330,24 +311,22 @@ def _viewed(
     return make_desc(desc.ptr, shape, desc.dtype, strides, desc.device, desc.readonly, desc)
 
 
-def _host(op: str, name: str, given: Any, shape: tuple[int | None, ...], kinds: str) -> _Array:
+def _host(op: str, name: str, value: Any, shape: tuple[int | None, ...], kinds: str) -> _Array:
     """Read a host array of these kinds of elements and this shape; None stands for any size but
     0."""
     import numpy as np
 
     try:
-        array = np.asarray(given)
+        array = np.asarray(value)
     except Exception as error:  # any error of the exporter, such as a GPU array's
-        got = f"a {type(given).__qualname__} that refused: {error}"
+        got = f"a {type(value).__qualname__} that refused: {error}"
         raise ArgumentTypeError(op, name, got=got, expected="an array on the host") from error
     fits = len(array.shape) == len(shape) and all(
         have == want or (want is None and have)
         for have, want in zip(array.shape, shape, strict=True)
     )
     if not fits or array.dtype.kind not in kinds:
-        words = ", ".join("any" if size is None else str(size) for size in shape)
-        expected = f"{'booleans' if kinds == 'b' else 'integers'} of shape ({words})"
-        raise ArgumentError(
-            op, name, got=f"{array.dtype} of shape {array.shape}", expected=expected
-        )
+        sizes = ", ".join("any" if size is None else str(size) for size in shape)
+        expected = f"{'booleans' if kinds == 'b' else 'integers'} of shape ({sizes})"
+        raise Refusal(op)(name, f"{array.dtype} of shape {array.shape}", expected)
     return array

@@ -7,24 +7,25 @@ import numbers
 
 from fi_ffi.abi.interop import TensorLike, as_desc
 from fi_ffi.abi.tensor import Device, TensorDesc, make_desc
-from fi_ffi.errors import ArgumentError
 from fi_ffi.loader import machine
 from fi_ffi.ops.attention.backends import module_name, multiprocessors, release_for
 from fi_ffi.ops.attention.rows import FORMS
 from fi_ffi.ops.attention.run import Values, compiled_row
-from fi_ffi.ops.call.arguments import check_choice, check_int, check_number, shown
+from fi_ffi.ops.call.arguments import Refusal, check_choice, check_int, check_number, shown
 from fi_ffi.ops.call.forms import in_force
 from fi_ffi.ops.call.keyword_call import KeywordCall
 from fi_ffi.ops.call.releases import is_in
 from fi_ffi.ops.call.row import KV_LAYOUTS, as_nhd
+from fi_ffi.ops.plans.arguments import described
 from fi_ffi.ops.plans.rows import XQA, XQA_MLA, XQA_ROWS, XQA_SPEC_DEC, query_blocks
 
 _OP, _MLA = "xqa", "xqa_mla"
+_refuse, _refuse_mla = Refusal(_OP), Refusal(_MLA)
 _HOPPER = 9
 # Releases in which each of several queries has a window of its own.
 WINDOWS_OF_EACH = ">=0.6.16"
 # The limit for sizes that go into a module's name or count its heads.
-_MOST = 2**29
+_SIZE_LIMIT = 2**29
 
 
 @KeywordCall
@@ -91,48 +92,48 @@ def xqa(
     """
     check_choice(_OP, "kv_layout", kv_layout, tuple(KV_LAYOUTS))
     q, output = as_desc(q, _OP, "q"), as_desc(output, _OP, "output")
-    given = {"k_cache": k_cache, "v_cache": v_cache}
-    caches = [_cache(name, tensor, kv_layout) for name, tensor in given.items()]
+    keys, values_of = (
+        _cache(name, desc, kv_layout)
+        for name, desc in described(_OP, k_cache=k_cache, v_cache=v_cache).items()
+    )
     table = as_desc(page_table, _OP, "page_table")
-    page_size, kv_heads, head_dim = caches[0].shape[1:]
-    batch, queries, heads = _heads(q, kv_heads)
     if len(table.shape) != 2:
-        raise ArgumentError(_OP, "page_table", got=table.layout, expected="rank 2 (b max_pages)")
-    device = q.device
-    row = in_force(FORMS[XQA if queries == 1 else XQA_SPEC_DEC], device)
-    window = check_int(_OP, "sliding_win_size", sliding_win_size, 0)
-    room = table.shape[1] * page_size
-    if queries > 1 and window >= room:
-        window = 0
-    dtypes = {"Q": q.dtype.name, "KV": caches[0].dtype.name, "O": output.dtype.name}
-    _check_dtypes(q, caches[0], output)
-    bits = _check_several(mask, batch, queries, heads // kv_heads, sinks is not None)
-    of = release_for(device)
-    if queries > 1 and window and of is not None and not is_in(of, WINDOWS_OF_EACH):
-        expected = f"0, or {room} or more, with several queries: the kernels of FlashInfer {of} "
-        expected += "hide only whole tiles"
-        raise ArgumentError(_OP, "sliding_win_size", got=window, expected=expected)
+        raise _refuse("page_table", table.layout, "rank 2 (b max_pages)")
+    page_size, kv_heads, head_dim = keys.shape[1:]
+    batch, queries, heads = _heads(q, kv_heads)
+    group, room = heads // kv_heads, table.shape[1] * page_size
+    _check_dtypes(q, keys, output)
+    bits = _check_several(mask, batch, queries, group, sinks is not None)
+    window = _window(sliding_win_size, queries, room, release_for(q.device))
+    dtypes = {"Q": q.dtype.name, "KV": keys.dtype.name, "O": output.dtype.name}
     module = module_name(
-        "xqa", input_dtype=dtypes["Q"], output_dtype=dtypes["O"], kv_cache_dtype=dtypes["KV"],
-        page_size=page_size, head_dim=head_dim, head_group_ratio=heads // kv_heads,
-        use_sliding_window=window > 0, q_seq_len=queries,
-    )  # fmt: skip
-    values = Values(_OP, compiled_row(row, module, dtypes, _OP, device), "xqa", {})
-    most = multiprocessors(device)
-    count = most if sm_count is None else min(check_int(_OP, "sm_count", sm_count, 1), most)
+        "xqa",
+        input_dtype=dtypes["Q"],
+        output_dtype=dtypes["O"],
+        kv_cache_dtype=dtypes["KV"],
+        page_size=page_size,
+        head_dim=head_dim,
+        head_group_ratio=group,
+        use_sliding_window=window > 0,
+        q_seq_len=queries,
+    )
+    row = in_force(FORMS[XQA if queries == 1 else XQA_SPEC_DEC], q.device)
+    values = Values(_OP, compiled_row(row, module, dtypes, _OP, q.device), "xqa", {})
+    count = multiprocessors(q.device)
+    if sm_count is not None:
+        count = min(check_int(_OP, "sm_count", sm_count, 1), count)
     values.put(
-        run_sm90_fp8_mha=queries == 1 and _on_hopper(device) and caches[0].dtype.itemsize == 1,
+        run_sm90_fp8_mha=queries == 1 and _on_hopper(q.device) and keys.dtype.itemsize == 1,
         # Each block of queries makes this many pieces, and the scratch must hold all of them.
-        multiProcessorCount=max(count // query_blocks(queries, heads // kv_heads), 1),
-        nbKHeads=kv_heads, slidingWinSize=window, output=output,
-        rcpOutScale=check_number(_OP, "rcp_out_scale", rcp_out_scale, 0.0), q=q,
-        attentionSinks=sinks,
-        kCacheVLLM=caches[0], vCacheVLLM=caches[1], kvCachePageList=table,
-        maxSeqLen=room, seqLen=seq_lens, batchSize=batch, qSeqLen=queries,
-        mask=bits, semaphores=semaphores, scratch=workspace_buffer, enable_pdl=enable_pdl,
-        **_scale(_OP, "q_scale", q_scale, "qScale", "qScaleTensor"),
-        **_scale(_OP, "kv_scale", kv_scale, "kvCacheScale", "kvScaleTensor"),
-    )  # fmt: skip
+        multiProcessorCount=max(count // query_blocks(queries, group), 1),
+        rcpOutScale=check_number(_OP, "rcp_out_scale", rcp_out_scale, 0.0),
+    )
+    values.put(nbKHeads=kv_heads, slidingWinSize=window, qSeqLen=queries)
+    values.put(q=q, output=output, attentionSinks=sinks, mask=bits)
+    values.put(kCacheVLLM=keys, vCacheVLLM=values_of, kvCachePageList=table)
+    values.put(maxSeqLen=room, seqLen=seq_lens, batchSize=batch, enable_pdl=enable_pdl)
+    values.put(semaphores=semaphores, scratch=workspace_buffer)
+    _put_scales(values, q_scale, kv_scale)
     return values
 
 
@@ -181,76 +182,75 @@ def xqa_mla(
     Upstream: flashinfer/xqa.py, csrc/xqa/mla_sm120.cu.
     """
     q = as_desc(q, _MLA, "q")
-    given = {"k_cache": k_cache, "v_cache": v_cache}
-    keys, values_ = (_latent(name, tensor) for name, tensor in given.items())
+    keys, values_of = (
+        _latent(name, desc)
+        for name, desc in described(_MLA, k_cache=k_cache, v_cache=v_cache).items()
+    )
     table = as_desc(page_table, _MLA, "page_table")
     for name, desc, rank in (("q", q, 4), ("page_table", table, 2)):
         if len(desc.shape) != rank:
-            raise ArgumentError(_MLA, name, got=desc.layout, expected=f"rank {rank}")
+            raise _refuse_mla(name, desc.layout, f"rank {rank}")
     if q.dtype.name not in XQA_MLA.dtypes["Q"]:
-        expected = " or ".join(XQA_MLA.dtypes["Q"])
-        raise ArgumentError(_MLA, "q", got=q.dtype, expected=expected)
+        raise _refuse_mla("q", q.dtype, " or ".join(XQA_MLA.dtypes["Q"]))
     page_size, own = keys.shape[2], q.dtype.name
-    row = in_force(FORMS[XQA_MLA], q.device)
     module = module_name(
-        "xqa_mla", input_dtype=own, kv_cache_dtype=own, page_size=page_size,
+        "xqa_mla",
+        input_dtype=own,
+        kv_cache_dtype=own,
+        page_size=page_size,
         use_sliding_window=False,
-    )  # fmt: skip
+    )
+    row = in_force(FORMS[XQA_MLA], q.device)
     values = Values(_MLA, compiled_row(row, module, {"Q": own}, _MLA, q.device), "xqa_mla", {})
-    most = multiprocessors(q.device)
-    values.put(
-        multiProcessorCount=most if sm_count is None else check_int(_MLA, "sm_count", sm_count, 1),
-        output=output, q=q, kCacheVLLM=keys, vCacheVLLM=values_, kvCachePageList=table,
-        maxSeqLen=table.shape[1] * page_size, seqLen=seq_lens, batchSize=q.shape[0],
-        semaphores=semaphores, scratch=workspace_buffer, enable_pdl=enable_pdl,
-        **_scale(_MLA, "q_scale", q_scale, "qScale", "qScaleTensor"),
-        **_scale(_MLA, "kv_scale", kv_scale, "kvCacheScale", "kvScaleTensor"),
-    )  # fmt: skip
+    count = multiprocessors(q.device)
+    if sm_count is not None:
+        count = check_int(_MLA, "sm_count", sm_count, 1)
+    values.put(multiProcessorCount=count, q=q, output=output)
+    values.put(kCacheVLLM=keys, vCacheVLLM=values_of, kvCachePageList=table)
+    values.put(maxSeqLen=table.shape[1] * page_size, seqLen=seq_lens, batchSize=q.shape[0])
+    values.put(semaphores=semaphores, scratch=workspace_buffer, enable_pdl=enable_pdl)
+    _put_scales(values, q_scale, kv_scale)
     return values
 
 
-def _latent(name: str, tensor: TensorLike) -> TensorDesc:
-    """Describe a cache of one head with the head before the tokens, as the kernel expects the
+def _latent(name: str, desc: TensorDesc) -> TensorDesc:
+    """View a cache of one head with the head before the tokens, as the kernel expects the
     strides."""
-    desc = as_desc(tensor, _MLA, name)
     shape, strides = list(desc.shape), list(desc.strides)
     if len(shape) == 4 and 1 in shape[1:3]:
         at = 1 if shape[1] == 1 else 2
         del shape[at], strides[at]
-    if len(shape) != 3 or not 0 < min(shape[1:]) <= max(shape[1:]) < _MOST:
+    if len(shape) != 3 or not 0 < min(shape[1:]) <= max(shape[1:]) < _SIZE_LIMIT:
         expected = "(num_pages page_size 576), with an axis of 1 beside page_size or without"
-        raise ArgumentError(_MLA, name, got=desc.layout, expected=expected)
+        raise _refuse_mla(name, desc.layout, expected)
     shape.insert(1, 1)
     strides.insert(1, strides[1])
     return make_desc(desc.ptr, tuple(shape), desc.dtype, tuple(strides), desc.device, owner=desc)
 
 
-def _cache(name: str, tensor: TensorLike, kv_layout: str) -> TensorDesc:
-    """Describe a cache as NHD, as the kernels expect it."""
-    desc = as_desc(tensor, _OP, name)
-    if len(desc.shape) != 4 or not 0 < min(desc.shape[1:]) <= max(desc.shape[1:]) < _MOST:
-        expected = f"rank 4, and pages, heads and elements of at least 1, and below {_MOST}"
-        raise ArgumentError(_OP, name, got=desc.layout, expected=expected)
+def _cache(name: str, desc: TensorDesc, kv_layout: str) -> TensorDesc:
+    """View a cache as NHD, as the kernels expect it."""
+    if len(desc.shape) != 4 or not 0 < min(desc.shape[1:]) <= max(desc.shape[1:]) < _SIZE_LIMIT:
+        expected = f"rank 4, and pages, heads and elements of at least 1, and below {_SIZE_LIMIT}"
+        raise _refuse(name, desc.layout, expected)
     head_dim = desc.shape[-1]
     if any(stride % head_dim for stride in desc.strides[:-1]):
         got, expected = f"strides {desc.strides}", f"strides that are multiples of {head_dim}"
-        raise ArgumentError(_OP, name, got=got, expected=expected)
+        raise _refuse(name, got, expected)
     return as_nhd(desc, kv_layout)
 
 
 def _heads(q: TensorDesc, kv_heads: int) -> tuple[int, int, int]:
     """Return the numbers of requests, of queries per request, and of query heads."""
     rank = len(q.shape)
-    if rank not in (4, 5) or q.shape[1] != 1 or max(q.shape[2:-1]) >= _MOST:
-        expected = f"rank 4 (batch_size 1 num_q_heads head_dim), and less than {_MOST} heads"
-        raise ArgumentError(_OP, "q", got=q.layout, expected=expected)
+    if rank not in (4, 5) or q.shape[1] != 1 or max(q.shape[2:-1]) >= _SIZE_LIMIT:
+        expected = f"rank 4 (batch_size 1 num_q_heads head_dim), and less than {_SIZE_LIMIT} heads"
+        raise _refuse("q", q.layout, expected)
     if rank == 5 and q.shape[2] < 2:
-        expected = "two queries or more in rank 5, and one in rank 4"
-        raise ArgumentError(_OP, "q", got=q.layout, expected=expected)
+        raise _refuse("q", q.layout, "two queries or more in rank 5, and one in rank 4")
     heads = q.shape[-2]
     if not heads or heads % kv_heads:
-        expected = f"heads in a multiple of the cache's {kv_heads}"
-        raise ArgumentError(_OP, "q", got=q.layout, expected=expected)
+        raise _refuse("q", q.layout, f"heads in a multiple of the cache's {kv_heads}")
     return q.shape[0], q.shape[2] if rank == 5 else 1, heads
 
 
@@ -261,20 +261,18 @@ def _check_several(
     wrongly."""
     if queries == 1:
         if mask is not None:
-            expected = "None with one query of each request"
-            raise ArgumentError(_OP, "mask", got=shown(mask), expected=expected)
+            raise _refuse("mask", shown(mask), "None with one query of each request")
         return None
     if mask is None:
-        expected = "a mask with several queries: which keys each of them sees"
-        raise ArgumentError(_OP, "mask", got="None", expected=expected)
+        raise _refuse("mask", "None", "a mask with several queries: which keys each of them sees")
     desc, shape = as_desc(mask, _OP, "mask"), (batch, queries, 2 * -(-queries // 32))
     if desc.shape != shape:
         expected = f"shape {shape}: a bit for each query, in words of 16, two at a time"
-        raise ArgumentError(_OP, "mask", got=desc.layout, expected=expected)
+        raise _refuse("mask", desc.layout, expected)
     if has_sinks and query_blocks(queries, group) > 1 and XQA_ROWS % group:
         got = f"{queries} queries of {group} heads that share keys"
         expected = f"None: tiles of {XQA_ROWS} rows would begin at different heads"
-        raise ArgumentError(_OP, "sinks", got=got, expected=expected)
+        raise _refuse("sinks", got, expected)
     return desc
 
 
@@ -284,20 +282,36 @@ def _check_dtypes(q: TensorDesc, k: TensorDesc, output: TensorDesc) -> None:
     fp8 = "float8_e4m3fn"
     own = q.dtype.name
     if own not in ("float16", "bfloat16"):
-        raise ArgumentError(_OP, "q", got=q.dtype, expected="float16 or bfloat16")
+        raise _refuse("q", q.dtype, "float16 or bfloat16")
     if k.dtype.name not in (own, fp8):
-        raise ArgumentError(_OP, "k_cache", got=k.dtype, expected=f"{own}, as q, or {fp8}")
+        raise _refuse("k_cache", k.dtype, f"{own}, as q, or {fp8}")
     allowed = (own, fp8) if k.dtype.name == fp8 else (own,)
     if output.dtype.name not in allowed:
-        expected = " or ".join(allowed)
-        raise ArgumentError(_OP, "output", got=output.dtype, expected=expected)
+        raise _refuse("output", output.dtype, " or ".join(allowed))
 
 
-def _scale(op: str, name: str, value: object, plain: str, tensor: str) -> dict[str, object]:
-    """Return a scale as the entry takes it: a number, or a tensor on the device."""
-    if isinstance(value, numbers.Real):
-        return {plain: check_number(op, name, value, 0.0), tensor: None}
-    return {plain: 1.0, tensor: as_desc(value, op, name)}
+def _put_scales(values: Values, q_scale: object, kv_scale: object) -> None:
+    """Set scales as the entry takes them: a number, or a tensor on the device."""
+    for name, scale, number, tensor in (
+        ("q_scale", q_scale, "qScale", "qScaleTensor"),
+        ("kv_scale", kv_scale, "kvCacheScale", "kvScaleTensor"),
+    ):
+        if isinstance(scale, numbers.Real):
+            values.put(**{number: check_number(values.op, name, scale, 0.0), tensor: None})
+        else:
+            values.put(**{number: 1.0, tensor: as_desc(scale, values.op, name)})
+
+
+def _window(size: object, queries: int, room: int, release: str | None) -> int:
+    """Return a window's size, 0 if it hides nothing; refuse one that the kernels lack."""
+    window = check_int(_OP, "sliding_win_size", size, 0)
+    if queries > 1 and window >= room:
+        return 0
+    if queries > 1 and window and release is not None and not is_in(release, WINDOWS_OF_EACH):
+        expected = f"0, or {room} or more, with several queries: the kernels of FlashInfer "
+        expected += f"{release} hide only whole tiles"
+        raise _refuse("sliding_win_size", window, expected)
+    return window
 
 
 def _on_hopper(device: Device) -> bool:

@@ -1,0 +1,92 @@
+"""What plans and calls here have in common: options of a prefill, tensors, and workspaces."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, TypedDict
+
+from fi_ffi.abi.interop import TensorLike, as_desc
+from fi_ffi.abi.tensor import TensorDesc
+from fi_ffi.errors import nearest
+from fi_ffi.ops.attention.workspace import Workspace
+from fi_ffi.ops.call.arguments import Refusal
+
+
+class _Heads(TypedDict):
+    num_qo_heads: int
+    num_kv_heads: int
+
+
+class _Options(TypedDict, total=False):
+    """Options of `BatchPrefillPlan` that all plans built on it have, and where they are made."""
+
+    q_data_type: object
+    kv_data_type: object
+    o_data_type: object
+    disable_split_kv: bool
+    device: object
+    stream: object
+
+
+class _BackendOptions(_Options, total=False):
+    """Options of plans that run the kernels of `BatchPrefillPlan`."""
+
+    backend: str
+    logits_soft_cap: float
+    use_fp16_qk_reduction: bool
+
+
+class SparseKeywords(_BackendOptions, total=False):
+    """Keywords of the block-sparse plans: no option that depends on the keys' positions."""
+
+    use_custom_mask: bool
+    workspace: Workspace | None
+
+
+class _CascadeSizes(_Heads):
+    head_dim_qk: int
+
+
+class CascadeKeywords(_CascadeSizes, _BackendOptions, total=False):
+    """Keywords for all levels of a cascade: a level does not know the keys' positions either."""
+
+    head_dim_vo: int | None
+    fixed_split_size: int | None
+    enable_cuda_graph: bool
+    max_total_num_rows: int | None
+    max_num_indices: int | None
+
+
+class _PodSizes(_Heads):
+    page_size: int
+
+
+class PodKeywords(_PodSizes, _Options, total=False):
+    """Keywords of the POD plans: no option that the POD kernels lack or fix."""
+
+    window_left: int
+    fixed_split_size: int | None
+
+
+def check_keywords(op: str, keywords: Any, options: Iterable[str]) -> None:
+    """Refuse options that a plan lacks, as Python refuses unknown keywords."""
+    known = keywords.__annotations__
+    for name in options:
+        if name not in known:
+            near = nearest(name, known)
+            raise TypeError(f"{op}() got an unexpected keyword argument {name!r}{near}")
+
+
+def described(op: str, **tensors: TensorLike) -> dict[str, TensorDesc]:
+    """Describe a call's tensors, by their names."""
+    return {name: as_desc(tensor, op, name) for name, tensor in tensors.items()}
+
+
+def workspace_for_each(
+    op: str, workspaces: Sequence[Workspace | None] | None, count: int, part: str
+) -> Sequence[Workspace | None]:
+    """Return a workspace for each part of a plan; None where fi_ffi allocates it."""
+    if workspaces is not None and len(workspaces) != count:
+        expected = f"{count}: one for each {part}"
+        raise Refusal(op)("workspaces", f"{len(workspaces)} of them", expected)
+    return workspaces or [None] * count
