@@ -11,6 +11,7 @@ import fi_ffi
 from fi_ffi.loader import machine
 from fi_ffi.ops.call import cuda, memory, staging
 from fi_ffi.ops.call.staging import StagePool
+from fi_ffi.ops.steps import memory as tables
 
 GPU, CPU = fi_ffi.parse_device("cuda:0"), fi_ffi.parse_device("cpu")
 
@@ -92,7 +93,7 @@ class Copies:
         monkeypatch.setattr(cuda, "is_capturing", lambda stream: self.capturing)
         monkeypatch.setattr(cuda, "copy_to_device", self.copy)
         monkeypatch.setattr(cuda, "allocate", lambda count, device: cuda._host(count))
-        monkeypatch.setattr(staging, "stream_key", self.key)
+        monkeypatch.setattr(tables, "stream_key", self.key)
         monkeypatch.setattr(memory, "_owned", {})
 
     def key(self, device: int, stream: int) -> tuple[int, int]:
@@ -104,7 +105,7 @@ class Copies:
 
     def staged(self, stream: int, data: bytes = b"table") -> tuple[int, int]:
         """Where a table was brought, and where it was copied from."""
-        with staging.staged(GPU, stream, memoryview(data), 64) as place:
+        with tables.staged(GPU, stream, memoryview(data), 64) as place:
             got = bytes(cuda.ffi.buffer(cuda.pointer(place.address), len(data)))
             assert got == data and place.scratch >= place.address + len(data)
             assert place.scratch % 256 == 0 and place.scratch_bytes == 64

@@ -20,12 +20,10 @@ from fi_ffi.errors import DeviceError, KernelError
 from fi_ffi.loader import cuda_errors, machine
 
 _HOST_TO_DEVICE = 1  # cudaMemcpyHostToDevice
-_WITHIN_DEVICE = 3  # cudaMemcpyDeviceToDevice
 _NO_TIMING = 2  # cudaEventDisableTiming
 _CPU = parse_device("cpu")
 _NOT_READY = 600  # cudaErrorNotReady
 _WITHOUT_GPU = (35, 100)  # cudaErrorInsufficientDriver, cudaErrorNoDevice
-_NON_BLOCKING = 1  # cudaStreamNonBlocking
 _handles_lock = threading.Lock()
 # Handles of CUDA libraries, by library and device. They are never destroyed: at exit the device's
 # context may be gone first. Threads share them: a call does not change a cuBLASLt handle.
@@ -120,28 +118,6 @@ def copy_to_device(target: int, source: int, count: int, stream: int) -> None:
     check(code, "cudaMemcpyAsync")
 
 
-def copy(target: int, source: int, count: int, device: Device, stream: int) -> None:
-    """Queue a copy within a device's memory; on the CPU, copy at once."""
-    if not device.is_cuda:
-        ffi.memmove(pointer(target), pointer(source), count)
-        return
-    runtime = machine.load_cudart()[0]
-    code = runtime.cudaMemcpyAsync(
-        pointer(target), pointer(source), count, _WITHIN_DEVICE, pointer(stream)
-    )
-    check(code, "cudaMemcpyAsync")
-
-
-def zero(address: int, count: int, device: Device, stream: int) -> None:
-    """Queue the zeroing of some bytes; on the CPU, zero them at once."""
-    if not count:
-        return
-    if device.is_cuda:
-        clear(address, count, count, 1, stream)
-    else:
-        ffi.buffer(pointer(address), count)[:] = bytes(count)
-
-
 def copy_now(target: int, source: int, count: int, device: Device) -> None:
     """Copy from host memory and wait for the copy, which is allowed during a capture."""
     if not device.is_cuda:
@@ -159,25 +135,11 @@ def synchronize(device: Device) -> None:
         check(machine.load_cudart()[0].cudaDeviceSynchronize(), "cudaDeviceSynchronize")
 
 
-def clear(address: int, pitch: int, width: int, rows: int, stream: int) -> None:
-    """Queue the zeroing of `width` bytes in each of `rows` rows, which are `pitch` bytes apart."""
-    runtime = machine.load_cudart()[0]
-    code = runtime.cudaMemset2DAsync(pointer(address), pitch, 0, width, rows, pointer(stream))
-    check(code, "cudaMemset2DAsync")
-
-
 def is_capturing(stream: int) -> bool:
     """Whether a stream is recording a graph."""
     status = ffi.new("int *")
     check(machine.load_cudart()[0].cudaStreamIsCapturing(pointer(stream), status), "stream")
     return bool(status[0] != 0)
-
-
-def waits_for_default(stream: int) -> bool:
-    """Whether a stream and the legacy default stream wait for each other."""
-    flags = ffi.new("unsigned int *")
-    check(machine.load_cudart()[0].cudaStreamGetFlags(pointer(stream), flags), "stream")
-    return not flags[0] & _NON_BLOCKING
 
 
 class Event:

@@ -71,7 +71,8 @@ def _limits(row: Row) -> str:
         said.append(f"Strides of {names} stay below {limit} elements.")
     if row.same_strides:
         said.append(f"{' and '.join(row.same_strides)} have the same strides.")
-    said += [f"{rule.argument} is {rule.expected}." for rule in row.rules]
+    worded = [rule for rule in row.rules if isinstance(rule.expected, str)]
+    said += [f"{rule.argument} is {rule.expected}." for rule in worded]
     for lacking in row.lacks:
         told = " with ".join(f"{name} of {dtype}" for name, dtype in lacking.items())
         said.append(f"Not supported: {told}.")

@@ -254,14 +254,18 @@ class Prepared(PackedCall):
 
 
 @functools.cache
-def _class_of(compiled: CompiledRow) -> type[Prepared]:
-    """Return the class of a row's prepared calls, with the row's compiled update."""
-    own = {"__slots__": (), "update": compiled.update}
+def _class_of(compiled: CompiledRow, by_caller: bool) -> type[Prepared]:
+    """Return the class of a row's prepared calls, with an update of the row's own."""
+    update = _update_by_caller(compiled) if by_caller else compiled.update
+    own = {"__slots__": (), "update": update}
     return type(f"Prepared_{compiled.row.name}", (Prepared,), own)
 
 
-def prepare_call(compiled: CompiledRow, arguments: dict[str, Any], stream: object) -> Prepared:
-    """Prepare a call of a row with these arguments, by name."""
+def prepare_call(
+    compiled: CompiledRow, arguments: dict[str, Any], stream: object, by_caller: bool = False
+) -> Prepared:
+    """Prepare a call of a row with these arguments, by name. With `by_caller`, its update takes the
+    caller's names, and tensors only."""
     refuse, given = compiled.refuse, dict(arguments)
     for arg in compiled.row.given:
         value = given.get(arg.name)
@@ -269,35 +273,22 @@ def prepare_call(compiled: CompiledRow, arguments: dict[str, Any], stream: objec
             given[arg.name] = as_desc(value, refuse.op, refuse.name(arg.name))
         elif isinstance(arg, KvLayout):
             given.setdefault(arg.name, arg.default)
-    return _class_of(compiled)(compiled, given, stream)
+    return _class_of(compiled, by_caller)(compiled, given, stream)
 
 
-def _named_by_caller(kind: type[Any]) -> type[Prepared]:
-    """Return a class of prepared calls whose `update` takes the caller's names."""
+def _update_by_caller(compiled: CompiledRow) -> Callable[..., None]:
+    refuse, change = compiled.refuse, compiled.update
+    names = {refuse.name(arg.name): arg.name for arg in compiled.row.tensors}
 
     def update(self: Prepared, **tensors: Any) -> None:
         """Change tensors by the function's names, to addresses or to tensors of the same layout.
 
         Raises `ArgumentError` and `ArgumentTypeError`; the call is unchanged then.
         """
-        refuse = self.compiled.refuse
-        names = {refuse.name(arg.name): arg.name for arg in self.compiled.row.tensors}
-        unknown = next((name for name in tensors if name not in names), None)
-        if unknown is not None:
-            expected = f"one of {', '.join(names)}; prepare another call for other options"
-            raise ArgumentError(refuse.op, "update", got=unknown, expected=expected)
-        kind.update(self, **{names[name]: value for name, value in tensors.items()})
+        for name in tensors:
+            if name not in names:
+                expected = f"one of {', '.join(names)}; prepare another call for other options"
+                raise ArgumentError(refuse.op, "update", got=name, expected=expected)
+        change(self, **{names[name]: value for name, value in tensors.items()})
 
-    return type(kind.__name__, (kind,), {"__slots__": (), "update": update})
-
-
-def prepared_by_caller(made: Prepared) -> Prepared:
-    """Make a prepared call take the caller's names for tensors."""
-    named: Any = made
-    kind: Any = type(made)
-    found = _named.get(kind) or _named.setdefault(kind, _named_by_caller(kind))
-    named.__class__ = found
-    return made
-
-
-_named: dict[Any, Any] = {}
+    return update

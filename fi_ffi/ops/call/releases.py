@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from fi_ffi.ops.call.row import Arg, Ranged, Row, Tensor
 
@@ -67,6 +67,22 @@ def is_in(release: str, releases: str) -> bool:
 def fits(row: Row, release: str) -> bool:
     """Whether the row's interface is that of a FlashInfer release."""
     return is_in(release, row.releases)
+
+
+class HasReleases(Protocol):
+    """One form of an entry; `releases` is a version specifier, "" for every release."""
+
+    @property
+    def releases(self) -> str: ...
+
+
+_Form = TypeVar("_Form", bound=HasReleases)
+
+
+def of_release(forms: Iterable[_Form], release: str) -> _Form | None:
+    """Return the form of a release, or None if no form has it."""
+    fitting = (form for form in forms if not form.releases or is_in(release, form.releases))
+    return next(fitting, None)
 
 
 def _number(release: str) -> tuple[int, ...]:

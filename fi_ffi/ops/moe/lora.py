@@ -18,12 +18,12 @@ from fi_ffi.abi.tensor import TensorDesc
 from fi_ffi.errors import ArgumentError, ArgumentTypeError, printed
 from fi_ffi.ops.call import cuda
 from fi_ffi.ops.call.compiled import CompiledRow
-from fi_ffi.ops.call.keyword_call import Launch, PreparedSteps, keyword_function
 from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.call.providers import check_available
 from fi_ffi.ops.call.releases import forms_of
 from fi_ffi.ops.call.row import Absent, Row, Scalar, Tensor, Vector
-from fi_ffi.ops.call.staging import staged
+from fi_ffi.ops.steps.keyword_call import Launch, PreparedSteps, keyword_function
+from fi_ffi.ops.steps.memory import staged, zero
 
 if TYPE_CHECKING:
     from fi_ffi.abi.tensor import Device
@@ -231,10 +231,10 @@ def _checked(
         count = shape[0] * shape[1] * rank * left.dtype.itemsize
         tables = _tables(a, b, feat)
         with cuda.current(device), staged(device, handle, tables.data.cast("B"), count) as place:
-            cuda.zero(output.ptr, output.numel * 4, device, handle)
+            zero(output.ptr, output.numel * 4, device, handle)
             if not sizes["pairs"]:
                 return
-            cuda.zero(place.scratch, count, device, handle)
+            zero(place.scratch, count, device, handle)
             of_a, of_b, starts = _placed(place.address, len(a), a[0].shape[1], device)
             middle = TensorDesc(place.scratch, shape, left.dtype.name, device=device)
             pairs = descs["sorted_token_ids"], descs["expert_ids"]

@@ -6,8 +6,10 @@ from array import array
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
+from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.function import Frame
 from fi_ffi.abi.interop import TensorLike, as_desc
+from fi_ffi.loader import machine
 from fi_ffi.ops.attention.arrays import int32_array
 from fi_ffi.ops.attention.backends import NON_CAUSAL, module_name
 from fi_ffi.ops.attention.masks import check_causal, packed_mask
@@ -23,6 +25,7 @@ from fi_ffi.ops.plans.single import check_tmp, prefill_bytes
 
 # The decode half is compiled for tiles of 16 rows, and the planner has to choose the same tile.
 _MOST_GROUP = 16
+_NON_BLOCKING = 1  # cudaStreamNonBlocking
 # Prefill options that the POD kernel lacks or fixes.
 _EXCLUDED_OPTIONS = (
     "backend", "causal", "enable_cuda_graph", "head_dim_qk", "head_dim_vo", "kv_indptr",
@@ -223,7 +226,7 @@ class PodPlan(BatchPrefillPlan):
         with cuda.current(self.device):
             if cuda.is_capturing(handle):
                 raise self._refuse("stream", "one that is capturing a graph", "no capture")
-            if not cuda.waits_for_default(handle):
+            if not _waits_for_default(handle):
                 expected = "one that waits for the legacy default stream, where a counter is reset"
                 raise self._refuse("stream", "one made with cudaStreamNonBlocking", expected)
 
@@ -255,3 +258,11 @@ class PodPlan(BatchPrefillPlan):
             dtype_o=chosen.o_data_type, head_dim=chosen.head_dim_qk,
             use_sliding_window_p=window_left_p >= 0, use_sliding_window_d=chosen.window_left >= 0,
         )  # fmt: skip
+
+
+def _waits_for_default(stream: int) -> bool:
+    """Whether a stream and the legacy default stream wait for each other."""
+    flags = ffi.new("unsigned int *")
+    code = machine.load_cudart()[0].cudaStreamGetFlags(cuda.pointer(stream), flags)
+    cuda.check(code, "cudaStreamGetFlags")
+    return not flags[0] & _NON_BLOCKING

@@ -27,8 +27,8 @@ from fi_ffi.ops.attention.run import (
     softmax_scale,
 )
 from fi_ffi.ops.call.arguments import check_choice, check_flag, check_int
-from fi_ffi.ops.call.keyword_call import KeywordCall
 from fi_ffi.ops.call.row import KV_LAYOUTS
+from fi_ffi.ops.steps.keyword_call import KeywordCall
 
 # By rows of a tile: an upper bound of the blocks of 128 threads on a multiprocessor, from the
 # registers that outputs and logits need.

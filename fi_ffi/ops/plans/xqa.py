@@ -13,9 +13,9 @@ from fi_ffi.ops.attention.backends import in_use, module_name, multiprocessors, 
 from fi_ffi.ops.attention.rows import XQA, XQA_MLA, XQA_ROWS, XQA_SPEC_DEC, query_blocks
 from fi_ffi.ops.attention.run import Values, compiled_row
 from fi_ffi.ops.call.arguments import check_choice, check_int, check_number, shown
-from fi_ffi.ops.call.keyword_call import KeywordCall
 from fi_ffi.ops.call.releases import is_in
 from fi_ffi.ops.call.row import KV_LAYOUTS, as_nhd
+from fi_ffi.ops.steps.keyword_call import KeywordCall
 
 _OP, _MLA = "xqa", "xqa_mla"
 _HOPPER = 9

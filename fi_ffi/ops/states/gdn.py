@@ -23,8 +23,9 @@ from fi_ffi.errors import ArgumentError
 from fi_ffi.loader import generation, machine
 from fi_ffi.ops.call import memory
 from fi_ffi.ops.call.arguments import check_choice, check_flag, check_number
-from fi_ffi.ops.call.keyword_call import KeywordCall, Values, compiled_row
 from fi_ffi.ops.call.row import Absent, Arg, Row, Scalar, Tensor, Vector
+from fi_ffi.ops.call.values import Values, compiled_row
+from fi_ffi.ops.steps.keyword_call import KeywordCall
 
 _OP = FAMILY = "gdn_decode"
 _RELEASES = ">=0.7.2"
