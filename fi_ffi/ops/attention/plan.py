@@ -27,6 +27,7 @@ from fi_ffi.ops.attention.run import BoundRow, Values, compiled_row
 from fi_ffi.ops.attention.sizes import Need, aligned
 from fi_ffi.ops.attention.workspace import Workspace
 from fi_ffi.ops.call import cuda, hooks, memory
+from fi_ffi.ops.call.arguments import Refusal
 from fi_ffi.ops.call.launch import launch
 from fi_ffi.ops.call.notation import parse_axis
 from fi_ffi.ops.call.prepared import PackedCall, tensor_like
@@ -685,7 +686,7 @@ class PreparedRun(PackedCall):
             if name not in known or not isinstance(given[name], (TensorDesc, NoneType)):
                 expected = f"one of {', '.join(known)}; prepare another call for other options"
                 raise plan._refuse("update", name, expected)
-            given[name] = tensor_like(plan._refuse, plan.op, name, given[name], value)
+            given[name] = tensor_like(Refusal(plan.op), name, given[name], value)
         self.renew(lambda: self._packed(given))
         self._given = given
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fi_ffi.abi.function import FrameLayout
-from fi_ffi.abi.tensor import DTYPES
+from fi_ffi.abi.tensor import DTYPES, TensorKind
 from fi_ffi.ops.call.notation import Axis, names_in, parse_axis, replaced
 from fi_ffi.ops.call.refuse import PLANNED, unlimited
 from fi_ffi.ops.call.row import (
@@ -70,26 +70,26 @@ def is_number(arg: Arg) -> bool:
 
 @dataclass(frozen=True)
 class CompileOptions:
-    """How a function is compiled from a row.
+    """How functions are compiled from a row.
 
-    `bound` are arguments that are already in the frame (a plan's own), and `known` axes whose sizes
-    the plan has fixed.
+    `bound` are arguments that are already in the frame (a plan's own), with their kinds, or None
+    for a missing tensor; `known` are axes whose sizes the plan has fixed. Errors name `op`, and
+    arguments by `names`.
     """
 
     row: Row
-    bound: frozenset[str] = frozenset()
-    known: tuple[str, ...] = ()
-    # Parameters of `pack` that come before the others.
-    first: tuple[str, ...] = ()
-    # Names of the op and its arguments in errors.
     op: str = ""
     names: Mapping[str, str] = field(default_factory=dict)
+    known: tuple[str, ...] = ()
+    bound: Mapping[str, TensorKind | None] = field(default_factory=dict)
+    # Parameters of `pack` that come before the others.
+    first: tuple[str, ...] = ()
 
     @property
     def last(self) -> frozenset[str]:
         """The arguments whose shapes calls do not write with the others: bound ones, and
         scratch."""
-        return self.bound | {arg.name for arg in self.row.tensors if arg.is_scratch}
+        return frozenset((*self.bound, *(arg.name for arg in self.row.tensors if arg.is_scratch)))
 
     @property
     def packed_names(self) -> list[str]:
@@ -150,7 +150,7 @@ class Checks:
         layout = next((arg for _, arg in self.given if isinstance(arg, KvLayout)), None)
         if layout is not None:
             wrong = f"type({layout.name}) is not str or {layout.name} not in KV_LAYOUTS"
-            lines.append(f"if {wrong}: refuse.kv_layout({layout.name!r}, {layout.name})")
+            lines.append(f"if {wrong}: refuse.word({layout.name!r}, {layout.name}, KV_LAYOUTS)")
             key.append(layout.name)
         for _, arg in self.tensors:
             kind = f"{arg.name}.kind"
@@ -319,7 +319,7 @@ class Checks:
                     lines += [f"if {name} is None: {name} = {size}", f"elif {other}: {told}"]
             elif isinstance(arg, Text):
                 unknown = f"type({name}) is not str or {name} not in texts{i}"
-                lines.append(f"if {unknown}: refuse.text({name!r}, {name})")
+                lines.append(f"if {unknown}: refuse.word({name!r}, {name}, texts{i})")
         return lines
 
     # Scratch memory, whose size may depend on other tensors' sizes.
@@ -330,16 +330,16 @@ class Checks:
         asks = asks or any(arg.is_scratch for _, arg in self.tensors)
         if asks and not self.is_packing:
             # Refuse a missing stream before asking for a GPU, which may not exist.
-            checked = "check_stream(stream, variant.device, refuse.op)"
+            checked = "handle_for(stream, variant.device, refuse.op)"
             lines.append(f"if variant.entry is None: {checked}")
         for i, arg in self.tensors:
             if not arg.is_scratch:
                 continue
-            name, need = arg.name, f"variant.scratch[{i}]"
+            name, need = arg.name, f"variant.scratch[{arg.name!r}]"
             if arg.bytes_for:
                 known = self.sizes | {given: given for given in arg.bytes_given}
                 sizes = ", ".join(f"{axis!r}: {size}" for axis, size in known.items())
-                need = f"{need} + variant.bytes_for[{i}]({{{sizes}}})"
+                need = f"{need} + bytes_for{i}({{{sizes}}})"
             own = f"variant.take_scratch({i}, need, stream, {self.is_packing})"
             (axis,) = arg.axis_names
             self.dims[name] = [f"{name}__d0"]

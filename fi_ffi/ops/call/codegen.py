@@ -174,7 +174,7 @@ class _Writer(Checks):
             elif isinstance(arg, Scalar):
                 value = arg.name
                 if arg.library:
-                    value = f"{value} or variant.library_handle({arg.library!r})"
+                    value = f"{value} or own_handle({arg.library!r}, variant.device)"
                 if arg.zero:
                     value = f"{value} or {replaced(arg.zero, self.sizes)}"
                 view = "frame.floats" if arg.type is float else words

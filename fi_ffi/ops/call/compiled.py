@@ -7,11 +7,12 @@ import linecache
 import math
 import struct
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fi_ffi.abi.function import ARRAY, Entry, Frame, Slot, c_text
 from fi_ffi.abi.interop import as_desc
+from fi_ffi.abi.streams import handle_for
 from fi_ffi.abi.tensor import (
     DTYPES,
     Device,
@@ -38,7 +39,9 @@ from fi_ffi.ops.call.refuse import Refusals
 from fi_ffi.ops.call.releases import GUARDED
 from fi_ffi.ops.call.row import (
     KV_LAYOUTS,
+    MULTIPROCESSORS,
     REQUIRED,
+    SHARED_MEMORY,
     Absent,
     Arg,
     KvLayout,
@@ -54,6 +57,7 @@ from fi_ffi.ops.call.row import (
 # The file name of compiled code in tracebacks, inside the package.
 _FILE = __file__.removesuffix("compiled.py") + "<{}>"
 _CPU = parse_device("cpu")
+_OF_GPU = (MULTIPROCESSORS, SHARED_MEMORY, "scratch")
 _MOST_VARIANTS = 4096
 
 
@@ -65,26 +69,12 @@ class _Keep:
 KEEP: Any = _Keep()  # an argument of an update that stays as it is
 
 
-class _Scratch(dict[int, int]):
-    """The bytes that scratch arguments need independent of sizes, computed on first use."""
-
-    def __init__(self, variant: Variant) -> None:
-        self._variant = variant
-
-    def __missing__(self, i: int) -> int:
-        variant = self._variant
-        arg = variant.compiled.row.args[i]
-        need = self[i] = memory.scratch_bytes(arg, variant.device)  # type: ignore[arg-type]
-        return need
-
-
 class Variant:
     """A row's calls with tensors of these kinds: everything that does not depend on sizes."""
 
     __slots__ = (
         "_slots",
         "_values",
-        "bytes_for",
         "compiled",
         "device",
         "dtypes",
@@ -106,24 +96,20 @@ class Variant:
     def __init__(self, compiled: CompiledRow, descs: Sequence[TensorDesc | None], layout: str):
         row = compiled.row
         self.compiled, self.is_nhd = compiled, layout == "NHD"
-        given = {arg.name: desc for arg, desc in zip(compiled.tensors, descs, strict=True)}
-        self.kinds = {name: None if desc is None else desc.kind for name, desc in given.items()}
-        found = compiled.refuse.devices([given.get(arg.name) for arg in row.tensors])
-        self.device: Device = found or compiled.device or _CPU
-        self.dtypes = {
-            arg.dtype: desc.dtype.name
-            for arg in row.tensors
-            if (desc := given.get(arg.name)) is not None
-        } | compiled.bound_dtypes
+        passed = dict(zip((arg.name for arg in compiled.tensors), descs, strict=True))
+        self.kinds = {name: None if desc is None else desc.kind for name, desc in passed.items()}
+        device = compiled.refuse.devices([passed.get(arg.name) for arg in row.tensors])
+        self.device: Device = device or compiled.device or _CPU
+        # Of the tensors that are not missing; bound ones come last.
+        kinds = {**self.kinds, **compiled.options.bound}
+        dtypes = {arg.name: arg.dtype for arg in row.tensors}
+        self.dtypes = {dtypes[name]: kind.dtype.name for name, kind in kinds.items() if kind}
         # Missing tensors get any allowed dtype.
         some = {name: names[0] for name, names in row.dtypes.items() if names} | self.dtypes
         self.itemsizes = {name: DTYPES[dtype].itemsize for name, dtype in some.items()}
-        self.scratch = _Scratch(self)
-        self.bytes_for: dict[int, Callable[[Mapping[str, int]], int]] = {}
-        for i, arg in enumerate(row.slots):
-            if isinstance(arg, Tensor) and arg.is_scratch:
+        for arg in row.tensors:
+            if arg.is_scratch:
                 self.kinds[arg.name] = tensor_kind(DTYPES[arg.dtype], self.device, 1)
-                self.bytes_for[i] = arg.bytes_for
         # The itemsize of each tensor.
         self.item = {name: kind.itemsize if kind else 1 for name, kind in self.kinds.items()}
         self._slots = [self._slot(arg) for arg in row.slots]
@@ -149,15 +135,22 @@ class Variant:
         # Free frames. list.pop and append are atomic, so concurrent calls get different frames.
         self.frames: list[Frame] = []
 
-    def __getattr__(self, name: str) -> int:
-        """Query what rules ask of the GPU, on first use: errors in arguments come before a missing
-        GPU. On the CPU the values are unlimited."""
-        ask = {"multiprocessors": machine.multiprocessors, "shared_memory": machine.shared_memory}
-        if name not in ask:
+    def __getattr__(self, name: str) -> Any:
+        """Query what checks ask of the GPU, on first use: errors in arguments come before a missing
+        GPU. On the CPU, rules find no limits."""
+        if name not in _OF_GPU:
             raise AttributeError(name)
-        found = ask[name](self.device.index) if self.device.is_cuda else sys.maxsize
-        setattr(self, name, found)
-        return found
+        answer: Any = sys.maxsize
+        if name == "scratch":  # the bytes that scratch arguments need independent of sizes
+            answer = {
+                arg.name: memory.scratch_bytes(arg, self.device)
+                for arg in self.compiled.row.tensors
+                if arg.is_scratch
+            }
+        elif self.device.is_cuda:
+            answer = getattr(machine, name)(self.device.index)
+        setattr(self, name, answer)
+        return answer
 
     def _slot(self, arg: Arg) -> Slot:
         if isinstance(arg, Tensor):
@@ -182,7 +175,7 @@ class Variant:
 
     def kind_of(self, arg: Tensor) -> TensorKind | None:
         """Return the kind of a tensor argument as the entry gets it; None if it is missing."""
-        kind = self.kinds.get(arg.name) or self.compiled.bound_kinds.get(arg.name)
+        kind = self.kinds.get(arg.name) or self.compiled.options.bound.get(arg.name)
         if kind is None or not arg.view:
             return kind
         return tensor_kind(kind.dtype, kind.device, arg.entry_rank, kind.readonly)
@@ -208,7 +201,7 @@ class Variant:
     def new_frame(self, *stream: object) -> Frame:
         """Make a frame; a missing `stream` is refused before the entry is looked up."""
         if stream:
-            memory.check_stream(stream[0], self.device, self.compiled.refuse.op)
+            handle_for(stream[0], self.device, self.compiled.refuse.op)
         self.start()
         assert self.entry is not None
         frame = Frame(self.compiled.layout, self._slots, self.entry)
@@ -240,17 +233,13 @@ class Variant:
         assert isinstance(arg, Tensor)
         return memory.scratch_for(refuse, arg, self.device, need, stream, is_own)
 
-    def library_handle(self, library: str) -> int:
-        return cuda.own_handle(library, self.device)
-
 
 class CompiledRow:
     """A row with the functions compiled from it.
 
-    A plan passes the `module` for its row's family, the kinds of its own `bound` arguments, and the
-    axes whose sizes are `known`. Errors name `op`, and arguments by `names`. `find_entry` finds an
-    entry in an object of the caller's. A row `follows` the kernels in use, unless its owner keeps
-    those that it was made with, as plans do.
+    `module` is another of its family's, `options` are those of `CompileOptions`, and `device` is
+    that of a plan's memory. `find_entry` finds an entry in an object of the caller's. A row
+    `follows` the kernels in use, unless its owner keeps those that it was made with, as plans do.
     """
 
     def __init__(
@@ -259,33 +248,18 @@ class CompiledRow:
         module: str | None = None,
         *,
         op: str = "",
-        names: Mapping[str, str] | None = None,
-        known: Sequence[str] = (),
-        bound: Mapping[str, Any] | None = None,
         device: Device | None = None,
-        first: Sequence[str] = (),
         find_entry: Callable[[Row, Device], Entry] | None = None,
         follows: bool = True,
+        **options: Any,
     ) -> None:
         self.row, self.module = row, module or row.module
         self.device, self.find_entry = device, find_entry
-        self.bound_kinds = {name: kind for name, kind in (bound or {}).items() if kind is not None}
-        self.bound_dtypes = {
-            arg.dtype: self.bound_kinds[arg.name].dtype.name
-            for arg in row.tensors
-            if arg.name in self.bound_kinds
-        }
-        self.options = CompileOptions(
-            row,
-            frozenset(bound or ()),
-            tuple(known),
-            tuple(first),
-            op or row.name,
-            dict(names or {}),
-        )
+        self.options = CompileOptions(row, op or row.name, **options)
+        bound, names = self.options.bound, self.options.names
         self.layout = frame_layout(row, self.options.last)
-        self.refuse = Refusals(row, op or row.name, names or {}, device if bound else None)
-        self.tensors = [arg for arg in row.tensors if arg.name not in self.options.bound]
+        self.refuse = Refusals(row, self.options.op, names, device if bound else None)
+        self.tensors = [arg for arg in row.tensors if arg.name not in bound]
         self.variants: dict[object, Variant] = {}
         if follows:
             generation.follow(self)
@@ -325,13 +299,14 @@ class CompiledRow:
             "KV_LAYOUTS": KV_LAYOUTS,
             "TensorDesc": TensorDesc,
             "gcd": math.gcd,
+            "handle_for": handle_for,
             "add_variant": self._add_variant,
             "as_vector": as_vector,
-            "check_stream": memory.check_stream,
             "describe": as_desc,
             "exchanged": exchanged,
             "inf": math.inf,
             "launch": launch,
+            "own_handle": cuda.own_handle,
             "refuse": self.refuse,
             "variants": self.variants,
             repr(REQUIRED): Required(call_text(row)),
@@ -344,6 +319,8 @@ class CompiledRow:
         for i, arg in enumerate(row.slots):
             if isinstance(arg, Text):
                 namespace[f"texts{i}"] = {word: c_text(word) for word in arg.words}
+            elif isinstance(arg, Tensor) and arg.bytes_for:
+                namespace[f"bytes_for{i}"] = arg.bytes_for
         count = self.layout.last_dims - self.layout.first_dims
         namespace["pack_dims"] = struct.Struct(f"{count}q").pack
         file = _FILE.format(f"{row.name}, {name}, {id(self):#x}")

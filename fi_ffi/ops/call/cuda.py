@@ -14,6 +14,7 @@ from typing import Any
 from fi_ffi.abi import export
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.allocator import HOST, Allocator, MemoryPool
+from fi_ffi.abi.library import address_of
 from fi_ffi.abi.streams import PER_THREAD
 from fi_ffi.abi.tensor import DTYPES, Device, TensorDesc, parse_device
 from fi_ffi.errors import DeviceError, KernelError
@@ -236,14 +237,14 @@ def allocate_page_locked(count: int, device: Device) -> Memory:
 
 
 def _owned(place: Any, count: int, device: Device, free: Callable[[Any], int]) -> Memory:
-    desc = _bytes(int(ffi.cast("uintptr_t", place)), count, device)
+    desc = _bytes(address_of(place), count, device)
     return Memory(desc, unless_cut_off, free, place)
 
 
 def _host(count: int) -> Memory:
     # 256 bytes more, to align the start as device memory is.
     buffer = ffi.new("char[]", count + 256)
-    address = -(-int(ffi.cast("uintptr_t", buffer)) // 256) * 256
+    address = -(-address_of(buffer) // 256) * 256
     return Memory(_bytes(address, count, _CPU), lambda _: None, buffer)
 
 
@@ -262,7 +263,7 @@ def _take_in_order(count: int, device: Device, stream: int) -> int:
     if code:
         forget(code, "cudaMallocAsync")
         raise MemoryError(f"cudaMallocAsync of {count} bytes on {device}: CUDA error {code}")
-    return int(ffi.cast("uintptr_t", slot[0]))
+    return address_of(slot[0])
 
 
 def _free_in_order(address: int, device: Device, stream: int) -> None:
@@ -281,23 +282,17 @@ def own_handle(library: str, device: Device) -> int:
     """
     if not device.is_cuda:
         return 0
-    key = (library, device)
-    with _handles_lock:
-        if key not in _handles:
-            _handles[key] = _HANDLE_MAKERS[library](device)
-        return _handles[key]
-
-
-def _make_cublas_lt(device: Device) -> int:
     from fi_ffi.loader import libraries  # imported late: few programs need it
 
-    cublas, slot = libraries.load(f"libcublasLt.so.{machine.cuda_major()}")[0], ffi.new("void **")
-    with current(device), relaxed():
-        status = cublas.cublasLtCreate(slot)
-    if status:
-        words = f"cuBLAS status {status} on {device}"
-        raise machine.root_cause(KernelError("cublasLtCreate", "RuntimeError", words))
-    return int(ffi.cast("uintptr_t", slot[0]))
-
-
-_HANDLE_MAKERS = {"cublasLt": _make_cublas_lt}
+    key, create = (library, device), f"{library}Create"
+    with _handles_lock:
+        if key not in _handles:
+            functions = libraries.load(f"lib{library}.so.{machine.cuda_major()}")[0]
+            slot = ffi.new("void **")
+            with current(device), relaxed():
+                status = getattr(functions, create)(slot)
+            if status:
+                words = f"status {status} on {device}"
+                raise machine.root_cause(KernelError(create, "RuntimeError", words))
+            _handles[key] = address_of(slot[0])
+        return _handles[key]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import threading
+from collections import defaultdict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -23,16 +24,11 @@ _MOST_HANDLES = 64
 _scope = streams.scope_var.get
 
 
-class _Pointers(dict[int, dict[int, Any]]):
-    def __missing__(self, device: int) -> dict[int, Any]:
-        return self.setdefault(device, {})
-
-
 class _Thread(threading.local):
     def __init__(self) -> None:
         # For each GPU, C pointers of its streams on which this thread has launched, by handle. The
         # thread has the GPU's context then, and the streams are known to be the GPU's.
-        self.pointers = _Pointers()
+        self.pointers = defaultdict[int, dict[int, Any]](dict)
 
 
 _thread = _Thread()

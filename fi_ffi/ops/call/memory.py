@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.library import renew_after_fork
 from fi_ffi.abi.streams import PER_THREAD, handle_for
-from fi_ffi.abi.tensor import DTYPES, Device, TensorDesc, frozen, parse_device
+from fi_ffi.abi.tensor import DTYPES, Device, TensorDesc, parse_device
 from fi_ffi.loader import machine
 from fi_ffi.ops.call import cuda
 from fi_ffi.ops.call.row import Tensor
@@ -25,7 +25,6 @@ StreamKey = tuple[int, int]
 HOST: StreamKey = -1, 0  # the key of the CPU
 # The least bytes of a stream's scratch memory. It seldom grows, which a capture would forbid.
 _LEAST = 1 << 20
-_LEAST_NUMBERS = 1024
 
 _lock = threading.Lock()
 renew_after_fork(globals(), "_lock", threading.Lock)
@@ -86,11 +85,6 @@ def keep(something: object) -> None:
     _kept[id(something)] = something
 
 
-def check_stream(stream: object, device: Device, op: str) -> None:
-    """Raise if a call has no stream, or one of another device."""
-    handle_for(stream, device, op)
-
-
 def scratch_bytes(arg: Tensor, device: Device, sizes: Mapping[str, int] | None = None) -> int:
     """Return the bytes that a scratch argument needs on a device, for tensors of these sizes."""
     count = machine.multiprocessors(device.index) if device.is_cuda else 1
@@ -137,22 +131,6 @@ def zeros(device: Device, count: int) -> TensorDesc:
     of = device if device.is_cuda else parse_device("cpu")
     memory = cuda.allocate(4 * count, of, zeroed=True)
     return TensorDesc(memory.desc.ptr, (count,), "float32", device=of).at(memory.desc.ptr, memory)
-
-
-def counting(device: Device, count: int, step: int = 1) -> TensorDesc:
-    """Return `count` int32 numbers from 0 on, in steps of `step`, which kernels read in place of an
-    absent tensor."""
-    numbers = _numbers(device, max(1 << (count - 1).bit_length(), _LEAST_NUMBERS), step)
-    return frozen(numbers.ptr, (count,), (1,), numbers.kind, numbers.owner)
-
-
-@functools.cache
-def _numbers(device: Device, count: int, step: int) -> TensorDesc:
-    of = device if device.is_cuda else parse_device("cpu")
-    memory = cuda.allocate(4 * count, of)
-    numbers = ffi.new("int32_t[]", [i * step for i in range(count)])
-    cuda.copy_now(memory.desc.ptr, int(ffi.cast("uintptr_t", numbers)), 4 * count, of)
-    return TensorDesc(memory.desc.ptr, (count,), "int32", device=of).at(memory.desc.ptr, memory)
 
 
 def _typed(arg: Tensor, memory: cuda.Memory, owner: object = None) -> TensorDesc:

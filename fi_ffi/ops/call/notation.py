@@ -103,19 +103,6 @@ class Condition:
         return names_in(self.left)[0]
 
     @property
-    def limit(self) -> tuple[str, str, tuple[int, ...]] | None:
-        """For a condition that compares one size with numbers: the operator (">=", "<=", "in" or
-        "%"), the size and the numbers."""
-        multiple = _MULTIPLE.fullmatch(self.left)
-        kind, axis, told = self.operator, self.left, self.right
-        if multiple:
-            kind, axis, told = "%", multiple[1], multiple[2]
-        numbers = re.fullmatch(r"\(?\d+(, \d+)*,?\)?", told)
-        if self.guard or numbers is None or not axis.isidentifier():
-            return None
-        return kind, axis, tuple(map(int, re.findall(r"\d+", told)))
-
-    @property
     def extreme(self) -> tuple[str, str, str] | None:
         """For a size that is a maximum or minimum of two: the function and the two sizes."""
         match = _EXTREME.fullmatch(self.right)

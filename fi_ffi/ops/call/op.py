@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from fi_ffi.loader import generation
@@ -31,10 +30,10 @@ class Op:
     need none.
     """
 
-    def __init__(self, *rows: Row, op: str = "", names: Mapping[str, str] | None = None) -> None:
+    def __init__(self, *rows: Row, op: str = "") -> None:
         self.rows = rows
         self.__name__ = self.__qualname__ = rows[0].name
-        self._compiled = [CompiledRow(row, op=op, names=names, follows=False) for row in rows]
+        self._compiled = [CompiledRow(row, op=op, follows=False) for row in rows]
         self._in_force: CompiledRow | None = None
         # A class for each op, so that its `__call__` can be the function compiled from its row.
         self.__class__ = type(f"_{rows[0].name}", (Op,), {"__doc__": Op.__dict__["__doc__"]})

@@ -12,7 +12,8 @@ from fi_ffi.abi.function import Frame
 from fi_ffi.abi.interop import as_desc
 from fi_ffi.abi.streams import handle_for
 from fi_ffi.abi.tensor import TensorDesc
-from fi_ffi.errors import ArgumentError, printed
+from fi_ffi.errors import printed
+from fi_ffi.ops.call.arguments import Refusal
 from fi_ffi.ops.call.compiled import KEEP, CompiledRow, Variant
 from fi_ffi.ops.call.launch import launch
 from fi_ffi.ops.call.memory import keep
@@ -74,7 +75,7 @@ class PackedCall:
         except IndexError:
             expected = "one call of it at a time: prepare one for each thread"
             got = "a prepared call that is in use, by another thread or by this one"
-            raise ArgumentError(self.op, "self", got=got, expected=expected) from None
+            raise Refusal(self.op)("self", got, expected) from None
 
     def __copy__(self) -> NoReturn:
         raise TypeError("a prepared call has packed arguments of its own and cannot be copied")
@@ -84,26 +85,18 @@ class PackedCall:
 
 
 def tensor_like(
-    error: Callable[[str, object, object], ArgumentError],
-    op: str,
-    name: str,
-    before: TensorDesc | None,
-    value: Any,
-    called: str = "",
+    refuse: Refusal, name: str, before: TensorDesc | None, value: Any
 ) -> TensorDesc | None:
-    """Describe the replacement of a tensor: an address, or a tensor of the same layout.
-
-    `called` is the caller's name for the tensor, if `error` expects the row's name.
-    """
+    """Describe the replacement of a tensor: an address, or a tensor of the same layout."""
     if before is None:
         if value is None:
             return None
-        raise error(name, "a tensor", "None, as it was prepared; prepare another call")
+        raise refuse(name, "a tensor", "None, as it was prepared; prepare another call")
     if type(value) is int:
         if not 0 <= value < 2**64 - before.span_bytes:
-            raise error(name, hex(value), f"an address with room for {before.layout}")
+            raise refuse(name, hex(value), f"an address with room for {before.layout}")
         return before.at(value)
-    desc = as_desc(value, op, called or name)
+    desc = as_desc(value, refuse.op, name)
     is_like = (
         desc.shape == before.shape
         and desc.strides == before.strides
@@ -111,7 +104,8 @@ def tensor_like(
         and desc.device is before.device
     )
     if not is_like:
-        raise error(name, desc.layout, f"{before.layout}, as it was prepared; prepare another call")
+        expected = f"{before.layout}, as it was prepared; prepare another call"
+        raise refuse(name, desc.layout, expected)
     return desc
 
 
@@ -205,23 +199,17 @@ class Prepared(PackedCall):
             if value is KEEP:
                 continue
             if isinstance(arg, Tensor):
-                given[arg.name] = tensor_like(
-                    refuse.error,
-                    refuse.op,
-                    arg.name,
-                    given[arg.name],
-                    value,
-                    refuse.name(arg.name),
-                )
+                name, before = refuse.name(arg.name), given[arg.name]
+                given[arg.name] = tensor_like(refuse, name, before, value)
             elif isinstance(arg, Scalar):
                 given[arg.name] = value
             else:
                 expected = "what it was prepared with; prepare another call"
                 raise refuse.error(arg.name, printed(value), expected)
         variant = self.variant
-        before = self.renew(lambda: self._pack(given))
-        if before is not None:
-            variant.frames.append(before)
+        frame = self.renew(lambda: self._pack(given))
+        if frame is not None:
+            variant.frames.append(frame)
 
     def _given_now(self) -> dict[str, Any]:
         """Return the arguments, with the addresses that updates have written."""
@@ -288,7 +276,7 @@ def _update_by_caller(compiled: CompiledRow) -> Callable[..., None]:
         for name in tensors:
             if name not in names:
                 expected = f"one of {', '.join(names)}; prepare another call for other options"
-                raise ArgumentError(refuse.op, "update", got=name, expected=expected)
+                raise refuse("update", name, expected)
         change(self, **{names[name]: value for name, value in tensors.items()})
 
     return update

@@ -407,17 +407,6 @@ class Row:
         return tuple(Condition.of(each) for each in self.requires if isinstance(each, str))
 
     @property
-    def is_in_python(self) -> bool:
-        """Whether the kernel is written in Python (CuTe DSL), so that nothing in csrc exports
-        it."""
-        return self.source.startswith("flashinfer/")
-
-    def limits(self, kind: str) -> dict[str, tuple[int, ...]]:
-        """Return the numbers with which ">=", "<=", "in" or "%" compares sizes, by size."""
-        found = (condition.limit for condition in self.conditions)
-        return {limit[1]: limit[2] for limit in found if limit and limit[0] == kind}
-
-    @property
     def rules(self) -> tuple[Rule, ...]:
         return tuple(each for each in self.requires if isinstance(each, Rule))
 

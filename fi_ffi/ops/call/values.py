@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from fi_ffi.abi.tensor import Device, TensorKind
@@ -25,34 +26,26 @@ def compiled_row(
     op: str,
     device: Device | None = None,
     *,
-    names: Mapping[str, str] | None = None,
-    bound: Mapping[str, TensorKind | None] | None = None,
-    known: tuple[str, ...] = (),
+    names: Mapping[str, str] = MappingProxyType({}),
+    bound: Mapping[str, TensorKind | None] = MappingProxyType({}),
     not_less: tuple[tuple[str, str], ...] = (),
-    first: tuple[str, ...] = (),
+    **options: tuple[str, ...],
 ) -> CompiledRow:
-    """Compile a row for a module of these dtypes; all calls of a generation of kernels with the
-    same arguments share the result."""
-    kinds = tuple((bound or {}).items())
-    key = (row, module, op, device, kinds, known, not_less, first, generation.number)
-    found = _compiled_rows.get(key)
-    if found is None:
+    """Compile a row for a module of these dtypes, with options of `CompileOptions`.
+
+    All calls of a generation of kernels with the same arguments share the result.
+    """
+    kinds, others = tuple(bound.items()), tuple(options.items())
+    key = (row, module, op, device, kinds, not_less, others, generation.number)
+    compiled = _compiled_rows.get(key)
+    if compiled is None:
         own = {name: types for name, types in dtypes.items() if name in row.dtypes}
         pairs = (f"{more} >= {less}" for more, less in not_less)
         form = replace(row, dtypes={**row.dtypes, **own}, requires=(*row.requires, *pairs))
-        made = CompiledRow(
-            form,
-            module,
-            op=op,
-            names=names,
-            known=known,
-            bound=bound,
-            device=device,
-            first=first,
-            follows=False,
-        )
-        found = _compiled_rows.setdefault(key, made)
-    return found
+        options_: Any = {"op": op, "names": names, "bound": bound, "device": device, **options}
+        compiled = CompiledRow(form, module, follows=False, **options_)
+        compiled = _compiled_rows.setdefault(key, compiled)
+    return compiled
 
 
 class Values:

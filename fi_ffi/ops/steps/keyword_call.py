@@ -10,7 +10,7 @@ from typing import Any, Generic, ParamSpec, Protocol, TypeVar, cast
 from fi_ffi.abi.interop import as_desc
 from fi_ffi.abi.streams import handle_for
 from fi_ffi.abi.tensor import TensorDesc
-from fi_ffi.errors import ArgumentError
+from fi_ffi.ops.call.arguments import Refusal
 from fi_ffi.ops.call.compiled import CompiledRow
 from fi_ffi.ops.call.prepared import Prepared, prepare_call, tensor_like
 from fi_ffi.ops.call.support import Support, supports
@@ -116,7 +116,7 @@ class PreparedSteps:
     def __init__(
         self, op: str, tensors: dict[str, Any], check: Callable[..., Launch], stream: object
     ) -> None:
-        self.op, self._check, self._stream = op, check, stream
+        self.refuse, self._check, self._stream = Refusal(op), check, stream
         # With the lock, a Ctrl-C between the steps of an update leaves the call unchanged.
         self._lock = threading.Lock()
         self._tensors: dict[str, TensorDesc | None] = {
@@ -142,15 +142,12 @@ class PreparedSteps:
             for name, value in tensors.items():
                 if name not in changed:
                     expected = f"one of {', '.join(changed)}; prepare another call for others"
-                    raise self._error("update", name, expected)
-                changed[name] = tensor_like(self._error, self.op, name, changed[name], value)
+                    raise self.refuse("update", name, expected)
+                changed[name] = tensor_like(self.refuse, name, changed[name], value)
             self._launch, self._tensors = self._check(**changed), changed
-
-    def _error(self, argument: str, got: object, expected: object) -> ArgumentError:
-        return ArgumentError(self.op, argument, got=got, expected=str(expected))
 
     def __repr__(self) -> str:
         given = (f"{name}={desc.ptr:#x}" for name, desc in self._tensors.items() if desc)
-        return f"<prepared {self.op}({', '.join(given)})>"
+        return f"<prepared {self.refuse.op}({', '.join(given)})>"
 
     __copy__, __reduce_ex__ = Prepared.__copy__, Prepared.__reduce_ex__

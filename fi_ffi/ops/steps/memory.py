@@ -1,15 +1,16 @@
-"""Device memory of functions of several steps: tables copied with a launch, and zeroing."""
+"""Device memory of functions of several steps: tables copied with a launch, zeros and counts."""
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.abi.library import renew_after_fork
-from fi_ffi.abi.tensor import Device
+from fi_ffi.abi.library import address_of, renew_after_fork
+from fi_ffi.abi.tensor import Device, TensorDesc, frozen, parse_device
 from fi_ffi.loader import machine
 from fi_ffi.ops.call import cuda
 from fi_ffi.ops.call.memory import HOST, hold, keep, owned, stream_key
@@ -17,6 +18,7 @@ from fi_ffi.ops.call.staging import StagePool
 
 _ALIGNMENT = 256
 _LEAST = 1 << 14
+_LEAST_NUMBERS = 1024
 
 
 @dataclass(frozen=True)
@@ -100,3 +102,19 @@ def zero(
             pointer(address), pitch or width, 0, width, rows, pointer(stream)
         )
         cuda.check(code, "cudaMemset2DAsync")
+
+
+def counting(device: Device, count: int, step: int = 1) -> TensorDesc:
+    """Return `count` int32 numbers from 0 on, in steps of `step`, which kernels read in place of an
+    absent tensor."""
+    numbers = _numbers(device, max(1 << (count - 1).bit_length(), _LEAST_NUMBERS), step)
+    return frozen(numbers.ptr, (count,), (1,), numbers.kind, numbers.owner)
+
+
+@functools.cache
+def _numbers(device: Device, count: int, step: int) -> TensorDesc:
+    of = device if device.is_cuda else parse_device("cpu")
+    memory = cuda.allocate(4 * count, of)
+    numbers = ffi.new("int32_t[]", [i * step for i in range(count)])
+    cuda.copy_now(memory.desc.ptr, address_of(numbers), 4 * count, of)
+    return TensorDesc(memory.desc.ptr, (count,), "int32", device=of).at(memory.desc.ptr, memory)
