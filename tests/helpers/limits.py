@@ -7,7 +7,6 @@ import re
 from fi_ffi.ops.call.notation import Condition
 from fi_ffi.ops.call.row import Row
 
-_MULTIPLE = re.compile(r"(\w+) % (\d+)")
 _NUMBERS = re.compile(r"\(?\d+(, \d+)*,?\)?")
 
 
@@ -18,13 +17,10 @@ def limits(row: Row, kind: str) -> dict[str, tuple[int, ...]]:
 
 
 def _limit(condition: Condition) -> tuple[str, str, tuple[int, ...]] | None:
-    multiple = _MULTIPLE.fullmatch(condition.left)
-    kind, axis, numbers = condition.operator, condition.left, condition.right
-    if multiple:
-        kind, axis, numbers = "%", multiple[1], multiple[2]
+    axis, numbers = condition.left, condition.right
     if condition.guard or not _NUMBERS.fullmatch(numbers) or not axis.isidentifier():
         return None
-    return kind, axis, tuple(map(int, re.findall(r"\d+", numbers)))
+    return condition.operator, axis, tuple(map(int, re.findall(r"\d+", numbers)))
 
 
 def is_in_python(row: Row) -> bool:
