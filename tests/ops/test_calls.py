@@ -267,7 +267,7 @@ def test_names_in_compiled_code(op):
     for row in op.rows:
         own = {arg.name for arg in row.given}
         form = CompiledRow(row)
-        for function in (form.call, form.pack, form.check, form.bind, form.update):
+        for function in (form.call, form.pack, form.check, form.arguments, form.update):
             code = function.__code__
             assert not unknown(function)
             assert len({*code.co_varnames}) == len(code.co_varnames)

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
+from fi_ffi import reference
 from fi_ffi.ops import on_host
 from fi_ffi.ops.attention.backends import FP8_WINDOWS, decode_groups
 from fi_ffi.ops.attention.rows import UNIFORM
 from fi_ffi.ops.attention.run import OWN_STRIDES
 from fi_ffi.ops.attention.sizes import BY_QUERY
-from fi_ffi.ops.call import providers
 from fi_ffi.ops.call.releases import GUARDED, fits, is_in
 from fi_ffi.ops.call.row import KV_LAYOUTS, Row
 from fi_ffi.ops.functions import OPS
@@ -380,7 +380,7 @@ def test_states(release, flat, sources):
     assert large.index("dim3 nblks(seq_len, num_heads);") < large.index("uint32_t bdy = num_heads;")
     has_5e4 = "constexpr float inf = 5e4;" in sources(release, "include/flashinfer/math.cuh")
     assert has_5e4 == (row_of("merge_states", release).variant == "")
-    assert has_5e4 != is_in(release, providers._HAVE_INFINITY)
+    assert has_5e4 != is_in(release, reference._HAVE_INFINITY)
 
 
 @each_release

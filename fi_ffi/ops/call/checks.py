@@ -21,7 +21,6 @@ from fi_ffi.ops.call.row import (
     REQUIRED,
     SHARED_MEMORY,
     Absent,
-    Arg,
     KvLayout,
     Row,
     Scalar,
@@ -51,21 +50,9 @@ def call_text(row: Row) -> str:
 
 def frame_layout(row: Row, last: frozenset[str] = frozenset()) -> FrameLayout:
     """Return where a row's arguments are in a frame; the shapes of those in `last` come last."""
-    ranks = [
-        arg.entry_rank
-        if isinstance(arg, Tensor)
-        else len(arg.shape)
-        if isinstance(arg, Absent) and arg.abi_type == "DLTensor*"
-        else None
-        for arg in row.slots
-    ]
+    ranks = [arg.entry_rank if isinstance(arg, (Tensor, Absent)) else None for arg in row.slots]
     places = [i for i, arg in enumerate(row.slots) if arg.name in last]
     return FrameLayout(ranks, places, len(row.args))
-
-
-def is_number(arg: Arg) -> bool:
-    """Whether an absent argument is a number or a bool."""
-    return isinstance(arg, Absent) and arg.abi_type in ("int", "bool", "float")
 
 
 @dataclass(frozen=True)
@@ -120,8 +107,7 @@ class Checks:
         self.fixed_by: dict[str, str] = {}
         self.maybe: set[str] = set()  # axes that only optional tensors have
         self.dims: dict[str, list[str]] = {}
-        self.steps: dict[tuple[str, str], str] = {}
-        self.masks: dict[str, str] = {}
+        self.named: dict[str, dict[str, str]] = {}
         if is_packing:
             self.memo = "memo_of_pack"
 
@@ -199,13 +185,12 @@ class Checks:
         return lines
 
     def _shape(self, arg: Tensor, waiting: list[tuple[Tensor, str, str]]) -> list[str]:
-        targets, later, fresh = [], [], []
+        targets, later = [], []
         for k, text in enumerate(arg.axis_names):
             is_new = text.isidentifier() and text not in self.sizes
             if is_new:
                 self.sizes[text], self.fixed_by[text] = f"size__{text}", arg.name
                 targets.append(f"size__{text}")
-                fresh.append(text)
                 continue
             targets.append(f"{arg.name}__d{k}")
             later.append((text, targets[-1]))
@@ -285,12 +270,11 @@ class Checks:
             self.sizes[text], self.fixed_by[text] = f"size__{text}", name
             self.maybe.add(text)
         # A missing tensor has a first size of 0, like one without elements.
-        absent = [f"{name}__d{k}" for k in range(len(targets))]
-        absent += [f"{name}__s{k}" for k in range(len(targets))]
-        values = ["0", *("1" for _ in absent[1:])]
+        absent = [*targets, *(f"{name}__s{k}" for k in range(len(targets)))]
+        values = 0, *([1] * (len(absent) - 1))
         return [
             *before,
-            f"if {name} is None: {', '.join(absent)}, = {', '.join(values)},",
+            f"if {name} is None: {', '.join(absent)}, = {values}",
             "else:",
             *(f"    {line}" for line in inside),
         ]
@@ -435,43 +419,36 @@ class Checks:
         named = (parse_axis(text).names for text in arg.axis_names)
         return next((n for names in named for n in names if n in self.row.vector.axes), None)
 
-    def _itemsizes(self, dtype: str) -> set[int]:
-        return {DTYPES[name].itemsize for name in self.row.dtypes.get(dtype, (dtype,))}
-
-    def _itemsize(self, arg: Tensor) -> str:
-        """Return the itemsize: a number if all dtypes have the same, otherwise the kind's."""
-        sizes = self._itemsizes(arg.dtype)
-        return str(*sizes) if len(sizes) == 1 else f"variant.item[{arg.name!r}]"
+    def _itemsize(self, dtype: str) -> str:
+        """Return the itemsize: a number if all dtypes have the same, otherwise the variant's."""
+        sizes = {DTYPES[name].itemsize for name in self.row.dtypes.get(dtype, (dtype,))}
+        return str(*sizes) if len(sizes) == 1 else f"variant.itemsizes[{dtype!r}]"
 
     def _width(self, arg: Tensor) -> str:
         """Return the elements of a vector load."""
         vector = self.row.vector
-        dtype = vector.dtype or arg.dtype
-        sizes = self._itemsizes(dtype)
-        if len(sizes) == 1:
-            return str(vector.bytes // sizes.pop())
-        return f"({vector.bytes} // variant.itemsizes[{dtype!r}])"
+        item = self._itemsize(vector.dtype or arg.dtype)
+        is_fixed = item.isdigit()
+        return str(vector.bytes // int(item)) if is_fixed else f"({vector.bytes} // {item})"
+
+    def _named(self, prefix: str, value: str) -> tuple[list[str], str]:
+        """Return lines that compute a value, and its variable, which equal values share."""
+        if value.isdigit():
+            return [], value
+        names = self.named.setdefault(prefix, {})
+        is_new = value not in names
+        name = names.setdefault(value, f"{prefix}__{len(names)}")
+        return [f"{name} = {value}"] * is_new, name
 
     def _step(self, arg: Tensor) -> tuple[list[str], str]:
         """Return lines that compute the elements loaded at a time, and the variable."""
         axis = self._vector_axis(arg)
-        if axis is None:
-            return [], "1"
-        key = self._width(arg), self.sizes[axis]
-        if key in self.steps:
-            return [], self.steps[key]
-        step = self.steps[key] = f"step__{len(self.steps)}"
-        return [f"{step} = gcd({key[0]}, {key[1]})"], step
+        value = "1" if axis is None else f"gcd({self._width(arg)}, {self.sizes[axis]})"
+        return self._named("step", value)
 
     def _loaded(self, arg: Tensor) -> tuple[list[str], str]:
         """Return lines that compute the bits that an address must not have, and the variable."""
-        mask = self._mask(arg)
-        if mask.isdigit():
-            return [], mask
-        if mask in self.masks:
-            return [], self.masks[mask]
-        name = self.masks[mask] = f"mask__{len(self.masks)}"
-        return [f"{name} = {mask}"], name
+        return self._named("mask", self._mask(arg))
 
     def _strides(self, is_scratch: bool) -> list[str]:
         lines = []
@@ -486,8 +463,9 @@ class Checks:
             if wrong:
                 told = f"refuse.strides({arg.name!r}, {arg.name}, {step})"
                 lines.append(f"if {there}({' or '.join(wrong)}): {told}")
-            if self._itemsize(arg) != "1":  # convert to bytes
-                lines.append(f"{arg.name}__span *= {self._itemsize(arg)}")
+            item = self._itemsize(arg.dtype)
+            if item != "1":  # convert to bytes
+                lines.append(f"{arg.name}__span *= {item}")
         if is_scratch:
             return lines
         same = [arg for _, arg in self.tensors if arg.name in self.row.same_strides]
@@ -604,14 +582,12 @@ class Checks:
 
     def _mask(self, arg: Tensor) -> str:
         """Return the bits that an address must not have; the width of a load is a power of 2."""
-        axis = self._vector_axis(arg)
-        if axis is None:
-            return (
-                str(math.lcm(int(self._itemsize(arg)), arg.alignment) - 1)
-                if len(self._itemsizes(arg.dtype)) == 1
-                else f"(max({self._itemsize(arg)}, {arg.alignment}) - 1)"
-            )
-        loaded = f"{self._step(arg)[1]} * {self._itemsize(arg)}"
+        item = self._itemsize(arg.dtype)
+        if self._vector_axis(arg) is None:
+            if item.isdigit():
+                return str(math.lcm(int(item), arg.alignment) - 1)
+            return f"(max({item}, {arg.alignment}) - 1)"
+        loaded = f"{self._step(arg)[1]} * {item}"
         if arg.alignment > 1:
             loaded = f"max({loaded}, {arg.alignment})"
         return f"({loaded} - 1)"

@@ -42,14 +42,10 @@ def pack_source(options: CompileOptions) -> str:
     It returns the variant, a frame (None if there is nothing to do), the scratch memory taken, and
     the bits that new addresses must not have; with bound arguments, only the first two.
     """
-    row, writer = options.row, _Writer(options, is_packing=True)
-    name = _identifier(row.name)
+    writer, given = _Writer(options, is_packing=True), parameters(options.row)
     if options.bound:
-        names = options.packed_names
-        header = f"def {name}(bound_row, {', '.join(names)}):"
-    else:
-        header = f"def {name}({parameters(row)}):"
-    return _function(header, writer.lines(lambda: [writer.packed("frame")]))
+        given = f"bound_row, {', '.join(options.packed_names)}"
+    return _function(f"def pack({given}):", writer.lines(lambda: [writer.packed("frame")]))
 
 
 def check_source(options: CompileOptions) -> str:
@@ -63,14 +59,14 @@ def check_source(options: CompileOptions) -> str:
         sizes = ", ".join(f"{axis!r}: {size}" for axis, size in writer.sizes.items())
         return [f"return {{{tensors}}}, {{{sizes}}}"]
 
-    header = f"def {_identifier(row.name)}({parameters(row)}):"
+    header = f"def check({parameters(row)}):"
     return _function(header, writer.lines(end, is_checking=True))
 
 
-def bind_source(options: CompileOptions) -> str:
+def arguments_source(options: CompileOptions) -> str:
     """Return a function of the same parameters that returns them by name, and the stream."""
     names = ", ".join(f"{arg.name!r}: {arg.name}" for arg in options.row.given)
-    header = f"def {_identifier(options.row.name)}({parameters(options.row)}):"
+    header = f"def arguments({parameters(options.row)}):"
     return _function(header, [f"return {{{names}}}, stream"])
 
 
@@ -82,10 +78,6 @@ def update_source(options: CompileOptions) -> str:
 
 def _function(header: str, lines: Sequence[str]) -> str:
     return "\n".join([header, *(f"    {line}" for line in lines)])
-
-
-def _identifier(name: str) -> str:
-    return name.replace(".", "_")
 
 
 class _Writer(Checks):

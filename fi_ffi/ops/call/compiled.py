@@ -24,9 +24,9 @@ from fi_ffi.abi.tensor import (
 )
 from fi_ffi.loader import generation, machine
 from fi_ffi.ops.call import cuda, memory
-from fi_ffi.ops.call.checks import CompileOptions, call_text, frame_layout, is_number
+from fi_ffi.ops.call.checks import CompileOptions, call_text, frame_layout
 from fi_ffi.ops.call.codegen import (
-    bind_source,
+    arguments_source,
     call_source,
     check_source,
     pack_source,
@@ -57,6 +57,7 @@ from fi_ffi.ops.call.row import (
 # The file name of compiled code in tracebacks, inside the package.
 _FILE = __file__.removesuffix("compiled.py") + "<{}>"
 _CPU = parse_device("cpu")
+_NUMBERS: dict[str, Slot] = {"int": int, "bool": bool, "float": float}
 _OF_GPU = (MULTIPROCESSORS, SHARED_MEMORY, "scratch")
 _MOST_VARIANTS = 4096
 
@@ -72,27 +73,6 @@ KEEP: Any = _Keep()  # an argument of an update that stays as it is
 class Variant:
     """A row's calls with tensors of these kinds: everything that does not depend on sizes."""
 
-    __slots__ = (
-        "_slots",
-        "_values",
-        "compiled",
-        "device",
-        "dtypes",
-        "entry",
-        "frames",
-        "is_nhd",
-        "item",
-        "itemsizes",
-        "kinds",
-        "memo",
-        "memo_of_check",
-        "memo_of_pack",
-        "multiprocessors",
-        "scratch",
-        "shared_memory",
-        "target",
-    )
-
     def __init__(self, compiled: CompiledRow, descs: Sequence[TensorDesc | None], layout: str):
         row = compiled.row
         self.compiled, self.is_nhd = compiled, layout == "NHD"
@@ -107,24 +87,18 @@ class Variant:
         # Missing tensors get any allowed dtype.
         some = {name: names[0] for name, names in row.dtypes.items() if names} | self.dtypes
         self.itemsizes = {name: DTYPES[dtype].itemsize for name, dtype in some.items()}
-        for arg in row.tensors:
-            if arg.is_scratch:
-                self.kinds[arg.name] = tensor_kind(DTYPES[arg.dtype], self.device, 1)
-        # The itemsize of each tensor.
-        self.item = {name: kind.itemsize if kind else 1 for name, kind in self.kinds.items()}
+        for tensor in row.tensors:
+            if tensor.is_scratch:
+                self.kinds[tensor.name] = tensor_kind(DTYPES[tensor.dtype], self.device, 1)
         self._slots = [self._slot(arg) for arg in row.slots]
         # Words that calls do not write: index in the frame, and value.
         place = compiled.layout.value
-        self._values = [
-            (place(i), 0 if arg.strided else KV_LAYOUTS[layout])
-            for i, arg in enumerate(row.args)
-            if isinstance(arg, KvLayout)
-        ]
-        self._values += [
-            (place(i), arg.value)
-            for i, arg in enumerate(row.args)
-            if isinstance(arg, Absent) and is_number(arg)
-        ]
+        self._values = list[tuple[int, int]]()
+        for i, arg in enumerate(row.args):
+            if isinstance(arg, KvLayout):
+                self._values.append((place(i), 0 if arg.strided else KV_LAYOUTS[layout]))
+            elif isinstance(arg, Absent) and arg.abi_type in _NUMBERS:
+                self._values.append((place(i), arg.value))
         # The layouts of the last call that passed, and what was computed from them.
         self.memo: tuple[Any, ...] = (None,)
         self.memo_of_pack: tuple[Any, ...] = (None,)
@@ -161,8 +135,7 @@ class Variant:
         if isinstance(arg, Absent):
             if arg.abi_type == "None" or arg.abi_type.startswith("Optional<"):
                 return None
-            numbers: dict[str, Slot] = {"int": int, "bool": bool, "float": float}
-            return numbers.get(arg.abi_type) or self._null_tensor(arg)
+            return _NUMBERS.get(arg.abi_type) or self._null_tensor(arg)
         if isinstance(arg, TensorArray):
             slots = self.compiled.row.slots
             first = slots.index(arg.items[0])
@@ -267,33 +240,31 @@ class CompiledRow:
     @functools.cached_property
     def call(self) -> Callable[..., Any]:
         """A method for ops, with the op's parameters, that launches."""
-        made = self._compile(call_source(self.options), "call")
-        made.__name__ = self.row.name
-        return made
+        return self._compile("call", call_source)
 
     @functools.cached_property
     def pack(self) -> Callable[..., Any]:
         """A function that packs the same call without launching it: see `pack_source`."""
-        return self._compile(pack_source(self.options), self.row.name.replace(".", "_"))
+        return self._compile("pack", pack_source)
 
     @functools.cached_property
     def check(self) -> Callable[..., tuple[dict[str, Any], dict[str, int]]]:
         """A function that only checks a call; it returns the tensors by name (None for missing
         ones) and the axes' sizes."""
-        return self._compile(check_source(self.options), self.row.name.replace(".", "_"))
+        return self._compile("check", check_source)
 
     @functools.cached_property
-    def bind(self) -> Callable[..., tuple[dict[str, Any], object]]:
+    def arguments(self) -> Callable[..., tuple[dict[str, Any], object]]:
         """A function that returns the arguments of a call by name, and its stream."""
-        return self._compile(bind_source(self.options), self.row.name.replace(".", "_"))
+        return self._compile("arguments", arguments_source)
 
     @functools.cached_property
     def update(self) -> Callable[..., None]:
         """The `update` of prepared calls."""
-        return self._compile(update_source(self.options), "update")
+        return self._compile("update", update_source)
 
-    def _compile(self, source: str, name: str) -> Callable[..., Any]:
-        row = self.row
+    def _compile(self, name: str, write: Callable[[CompileOptions], str]) -> Callable[..., Any]:
+        row, source = self.row, write(self.options)
         namespace: dict[str, Any] = {
             "KEEP": KEEP,
             "KV_LAYOUTS": KV_LAYOUTS,
@@ -314,8 +285,8 @@ class CompiledRow:
         }
         namespace |= FUNCTIONS
         for rule in row.rules:
-            for own, function in rule.using.items():
-                assert namespace.setdefault(own, function) is function, f"{row.name}: {own}"
+            for own, helper in rule.using.items():
+                assert namespace.setdefault(own, helper) is helper, f"{row.name}: {own}"
         for i, arg in enumerate(row.slots):
             if isinstance(arg, Text):
                 namespace[f"texts{i}"] = {word: c_text(word) for word in arg.words}
@@ -327,10 +298,10 @@ class CompiledRow:
         # Lets tracebacks show the source line.
         linecache.cache[file] = len(source), None, source.splitlines(keepends=True), file
         exec(compile(source, file, "exec"), namespace)
-        made: Callable[..., Any] = namespace[name]
-        # Python's own TypeError for missing and unknown arguments begins with this name.
-        made.__qualname__ = f"{call_text(row)}: {self.refuse.op}"
-        return made
+        function: Callable[..., Any] = namespace[name]
+        # Python's own TypeError for missing and unknown arguments begins with the second.
+        function.__name__, function.__qualname__ = row.name, f"{call_text(row)}: {self.refuse.op}"
+        return function
 
     def _add_variant(self, descs: Sequence[TensorDesc | None], layout: str) -> Variant:
         """Make the variant for tensors of these kinds; raise if the row does not allow them."""

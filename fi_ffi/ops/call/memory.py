@@ -99,7 +99,7 @@ def scratch_for(
     own."""
     if is_own:
         memory = cuda.allocate(need, device, arg.zeroed)
-        return _typed(arg, memory, memory)
+        return _typed(memory, arg.dtype, memory)
     handle, is_captured = handle_for(stream, device, refuse.op), False
     key: StreamKey | None = HOST
     if device.is_cuda:
@@ -122,7 +122,7 @@ def scratch_for(
             own = mine[name] = cuda.allocate(max(need, 2 * have, _LEAST), device, arg.zeroed)
         if not hold(own) and is_captured:
             keep(own)  # another library's graph uses it
-        return _typed(arg, own)
+        return _typed(own, arg.dtype)
 
 
 @functools.cache
@@ -130,11 +130,11 @@ def zeros(device: Device, count: int) -> TensorDesc:
     """Return `count` float32 zeros, which kernels read in place of an absent tensor."""
     of = device if device.is_cuda else parse_device("cpu")
     memory = cuda.allocate(4 * count, of, zeroed=True)
-    return TensorDesc(memory.desc.ptr, (count,), "float32", device=of).at(memory.desc.ptr, memory)
+    return _typed(memory, "float32", memory)
 
 
-def _typed(arg: Tensor, memory: cuda.Memory, owner: object = None) -> TensorDesc:
-    """View memory as the argument's dtype."""
-    dtype, device = DTYPES[arg.dtype], memory.desc.device
-    count = memory.desc.numel // dtype.itemsize
-    return TensorDesc(memory.desc.ptr, (count,), dtype, device=device).at(memory.desc.ptr, owner)
+def _typed(memory: cuda.Memory, dtype: str, owner: object = None) -> TensorDesc:
+    """View memory as elements of this dtype."""
+    ptr, device = memory.desc.ptr, memory.desc.device
+    count = memory.desc.numel // DTYPES[dtype].itemsize
+    return TensorDesc(ptr, (count,), dtype, device=device).at(ptr, owner)

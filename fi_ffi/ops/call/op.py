@@ -57,7 +57,7 @@ class Op:
     def __signature__(self) -> inspect.Signature:
         import inspect
 
-        return inspect.signature(self.compiled.bind)
+        return inspect.signature(self.compiled.arguments)
 
     def __repr__(self) -> str:
         return f"<fi_ffi op {self.__name__}({parameters(self.row)})>"
@@ -83,7 +83,7 @@ class Op:
         call itself would raise.
         """
         compiled = self.compiled
-        return prepare_call(compiled, compiled.bind(*args, **kwargs)[0], stream)
+        return prepare_call(compiled, compiled.arguments(*args, **kwargs)[0], stream)
 
     def supports(
         self,

@@ -29,7 +29,6 @@ class PackedCall:
     It has one frame, or None if there is nothing to launch.
     """
 
-    __slots__ = ("frame", "give", "take")
     frame: Any
 
     @property
@@ -119,16 +118,6 @@ class Prepared(PackedCall):
     Threads may use it in turns, but not at the same time (`ArgumentError`).
     """
 
-    __slots__ = (
-        "_is_plain",
-        "compiled",
-        "given",
-        "masks",
-        "owners",
-        "spans",
-        "stream",
-        "variant",
-    )
     variant: Variant
 
     def __init__(self, compiled: CompiledRow, given: dict[str, Any], stream: object) -> None:
@@ -245,7 +234,7 @@ class Prepared(PackedCall):
 def _class_of(compiled: CompiledRow, by_caller: bool) -> type[Prepared]:
     """Return the class of a row's prepared calls, with an update of the row's own."""
     update = _update_by_caller(compiled) if by_caller else compiled.update
-    own = {"__slots__": (), "update": update}
+    own = {"update": update}
     return type(f"Prepared_{compiled.row.name}", (Prepared,), own)
 
 

@@ -229,16 +229,11 @@ class Refusals(Refusal):
                 first, second = (arg, other) if arg.writes else (other, arg)
                 beside = before if arg.writes else desc
                 expected = "the very same memory, or memory apart" if same else "memory apart"
-                raise self.error(first.name, self._overlaps(second.name, beside), expected)
+                raise self.error(first.name, self.overlaps(second.name, beside), expected)
             earlier.append((arg, desc))
 
-    def apart(self, name: str, desc: TensorDesc, others: Mapping[str, TensorDesc | None]) -> None:
-        """Refuse written memory outside the row if it overlaps one of these tensors."""
-        for other, held in others.items():
-            if desc.numel and held is not None and held.numel and may_overlap(desc, held):
-                raise self.error(name, self._overlaps(other, held), "memory apart")
-
-    def _overlaps(self, other: str, desc: TensorDesc) -> str:
+    def overlaps(self, other: str, desc: TensorDesc) -> str:
+        """Return words for memory that overlaps this argument's."""
         span = f"{desc.ptr:#x} to {desc.ptr + desc.span_bytes:#x}"
         return f"memory that overlaps `{self.name(other)}` ({span})"
 

@@ -90,12 +90,6 @@ def _number(release: str) -> tuple[int, ...]:
     return tuple(int(part.removeprefix("post")) for part in release.split("."))
 
 
-def _bounds(releases: str) -> tuple[str, str]:
-    """Return the first release of ">=a" or ">=a,<b", and the first one after the range."""
-    since, _, until = releases.partition(",<")
-    return since.removeprefix(">=") or OLDEST, until
-
-
 def _has(item: Ranged, release: str) -> bool:
     if item.since and _number(release) < _number(item.since):
         return False
@@ -114,7 +108,9 @@ def forms_of(row: Row, later: Mapping[str, Mapping[str, Any]] | None = None) -> 
     from a release on.
     """
     later = later or {}
-    begin, end = _bounds(row.releases)
+    span = _SPAN.fullmatch(row.releases)
+    assert span is not None, row.releases
+    begin, end = span.groups("")
     items = (*row.args, *row.rules)
     named = {*later, *(item.since for item in items), *(item.until for item in items)} - {""}
     inner = {release for release in named if _number(release) > _number(begin)}
@@ -145,8 +141,8 @@ def forms_of(row: Row, later: Mapping[str, Mapping[str, Any]] | None = None) -> 
 
 def span_of(forms: Sequence[Any]) -> str:
     """Return the releases of all the forms as one specifier, with adjacent ranges joined."""
-    found = [_SPAN.fullmatch(form.releases) for form in forms]
-    bounds = [match.groups("") for match in found if match]
+    matches = [_SPAN.fullmatch(form.releases) for form in forms]
+    bounds = [match.groups("") for match in matches if match]
     if len(bounds) < len(forms):
         return " or ".join(form.releases for form in forms)
     spans: list[list[str]] = []

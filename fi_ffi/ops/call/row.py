@@ -245,6 +245,11 @@ class Absent(Ranged):
     shape: tuple[int, ...] = (0,)
     of: str = ""
 
+    @property
+    def entry_rank(self) -> int | None:
+        """The rank of a null tensor; None for any other value."""
+        return len(self.shape) if self.abi_type == "DLTensor*" else None
+
 
 Arg = Tensor | Scalar | Text | KvLayout | IntArray | TensorArray | Absent
 

@@ -33,6 +33,7 @@ from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.matmul import rows
 from fi_ffi.ops.matmul.rows import E4M3
 from fi_ffi.ops.steps.keyword_call import Launch, PreparedSteps, keyword_function, prepare_row
+from fi_ffi.ops.steps.memory import check_apart
 
 if TYPE_CHECKING:
     from fi_ffi.loader.methods import AttestedObject
@@ -266,7 +267,7 @@ def _checked_gemm(
         if given.device is not device:
             expected = f"{device}, the device of `input`"
             raise RUN_GEMM.refuse.error(_ROOM.name, given.device, expected)
-        RUN_GEMM.refuse.apart(_ROOM.name, given, descs)
+        check_apart(RUN_GEMM.refuse, _ROOM.name, given, descs)
 
     def launch(stream: object) -> None:
         handle_for(stream, device, _BLOCK_SCALE)  # refuse a missing stream before loading

@@ -23,7 +23,7 @@ from fi_ffi.ops.call.providers import check_available
 from fi_ffi.ops.call.releases import forms_of
 from fi_ffi.ops.call.row import Absent, Row, Scalar, Tensor, Vector
 from fi_ffi.ops.steps.keyword_call import Launch, PreparedSteps, keyword_function
-from fi_ffi.ops.steps.memory import staged, zero
+from fi_ffi.ops.steps.memory import check_apart, staged, zero
 
 if TYPE_CHECKING:
     from fi_ffi.abi.tensor import Device
@@ -216,7 +216,7 @@ def _checked(
     rank, feat = _checked_weights(a, b, sizes["h"], sizes["total"])
     for name, weights in (("lora_a_weights", a), ("lora_b_weights", b)):
         own = {f"{name}[{i}]": desc for i, desc in enumerate(weights)}
-        _checks.refuse.apart("out", output, own)
+        check_apart(_checks.refuse, "out", output, own)
 
     def launch(stream: object) -> None:
         handle = handle_for(stream, device, _OP)

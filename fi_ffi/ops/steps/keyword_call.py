@@ -100,7 +100,7 @@ def arguments_by_name(
 
 def prepare_row(compiled: CompiledRow, stream: object, *args: Any, **kwargs: Any) -> Prepared:
     """Prepare a call of a row; its update uses the caller's names for tensors."""
-    values, _ = compiled.bind(*args, **kwargs)
+    values, _ = compiled.arguments(*args, **kwargs)
     return prepare_call(compiled, values, stream, by_caller=True)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -14,6 +14,7 @@ from fi_ffi.abi.tensor import Device, TensorDesc, frozen, parse_device
 from fi_ffi.loader import machine
 from fi_ffi.ops.call import cuda
 from fi_ffi.ops.call.memory import HOST, hold, keep, owned, stream_key
+from fi_ffi.ops.call.refuse import Refusals, may_overlap
 from fi_ffi.ops.call.staging import StagePool
 
 _ALIGNMENT = 256
@@ -118,3 +119,12 @@ def _numbers(device: Device, count: int, step: int) -> TensorDesc:
     numbers = ffi.new("int32_t[]", [i * step for i in range(count)])
     cuda.copy_now(memory.desc.ptr, address_of(numbers), 4 * count, of)
     return TensorDesc(memory.desc.ptr, (count,), "int32", device=of).at(memory.desc.ptr, memory)
+
+
+def check_apart(
+    refuse: Refusals, name: str, desc: TensorDesc, others: Mapping[str, TensorDesc | None]
+) -> None:
+    """Refuse written memory outside a row if it overlaps one of these tensors."""
+    for other, beside in others.items():
+        if desc.numel and beside is not None and beside.numel and may_overlap(desc, beside):
+            raise refuse.error(name, refuse.overlaps(other, beside), "memory apart")
