@@ -349,7 +349,10 @@ class Checks:
         lines = []
         for condition in self.row.conditions:
             names = names_in(condition.text)
-            first = self._first_with(condition.axis)
+            axis = condition.axis
+            first = self.fixed_by.get(axis) or next(
+                (arg.name for _, arg in self.tensors if axis in arg.axis_variables), None
+            )
             if first is None or not {*names} <= self.sizes.keys():
                 continue
             holds = replaced(condition.text, self.sizes)
@@ -369,16 +372,6 @@ class Checks:
         if axis in self.options.known:
             return f"{self._braced(axis)}, as planned"
         return f"{axis} = {self._braced(axis)}"
-
-    def _first_with(self, axis: str) -> str | None:
-        """Return the first tensor in whose axes an axis appears."""
-        fixed = self.fixed_by.get(axis)
-        if fixed is not None:
-            return fixed
-        for _, arg in self.tensors:
-            if any(axis in parse_axis(text).names for text in arg.axis_names):
-                return arg.name
-        return None
 
     def _block(self) -> list[str]:
         """Check what one thread block covers."""
@@ -416,8 +409,7 @@ class Checks:
         """Return the axis along which several elements are loaded at a time."""
         if arg.broadcast or not arg.in_vectors:
             return None
-        named = (parse_axis(text).names for text in arg.axis_names)
-        return next((n for names in named for n in names if n in self.row.vector.axes), None)
+        return next((n for n in arg.axis_variables if n in self.row.vector.axes), None)
 
     def _itemsize(self, dtype: str) -> str:
         """Return the itemsize: a number if all dtypes have the same, otherwise the variant's."""

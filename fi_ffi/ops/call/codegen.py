@@ -259,10 +259,12 @@ class _Writer(Checks):
         if row.allocates or any(arg.optional or arg.is_scratch for arg in row.tensors):
             return header, change
         words = [self.layout.value(i) for i, arg in enumerate(row.slots) if isinstance(arg, Tensor)]
+        places = [*zip(names, words, strict=True)]
         now = [
-            f"{name}__p = {name} if {name} is not KEEP else addresses[{word}]"
-            for name, word in zip(names, words, strict=True)
+            f"{name}__p = {name} if {name} is not KEEP else addresses[{w}]" for name, w in places
         ]
+        then = [f"addresses[{word}] = {name}__p" for name, word in places]
+        then += [f"if {name} is not KEEP: self.owners[{k}] = None" for k, name in enumerate(names)]
         tests = [f"type({name}__p) is int and 0 < {name}__p < {_INT64}" for name in names]
         tests += [f"not {name}__p & masks[{k}]" for k, name in enumerate(names)]
         tests += [f"{name} is KEEP" for name in fixed]
@@ -280,15 +282,7 @@ class _Writer(Checks):
             "        addresses, masks, spans = frame.addresses, self.masks, self.spans",
             *(f"        {line}" for line in now),
             f"        if {' and '.join(tests)}:",
-            *(
-                f"            addresses[{word}] = {name}__p"
-                for name, word in zip(names, words, strict=True)
-            ),
-            *(
-                f"            if {name} is not KEEP: self.owners[{k}] = None"
-                for k, name in enumerate(names)
-            ),
-            "            return",
+            *(f"            {line}" for line in (*then, "return")),
             "finally:",
             "    self.give(frame)",
             *change,

@@ -158,8 +158,6 @@ class Refusals(Refusal):
         if expected:
             got = f"{desc.dtype}{list(desc.shape)} with strides {desc.strides}"
             raise self.error(name, got, expected)
-        if tensor.parts > 1:
-            self._check_part(name, desc, tensor.parts)
 
     def _wrong_strides(
         self, tensor: Tensor, shape: tuple[int, ...], strides: tuple[int, ...], step: int, how: str
@@ -194,14 +192,10 @@ class Refusals(Refusal):
                 if stride <= reach:
                     return "elements that do not overlap, because they are written"
                 reach += stride * (size - 1)
+        whole = c_strides((*shape[:-1], shape[-1] * tensor.parts)) if tensor.parts > 1 else strides
+        if any(n > 1 and a != b for n, a, b in zip(shape, strides, whole, strict=True)):
+            return f"{whole}, as one of {tensor.parts} parts of a contiguous tensor has them"
         return ""
-
-    def _check_part(self, name: str, desc: TensorDesc, parts: int) -> None:
-        strides = c_strides((*desc.shape[:-1], desc.shape[-1] * parts))
-        both = zip(desc.shape, desc.strides, strides, strict=True)
-        if any(n > 1 and stride != wanted for n, stride, wanted in both):
-            expected = f"{strides}, as one of {parts} parts of a contiguous tensor has them"
-            raise self.error(name, f"strides {desc.strides}", expected)
 
     def same_strides(self, name: str, desc: TensorDesc, first: str, other: TensorDesc) -> NoReturn:
         expected = f"{other.strides}, those of `{self.name(first)}`"

@@ -14,7 +14,7 @@ from typing import Any
 from fi_ffi.abi.signature import Signature
 from fi_ffi.abi.tensor import TensorDesc, frozen
 from fi_ffi.errors import ArgumentTypeError
-from fi_ffi.ops.call.notation import Condition, names_in
+from fi_ffi.ops.call.notation import Condition, names_in, parse_axis
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +106,11 @@ class Tensor(Ranged):
     @property
     def axis_names(self) -> tuple[str, ...]:
         return tuple(self.axes.split())
+
+    @property
+    def axis_variables(self) -> list[str]:
+        """The names of sizes in the axes."""
+        return [name for text in self.axis_names for name in parse_axis(text).names]
 
     def axes_in(self, kv_layout: str) -> tuple[str, ...]:
         """Return the axes in the order of a tensor of this layout."""
