@@ -98,7 +98,7 @@ def test_what_is_raised_is_found(
 # What the sources say
 
 # Read by tools, or of values that only a library of another TVM-FFI makes.
-INTERNAL = ("cli/replay", "abi/signature",
+INTERNAL = ("cli/replay", "abi/signature", "modules/types",
             "watch/safetensors", "loader/lockfile", "loader/lockedit", "abi/values")  # fmt: skip
 
 

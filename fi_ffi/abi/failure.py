@@ -261,20 +261,6 @@ STICKY = {
     911: "cudaErrorExternalDevice",
 }
 
-# Codes that an earlier call may have left on the thread and that no launch returns.
-LEFTOVERS = {
-    3: "cudaErrorInitializationError",
-    35: "cudaErrorInsufficientDriver",
-    100: "cudaErrorNoDevice",
-    101: "cudaErrorInvalidDevice",
-    600: "cudaErrorNotReady",
-    704: "cudaErrorPeerAccessAlreadyEnabled",
-    705: "cudaErrorPeerAccessNotEnabled",
-    712: "cudaErrorHostMemoryAlreadyRegistered",
-    713: "cudaErrorHostMemoryNotRegistered",
-    910: "cudaErrorGraphExecUpdateFailure",
-}
-
 _WHAT_TO_DO = (
     "Work that was queued earlier, by this or any other call of this process, failed on the GPU; "
     "{op} only noticed. The process has lost its CUDA context: every later call fails alike, what "

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, Protocol, TypeAlias
 
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.abi.dlpack import dims_of, open_capsule
+from fi_ffi.abi.dlpack import open_capsule, read_dl_tensor
 from fi_ffi.abi.failure import STICKY, lost, message_of
 from fi_ffi.abi.objects import Tensor
 from fi_ffi.abi.tensor import (
@@ -23,7 +23,6 @@ from fi_ffi.abi.tensor import (
     TensorKind,
     c_strides,
     device_from_code,
-    dtype_from_code,
     frozen,
     make_desc,
     parse_device,
@@ -304,15 +303,9 @@ def _from_dlpack(value: Any, op: str, argument: str) -> TensorDesc:
     actual = tensor.device
     if actual.device_type != type_code or actual.device_id != index:
         _check_device(device, actual.device_type, actual.device_id, op, argument)
-    dtype = dtype_from_code(tensor.dtype.code, tensor.dtype.bits, tensor.dtype.lanes)
-    if dtype is None:
-        got = f"DLPack dtype {tensor.dtype.code}:{tensor.dtype.bits}:{tensor.dtype.lanes}"
-        raise ArgumentError(op, argument, got=got, expected=f"one of {list(DTYPES)}")
-    shape, strides = dims_of(tensor)
-    address = int(ffi.cast("uintptr_t", tensor.data)) + tensor.byte_offset
     # The capsule is not consumed: it lives as long as the descriptor, and its own destructor
     # returns the export.
-    return make_desc(address, shape, dtype, strides, device, readonly, (value, capsule))
+    return read_dl_tensor(tensor, device, (value, capsule), readonly)
 
 
 def _check_device(device: Device, type_code: int, index: int, op: str, argument: str) -> None:
