@@ -86,7 +86,7 @@ class _Thread(threading.local):
 
 
 thread = _Thread()
-_MOST_CHECKED = 64
+_MAX_CHECKED = 64
 
 # Returns the index of a stream's device. Set once the process is known to have several GPUs.
 device_of: Callable[[int], int | None] | None = None
@@ -112,7 +112,7 @@ def check_stream(handle: int, device: Device, op: str) -> None:
     if found != device.index:
         got, expected = f"a stream of cuda:{found}", f"a stream of {device}"
         raise ArgumentError(op, "stream", got=got, expected=expected)
-    remember(thread.checked, handle, device, _MOST_CHECKED)
+    remember(thread.checked, handle, device, _MAX_CHECKED)
 
 
 class stream:  # lower case: a context manager reads as a verb
@@ -176,7 +176,7 @@ class stream:  # lower case: a context manager reads as a verb
             swap(device, thread.replaced[device])
             del thread.scopes[device], thread.replaced[device]
 
-    def bind(self, device: Device) -> bool:
+    def make_current(self, device: Device) -> bool:
         """Make this scope's stream current on `device` until another scope replaces it or it ends.
 
         Returns False on a thread that did not open the scope: nothing would restore the stream

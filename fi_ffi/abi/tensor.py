@@ -20,7 +20,7 @@ _Kept = TypeVar("_Kept")
 
 _INT64_MAX = 2**63 - 1
 MAX_RANK = 64
-_MOST_NAMES = 4096
+_MAX_NAMES = 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -455,7 +455,7 @@ def make_desc(
     kind = tensor_kind(dtype_, device_, len(shape_), readonly)
     desc = checked(ptr, shape_, strides_, kind, owner)
     if not readonly:
-        remember(_NAMED, (dtype, device, kind.rank), kind, _MOST_NAMES)
+        remember(_NAMED, (dtype, device, kind.rank), kind, _MAX_NAMES)
     return desc
 
 

@@ -373,9 +373,9 @@ def test_a_stream_is_asked_for_its_gpu_once(two_gpus):
         with stream_context(150, CUDA1, "an_op"), stream(50):
             streams.open_scope(CUDA0, "an_op")
     assert two_gpus == [50, 150]
-    for handle in range(200, 200 + streams._MOST_CHECKED):
+    for handle in range(200, 200 + streams._MAX_CHECKED):
         stream_context(handle, CUDA1, "an_op")
-    assert len(streams.thread.checked) <= streams._MOST_CHECKED
+    assert len(streams.thread.checked) <= streams._MAX_CHECKED
 
 
 def test_streams_of_no_gpu_of_their_own_are_not_asked(two_gpus):

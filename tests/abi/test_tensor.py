@@ -126,9 +126,9 @@ def test_what_names_are_remembered_is_bounded() -> None:
         def __eq__(self, other: object) -> bool:
             return self is other
 
-    for _ in range(tensor._MOST_NAMES + 500):
+    for _ in range(tensor._MAX_NAMES + 500):
         desc(device=Name("cuda:0"))
-    assert 0 < len(tensor._NAMED) <= tensor._MOST_NAMES
+    assert 0 < len(tensor._NAMED) <= tensor._MAX_NAMES
 
 
 @pytest.mark.parametrize("argument", ["shape", "strides"])

@@ -113,7 +113,7 @@ def test_sizes_are_not_remembered():
 
 def test_variants_are_bounded(mine, monkeypatch):
     """Kinds without end (devices, dtypes, read-only memory): no more are kept than that."""
-    monkeypatch.setattr(compiled, "_MOST_VARIANTS", 3)
+    monkeypatch.setattr(compiled, "_MAX_VARIANTS", 3)
     read_only = [array.view() for array in (mine.x, mine.w)]
     for array in read_only:
         array.flags.writeable = False

@@ -281,7 +281,7 @@ def test_a_stream_that_is_known_for_one_gpu_is_refused_for_the_other(gpu, monkey
 
 
 def test_more_streams_than_are_remembered(gpu, mine, monkeypatch):
-    monkeypatch.setattr(launch, "_MOST_HANDLES", 10)
+    monkeypatch.setattr(launch, "_MAX_HANDLES", 10)
     calls = Calls(mine)
     for handle in [*range(100), *range(100)]:
         gpu.seen.clear()

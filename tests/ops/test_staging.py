@@ -40,8 +40,9 @@ def pretended(monkeypatch):
     monkeypatch.setattr(cuda, "allocate_page_locked", lambda count, device: cuda._host(count))
 
 
-def test_pieces_that_are_read_are_left_alone_up_to_a_number_of_them():
-    pool = StagePool(GPU, most=3)
+def test_pieces_that_are_read_are_left_alone_up_to_a_number_of_them(monkeypatch):
+    monkeypatch.setattr(staging, "MAX_STAGES", 3)
+    pool = StagePool(GPU)
     stages = []
     for i in range(3):
         stages.append(pool.take(64))

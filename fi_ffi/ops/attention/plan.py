@@ -600,7 +600,7 @@ class Plan:
         if frame.has_objects:
             frame.place_objects()
         if memory.recording() is not None:
-            memory.hold(workspace, self._info)
+            memory.keep_for_graph(workspace, self._info)
         if hooks.watcher is None:
             launch(frame, stream)
         else:
@@ -643,7 +643,7 @@ class PreparedRun(PackedCall):
         if stream is not None:  # refuse what is no stream now, not at the first call
             handle_for(stream, plan.device, plan.op)
         self._version: object = None
-        self.hold(self._packed(given))
+        self.own_frame(self._packed(given))
 
     @property
     def op(self) -> str:

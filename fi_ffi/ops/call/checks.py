@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from fi_ffi.abi.function import FrameLayout
 from fi_ffi.abi.tensor import DTYPES, TensorKind
+from fi_ffi.ops.call.arguments import INT64_MAX
 from fi_ffi.ops.call.notation import Axis, names_in, parse_axis, replaced
 from fi_ffi.ops.call.refuse import PLANNED, unlimited
 from fi_ffi.ops.call.row import (
@@ -30,7 +31,6 @@ from fi_ffi.ops.call.row import (
     defaults,
 )
 
-_INT64 = 2**63
 _FAR = 2**62  # no tensor reaches this limit
 
 
@@ -120,11 +120,13 @@ class Checks:
             if arg.or_zeros:
                 first = self.tensors[0][1]
                 lines.append(f"if {name} is None: {name} = zeros({first.name}.device, {arg.axes})")
-            there = f"{name} is not None and " if self._may_be_none(arg) else ""
-            told = f"describe({name}, {self.options.op!r}, {self.options.names.get(name, name)!r})"
-            lines.append(f"if {there}type({name}) is not TensorDesc: {name} = {told}")
+            present = f"{name} is not None and " if self._may_be_none(arg) else ""
+            refusal = (
+                f"describe({name}, {self.options.op!r}, {self.options.names.get(name, name)!r})"
+            )
+            lines.append(f"if {present}type({name}) is not TensorDesc: {name} = {refusal}")
             if arg.is_loose:
-                lines.append(f"if {there}{name}.kind.rank != 1: {name} = as_vector({name})")
+                lines.append(f"if {present}{name}.kind.rank != 1: {name} = as_vector({name})")
         return lines
 
     @staticmethod
@@ -228,21 +230,21 @@ class Checks:
             fixed = "" if fixed == arg.name else fixed
             if any(name in self.options.known for name in axis.names):
                 fixed = PLANNED
-            told = f"refuse.size({arg.name!r}, {arg.name}, {text!r}, {wanted}, {fixed!r})"
-            return [f"if {size} != {wanted}: {told}"]
+            refusal = f"refuse.size({arg.name!r}, {arg.name}, {text!r}, {wanted}, {fixed!r})"
+            return [f"if {size} != {wanted}: {refusal}"]
         ((name, times),) = unknown
-        found, rest = f"size__{name}", self._expression(axis, without=name)
-        self.sizes[name], self.fixed_by[name] = found, arg.name
+        solved, rest = f"size__{name}", self._expression(axis, without=name)
+        self.sizes[name], self.fixed_by[name] = solved, arg.name
         if axis.over > 1:  # several values in each element
             assert (len(axis.terms), times, axis.more) == (1, 1, 0), f"{self.row.name}: {text}"
-            return [f"{found} = {size} * {axis.over}"]
+            return [f"{solved} = {size} * {axis.over}"]
         minus = "" if rest == "0" else f" - ({rest})"
         unsolved = f"refuse.unsolved({arg.name!r}, {arg.name}, {text!r}, {size}, {rest}, {times})"
         if times == 1:
-            return [f"{found} = {size}{minus}", f"if {found} < 0: {unsolved}"]
+            return [f"{solved} = {size}{minus}", f"if {solved} < 0: {unsolved}"]
         return [
-            f"{found}, rest = divmod({size}{minus}, {times})",
-            f"if {found} < 0 or rest: {unsolved}",
+            f"{solved}, rest = divmod({size}{minus}, {times})",
+            f"if {solved} < 0 or rest: {unsolved}",
         ]
 
     def _optional_shape(self, arg: Tensor) -> list[str]:
@@ -259,10 +261,10 @@ class Checks:
                 continue
             assert axis.names == (text,), f"{self.row.name}: {name} alone has {text}"
             if text in self.maybe:
-                told = f"{name!r}, {name}, {text!r}, size__{text}, {self.fixed_by[text]!r}"
+                refusal = f"{name!r}, {name}, {text!r}, size__{text}, {self.fixed_by[text]!r}"
                 inside += [
                     f"if size__{text} is None: size__{text} = {size}",
-                    f"elif {size} != size__{text}: refuse.size({told})",
+                    f"elif {size} != size__{text}: refuse.size({refusal})",
                 ]
                 continue
             before.append(f"size__{text} = None")
@@ -299,8 +301,8 @@ class Checks:
                 if arg.size_of:
                     size = self.sizes[arg.size_of]
                     other = f"{name} > {size}" if arg.or_less else f"{name} != {size}"
-                    told = f"refuse.size_of({name!r}, {name}, {size})"
-                    lines += [f"if {name} is None: {name} = {size}", f"elif {other}: {told}"]
+                    refusal = f"refuse.size_of({name!r}, {name}, {size})"
+                    lines += [f"if {name} is None: {name} = {size}", f"elif {other}: {refusal}"]
             elif isinstance(arg, Text):
                 unknown = f"type({name}) is not str or {name} not in texts{i}"
                 lines.append(f"if {unknown}: refuse.word({name!r}, {name}, texts{i})")
@@ -320,26 +322,21 @@ class Checks:
             if not arg.is_scratch:
                 continue
             name, need = arg.name, f"variant.scratch[{arg.name!r}]"
-            if arg.bytes_for:
+            if arg.bytes_for is not None:
                 known = self.sizes | {given: given for given in arg.bytes_given}
                 sizes = ", ".join(f"{axis!r}: {size}" for axis, size in known.items())
-                need = f"{need} + bytes_for{i}({{{sizes}}})"
-            own = f"variant.take_scratch({i}, need, stream, {self.is_packing})"
+                need = f"{need} + scratch{i}.bytes_for({{{sizes}}})"
             (axis,) = arg.axis_names
-            self.dims[name] = [f"{name}__d0"]
-            item = DTYPES[arg.dtype].itemsize
-            have = f"{name}__d0 * {item}"
-            lines += [
-                f"need = {need}",
-                f"if {name} is None: {name} = {own}",
-                *self._read(arg, [f"{name}__d0"]),
-                *(
-                    []
-                    if arg.any_size
-                    else [f"if {have} < need: refuse.scratch({name!r}, {have}, need)"]
-                ),
-            ]
-            self.sizes.setdefault(axis, f"{name}__d0")
+            size = f"{name}__d0"
+            self.dims[name] = [size]
+            have = f"{size} * {DTYPES[arg.dtype].itemsize}"
+            asked = f"scratch{i}, variant.device, need, stream, {self.is_packing}"
+            lines.append(f"need = {need}")
+            lines.append(f"if {name} is None: {name} = scratch_for(refuse, {asked})")
+            lines += self._read(arg, [size])
+            if not arg.any_size:
+                lines.append(f"if {have} < need: refuse.scratch({name!r}, {have}, need)")
+            self.sizes.setdefault(axis, size)
         return lines
 
     # Conditions on sizes.
@@ -355,13 +352,13 @@ class Checks:
             )
             if first is None or not {*names} <= self.sizes.keys():
                 continue
-            holds = replaced(condition.text, self.sizes)
+            test = replaced(condition.text, self.sizes)
             for divisor in condition.divisors:
-                holds = f"{self.sizes[divisor]} and {holds}"
+                test = f"{self.sizes[divisor]} and {test}"
             maybe = [f"{self.sizes[name]} is None" for name in names if name in self.maybe]
             expected = condition.expected(self._shown, self._braced)
-            told = f"refuse.limit({first!r}, {first}, f{expected!r})"
-            lines.append(f"if not ({' or '.join([*maybe, holds])}): {told}")
+            refusal = f"refuse.limit({first!r}, {first}, f{expected!r})"
+            lines.append(f"if not ({' or '.join([*maybe, test])}): {refusal}")
         return lines
 
     def _braced(self, text: str) -> str:
@@ -396,12 +393,12 @@ class Checks:
     def _together(self) -> list[str]:
         if not self.row.together:
             return []
-        there = []
+        present = []
         for _, arg in self.given:
             if arg.name in self.row.together:
                 test = f"{arg.name} is not None" if isinstance(arg, Tensor) else arg.name
-                there.append(f"({arg.name!r} if {test} else '')")
-        return [f"refuse.together([name for name in ({', '.join(there)}) if name])"]
+                present.append(f"({arg.name!r} if {test} else '')")
+        return [f"refuse.together([name for name in ({', '.join(present)}) if name])"]
 
     # Strides.
 
@@ -451,10 +448,10 @@ class Checks:
             lines += first
             lines.append(f"{arg.name}__span = {self._span(arg)}")
             wrong = self._wrong_strides(arg, step)
-            there = f"{arg.name} is not None and " if arg.optional else ""
+            present = f"{arg.name} is not None and " if arg.optional else ""
             if wrong:
-                told = f"refuse.strides({arg.name!r}, {arg.name}, {step})"
-                lines.append(f"if {there}({' or '.join(wrong)}): {told}")
+                refusal = f"refuse.strides({arg.name!r}, {arg.name}, {step})"
+                lines.append(f"if {present}({' or '.join(wrong)}): {refusal}")
             item = self._itemsize(arg.dtype)
             if item != "1":  # convert to bytes
                 lines.append(f"{arg.name}__span *= {item}")
@@ -463,8 +460,8 @@ class Checks:
         same = [arg for _, arg in self.tensors if arg.name in self.row.same_strides]
         for arg in same[1:]:
             first_name = same[0].name
-            told = f"refuse.same_strides({arg.name!r}, {arg.name}, {first_name!r}, {first_name})"
-            lines.append(f"if {arg.name}.strides != {first_name}.strides: {told}")
+            refusal = f"refuse.same_strides({arg.name!r}, {arg.name}, {first_name!r}, {first_name})"
+            lines.append(f"if {arg.name}.strides != {first_name}.strides: {refusal}")
         return lines
 
     def _masks(self) -> list[str]:
@@ -528,8 +525,8 @@ class Checks:
             if (IN_PLACE in rule.names) is not of_memory:
                 continue
             values = {name: self._value(name) for name in rule.names}
-            told = f"refuse.rule({number}, ({', '.join(values.values())},))"
-            lines.append(f"if not ({replaced(rule.condition, values)}): {told}")
+            refusal = f"refuse.rule({number}, ({', '.join(values.values())},))"
+            lines.append(f"if not ({replaced(rule.condition, values)}): {refusal}")
         return lines
 
     def _value(self, name: str) -> str:
@@ -557,19 +554,19 @@ class Checks:
         for _, arg in self.tensors:
             name, mask = arg.name, self._loaded(arg)[1]
             start, end = f"{name}__p = {name}.ptr", f"{name}__end = {name}__p + {name}__span"
-            told = f"refuse.address({name!r}, {name}, {mask} + 1)"
+            refusal = f"refuse.address({name!r}, {name}, {mask} + 1)"
             if arg.optional:
                 test = f"{name}__p & {mask} or not {name}__p"
                 lines.append(f"if {name} is None: {name}__p = {name}__end = 0")
                 lines += ["else:", *(f"    {line}" for line in (start, end))]
-                lines.append(f"    if {test}: {told}")
+                lines.append(f"    if {test}: {refusal}")
             else:
                 lines += [start, end]
-                required.setdefault(mask, []).append((f"{name}__p", told))
+                required.setdefault(mask, []).append((f"{name}__p", refusal))
         for mask, those in required.items():
             each = [p for p, _ in those]
             lines.append(f"if ({' | '.join(each)}) & {mask} or not ({' and '.join(each)}):")
-            lines += (f"    if {p} & {mask} or not {p}: {told}" for p, told in those)
+            lines += (f"    if {p} & {mask} or not {p}: {refusal}" for p, refusal in those)
         return lines
 
     def _mask(self, arg: Tensor) -> str:
@@ -617,8 +614,10 @@ class Checks:
             for _, arg in self.tensors:
                 p, end = f"{arg.name}__p", f"{arg.name}__end"
                 test = f"{p} < end0 and start0 < {end} or {p} < end1 and start1 < {end}"
-                told = f"refuse.overlaps_workspace({arg.name!r}, {arg.name}, bound_row.memory[:4])"
-                lines.append(f"if {p} < last and first < {end} and ({test}): {told}")
+                refusal = (
+                    f"refuse.overlaps_workspace({arg.name!r}, {arg.name}, bound_row.memory[:4])"
+                )
+                lines.append(f"if {p} < last and first < {end} and ({test}): {refusal}")
         return lines
 
 
@@ -630,8 +629,8 @@ def _wrong_numbers(arg: Scalar) -> list[str]:
         high = "< inf" if arg.high is None else f"<= {float(arg.high)!r}"
         wrong.append(f"not {low} {name} {high}")
     elif arg.type is int:
-        high = f"< {_INT64}" if arg.high is None else f"<= {int(arg.high)}"
-        wrong.append(f"not {-_INT64 if arg.low is None else int(arg.low)} <= {name} {high}")
+        least = -INT64_MAX - 1 if arg.low is None else int(arg.low)
+        wrong.append(f"not {least} <= {name} <= {INT64_MAX if arg.high is None else int(arg.high)}")
     if arg.multiple_of > 1:
         wrong.append(f"{name} % {arg.multiple_of}")
     return wrong

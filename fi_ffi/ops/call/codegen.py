@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from fi_ffi.abi.library import TypeIndex
+from fi_ffi.ops.call.arguments import INT64_MAX
 from fi_ffi.ops.call.checks import Checks, CompileOptions, parameters
 from fi_ffi.ops.call.notation import replaced
 from fi_ffi.ops.call.row import (
@@ -24,7 +25,6 @@ from fi_ffi.ops.call.row import (
     Text,
 )
 
-_INT64 = 2**63
 # Local variables that checks of shapes and strides set.
 _LOCALS = re.compile(r"\b(?:size__\w+|\w+__[ds]\d+|\w+__span|mask__\d+|step__\d+)\b")
 
@@ -265,7 +265,7 @@ class _Writer(Checks):
         ]
         then = [f"addresses[{word}] = {name}__p" for name, word in places]
         then += [f"if {name} is not KEEP: self.owners[{k}] = None" for k, name in enumerate(names)]
-        tests = [f"type({name}__p) is int and 0 < {name}__p < {_INT64}" for name in names]
+        tests = [f"type({name}__p) is int and 0 < {name}__p <= {INT64_MAX}" for name in names]
         tests += [f"not {name}__p & masks[{k}]" for k, name in enumerate(names)]
         tests += [f"{name} is KEEP" for name in fixed]
         for a, b in itertools.combinations(range(len(names)), 2):

@@ -7,7 +7,7 @@ import linecache
 import math
 import struct
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fi_ffi.abi.function import ARRAY, Entry, Frame, Slot, c_text
@@ -59,7 +59,7 @@ _FILE = __file__.removesuffix("compiled.py") + "<{}>"
 _CPU = parse_device("cpu")
 _NUMBERS: dict[str, Slot] = {"int": int, "bool": bool, "float": float}
 _OF_GPU = (MULTIPROCESSORS, SHARED_MEMORY, "scratch")
-_MOST_VARIANTS = 4096
+_MAX_VARIANTS = 4096
 
 
 class _Keep:
@@ -73,10 +73,11 @@ KEEP: Any = _Keep()  # an argument of an update that stays as it is
 class Variant:
     """A row's calls with tensors of these kinds: everything that does not depend on sizes."""
 
-    def __init__(self, compiled: CompiledRow, descs: Sequence[TensorDesc | None], layout: str):
+    def __init__(
+        self, compiled: CompiledRow, passed: Mapping[str, TensorDesc | None], layout: str
+    ) -> None:
         row = compiled.row
         self.compiled, self.is_nhd = compiled, layout == "NHD"
-        passed = dict(zip((arg.name for arg in compiled.tensors), descs, strict=True))
         self.kinds = {name: None if desc is None else desc.kind for name, desc in passed.items()}
         device = compiled.refuse.devices([passed.get(arg.name) for arg in row.tensors])
         self.device: Device = device or compiled.device or _CPU
@@ -164,8 +165,8 @@ class Variant:
             if compiled.find_entry is not None:
                 entry = compiled.find_entry(row, self.device)
             elif row.compiled_for is not None and self.device.is_cuda:
-                there = {name: kind.dtype.name for name, kind in self.kinds.items() if kind}
-                entry = entry_for(row.compiled_for(row, there), self.device)
+                dtypes = {name: kind.dtype.name for name, kind in self.kinds.items() if kind}
+                entry = entry_for(row.compiled_for(row, dtypes), self.device)
             else:
                 entry = entry_for(row, self.device, compiled.module)
             self.target = LaunchTarget(self.device, compiled.refuse.op, row.source in GUARDED)
@@ -199,12 +200,6 @@ class Variant:
             memory.keep(frame)
         else:
             self.frames.append(frame)
-
-    def take_scratch(self, i: int, need: int, stream: object, is_own: bool) -> TensorDesc:
-        """Return scratch memory of the stream, or with `is_own` of the call."""
-        arg, refuse = self.compiled.row.slots[i], self.compiled.refuse
-        assert isinstance(arg, Tensor)
-        return memory.scratch_for(refuse, arg, self.device, need, stream, is_own)
 
 
 class CompiledRow:
@@ -279,6 +274,7 @@ class CompiledRow:
             "launch": launch,
             "own_handle": cuda.own_handle,
             "refuse": self.refuse,
+            "scratch_for": memory.scratch_for,
             "variants": self.variants,
             repr(REQUIRED): Required(call_text(row)),
             "zeros": memory.zeros,
@@ -290,8 +286,8 @@ class CompiledRow:
         for i, arg in enumerate(row.slots):
             if isinstance(arg, Text):
                 namespace[f"texts{i}"] = {word: c_text(word) for word in arg.words}
-            elif isinstance(arg, Tensor) and arg.bytes_for:
-                namespace[f"bytes_for{i}"] = arg.bytes_for
+            elif isinstance(arg, Tensor) and arg.is_scratch:
+                namespace[f"scratch{i}"] = arg
         count = self.layout.last_dims - self.layout.first_dims
         namespace["pack_dims"] = struct.Struct(f"{count}q").pack
         file = _FILE.format(f"{row.name}, {name}, {id(self):#x}")
@@ -305,15 +301,15 @@ class CompiledRow:
 
     def _add_variant(self, descs: Sequence[TensorDesc | None], layout: str) -> Variant:
         """Make the variant for tensors of these kinds; raise if the row does not allow them."""
-        given = {arg.name: desc for arg, desc in zip(self.tensors, descs, strict=True)}
-        self.refuse.kinds([given.get(arg.name) for arg in self.row.tensors], layout)
-        made = Variant(self, descs, layout)
-        if len(self.variants) >= _MOST_VARIANTS:
+        passed = {arg.name: desc for arg, desc in zip(self.tensors, descs, strict=True)}
+        self.refuse.kinds([passed.get(arg.name) for arg in self.row.tensors], layout)
+        variant = Variant(self, passed, layout)
+        if len(self.variants) >= _MAX_VARIANTS:
             self.variants.clear()
         has_layout = any(isinstance(arg, KvLayout) for arg in self.row.args)
         kinds = [None if desc is None else desc.kind for desc in descs]
         key = (layout, *kinds) if has_layout else tuple(kinds)
-        return self.variants.setdefault(key, made)
+        return self.variants.setdefault(key, variant)
 
     def forget(self) -> None:
         """Drop what earlier calls cached, after the source of kernels changed."""

@@ -16,7 +16,7 @@ from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.allocator import HOST, Allocator, MemoryPool
 from fi_ffi.abi.library import address_of
 from fi_ffi.abi.streams import PER_THREAD
-from fi_ffi.abi.tensor import DTYPES, Device, TensorDesc, parse_device
+from fi_ffi.abi.tensor import Device, TensorDesc, parse_device
 from fi_ffi.errors import DeviceError, KernelError
 from fi_ffi.loader import cuda_errors, machine
 
@@ -180,7 +180,7 @@ class Event:
         )
         return float(found[0])
 
-    def hold(self, stream: int) -> None:
+    def make_wait(self, stream: int) -> None:
         """Make a stream's further work wait for the event."""
         code = machine.load_cudart()[0].cudaStreamWaitEvent(pointer(stream), self._handle, 0)
         check(code, "cudaStreamWaitEvent")
@@ -191,7 +191,7 @@ def _order(device: Device, before: int, after: int) -> None:
     with current(device):
         done = Event()
         done.record(before)
-        done.hold(after)
+        done.make_wait(after)
 
 
 export.order = _order
@@ -205,10 +205,6 @@ class Memory:
     def __init__(self, desc: TensorDesc, free: Callable[..., object], *arguments: object) -> None:
         self.desc = desc
         weakref.finalize(self, free, *arguments)
-
-
-def _bytes(address: int, count: int, device: Device) -> TensorDesc:
-    return TensorDesc(address, (count,), DTYPES["uint8"], device=device)
 
 
 def allocate(count: int, device: Device, zeroed: bool = False) -> Memory:
@@ -237,7 +233,7 @@ def allocate_page_locked(count: int, device: Device) -> Memory:
 
 
 def _owned(place: Any, count: int, device: Device, free: Callable[[Any], int]) -> Memory:
-    desc = _bytes(address_of(place), count, device)
+    desc = TensorDesc(address_of(place), (count,), "uint8", device=device)
     return Memory(desc, unless_cut_off, free, place)
 
 
@@ -245,7 +241,8 @@ def _host(count: int) -> Memory:
     # 256 bytes more, to align the start as device memory is.
     buffer = ffi.new("char[]", count + 256)
     address = -(-address_of(buffer) // 256) * 256
-    return Memory(_bytes(address, count, _CPU), lambda _: None, buffer)
+    desc = TensorDesc(address, (count,), "uint8", device=_CPU)
+    return Memory(desc, lambda _: None, buffer)
 
 
 @functools.cache

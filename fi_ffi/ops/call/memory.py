@@ -71,12 +71,12 @@ recording_var: ContextVar[list[object] | None] = ContextVar("fi_ffi.recording", 
 recording: Callable[[], list[object] | None] = recording_var.get
 
 
-def hold(*things: object) -> bool:
+def keep_for_graph(*things: object) -> bool:
     """Make the graph that is being recorded keep these objects; return False without one."""
-    held = recording()
-    if held is None:
+    objects = recording()
+    if objects is None:
         return False
-    held += (thing for thing in things if not any(thing is other for other in held))
+    objects += (thing for thing in things if not any(thing is other for other in objects))
     return True
 
 
@@ -120,7 +120,7 @@ def scratch_for(
             if own is not None:
                 keep(own)
             own = mine[name] = cuda.allocate(max(need, 2 * have, _LEAST), device, arg.zeroed)
-        if not hold(own) and is_captured:
+        if not keep_for_graph(own) and is_captured:
             keep(own)  # another library's graph uses it
         return _typed(own, arg.dtype)
 

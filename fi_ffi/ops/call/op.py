@@ -107,9 +107,9 @@ class Op:
     def select_release(self, release: str) -> CompiledRow:
         """Put the row of this release in force; the first row if none has this release."""
         fitting = (one for one in self._compiled if fits(one.row, release))
-        found = self._in_force = next(fitting, self._compiled[0])
-        type(self).__call__ = found.call  # type: ignore[method-assign]
-        return found
+        in_force = self._in_force = next(fitting, self._compiled[0])
+        type(self).__call__ = in_force.call  # type: ignore[method-assign]
+        return in_force
 
     def forget(self) -> None:
         """Drop what earlier calls cached, after the source of kernels changed."""

@@ -36,7 +36,7 @@ class PackedCall:
         """The name of the prepared function, as the caller knows it."""
         raise NotImplementedError
 
-    def hold(self, frame: Frame | None) -> None:
+    def own_frame(self, frame: Frame | None) -> None:
         """Take over a packed frame."""
         self.frame = frame
         free = [frame]
@@ -55,7 +55,7 @@ class PackedCall:
         except BaseException:
             self.give(taken)
             raise
-        self.hold(frame)
+        self.own_frame(frame)
         return taken
 
     def reclaim(self) -> Any:
@@ -75,9 +75,6 @@ class PackedCall:
             expected = "one call of it at a time: prepare one for each thread"
             got = "a prepared call that is in use, by another thread or by this one"
             raise Refusal(self.op)("self", got, expected) from None
-
-    def __copy__(self) -> NoReturn:
-        raise TypeError("a prepared call has packed arguments of its own and cannot be copied")
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise TypeError("a prepared call is of this process and cannot be copied or pickled")
@@ -120,9 +117,9 @@ class Prepared(PackedCall):
 
     variant: Variant
 
-    def __init__(self, compiled: CompiledRow, given: dict[str, Any], stream: object) -> None:
+    def __init__(self, compiled: CompiledRow, arguments: dict[str, Any], stream: object) -> None:
         self.compiled, self.stream = compiled, stream
-        self.hold(self._pack(given))
+        self.own_frame(self._pack(arguments))
         if stream is not None:  # refuse what is no stream now, not at the first call
             handle_for(stream, self.variant.device, compiled.refuse.op)
         self.variant.start()
@@ -131,21 +128,21 @@ class Prepared(PackedCall):
     def op(self) -> str:
         return self.compiled.refuse.op
 
-    def _pack(self, given: dict[str, Any]) -> Frame | None:
+    def _pack(self, arguments: dict[str, Any]) -> Frame | None:
         """Pack the call with these arguments; None if there is nothing to launch."""
         row = self.compiled.row
         # `masks` are the bits that new addresses must not have, for the alignment of loads.
-        variant, frame, scratch, masks = self.compiled.pack(**given)
+        variant, frame, scratch, masks = self.compiled.pack(**arguments)
         names = [arg.name for arg in row.tensors if arg.is_scratch]
-        given |= dict(zip(names, scratch, strict=False))
-        descs = [given.get(arg.name) for arg in row.tensors]
+        arguments |= dict(zip(names, scratch, strict=False))
+        descs = [arguments.get(arg.name) for arg in row.tensors]
         # Descriptors without owners: the owners are kept apart, so that an update can drop them.
-        given |= {
+        arguments |= {
             arg.name: desc.at(desc.ptr)
             for arg, desc in zip(row.tensors, descs, strict=True)
             if desc is not None
         }
-        self.variant, self.given, self.masks = variant, given, masks
+        self.variant, self.arguments, self.masks = variant, arguments, masks
         self.owners = descs
         self.spans = tuple(desc.span_bytes if desc else 0 for desc in descs)
         is_more = row.allocates or row.result != "void"
@@ -169,7 +166,7 @@ class Prepared(PackedCall):
             self.give(frame)
         if not self._is_plain and frame is not None and frame.is_referred_to:
             keep(frame)  # the callee kept one of the frame's Tensor objects
-            self.hold(self._pack(self._given_now()))
+            self.own_frame(self._pack(self._given_now()))
         return result
 
     def update(self, /, *args: Any, **kwargs: Any) -> None:
@@ -182,46 +179,46 @@ class Prepared(PackedCall):
 
     def change(self, changes: dict[str, Any]) -> None:
         """Update in full: pack the call anew, with its other arguments as before."""
-        refuse, given = self.compiled.refuse, self._given_now()
+        refuse, arguments = self.compiled.refuse, self._given_now()
         for arg in self.compiled.row.given:
             value = changes.get(arg.name, KEEP)
             if value is KEEP:
                 continue
             if isinstance(arg, Tensor):
-                name, before = refuse.name(arg.name), given[arg.name]
-                given[arg.name] = tensor_like(refuse, name, before, value)
+                name, before = refuse.name(arg.name), arguments[arg.name]
+                arguments[arg.name] = tensor_like(refuse, name, before, value)
             elif isinstance(arg, Scalar):
-                given[arg.name] = value
+                arguments[arg.name] = value
             else:
                 expected = "what it was prepared with; prepare another call"
                 raise refuse.error(arg.name, printed(value), expected)
         variant = self.variant
-        frame = self.renew(lambda: self._pack(given))
+        frame = self.renew(lambda: self._pack(arguments))
         if frame is not None:
             variant.frames.append(frame)
 
     def _given_now(self) -> dict[str, Any]:
         """Return the arguments, with the addresses that updates have written."""
-        given, frame = dict(self.given), self.frame
+        arguments, frame = dict(self.arguments), self.frame
         if frame is None:
             names = [arg.name for arg in self.compiled.row.tensors]
-            return given | dict(zip(names, self.owners, strict=True))
+            return arguments | dict(zip(names, self.owners, strict=True))
         place, owners = self.compiled.layout.tensors, iter(self.owners)
         for i, arg in enumerate(self.compiled.row.args):
             if not isinstance(arg, Tensor):
                 continue
-            owner, desc = next(owners), given.get(arg.name)
+            owner, desc = next(owners), arguments.get(arg.name)
             if desc is not None:
-                given[arg.name] = owner or desc.at(frame.addresses[place[i]])
-        return given
+                arguments[arg.name] = owner or desc.at(frame.addresses[place[i]])
+        return arguments
 
     def __repr__(self) -> str:
-        given = self._given_now()
+        arguments = self._given_now()
         parts = []
         for arg in self.compiled.row.args:
             if isinstance(arg, Absent):
                 continue
-            value = given.get(arg.name)
+            value = arguments.get(arg.name)
             if isinstance(arg, Tensor):
                 parts.append(f"{arg.name}={value.ptr if value else 0:#x}")
             else:
@@ -243,14 +240,14 @@ def prepare_call(
 ) -> Prepared:
     """Prepare a call of a row with these arguments, by name. With `by_caller`, its update takes the
     caller's names, and tensors only."""
-    refuse, given = compiled.refuse, dict(arguments)
+    refuse, arguments = compiled.refuse, dict(arguments)
     for arg in compiled.row.given:
-        value = given.get(arg.name)
+        value = arguments.get(arg.name)
         if isinstance(arg, Tensor) and value is not None:
-            given[arg.name] = as_desc(value, refuse.op, refuse.name(arg.name))
+            arguments[arg.name] = as_desc(value, refuse.op, refuse.name(arg.name))
         elif isinstance(arg, KvLayout):
-            given.setdefault(arg.name, arg.default)
-    return _class_of(compiled, by_caller)(compiled, given, stream)
+            arguments.setdefault(arg.name, arg.default)
+    return _class_of(compiled, by_caller)(compiled, arguments, stream)
 
 
 def _update_by_caller(compiled: CompiledRow) -> Callable[..., None]:

@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from fi_ffi.abi.tensor import TensorDesc, c_strides, is_row_major
 from fi_ffi.errors import ArgumentError, ArgumentTypeError, printed
-from fi_ffi.ops.call.arguments import Refusal
+from fi_ffi.ops.call.arguments import INT64_MAX, Refusal
 from fi_ffi.ops.call.row import Required, Row, Scalar, Tensor
 
 if TYPE_CHECKING:
     from fi_ffi.abi.tensor import Device
 
-_INT64 = 2**63
 PLANNED = "what was planned"  # a plan fixed the size, not an argument
 _BLOCK_THREADS = 1024  # CUDA's limit, on every GPU
 DEVICE_TYPES = ("cpu", "cuda")
@@ -45,7 +44,7 @@ def check_scalar(op: str, name: str, arg: Scalar, value: Any) -> Any:
         except OverflowError:
             raise ArgumentError(op, name, got=value, expected="a finite number") from None
     expected = ""
-    if arg.type is int and not -_INT64 <= value < _INT64:
+    if arg.type is int and not -INT64_MAX - 1 <= value <= INT64_MAX:
         expected = "an int64"
     elif arg.type is float and not abs(value) < float("inf"):
         expected = "a finite number"
@@ -134,10 +133,10 @@ class Refusals(Refusal):
     def rule(self, number: int, values: Sequence[object]) -> NoReturn:
         rule = self.row.rules[number]
         expected = rule.expected if isinstance(rule.expected, str) else rule.expected(*values)
-        given = dict(zip(rule.names, values, strict=True))
-        told = {True: "a tensor", False: "none"}
-        words = {name: told[bool(given[name])] for name in self._tensors.keys() & given.keys()}
-        got = ", ".join(f"{self.name(name)} = {words.get(name, given[name])}" for name in given)
+        words = dict(zip(rule.names, values, strict=True))
+        for name in self._tensors.keys() & words.keys():
+            words[name] = "a tensor" if words[name] else "none"
+        got = ", ".join(f"{self.name(name)} = {word}" for name, word in words.items())
         raise self.error(rule.argument, got, expected)
 
     def scratch(self, name: str, have: int, need: int) -> NoReturn:

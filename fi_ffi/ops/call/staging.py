@@ -8,7 +8,7 @@ from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.tensor import Device, TensorDesc
 from fi_ffi.ops.call import cuda
 
-MOST_STAGES = 4
+MAX_STAGES = 4
 
 
 class Stage:
@@ -37,19 +37,13 @@ class Stage:
 class StagePool:
     """Pieces of page-locked memory, each for one copy at a time, on any stream.
 
-    It allocates up to `most` pieces of at least `least` bytes, or uses the given `pieces` and
+    It allocates up to `MAX_STAGES` pieces of at least `least` bytes, or uses the given `pieces` and
     allocates none. Its owner locks it.
     """
 
-    def __init__(
-        self,
-        device: Device,
-        most: int = MOST_STAGES,
-        least: int = 0,
-        pieces: Sequence[TensorDesc] = (),
-    ) -> None:
+    def __init__(self, device: Device, least: int = 0, pieces: Sequence[TensorDesc] = ()) -> None:
         self._device, self._least = device, least
-        self._most = 0 if pieces else most
+        self._most = 0 if pieces else MAX_STAGES
         # Ordered by last use: the first is the oldest.
         self._stages = [Stage(piece, device) for piece in pieces]
 

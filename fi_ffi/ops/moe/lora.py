@@ -282,12 +282,12 @@ def _on_default_stream(device: Device, stream: int) -> Iterator[None]:
         return
     before, after = cuda.Event(), cuda.Event()
     before.record(stream)
-    before.hold(0)
+    before.make_wait(0)
     try:
         yield
     finally:
         after.record(0)
-        after.hold(stream)
+        after.make_wait(stream)
 
 
 _DEFAULT = (0, 1)  # also cudaStreamLegacy

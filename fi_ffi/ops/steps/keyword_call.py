@@ -150,4 +150,4 @@ class PreparedSteps:
         given = (f"{name}={desc.ptr:#x}" for name, desc in self._tensors.items() if desc)
         return f"<prepared {self.refuse.op}({', '.join(given)})>"
 
-    __copy__, __reduce_ex__ = Prepared.__copy__, Prepared.__reduce_ex__
+    __reduce_ex__ = Prepared.__reduce_ex__

@@ -13,7 +13,7 @@ from fi_ffi.abi.library import address_of, renew_after_fork
 from fi_ffi.abi.tensor import Device, TensorDesc, frozen, parse_device
 from fi_ffi.loader import machine
 from fi_ffi.ops.call import cuda
-from fi_ffi.ops.call.memory import HOST, hold, keep, owned, stream_key
+from fi_ffi.ops.call.memory import HOST, keep, keep_for_graph, owned, stream_key
 from fi_ffi.ops.call.refuse import Refusals, may_overlap
 from fi_ffi.ops.call.staging import StagePool
 
@@ -71,7 +71,7 @@ def staged(device: Device, stream: int, table: memoryview, scratch_bytes: int) -
     """
     is_captured = device.is_cuda and cuda.is_capturing(stream)
     tables = _StreamTables(device) if is_captured else _tables_of(device, stream)
-    if is_captured and not hold(tables):
+    if is_captured and not keep_for_graph(tables):
         keep(tables)
     size = len(table)
     start = -(-size // _ALIGNMENT) * _ALIGNMENT

@@ -21,7 +21,7 @@ class stream_context:
 
     def __enter__(self) -> None:
         scope = current_scope()
-        if scope is None or scope.handle != self.handle or not scope.bind(self._device):
+        if scope is None or scope.handle != self.handle or not scope.make_current(self._device):
             self._before = current_handle(self._device)
             swap(self._device, self.handle)
 
