@@ -21,8 +21,3 @@ def _limit(condition: Condition) -> tuple[str, str, tuple[int, ...]] | None:
     if condition.guard or not _NUMBERS.fullmatch(numbers) or not axis.isidentifier():
         return None
     return condition.operator, axis, tuple(map(int, re.findall(r"\d+", numbers)))
-
-
-def is_in_python(row: Row) -> bool:
-    """Whether the kernel is written in Python (CuTe DSL), so that nothing in csrc exports it."""
-    return row.source.startswith("flashinfer/")

@@ -173,7 +173,7 @@ def test_scratch_of_each_stream(gpu, monkeypatch):
     monkeypatch.setattr(memory, "_owned", {})
     op, values, _kept = given_on_gpu("gdn_prefill", without=("workspace_buffer",))
     calls = [op.prepare(**values, stream=stream) for stream in (0x51, 0x51, None)]
-    assert len({call.given["workspace_buffer"].ptr for call in calls}) == 3
+    assert len({call.arguments["workspace_buffer"].ptr for call in calls}) == 3
     for call in calls[:2]:
         call()
     handles = {0x51: 0, 0x61: 0}

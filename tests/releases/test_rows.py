@@ -21,7 +21,6 @@ from tools.release.declared import ABSENT, FITS, UNCOVERED, answers, declared, w
 from tools.release.wheels import published
 
 from tests.helpers import sampling
-from tests.helpers.limits import is_in_python
 from tests.releases.bindings import RELEASES
 
 each_release = pytest.mark.parametrize("release", RELEASES)
@@ -145,7 +144,7 @@ _PREFILL = [
     pytest.param(release, row, id=release)
     for release in RELEASES
     for row in OPS["gdn_prefill"].rows
-    if fits(row, release) and is_in_python(row)
+    if fits(row, release) and row.is_in_python
 ]
 
 

@@ -24,7 +24,7 @@ from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.matmul.rows import RUN_GEMM
 from fi_ffi.ops.table import renorm, rope, sampling, topk
 
-from tests.helpers.limits import is_in_python, limits
+from tests.helpers.limits import limits
 from tests.releases.bindings import RELEASES
 
 each_release = pytest.mark.parametrize("release", RELEASES)
@@ -166,7 +166,7 @@ TEXTS_OF_OPS: dict[str, dict[str, dict[str, int | None]]] = {
 def row_of(name: str, release: str) -> Row | None:
     """The row of a release's kernel, where that is compiled from C++."""
     found = (row for row in OPS[name].rows if fits(row, release))
-    return next((row for row in found if not is_in_python(row)), None)
+    return next((row for row in found if not row.is_in_python), None)
 
 
 def rows_with(name: str, *more: str) -> list[Any]:
@@ -411,7 +411,7 @@ def test_keys_put_together_and_bits(release, sources):
         assert f"constexpr int {name} = {limits(row, 'in')[axis][0]};" in text
     has_fp8 = "FP16_FP8(" in sources(release, "csrc/concat_mla.cu")
     assert has_fp8 == ("float8_e4m3fn" in row.dtypes["T"])
-    assert row_of("packbits", release).limits("<=") == {"n": ((2**31 - 1) * 256 * 8,)}
+    assert limits(row_of("packbits", release), "<=") == {"n": ((2**31 - 1) * 256 * 8,)}
 
 
 @each_release

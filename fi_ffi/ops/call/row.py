@@ -417,6 +417,12 @@ class Row:
         return tuple(Condition.of(each) for each in self.requires if isinstance(each, str))
 
     @property
+    def is_in_python(self) -> bool:
+        """Whether the kernel is written in Python (CuTe DSL), so that nothing in csrc exports
+        it."""
+        return self.source.startswith("flashinfer/")
+
+    @property
     def rules(self) -> tuple[Rule, ...]:
         return tuple(each for each in self.requires if isinstance(each, Rule))
 
