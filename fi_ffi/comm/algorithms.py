@@ -12,7 +12,7 @@ from fi_ffi.comm import fusion as fusion_module
 from fi_ffi.comm import vllm as vllm_module
 from fi_ffi.comm.fusion import Fusion, FusionSize
 from fi_ffi.comm.hang import Waiting
-from fi_ffi.comm.memory import PeerMemory, Place, peer_topology
+from fi_ffi.comm.memory import PeerMemory, Place, copy, peer_topology
 from fi_ffi.comm.nccl import Nccl
 from fi_ffi.comm.ranks import Ranks
 from fi_ffi.comm.vllm import VllmAllReduce
@@ -218,10 +218,10 @@ class Algorithms:
         for start in range(0, count, self._max_bytes):
             size = min(self._max_bytes, count - start)
             self._stream_barrier(stream)  # no rank reads the part before any more
-            cuda.copy(own, x.ptr + start, size, device, stream)
+            copy(own, x.ptr + start, size, device, stream)
             self._stream_barrier(stream)
             for rank, address in enumerate(self._gathered):
-                cuda.copy(out.ptr + rank * count + start, address, size, device, stream)
+                copy(out.ptr + rank * count + start, address, size, device, stream)
 
     def _stream_barrier(self, stream: int) -> None:
         """Make the stream wait until every rank's stream is here: a sum that nobody reads."""
@@ -241,7 +241,7 @@ class Algorithms:
         whole = x.at(self._spare.desc.ptr + self._room)
         reduce(x, whole, stream)
         part = whole.ptr + self._rank * out.span_bytes
-        cuda.copy(out.ptr, part, out.span_bytes, self._device, stream)
+        copy(out.ptr, part, out.span_bytes, self._device, stream)
 
     def _in_vectors(self, call: Call) -> Call:
         """Wrap a function that takes whole vectors of 16 bytes, so that it accepts any message.
@@ -261,12 +261,12 @@ class Algorithms:
             is_inside = vllm is not None and vllm.overlaps(x) and not vllm.starts_with(x)
             if not is_whole or x.ptr % _VECTOR or is_inside:
                 addend = TensorDesc(spare, (count,), x.dtype, device=device)
-                cuda.copy(spare, x.ptr, nbytes, device, stream)
+                copy(spare, x.ptr, nbytes, device, stream)
             if not is_whole or out.ptr % _VECTOR or is_read:
                 total = TensorDesc(spare + self._room, (count,), x.dtype, device=device)
             call(addend, total, stream)
             if total.ptr != out.ptr:
-                cuda.copy(out.ptr, total.ptr, nbytes, device, stream)
+                copy(out.ptr, total.ptr, nbytes, device, stream)
 
         return any_size
 

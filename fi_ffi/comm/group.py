@@ -16,7 +16,7 @@ from fi_ffi.comm import nccl as nccl_module
 from fi_ffi.comm.algorithms import ALGORITHMS, Algorithms, Call, Settings
 from fi_ffi.comm.fusion import RANKS, FusionSize, has_kernels, pattern_of
 from fi_ffi.comm.hang import ENDED_S, ENDING_S, Monitor, run_with_deadline
-from fi_ffi.comm.memory import Place, has_ended, place_of
+from fi_ffi.comm.memory import Place, copy, has_ended, place_of
 from fi_ffi.comm.ranks import PATIENCE_S, Ranks, check_ranks, format_ranks, hurried
 from fi_ffi.errors import ArgumentError, ArgumentTypeError, HangError, KernelError, LoaderError
 from fi_ffi.loader import machine
@@ -492,7 +492,7 @@ class Group:
             raise self._broken(op, TimeoutError(error.message)) from error
 
     def _copy(self, x: TensorDesc, out: TensorDesc, stream: int) -> None:
-        cuda.copy(out.ptr, x.ptr, x.span_bytes, self.device, stream)
+        copy(out.ptr, x.ptr, x.span_bytes, self.device, stream)
 
     def _tell_hang(self, op: str, missing: set[int], seconds: float) -> None:
         """Record a hang, and end NCCL's kernels."""

@@ -24,6 +24,7 @@ from fi_ffi.loader import machine
 from fi_ffi.ops.call import cuda
 
 _ROUND = 2 << 20  # CUDA shares memory between processes in whole blocks of this size
+_WITHIN_DEVICE = 3  # cudaMemcpyDeviceToDevice
 _LAZY_PEER_ACCESS = 1  # cudaIpcMemLazyEnablePeerAccess
 _ALREADY_ENABLED = 704  # cudaErrorPeerAccessAlreadyEnabled
 _ACCESS_SUPPORTED, _NATIVE_ATOMICS = 2, 3  # of cudaDeviceP2PAttr
@@ -251,3 +252,14 @@ def _map(path: str, count: int) -> tuple[int, Callable[[], None]]:
         mapped.close()
 
     return int(ffi.cast("uintptr_t", view)), unmap
+
+
+def copy(target: int, source: int, count: int, device: Device, stream: int) -> None:
+    """Queue a copy within a device's memory; on the CPU, copy at once."""
+    to, of = cuda.pointer(target), cuda.pointer(source)
+    if not device.is_cuda:
+        ffi.memmove(to, of, count)
+        return
+    runtime = machine.load_cudart()[0]
+    code = runtime.cudaMemcpyAsync(to, of, count, _WITHIN_DEVICE, cuda.pointer(stream))
+    cuda.check(code, "cudaMemcpyAsync")

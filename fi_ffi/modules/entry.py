@@ -28,13 +28,14 @@ from fi_ffi.abi.objects import (
     Unique,
 )
 from fi_ffi.abi.signature import Signature
-from fi_ffi.abi.streams import current_handle, current_scope, stream_context, stream_handle
+from fi_ffi.abi.streams import current_handle, current_scope, stream_handle
 from fi_ffi.abi.tensor import Device, DType, TensorDesc, parse_device
 from fi_ffi.abi.values import pack_arguments
 from fi_ffi.errors import AbiError, ArgumentError, ArgumentTypeError, KernelNotFoundError, printed
 from fi_ffi.modules.packing import call, ints_of, pack, packer_of
 from fi_ffi.modules.reflection import Field, Method, TypeInfo, get_field, set_field, type_info
 from fi_ffi.ops.call import cuda, hooks
+from fi_ffi.ops.steps.stream import stream_context
 
 if TYPE_CHECKING:
     import inspect

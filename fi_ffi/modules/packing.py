@@ -17,7 +17,6 @@ from fi_ffi.abi.failure import check
 from fi_ffi.abi.function import Entry
 from fi_ffi.abi.library import TypeIndex
 from fi_ffi.abi.objects import OBJECT_TYPES, CallArena, Object, find_global
-from fi_ffi.abi.signature import FUNCTION, TypeExpr, parse_type
 from fi_ffi.abi.tensor import Device, index_of, parse_device
 from fi_ffi.abi.values import (
     Packer,
@@ -37,6 +36,7 @@ from fi_ffi.abi.values import (
     refuse,
 )
 from fi_ffi.errors import AbiError, ArgumentError, ArgumentTypeError, printed
+from fi_ffi.modules.types import FUNCTION, TypeExpr, parse_type
 from fi_ffi.ops.call.arguments import INT32_MAX
 
 _MAX_POINTER = 2**64 - 1

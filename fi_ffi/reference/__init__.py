@@ -28,12 +28,19 @@ from fi_ffi.abi.function import Entry, register
 from fi_ffi.abi.signature import Signature
 from fi_ffi.errors import KernelNotFoundError
 from fi_ffi.families import FAMILIES
-from fi_ffi.loader import runtime
+from fi_ffi.loader import generation, runtime
+from fi_ffi.ops.call.providers import release_in_force
+from fi_ffi.ops.call.releases import is_in
 from fi_ffi.reference.arrays import bits, over_arrays, store_changed
 from fi_ffi.reference.formula import Formula, Move, as_inputs
 
 # What a module was compiled for, if its kernels depend on it: names and values.
 Compiled = tuple[tuple[str, object], ...]
+
+# What a module was compiled for that changes results and is no argument of its entries.
+_IN_NAMES = ("pos_encoding_mode", "use_sliding_window", "use_logits_soft_cap")
+# Releases whose math.cuh has IEEE's infinity in place of 5e4.
+_HAVE_INFINITY = ">=0.7.0"
 
 _NAMES = (*FAMILIES, "moe", "comm", "comm_fusion")
 EXACT: dict[str, Formula]
@@ -104,6 +111,19 @@ def entry(
             name = ".".join(("fi_ffi.reference", *words))
             _entries[key] = register(name, signature, over_arrays(function))
         return _entries[key]
+
+
+@generation.cached
+def compiled_for(module: str) -> Compiled:
+    """Return what a module of a family was compiled for, from its name and the release in force."""
+    from fi_ffi.loader import uris  # imported late: only attention needs module names
+
+    release = release_in_force()
+    parsed = uris.parse(module)
+    if parsed is None:
+        return ()
+    options = tuple((name, parsed.params[name]) for name in _IN_NAMES if name in parsed.params)
+    return (*options, ("has_infinity", True)) if is_in(release, _HAVE_INFINITY) else options
 
 
 def _function(

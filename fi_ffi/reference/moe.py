@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.abi.function import tensors_of
+from fi_ffi.abi.function import array_values
 from fi_ffi.reference import moe_blocks, moe_weights
 from fi_ffi.reference.arrays import Array, as_array, store
 
@@ -309,7 +309,8 @@ def run_moe(
 ) -> None:
     """Write `output`; the weights are those of this rank's experts."""
     *_, number = more
-    scales = [] if quant_scales is None else [as_array(one) for one in tensors_of(quant_scales)]
+    given = [] if quant_scales is None else array_values(quant_scales)
+    scales = [as_array(one.described()) for one in given]
     count = len(fc1_expert_weights)
     first = count * ep_rank
     _check_distinct(token_selected_experts, first, count)

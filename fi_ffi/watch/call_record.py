@@ -13,8 +13,8 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.abi.function import Frame, Packed
-from fi_ffi.abi.tensor import Device, TensorDesc
+from fi_ffi.abi.function import Frame
+from fi_ffi.abi.tensor import Device, TensorDesc, TensorKind, frozen
 from fi_ffi.ops.call import hooks
 from fi_ffi.ops.call.row import (
     KV_LAYOUTS,
@@ -192,9 +192,27 @@ def _caller(frame: FrameType | None) -> tuple[str, str, int, str]:
     return method, frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name
 
 
+class Packed:
+    """A copy of a frame's contents: its words as int64, uint64 and float64."""
+
+    __slots__ = ("addresses", "floats", "layout", "words")
+
+    def __init__(self, frame: Frame) -> None:
+        view = memoryview(bytes(frame.words))
+        self.layout = frame.layout
+        self.words, self.addresses, self.floats = view.cast("q"), view.cast("Q"), view.cast("d")
+
+    def tensor(self, i: int, kind: TensorKind) -> TensorDesc:
+        """Return the tensor in slot `i`, as last written."""
+        at, rank = self.layout.dims[i], kind.rank
+        sizes, steps = self.words[at : at + rank], self.words[at + rank : at + 2 * rank]
+        address = self.addresses[self.layout.tensors[i]]
+        return frozen(address, tuple(sizes), tuple(steps), kind, None)
+
+
 def of_frame(frame: Frame, stream: int | None) -> CallRecord:
     """Return the record of a frame's call."""
-    variant, packed = frame.variant, frame.snapshot()
+    variant, packed = frame.variant, Packed(frame)
     compiled = variant.compiled
     return CallRecord(
         compiled.row.name.partition(".")[0],

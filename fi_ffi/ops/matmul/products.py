@@ -24,7 +24,6 @@ from fi_ffi.errors import LoaderError
 from fi_ffi.loader import machine
 from fi_ffi.ops.call.arguments import INT64_MAX, Refusal, check_int
 from fi_ffi.ops.call.compiled import CompiledRow
-from fi_ffi.ops.call.keyword_call import Launch, PreparedSteps, keyword_function, prepare_row
 from fi_ffi.ops.call.memory import scratch_for
 from fi_ffi.ops.call.notation import round_up
 from fi_ffi.ops.call.op import Op
@@ -33,6 +32,8 @@ from fi_ffi.ops.call.row import Row, Tensor, form_on
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.matmul import rows
 from fi_ffi.ops.matmul.rows import E4M3
+from fi_ffi.ops.steps.keyword_call import Launch, PreparedSteps, keyword_function, prepare_row
+from fi_ffi.ops.steps.memory import check_apart
 
 if TYPE_CHECKING:
     from fi_ffi.loader.methods import AttestedObject
@@ -269,7 +270,7 @@ def _checked_gemm(
         if own.device is not device:
             expected = f"{device}, the device of `input`"
             raise RUN_GEMM.refuse.error(_ROOM.name, own.device, expected)
-        RUN_GEMM.refuse.apart(_ROOM.name, own, descs)
+        check_apart(RUN_GEMM.refuse, _ROOM.name, own, descs)
 
     def launch(stream: object) -> None:
         handle_for(stream, device, _BLOCK_SCALE)  # refuse a missing stream before loading

@@ -10,29 +10,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.interop import TensorLike, as_desc
 from fi_ffi.abi.streams import handle_for
 from fi_ffi.abi.tensor import TensorDesc
 from fi_ffi.loader import machine
 from fi_ffi.ops.call import cuda
-from fi_ffi.ops.call.arguments import (
-    Refusal,
-    check_choice,
-    check_each,
-    check_indptr,
-    check_int_array,
-)
+from fi_ffi.ops.call.arguments import Refusal, check_choice
 from fi_ffi.ops.call.compiled import CompiledRow
-from fi_ffi.ops.call.keyword_call import Launch, PreparedSteps, keyword_function
-from fi_ffi.ops.call.staging import Staged, staged
 from fi_ffi.ops.matmul import rows
+from fi_ffi.ops.on_host import check_each, check_indptr, check_int_array
+from fi_ffi.ops.steps.keyword_call import Launch, PreparedSteps, keyword_function
+from fi_ffi.ops.steps.memory import Staged, staged, zero
 from fi_ffi.ops.table.gemm import FP8
 
 if TYPE_CHECKING:
     import numpy
 
-    from fi_ffi.ops.call.arguments import Integers
+    from fi_ffi.ops.on_host import Integers
 
 _OP = "segment_gemm"
 _refuse = Refusal(_OP)
@@ -255,8 +249,4 @@ def _zero(out: TensorDesc, stream: int) -> None:
     """Zero the output, because the SM80 kernels add to it."""
     rows, width = out.shape[0], out.shape[1] * out.dtype.itemsize
     pitch = out.strides[0] * out.dtype.itemsize if rows > 1 else width
-    if out.device.is_cuda:
-        cuda.clear(out.ptr, pitch, width, rows, stream)
-        return
-    for i in range(rows):
-        ffi.memmove(cuda.pointer(out.ptr + i * pitch), bytes(width), width)
+    zero(out.ptr, width, out.device, stream, rows, pitch)

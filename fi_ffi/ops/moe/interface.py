@@ -16,7 +16,7 @@ from typing import Any
 
 from fi_ffi.abi.signature import Signature
 from fi_ffi.errors import KernelNotFoundError
-from fi_ffi.ops.call import forms
+from fi_ffi.ops.call import releases
 from fi_ffi.ops.call.row import Absent
 
 MODULE = "fused_moe_90"
@@ -162,7 +162,7 @@ SET_INCLUDE_DIRS = NamedSignature(
 @functools.cache
 def of_release(release: str | None) -> Interface:
     """Return the interface of a release; the default release's if the release is unknown (None)."""
-    interface = INTERFACES[0] if release is None else forms.of_release(INTERFACES, release)
+    interface = INTERFACES[0] if release is None else releases.of_release(INTERFACES, release)
     if interface is None:
         known = "; ".join(one.releases for one in INTERFACES)
         raise KernelNotFoundError(

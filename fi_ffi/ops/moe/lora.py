@@ -20,12 +20,12 @@ from fi_ffi.errors import ArgumentTypeError, printed
 from fi_ffi.ops.call import cuda
 from fi_ffi.ops.call.arguments import INT32_MAX, Refusal
 from fi_ffi.ops.call.compiled import CompiledRow
-from fi_ffi.ops.call.keyword_call import Launch, PreparedSteps, keyword_function
 from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.call.providers import check_available
 from fi_ffi.ops.call.releases import forms_of
 from fi_ffi.ops.call.row import Absent, Row, Scalar, Tensor, Vector
-from fi_ffi.ops.call.staging import staged
+from fi_ffi.ops.steps.keyword_call import Launch, PreparedSteps, keyword_function
+from fi_ffi.ops.steps.memory import check_apart, staged, zero
 
 if TYPE_CHECKING:
     from fi_ffi.abi.tensor import Device
@@ -227,7 +227,7 @@ def _checked(arguments: Mapping[str, Any]) -> Launch:
     rank, feat = _checked_weights(a, b, sizes["h"], sizes["total"])
     for name, weights in zip(_LISTS, (a, b), strict=True):
         own = {f"{name}[{i}]": desc for i, desc in enumerate(weights)}
-        _checks.refuse.apart("out", descs["out"], own)
+        check_apart(_checks.refuse, "out", descs["out"], own)
 
     def launch(stream: object) -> None:
         handle = handle_for(stream, device, _OP)
@@ -254,10 +254,10 @@ def _launch(
     count = math.prod(shape) * x.dtype.itemsize
     tables = _tables(a, b, feat)
     with cuda.current(device), staged(device, stream, tables.data.cast("B"), count) as place:
-        cuda.zero(out.ptr, out.numel * 4, device, stream)
+        zero(out.ptr, out.numel * 4, device, stream)
         if not pairs:
             return
-        cuda.zero(place.scratch, count, device, stream)
+        zero(place.scratch, count, device, stream)
         of_a, of_b, starts = _placed(place.address, len(a), a[0].shape[1], device)
         middle = TensorDesc(place.scratch, shape, x.dtype.name, device=device)
         indices = {arg.name: descs[arg.name] for arg in (*_PAIRS, _ADAPTERS)}
@@ -299,12 +299,12 @@ def _on_default_stream(device: Device, stream: int) -> Iterator[None]:
         return
     before, after = cuda.Event(), cuda.Event()
     before.record(stream)
-    before.hold(0)
+    before.make_wait(0)
     try:
         yield
     finally:
         after.record(0)
-        after.hold(stream)
+        after.make_wait(stream)
 
 
 _DEFAULT = (0, 1)  # also cudaStreamLegacy

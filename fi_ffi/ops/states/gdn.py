@@ -20,7 +20,6 @@ from typing import Any
 from fi_ffi.abi.interop import TensorLike, as_desc
 from fi_ffi.abi.tensor import Device, TensorDesc, remember
 from fi_ffi.loader import generation, machine
-from fi_ffi.ops.call import memory
 from fi_ffi.ops.call.arguments import (
     INT32_MAX,
     Refusal,
@@ -28,8 +27,10 @@ from fi_ffi.ops.call.arguments import (
     check_flag,
     check_number,
 )
-from fi_ffi.ops.call.keyword_call import KeywordCall, Values, compiled_row
 from fi_ffi.ops.call.row import Absent, Arg, Row, Scalar, Tensor, Vector
+from fi_ffi.ops.call.values import Values, compiled_row
+from fi_ffi.ops.steps import memory
+from fi_ffi.ops.steps.keyword_call import KeywordCall
 
 _OP = FAMILY = "gdn_decode"
 _refuse = Refusal(_OP)

@@ -18,7 +18,6 @@ from fi_ffi.abi.interop import TensorLike, as_desc
 from fi_ffi.abi.tensor import Device, TensorDesc, viewed
 from fi_ffi.errors import ArgumentError
 from fi_ffi.loader import generation, machine
-from fi_ffi.ops.call import memory
 from fi_ffi.ops.call.arguments import (
     INT32_MAX,
     Refusal,
@@ -27,8 +26,10 @@ from fi_ffi.ops.call.arguments import (
     check_number,
     shown,
 )
-from fi_ffi.ops.call.keyword_call import KeywordCall, Values, compiled_row
 from fi_ffi.ops.call.row import Absent, Arg, Row, Scalar, Tensor, Vector
+from fi_ffi.ops.call.values import Values, compiled_row
+from fi_ffi.ops.steps import memory
+from fi_ffi.ops.steps.keyword_call import KeywordCall
 
 _OP = FAMILY = "recurrent_kda"
 _refuse = Refusal(_OP)

@@ -20,8 +20,9 @@ from fi_ffi.errors import ArgumentError
 from fi_ffi.loader import machine
 from fi_ffi.ops.attention.backends import module_name
 from fi_ffi.ops.call.arguments import INT32_MAX, Refusal, check_choice, check_flag, check_int
-from fi_ffi.ops.call.keyword_call import KeywordCall, Values, compiled_row
 from fi_ffi.ops.call.row import Absent, Arg, Row, Rule, Scalar, Tensor, Vector
+from fi_ffi.ops.call.values import Values, compiled_row
+from fi_ffi.ops.steps.keyword_call import KeywordCall
 
 _OP = FAMILY = "selective_state_update"
 _refuse = Refusal(_OP)
