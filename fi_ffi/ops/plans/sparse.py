@@ -17,7 +17,7 @@ from fi_ffi.ops.attention.masks import pack_custom_mask
 from fi_ffi.ops.attention.prefill import BatchPrefillPlan
 from fi_ffi.ops.attention.run import NotOf
 from fi_ffi.ops.call.arguments import INT32_MAX, Refusal, check_int
-from fi_ffi.ops.plans.arguments import SparseKeywords, check_keywords, described
+from fi_ffi.ops.plans.arguments import SparseKeywords, check_heads, check_keywords, described
 
 if TYPE_CHECKING:
     import numpy
@@ -196,11 +196,8 @@ class VariableBlockSparseAttentionPlan(BatchPrefillPlan):
         head_dim: int,
         **options: Unpack[SparseKeywords],
     ) -> None:
-        check_int(self.op, "num_kv_heads", num_kv_heads, 1)
-        if check_int(self.op, "num_qo_heads", num_qo_heads, 1) % num_kv_heads:
-            expected = f"a multiple of num_kv_heads = {num_kv_heads}"
-            raise self._refuse("num_qo_heads", num_qo_heads, expected)
-        self.num_kv_heads, self.group = num_kv_heads, num_qo_heads // num_kv_heads
+        self.group = check_heads(self.op, num_qo_heads, num_kv_heads)
+        self.num_kv_heads = num_kv_heads
         check_keywords(self.op, SparseKeywords, options)
         # Each key head becomes MB requests with one key head and `group` query heads.
         super().__init__(
