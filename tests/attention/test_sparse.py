@@ -100,6 +100,14 @@ def test_options_that_depend_on_places():
                 make(**{option: 1})
 
 
+def test_a_refused_replan_keeps_the_sizes():
+    plan = variable()
+    assert (plan.qo_len, plan.kv_len) == (7, 18)
+    with pytest.raises(TypeError):
+        plan.replan(np.ones((2, 2, 3), bool), [[8, 8]] * 2, [[5, 6, 9]] * 2, stream="no stream")
+    assert (plan.qo_len, plan.kv_len) == (7, 18)
+
+
 def test_options_that_the_signature_lacks():
     """A plan takes the options in its signature, and no other of a prefill's."""
     for make in (blocks, variable, cascade, prefix):
