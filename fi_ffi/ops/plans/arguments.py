@@ -18,7 +18,7 @@ class _Heads(TypedDict):
 
 
 class _Options(TypedDict, total=False):
-    """Options of `BatchPrefillPlan` that all plans built on it have, and where they are made."""
+    """Options of `BatchPrefillPlan` that all plans built on it have; the device and the stream."""
 
     q_data_type: object
     kv_data_type: object
