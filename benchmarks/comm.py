@@ -28,6 +28,7 @@ from packaging.version import Version
 
 import fi_ffi
 from fi_ffi import comm
+from fi_ffi.comm.memory import copy
 from fi_ffi.errors import ArgumentError
 from fi_ffi.loader import search
 from fi_ffi.ops.call import cuda
@@ -162,7 +163,7 @@ class Rank:
             elif way == "buffer":
                 x = self.group.buffer((count,), "float16")
                 call = self.reduce(x, out, "vllm")
-                cuda.copy(x.ptr, self.put(ones).ptr, nbytes, self.group.device, self.stream)
+                copy(x.ptr, self.put(ones).ptr, nbytes, self.group.device, self.stream)
             else:
                 call = self.reduce(x, out, way)
             try:

@@ -199,8 +199,8 @@ def _optional(name: str) -> Any:
 
 def _judge(op: str, asked: Mapping[str, Any], rows: Sequence[Row]) -> Support:
     """Put the judge of capabilities where ops ask it, and answer."""
-    matrix = _optional("fi_ffi.capability.matrix")
-    support.judge = matrix.judge_asked if matrix else support.no_judge
+    answer = _optional("fi_ffi.capability.answer")
+    support.judge = answer.judge_asked if answer else support.no_judge
     return support.judge(op, asked, rows)
 
 

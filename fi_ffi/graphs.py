@@ -31,9 +31,15 @@ class Graph:
     """
 
     __slots__ = (
-        "__weakref__", "_executable", "_finalizer", "_held", "_launch", "device", "nodes",
+        "__weakref__",
+        "_executable",
+        "_finalizer",
+        "_held",
+        "_launch",
+        "device",
+        "nodes",
         "updates",
-    )  # fmt: skip
+    )
 
     def __init__(self, device: Device) -> None:
         self.device = device

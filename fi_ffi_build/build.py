@@ -37,7 +37,7 @@ from fi_ffi_build.environment import (
     open_workshop,
 )
 from fi_ffi_build.questions import CUTE_DRIVER, ask, question_of
-from fi_ffi_build.wheel_writer import KernelWheel, write_wheel
+from fi_ffi_build.wheel_writer import WheelContents, write_wheel
 
 _NINJA_STATUS = "[%f/%t] "
 _STATUS = re.compile(r"\[(\d+)/(\d+)\] ")
@@ -227,7 +227,7 @@ def _make_cute(workshop: Workshop, requests: Sequence[Request]) -> list[dict[str
     """Compile kernels of CuTe DSL for every architecture; return their modules."""
     dsl = install_cute_dsl(workshop.environment, workshop.say)
     torch = None if workshop.torch else install_torch(workshop.environment, workshop.say)
-    made: list[dict[str, str]] = []
+    modules: list[dict[str, str]] = []
     name, total = f"{len(requests)} of CuTe DSL", len(workshop.architectures)
     for done, architecture in enumerate(workshop.architectures):
         workshop.report(Progress("compile", name, done, total))
@@ -244,20 +244,20 @@ def _make_cute(workshop: Workshop, requests: Sequence[Request]) -> list[dict[str
         }
         answer = ask(workshop, question, CUTE_DRIVER)
         _refuse(answer["failed"], [], workshop)
-        made += answer["modules"]
+        modules += answer["modules"]
     workshop.report(Progress("compile", name, total, total))
-    return made
+    return modules
 
 
 def _package(workshop: Workshop, answer: Any, output: Path, keep: bool) -> Path:
-    made = {module["name"]: Path(module["library"]) for module in answer["modules"]}
-    wheel = KernelWheel(
+    libraries = {module["name"]: Path(module["library"]) for module in answer["modules"]}
+    wheel = WheelContents(
         release=answer["release"],
         cuda=workshop.toolkit.release,
         architectures=tuple(answer["architectures"]),
         # Not manylinux: the compiler's own libraries were not checked for compatibility.
         platform=f"linux_{workshop.cpu or platform.machine()}",
-        modules=made,
+        modules=libraries,
         git_version=answer["git_version"],
         licenses=workshop.environment.licenses(),
     )
@@ -267,8 +267,8 @@ def _package(workshop: Workshop, answer: Any, output: Path, keep: bool) -> Path:
     if is_added:
         trust.check_owner(path)  # its modules will be packaged as if they were built here
         before = open_source(path)
-        kept = {name: before.file(name).path for name in before.modules() if name not in made}
-        wheel = replace(wheel, modules=made | kept)
+        kept = {name: before.file(name).path for name in before.modules() if name not in libraries}
+        wheel = replace(wheel, modules=libraries | kept)
     workshop.report(Progress("package", f"{verb} {path}"))
     return write_wheel(wheel, output)
 
@@ -290,7 +290,7 @@ def left_out(cuda: str, names: Iterable[str]) -> list[str]:
     """
     if tuple(map(int, cuda.split("."))) >= _WITH_SWITCHES:
         return []
-    found = []
+    reasons = []
     first = ".".join(map(str, _WITH_SWITCHES))
     for name in names:
         start = next((start for start in _SWITCHES if name.startswith(start)), None)
@@ -300,8 +300,8 @@ def left_out(cuda: str, names: Iterable[str]) -> list[str]:
         if not lost:
             expected = f"{first} or later for {name}, whose every call fails otherwise"
             raise ArgumentError("build", "cuda", got=cuda, expected=expected)
-        found.append(f"{name}: nvcc of CUDA {cuda} leaves out {lost}, which {first} has")
-    return found
+        reasons.append(f"{name}: nvcc of CUDA {cuda} leaves out {lost}, which {first} has")
+    return reasons
 
 
 def build(

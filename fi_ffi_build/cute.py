@@ -22,8 +22,8 @@ Arguments = dict[str, Any]
 def tensor(dtype: str, *shape: int, stride: int = 0) -> dict[str, object]:
     """Return a placeholder for any tensor with this dtype and these compiled sizes. With `stride`,
     that is the distance of the first axis, in elements."""
-    found: dict[str, object] = {"tensor": DTYPES[dtype], "shape": list(shape)}
-    return found | {"stride": stride} if stride else found
+    document: dict[str, object] = {"tensor": DTYPES[dtype], "shape": list(shape)}
+    return document | {"stride": stride} if stride else document
 
 
 def _numbers(options: Options, *names: str) -> list[int]:
@@ -54,20 +54,20 @@ def _gdn_decode(options: Options) -> Arguments:
     state, index = options["state"], options["indices"]
     slots, stride = _numbers(options, "slots", "slot_stride")
     states = tensor(state, slots or batch, v_heads, 128, 128, stride=stride)
-    found: Arguments = {
+    arguments: Arguments = {
         **_gdn_token(options, batch, tokens, q_heads, v_heads),
         "state": None,
         "disable_state_update": options["update"] == "0",
         "backend": "flashinfer",
     }
     if options["pool"] == "0":
-        return {**found, "state": states}
-    found |= {"initial_state": states, "initial_state_indices": tensor(index, batch)}
+        return {**arguments, "state": states}
+    arguments |= {"initial_state": states, "initial_state_indices": tensor(index, batch)}
     if options["split"] == "1":
-        found["output_state_indices"] = tensor(index, batch)
+        arguments["output_state_indices"] = tensor(index, batch)
     if options["steps"] == "1":
-        found["intermediate_states_buffer"] = tensor(state, batch, tokens, v_heads, 128, 128)
-    return found
+        arguments["intermediate_states_buffer"] = tensor(state, batch, tokens, v_heads, 128, 128)
+    return arguments
 
 
 def _gdn_prefill(options: Options) -> Arguments:

@@ -107,10 +107,10 @@ class Maker:
             print(f"compiling {name}", flush=True)
             compiled = compile_fn()
             target.parent.mkdir(parents=True, exist_ok=True)
-            made = target.with_suffix(".o")
-            compiled.export_to_c(str(made), function_name=f"{module}_{sanitized}")
-            self._link(made, target)
-            made.unlink()
+            object_file = target.with_suffix(".o")
+            compiled.export_to_c(str(object_file), function_name=f"{module}_{sanitized}")
+            self._link(object_file, target)
+            object_file.unlink()
 
         def launched(*_: Any, **__: Any) -> None:
             """Record the name again: FlashInfer keeps the kernel for requests to come."""
@@ -120,9 +120,9 @@ class Maker:
         launched()
         return launched
 
-    def _link(self, made: Path, target: Path) -> None:
+    def _link(self, object_file: Path, target: Path) -> None:
         part = target.with_suffix(".part")
-        command = [*self.cxx, "-shared", "-o", str(part), str(made), f"-L{self.runtime}"]
+        command = [*self.cxx, "-shared", "-o", str(part), str(object_file), f"-L{self.runtime}"]
         command += ["-lcute_dsl_runtime", "-Wl,-z,now"]
         subprocess.run(command, check=True)
         os.replace(part, target)

@@ -106,8 +106,8 @@ def everything(*, download: bool = False) -> tuple[dict[str, Any], list[_Skipped
         os.environ.pop(_NO_DOWNLOAD, None)
     skipped = [spec for spec in specs if isinstance(spec, _Skipped)]
     # Some specs (CuTe DSL) are no libraries and have no build file.
-    found = {spec.name: spec for spec in specs if hasattr(spec, "write_ninja")}
-    return found, skipped
+    by_name = {spec.name: spec for spec in specs if hasattr(spec, "write_ninja")}
+    return by_name, skipped
 
 
 def _value(text: Any) -> Any:
@@ -182,8 +182,8 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
     """Answer a question: `list` names all modules, `generate` writes build files for some."""
     result = about()
     if question["action"] == "list":
-        found, skipped = everything()
-        modules = [{"name": name, "sources": len(found[name].sources)} for name in found]
+        by_name, skipped = everything()
+        modules = [{"name": name, "sources": len(by_name[name].sources)} for name in by_name]
         result["modules"] = sorted(modules, key=lambda module: str(module["name"]))
         result["unavailable"] = {entry.generator: entry.reason for entry in skipped}
         return result

@@ -135,8 +135,8 @@ def find_toolkits() -> list[Toolkit]:
     # The default folders of NVIDIA's installers.
     candidates.append(Path("/usr/local/cuda/bin/nvcc"))
     candidates += sorted(Path("/usr/local").glob("cuda-*/bin/nvcc"), reverse=True)
-    found = (toolkit_of(nvcc) for nvcc in candidates if nvcc.is_file())
-    return list(dict.fromkeys(toolkit for toolkit in found if toolkit))
+    toolkits = (toolkit_of(nvcc) for nvcc in candidates if nvcc.is_file())
+    return list(dict.fromkeys(toolkit for toolkit in toolkits if toolkit))
 
 
 def check_architectures(toolkit: Toolkit, architectures: Iterable[str]) -> None:
@@ -252,15 +252,15 @@ class Environment:
     @property
     def site_packages(self) -> Path:
         # The environment's Python need not be the one that runs this.
-        found = sorted(self.root.glob("lib/python3.*/site-packages"))
-        return found[0] if found else self.root / "lib"
+        folders = sorted(self.root.glob("lib/python3.*/site-packages"))
+        return folders[0] if folders else self.root / "lib"
 
     def ninja(self) -> str:
         own = self.root / "bin" / "ninja"
-        found = str(own) if own.exists() else shutil.which("ninja")
-        if found is None:
+        path = str(own) if own.exists() else shutil.which("ninja")
+        if path is None:
             raise BuildError(f"the environment {self.root} has no ninja", str(self.log))
-        return found
+        return path
 
     def requirement(self, name: str) -> str:
         """Return flashinfer-python's requirement on the distribution `name`."""
@@ -277,10 +277,10 @@ class Environment:
         return {path.name: path for path in paths if path.is_file()}
 
     def _flashinfer(self) -> importlib.metadata.Distribution:
-        found = importlib.metadata.distributions(
+        distributions = importlib.metadata.distributions(
             name="flashinfer-python", path=[str(self.site_packages)]
         )
-        for distribution in found:
+        for distribution in distributions:
             return distribution
         raise BuildError(f"flashinfer-python is not in {self.root}", str(self.log))
 
@@ -427,8 +427,8 @@ def _cuda_roots(folder: Path) -> list[Path]:
 
 def _find_in(folder: Path, file: str) -> Path | None:
     """Return the library whose file name starts with `file`, in a folder of NVIDIA's packages."""
-    found = (find_library(root, file) for root in _cuda_roots(folder))
-    return next(filter(None, found), None)
+    libraries = (find_library(root, file) for root in _cuda_roots(folder))
+    return next(filter(None, libraries), None)
 
 
 def _unpack_extra(
@@ -453,10 +453,10 @@ def install_headers(environment: Environment, extra: str, toolkit: Toolkit, say:
 def install_library(environment: Environment, name: str, toolkit: Toolkit, say: Say) -> Path:
     """Install a CUDA library that the toolkit lacks; return the file for `-l<name>`."""
     folder = _unpack_extra(environment, PARTS[name], toolkit.release, say, "-lib")
-    found = _find_in(folder, f"lib{name}.so.")
-    if found is None:
+    library = _find_in(folder, f"lib{name}.so.")
+    if library is None:
         raise BuildError(f"there is no lib{name}.so in {folder}", str(environment.log))
-    return found
+    return library
 
 
 def _unpack_cudart(environment: Environment, toolkit: Toolkit, say: Say, cpu: str | None) -> Path:
@@ -478,10 +478,10 @@ def _find_cudart(environment: Environment, toolkit: Toolkit, say: Say, cpu: str 
     """Return the CUDA runtime library: the toolkit's own, or else the package index's."""
     file = f"libcudart.so.{toolkit.major}"
     own = None if cpu else find_library(toolkit.home, file)
-    found = own or _find_in(_unpack_cudart(environment, toolkit, say, cpu), file)
-    if found is None:
+    library = own or _find_in(_unpack_cudart(environment, toolkit, say, cpu), file)
+    if library is None:
         raise BuildError(f"no {file} for {toolkit.home}")
-    return found
+    return library
 
 
 def parse_cuda(text: str | None) -> str:
@@ -500,14 +500,14 @@ def parse_cuda(text: str | None) -> str:
 
 def choose_toolkit(environment: Environment, cuda: str, say: Say) -> Toolkit:
     """Return a toolkit of this machine with the requested release, or else the package index's."""
-    found = find_toolkits()
-    for toolkit in found:
+    toolkits = find_toolkits()
+    for toolkit in toolkits:
         if cuda in (toolkit.release, str(toolkit.major)):
             return toolkit
-    for toolkit in found:
+    for toolkit in toolkits:
         say(f"{toolkit.nvcc} is of CUDA {toolkit.release}, not of CUDA {cuda}: not used")
     if int(cuda.partition(".")[0]) < _FIRST_INDEXED:
-        here = ", ".join(toolkit.release for toolkit in found) or "none"
+        here = ", ".join(toolkit.release for toolkit in toolkits) or "none"
         raise BuildError(
             f"no nvcc of CUDA {cuda} on this machine (there is: {here}), and the package index has "
             f"none before CUDA {_FIRST_INDEXED}: install NVIDIA's CUDA {cuda} toolkit and name its "
@@ -553,8 +553,8 @@ class Workshop:
         """Install what the compiler or the linker did not find."""
         extra, library = missing
         if library:
-            found = install_library(self.environment, library, self.toolkit, self.say)
-            add_link(self.link_folder, library, found)
+            path = install_library(self.environment, library, self.toolkit, self.say)
+            add_link(self.link_folder, library, path)
         else:
             install_headers(self.environment, extra, self.toolkit, self.say)
 

@@ -85,11 +85,11 @@ def check_compiler_is_gcc(compiler: str) -> bool:
 
 
 def _module(name: str, **names: object) -> types.ModuleType:
-    made = types.ModuleType(name, __doc__)
-    made.__path__ = []  # a package: what is not here is missing, as a module too
-    vars(made).update(names)
-    sys.modules[name] = made
-    return made
+    module = types.ModuleType(name, __doc__)
+    module.__path__ = []  # a package: what is not here is missing, as a module too
+    vars(module).update(names)
+    sys.modules[name] = module
+    return module
 
 
 def install() -> None:
@@ -102,23 +102,23 @@ def install() -> None:
         return
     # TVM-FFI looks for torch when it is imported, and would take this for it.
     importlib.import_module("tvm_ffi")
-    found: dict[str, object] = {"dtype": dtype, "Tensor": Tensor, "device": device}
+    members: dict[str, object] = {"dtype": dtype, "Tensor": Tensor, "device": device}
     for names, itemsize in _DTYPES.items():
         made = dtype(names.partition(" ")[0], itemsize)
-        found |= dict.fromkeys(names.split(), made)
+        members |= dict.fromkeys(names.split(), made)
     # As in every torch since 2.7.
-    found["_C"] = _module(f"{NAME}._C", _GLIBCXX_USE_CXX11_ABI=True)
+    members["_C"] = _module(f"{NAME}._C", _GLIBCXX_USE_CXX11_ABI=True)
     # Without a CUDA of its own, so that the release of nvcc counts.
-    found["version"] = _module(f"{NAME}.version", cuda=None, hip=None)
+    members["version"] = _module(f"{NAME}.version", cuda=None, hip=None)
     no_gpus = {"is_available": lambda: False, "device_count": lambda: 0}
-    found["cuda"] = _module(f"{NAME}.cuda", **no_gpus)
+    members["cuda"] = _module(f"{NAME}.cuda", **no_gpus)
     extension = _module(
         f"{NAME}.utils.cpp_extension",
         check_compiler_is_gcc=check_compiler_is_gcc,
         get_cxx_compiler=get_cxx_compiler,
     )
-    found["torch_version"] = _module(
+    members["torch_version"] = _module(
         f"{NAME}.torch_version", TorchVersion=Version, __version__=_VERSION
     )
-    found["utils"] = _module(f"{NAME}.utils", cpp_extension=extension)
-    _module(NAME, **found)
+    members["utils"] = _module(f"{NAME}.utils", cpp_extension=extension)
+    _module(NAME, **members)

@@ -25,7 +25,7 @@ _EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time that zip can store
 
 
 @dataclass(frozen=True)
-class KernelWheel:
+class WheelContents:
     """The contents of one wheel.
 
     `modules` maps a module's name to its .so; `architectures` are names such as "sm90a"; `cuda` is
@@ -121,7 +121,7 @@ Tag: {tag}
 """
 
 
-def _texts(wheel: KernelWheel) -> dict[str, str]:
+def _texts(wheel: WheelContents) -> dict[str, str]:
     """Return the generated members, without RECORD."""
     names = tuple(sorted(wheel.modules))
     values = {
@@ -145,7 +145,7 @@ def _texts(wheel: KernelWheel) -> dict[str, str]:
     return {name: template.format_map(values) for name, template in templates.items()}
 
 
-def _sources(wheel: KernelWheel) -> dict[str, bytes | Path]:
+def _sources(wheel: WheelContents) -> dict[str, bytes | Path]:
     """Return every member but RECORD, in the archive's order: dist-info last."""
     members: dict[str, bytes | Path] = {
         f"{PACKAGE}/jit_cache/{name}/{name}.so": path for name, path in wheel.modules.items()
@@ -157,7 +157,7 @@ def _sources(wheel: KernelWheel) -> dict[str, bytes | Path]:
     return dict(sorted(members.items(), key=lambda item: (".dist-info/" in item[0], item[0])))
 
 
-def _write_members(archive: zipfile.ZipFile, wheel: KernelWheel) -> None:
+def _write_members(archive: zipfile.ZipFile, wheel: WheelContents) -> None:
     record: list[tuple[str, str, int | str]] = []
 
     def write(name: str, content: bytes) -> None:
@@ -177,7 +177,7 @@ def _write_members(archive: zipfile.ZipFile, wheel: KernelWheel) -> None:
     write(own_name, lines.getvalue().encode())
 
 
-def write_wheel(wheel: KernelWheel, output: Path) -> Path:
+def write_wheel(wheel: WheelContents, output: Path) -> Path:
     """Write `wheel` into the folder `output`, replacing an older one; return its path."""
     output.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=output, prefix=f".{PACKAGE}-", suffix=".part")

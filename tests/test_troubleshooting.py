@@ -105,6 +105,7 @@ INTERNAL = (
     "fi_ffi/watch/safetensors",
     "fi_ffi/abi/values",
     "fi_ffi/modules/packing",
+    "fi_ffi/modules/types",
 )
 
 

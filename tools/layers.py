@@ -42,6 +42,7 @@ LAYERS = (
     Layer("loader/fetch", ("fi_ffi.loader.fetch",)),
     Layer("reference", ("fi_ffi.reference",)),
     Layer("catalogue", ("fi_ffi.catalogue",)),
+    Layer("ops/steps", ("fi_ffi.ops.steps",)),
     Layer("ops/plans", ("fi_ffi.ops.plans",)),
     Layer("ops/matmul", ("fi_ffi.ops.matmul",)),
     Layer("ops/moe", ("fi_ffi.ops.moe",)),

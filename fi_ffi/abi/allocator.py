@@ -119,9 +119,8 @@ class Allocator:
         managed = ffi.cast("DLManagedTensorVersioned *", header)
         managed.version.major, managed.version.minor = _DLPACK_MAJOR, 0
         managed.manager_ctx, managed.flags, managed.deleter = ffi.NULL, 0, self._deleter
-        tensor, rank = managed.dl_tensor, len(shape)
+        managed.dl_tensor, tensor, rank = prototype[0], managed.dl_tensor, len(shape)
         tensor.data, tensor.byte_offset = ffi.cast("void *", address), 0
-        tensor.device, tensor.dtype, tensor.ndim = prototype.device, prototype.dtype, rank
         tensor.shape = ffi.cast("int64_t *", header + _HEADER)
         tensor.strides = tensor.shape + rank
         tensor.shape[0:rank], tensor.strides[0:rank] = shape, c_strides(shape)

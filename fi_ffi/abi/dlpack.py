@@ -9,12 +9,16 @@ from typing import Any
 from fi_ffi.abi import library
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.tensor import (
+    DTYPES,
     MAX_RANK,
+    Device,
     TensorDesc,
     TensorKind,
+    c_strides,
+    checked,
     device_from_code,
-    dtype_from_code,
-    make_desc,
+    dtype_of,
+    tensor_kind,
 )
 from fi_ffi.errors import AbiError, ArgumentError, printed
 
@@ -44,16 +48,30 @@ def write_kind(tensor: Any, kind: TensorKind, dims: Any) -> None:
 
 def desc_from_dl_tensor(tensor: Any, owner: object = None) -> TensorDesc:
     """Describe a `DLTensor` and keep its `owner`; `AbiError` if it cannot be described."""
-    dtype = dtype_from_code(tensor.dtype.code, tensor.dtype.bits, tensor.dtype.lanes)
-    device = device_from_code(tensor.device.device_type, tensor.device.device_id)
-    if dtype is None or device is None:
+    place = tensor.device
+    device = device_from_code(place.device_type, place.device_id)
+    if device is None:
         raise AbiError("a DLTensor of a dtype or device that fi_ffi does not know")
-    shape, strides = dims_of(tensor)
-    address = library.address_of(tensor.data) + tensor.byte_offset
     try:
-        return make_desc(address, shape, dtype, strides, device, owner=owner)
+        return read_dl_tensor(tensor, device, owner)
     except ArgumentError as error:
         raise AbiError(f"a DLTensor that is invalid: {error}") from None
+
+
+def read_dl_tensor(
+    tensor: Any, device: Device, owner: object, readonly: bool = False
+) -> TensorDesc:
+    """Describe a `DLTensor` on this device; `ArgumentError` if it cannot be described."""
+    dtype = dtype_of(tensor.dtype)
+    if dtype is None:
+        got = f"DLPack dtype {tensor.dtype.code}:{tensor.dtype.bits}:{tensor.dtype.lanes}"
+        raise ArgumentError("DLTensor", "dtype", got=got, expected=f"one of {list(DTYPES)}")
+    shape, strides = dims_of(tensor)
+    if min(shape, default=0) < 0:
+        raise ArgumentError("DLTensor", "shape", got=shape, expected="sizes of 0 or more")
+    steps = c_strides(shape) if strides is None else strides
+    address = library.address_of(tensor.data) + tensor.byte_offset
+    return checked(address, shape, steps, tensor_kind(dtype, device, len(shape), readonly), owner)
 
 
 def dims_of(tensor: Any) -> tuple[tuple[int, ...], tuple[int, ...] | None]:

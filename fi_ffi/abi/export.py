@@ -184,13 +184,7 @@ def _of_descriptor(desc: TensorDesc) -> tuple[TensorDesc, object, int | None]:
     return desc, desc, scope.handle if scope is not None and is_here else None
 
 
-_PROTOCOLS = (
-    "__array_interface__",
-    "__cuda_array_interface__",
-    "__array__",
-    "__dlpack__",
-    "__dlpack_device__",
-)
-for _name in _PROTOCOLS:
+# The protocols that the class declares.
+for _name in TensorDesc.__annotations__:
     setattr(TensorDesc, _name, vars(Exported)[_name])
 TensorDesc._to_export = _of_descriptor  # type: ignore[attr-defined]

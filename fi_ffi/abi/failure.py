@@ -18,9 +18,9 @@ from fi_ffi.abi.library import TypeIndex
 from fi_ffi.errors import DeviceError, KernelError
 
 _MAX_CAUSES = 16
-_MOST_WORDS = 64 << 20  # bytes of an error's message or backtrace; a longer one is corrupt
-_MOST_FRAMES = 64  # Python frames reported for a callback's exception
-_MOST_BACKTRACE = 1 << 16  # characters of a kernel's backtrace passed on through a callback
+_MAX_WORDS = 64 << 20  # bytes of an error's message or backtrace; a longer one is corrupt
+_MAX_FRAMES = 64  # Python frames reported for a callback's exception
+_MAX_BACKTRACE = 1 << 16  # characters of a kernel's backtrace passed on through a callback
 
 # Read the class name and the cause through the base types: a metaclass or a subclass may override
 # both attributes.
@@ -125,7 +125,7 @@ def _has_cause(handle: Any) -> bool:
 
 
 def _words(part: Any) -> str:
-    if part.size > _MOST_WORDS:
+    if part.size > _MAX_WORDS:
         return f"({part.size} bytes, which are not read)"
     return library.read_bytes(part).decode("utf-8", errors="replace")
 
@@ -222,13 +222,13 @@ def _handler_codes() -> Iterator[CodeType]:
 
 def _error_parts(error: BaseException) -> tuple[bytes, ...]:
     """Return an exception's kind, message and backtrace."""
-    frames = "".join(reversed(traceback.format_tb(error.__traceback__, -_MOST_FRAMES)))
+    frames = "".join(reversed(traceback.format_tb(error.__traceback__, -_MAX_FRAMES)))
     message = message_of(error)
     if type(error) is KernelError:
         # Keep the kernel's backtrace out of the message, which would grow with each callback it
         # passes.
         message = f"{error.op}: {error.kind}: {error.message}"
-        frames = f"{error.backtrace}\n{frames}"[:_MOST_BACKTRACE]
+        frames = f"{error.backtrace}\n{frames}"[:_MAX_BACKTRACE]
     # Call str's own encode: the text may be of a subclass that overrides it.
     parts = (_name_of(type(error)), message, frames)
     return tuple(str.encode(part, "utf-8", "replace") for part in parts)
@@ -259,20 +259,6 @@ STICKY = {
     719: "cudaErrorLaunchFailure",
     721: "cudaErrorTensorMemoryLeak",
     911: "cudaErrorExternalDevice",
-}
-
-# Codes that an earlier call may have left on the thread and that no launch returns.
-LEFTOVERS = {
-    3: "cudaErrorInitializationError",
-    35: "cudaErrorInsufficientDriver",
-    100: "cudaErrorNoDevice",
-    101: "cudaErrorInvalidDevice",
-    600: "cudaErrorNotReady",
-    704: "cudaErrorPeerAccessAlreadyEnabled",
-    705: "cudaErrorPeerAccessNotEnabled",
-    712: "cudaErrorHostMemoryAlreadyRegistered",
-    713: "cudaErrorHostMemoryNotRegistered",
-    910: "cudaErrorGraphExecUpdateFailure",
 }
 
 _WHAT_TO_DO = (

@@ -28,7 +28,7 @@ from fi_ffi.abi.objects import (
     set_global,
 )
 from fi_ffi.abi.signature import Signature, signature_from_mismatch
-from fi_ffi.abi.tensor import TensorDesc, TensorKind, frozen
+from fi_ffi.abi.tensor import TensorKind, frozen
 from fi_ffi.abi.values import make_function, pack_arguments, unpack
 from fi_ffi.errors import AbiError, KernelError, LoaderError
 
@@ -121,11 +121,6 @@ def array_values(array: Array) -> list[Any]:
         arena.end()
 
 
-def tensors_of(array: Array) -> list[TensorDesc]:
-    """Return the tensors of an Array; the descriptors keep the tensors alive."""
-    return [tensor.described() for tensor in array_values(array)]
-
-
 def module_function(module: Module, name: str) -> Entry:
     """Return the function `name` of a Module object; `LoaderError` if the module has none."""
     function = library_function("ffi.ModuleGetFunction")(module, name, False)
@@ -175,19 +170,6 @@ class FrameLayout:
     `count` are not arguments but tensors inside an argument's Array.
     """
 
-    __slots__ = (
-        "before",
-        "count",
-        "device",
-        "dims",
-        "first_dims",
-        "last_dims",
-        "ranks",
-        "result",
-        "tensors",
-        "words",
-    )
-
     def __init__(
         self, ranks: Sequence[int | None], last: Collection[int] = (), count: int | None = None
     ) -> None:
@@ -231,54 +213,17 @@ def _references_of(made: Object) -> memoryview:
     return memoryview(ffi.buffer(count, 4)).cast("B").cast("I")
 
 
-class Packed:
-    """The contents of a frame.
+class Frame:
+    """Packed arguments of one call at a time; two calls must not share a frame concurrently.
 
-    `words`, `addresses` and `floats` view the same memory as int64, uint64 and float64.
+    `words`, `addresses` and `floats` view its memory as int64, uint64 and float64.
     """
-
-    __slots__ = ("addresses", "floats", "layout", "words")
-
-    def __init__(self, layout: FrameLayout, view: memoryview) -> None:
-        self.layout = layout
-        self.words, self.addresses, self.floats = view.cast("q"), view.cast("Q"), view.cast("d")
-
-    def tensor(self, i: int, kind: TensorKind) -> TensorDesc:
-        """Return the tensor in slot `i`, as last written."""
-        at, rank = self.layout.dims[i], kind.rank
-        sizes, steps = self.words[at : at + rank], self.words[at + rank : at + 2 * rank]
-        address = self.addresses[self.layout.tensors[i]]
-        return frozen(address, tuple(sizes), tuple(steps), kind, None)
-
-
-class Frame(Packed):
-    """Packed arguments of one call at a time; two calls must not share a frame concurrently."""
-
-    __slots__ = (
-        "_arrays",
-        "_buffer",
-        "_cells",
-        "_objects",
-        "_references",
-        "_result",
-        "before",
-        "before_word",
-        "device",
-        "device_word",
-        "dims",
-        "entry",
-        "has_objects",
-        "invoke",
-        "target",
-        "variant",
-        "version",
-    )
 
     def __init__(self, layout: FrameLayout, slots: Sequence[Slot], entry: Entry) -> None:
         memory = self._buffer = ffi.new("int64_t[]", layout.words)
         view = memoryview(ffi.buffer(memory)).cast("B")
-        super().__init__(layout, view)
-        self.entry = entry
+        self.words, self.addresses, self.floats = view.cast("q"), view.cast("Q"), view.cast("d")
+        self.layout, self.entry = layout, entry
         # Written by `struct.pack_into`.
         self.dims = view[8 * layout.first_dims : 8 * layout.last_dims]
         # The stream that was current before a call, restored after it.
@@ -366,10 +311,6 @@ class Frame(Packed):
         # Release Arrays first: they hold references to the Tensor objects.
         for array in getattr(self, "_arrays", ()):
             array.release()
-
-    def snapshot(self) -> Packed:
-        """Copy the frame's present contents."""
-        return Packed(self.layout, memoryview(bytes(ffi.buffer(self._buffer))))
 
     def call(self) -> Any:
         """Call the entry with the written arguments; return the result, which the caller owns."""

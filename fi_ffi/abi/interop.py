@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, Protocol, TypeAlias
 
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.abi.dlpack import dims_of, open_capsule
+from fi_ffi.abi.dlpack import open_capsule, read_dl_tensor
 from fi_ffi.abi.failure import STICKY, lost, message_of
 from fi_ffi.abi.objects import Tensor
 from fi_ffi.abi.tensor import (
@@ -23,7 +23,6 @@ from fi_ffi.abi.tensor import (
     TensorKind,
     c_strides,
     device_from_code,
-    dtype_from_code,
     frozen,
     make_desc,
     parse_device,
@@ -101,14 +100,14 @@ def as_desc(value: object, op: str = "as_desc", argument: str = "value") -> Tens
 
 # Adapters that read tensors, cached by type.
 _ADAPTERS: dict[type, Adapter] = {}
-_MOST_TYPES = 256
+_MAX_TYPES = 256
 
 
 def _adapter_of(kind: type) -> Adapter | None:
     """Return the adapter for a type: its library's adapter, or else a protocol's."""
     found: Adapter | None = None
     if issubclass(kind, Tensor):  # also a Tensor that a call returned
-        return remember(_ADAPTERS, kind, lambda value, *_: value.described(value), _MOST_TYPES)
+        return remember(_ADAPTERS, kind, lambda value, *_: value.described(value), _MAX_TYPES)
     for base in kind.__mro__:
         make = _LIBRARIES.get((base.__module__, base.__qualname__))
         # Another library's type of the same name is read through its protocols only.
@@ -118,7 +117,7 @@ def _adapter_of(kind: type) -> Adapter | None:
             break
     if found is None:
         found = _protocol_of(kind)
-    return found if found is None else remember(_ADAPTERS, kind, found, _MOST_TYPES)
+    return found if found is None else remember(_ADAPTERS, kind, found, _MAX_TYPES)
 
 
 def _protocol_of(kind: type) -> Adapter | None:
@@ -150,7 +149,7 @@ def _numpy_adapter(kind: type, library: Any) -> Adapter:
                 return frozen(address, shape, c_strides(shape), found, array)
         desc = _from_array_interface(array, array.__array_interface__, op, argument, "cpu")
         if not desc.readonly:
-            remember(kinds, (array.dtype, len(desc.shape)), desc.kind, _MOST_TYPES)
+            remember(kinds, (array.dtype, len(desc.shape)), desc.kind, _MAX_TYPES)
         return desc
 
     return read
@@ -209,7 +208,7 @@ def _torch_adapter(kind: type, torch: Any) -> Adapter:
         device = parse_device(f"{where.type}:{where.index or 0}" if where.type == "cuda" else "cpu")
         named = tensor.get_device() if where.type == "cuda" and has_cuda_only else where
         made = tensor_kind(dtype, device, tensor.dim())
-        return remember(kinds, (tensor.dtype, named, tensor.dim()), made, _MOST_TYPES)
+        return remember(kinds, (tensor.dtype, named, tensor.dim()), made, _MAX_TYPES)
 
     return read
 
@@ -224,7 +223,7 @@ def _cupy_adapter(kind: type, library: Any) -> Adapter:
         if found is None:
             dtype = _array_dtype(array, array.dtype.str, op, argument)
             device = parse_device(f"cuda:{data.device_id}")
-            found = remember(kinds, key, tensor_kind(dtype, device, len(shape)), _MOST_TYPES)
+            found = remember(kinds, key, tensor_kind(dtype, device, len(shape)), _MAX_TYPES)
         strides = tuple([step // itemsize for step in array.strides])
         if any(step % itemsize for step in array.strides):
             raise _odd_strides(op, argument, array.strides, found.dtype)
@@ -304,15 +303,9 @@ def _from_dlpack(value: Any, op: str, argument: str) -> TensorDesc:
     actual = tensor.device
     if actual.device_type != type_code or actual.device_id != index:
         _check_device(device, actual.device_type, actual.device_id, op, argument)
-    dtype = dtype_from_code(tensor.dtype.code, tensor.dtype.bits, tensor.dtype.lanes)
-    if dtype is None:
-        got = f"DLPack dtype {tensor.dtype.code}:{tensor.dtype.bits}:{tensor.dtype.lanes}"
-        raise ArgumentError(op, argument, got=got, expected=f"one of {list(DTYPES)}")
-    shape, strides = dims_of(tensor)
-    address = int(ffi.cast("uintptr_t", tensor.data)) + tensor.byte_offset
     # The capsule is not consumed: it lives as long as the descriptor, and its own destructor
     # returns the export.
-    return make_desc(address, shape, dtype, strides, device, readonly, (value, capsule))
+    return read_dl_tensor(tensor, device, (value, capsule), readonly)
 
 
 def _check_device(device: Device, type_code: int, index: int, op: str, argument: str) -> None:

@@ -138,14 +138,6 @@ class String(Object):
     __slots__ = ()
     type_index = TypeIndex.STR
 
-    @classmethod
-    def create(cls, text: str) -> String | None:
-        """Return an owned string, or None if libtvm_ffi stores it inline (7 bytes or fewer)."""
-        array, _buffer = library.byte_array(text.encode())
-        value = ffi.new("TVMFFIAny *")
-        check(library.lib.TVMFFIStringFromByteArray(array, value), "String")
-        return cls(value.v_ptr) if value.type_index == cls.type_index else None
-
     def __str__(self) -> str:
         return bytes_of(self).decode("utf-8", errors="replace")
 

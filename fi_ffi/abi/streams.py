@@ -1,7 +1,7 @@
 """CUDA streams: reading stream objects, and the stream that this thread launches on.
 
 libtvm_ffi keeps a current stream for each thread and device, and kernels launch on it. Only this
-module and `fi_ffi.ops.call.launch` change it, and both always restore it.
+module, `fi_ffi.ops.call.launch` and `fi_ffi.ops.steps.stream` change it, and all restore it.
 """
 
 from __future__ import annotations
@@ -86,9 +86,9 @@ class _Thread(threading.local):
 
 
 thread = _Thread()
-_MOST_CHECKED = 64
+_MAX_CHECKED = 64
 
-# Returns a stream's device. Set once the process is known to have several GPUs.
+# Returns the index of a stream's device. Set once the process is known to have several GPUs.
 device_of: Callable[[int], int | None] | None = None
 
 
@@ -112,7 +112,7 @@ def check_stream(handle: int, device: Device, op: str) -> None:
     if found != device.index:
         got, expected = f"a stream of cuda:{found}", f"a stream of {device}"
         raise ArgumentError(op, "stream", got=got, expected=expected)
-    remember(thread.checked, handle, device, _MOST_CHECKED)
+    remember(thread.checked, handle, device, _MAX_CHECKED)
 
 
 class stream:  # lower case: a context manager reads as a verb
@@ -176,13 +176,7 @@ class stream:  # lower case: a context manager reads as a verb
             swap(device, thread.replaced[device])
             del thread.scopes[device], thread.replaced[device]
 
-    def check_device(self, device: Device, op: str) -> None:
-        """Raise if the scope is already in use on another device."""
-        if self.device is not None and self.device is not device:
-            got, expected = f"a scope in use on {self.device}", f"a stream of {device}"
-            raise ArgumentError(op, "stream", got=got, expected=expected)
-
-    def bind(self, device: Device) -> bool:
+    def make_current(self, device: Device) -> bool:
         """Make this scope's stream current on `device` until another scope replaces it or it ends.
 
         Returns False on a thread that did not open the scope: nothing would restore the stream
@@ -210,7 +204,9 @@ def open_scope(device: Device, op: str) -> stream:
     if scope is None:
         expected = f"{_STREAM}, or an open fi_ffi.stream(...) scope"
         raise ArgumentError(op, "stream", got=None, expected=expected)
-    scope.check_device(device, op)
+    if scope.device is not None and scope.device is not device:
+        got, expected = f"a scope in use on {scope.device}", f"a stream of {device}"
+        raise ArgumentError(op, "stream", got=got, expected=expected)
     check_stream(scope.handle, device, op)
     return scope
 
@@ -226,27 +222,3 @@ def handle_for(stream: object, device: Device, op: str) -> int:
         return 0
     check_stream(handle, device, op)
     return handle
-
-
-class stream_context:
-    """Context manager that makes one call's stream current: `stream`, or the open scope's.
-
-    Create it before any other look-up, so that a missing stream is the first error reported.
-    """
-
-    __slots__ = ("_before", "_device", "handle")
-
-    def __init__(self, stream: object, device: Device, op: str) -> None:
-        self.handle = handle_for(stream, device, op)
-        self._device = device
-        self._before: int | None = None
-
-    def __enter__(self) -> None:
-        scope = current_scope()
-        if scope is None or scope.handle != self.handle or not scope.bind(self._device):
-            self._before = current_handle(self._device)
-            swap(self._device, self.handle)
-
-    def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            swap(self._device, self._before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
 import operator
@@ -19,7 +20,7 @@ _Kept = TypeVar("_Kept")
 
 _INT64_MAX = 2**63 - 1
 MAX_RANK = 64
-_MOST_NAMES = 4096
+_MAX_NAMES = 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +49,7 @@ class DType:
         """Return the number of bytes of `count` contiguous elements."""
         return (count * self.bits * self.lanes + 7) // 8
 
-    @property
+    @functools.cached_property
     def numpy(self) -> numpy.dtype[Any]:
         """The numpy dtype with the same bytes; ml_dtypes provides those that numpy lacks."""
         import ml_dtypes
@@ -112,9 +113,9 @@ def parse_dtype(dtype: object, *, op: str = "TensorDesc", argument: str = "dtype
     return found
 
 
-def dtype_from_code(code: int, bits: int, lanes: int) -> DType | None:
-    """Return the table's entry for the fields of a `DLDataType`, or None."""
-    return _BY_CODE.get((code, bits, lanes))
+def dtype_of(written: Any) -> DType | None:
+    """Return the table's entry for a `DLDataType`, or None."""
+    return _BY_CODE.get((written.code, written.bits, written.lanes))
 
 
 # DLDeviceType of dlpack.h
@@ -162,24 +163,20 @@ def parse_device(device: object, *, op: str = "TensorDesc", argument: str = "dev
 
     Raises `ArgumentTypeError` for anything else.
     """
-    if isinstance(device, Device):
-        known = _DEVICES.get((device.type, device.index))
+    # A Device may have been constructed directly, and is not checked then.
+    text = f"{device.type}:{device.index}" if isinstance(device, Device) else device
+    if isinstance(text, str):
+        known = _DEVICES.get(text)
         if known is not None:
             return known
-        device = f"{device.type}:{device.index}"  # constructed directly, hence not checked yet
-    if isinstance(device, str):
-        known = _DEVICES.get(device)
-        if known is not None:
-            return known
-        name, _, index = device.partition(":")
-        digits = index if ":" in device else "0"
+        name, colon, index = text.partition(":")
+        digits = index if colon else "0"
         if name in DEVICE_TYPES and digits.isascii() and digits.isdigit() and len(digits) < 11:
-            found = device_from_code(DEVICE_TYPES[name], int(digits))
-            if found is not None:
-                _DEVICES[device] = found
-                return found
+            known = device_from_code(DEVICE_TYPES[name], int(digits))
+            if known is not None:
+                return _DEVICES.setdefault(text, known)
     expected = f"'<type>:<index>' with type in {[*DEVICE_TYPES]}"
-    raise ArgumentTypeError(op, argument, got=printed(device), expected=expected)
+    raise ArgumentTypeError(op, argument, got=printed(text), expected=expected)
 
 
 class TensorKind:
@@ -188,11 +185,11 @@ class TensorKind:
     Equal kinds are the same object; `tensor_kind` makes them.
     """
 
-    __slots__ = ("device", "dtype", "itemsize", "rank", "readonly")
+    __slots__ = ("device", "dtype", "itemsize", "rank", "readonly", "shares_bytes")
 
     def __init__(self, dtype: DType, device: Device, rank: int, readonly: bool) -> None:
         self.dtype, self.device, self.rank, self.readonly = dtype, device, rank, readonly
-        self.itemsize = dtype.itemsize
+        self.itemsize, self.shares_bytes = dtype.itemsize, dtype.shares_bytes
 
     def __repr__(self) -> str:
         access = ", read-only" if self.readonly else ""
@@ -451,33 +448,35 @@ def make_desc(
         raise ArgumentError(
             "TensorDesc", "strides", got=strides_, expected=f"{len(shape_)} strides for {shape_}"
         )
-    if dtype_.shares_bytes:
-        _check_shared(dtype_, dtype, shape_, strides_)
-    kind = tensor_kind(dtype_, device_, len(shape_), readonly)
-    # Before the address: c_strides of a huge shape may itself exceed int64.
-    reach = sum(abs(st) * max(n - 1, 0) for n, st in zip(shape_, strides_, strict=True)) + 1
-    if max(reach, math.prod(shape_), *map(abs, strides_), 0) * kind.itemsize > _INT64_MAX:
-        got = f"{dtype_}{list(shape_)} with strides {strides_}"
-        raise ArgumentError("TensorDesc", "shape", got=got, expected="a size within int64")
-    if not readonly:
-        remember(_NAMED, (dtype, device, kind.rank), kind, _MOST_NAMES)
-    described = frozen(0, shape_, strides_, kind, None)
-    if type(ptr) is not int or not 0 <= ptr <= _INT64_MAX:
-        ptr = _address(ptr, described.span_bytes, described)
-    return frozen(ptr, shape_, strides_, kind, owner)
-
-
-def _check_shared(
-    dtype: DType, given: object, shape: tuple[int, ...], strides: tuple[int, ...]
-) -> None:
-    """Refuse an invalid tensor of elements that share bytes."""
-    if not isinstance(given, (str, DType)):
-        got = f"{printed(given)}, which has a byte for each element"
-        expected = f"the name {dtype.name!r} for two in a byte, or 'int8' or 'uint8' for the bytes"
+    if dtype_.shares_bytes and not isinstance(dtype, (str, DType)):
+        got = f"{printed(dtype)}, which has a byte for each element"
+        expected = f"the name {dtype_.name!r} for two in a byte, or 'int8' or 'uint8' for the bytes"
         raise ArgumentTypeError("TensorDesc", "dtype", got=got, expected=expected)
-    if not is_row_major(shape, strides):
-        expected = f"row-major strides: elements of {dtype} share bytes"
+    kind = tensor_kind(dtype_, device_, len(shape_), readonly)
+    desc = checked(ptr, shape_, strides_, kind, owner)
+    if not readonly:
+        remember(_NAMED, (dtype, device, kind.rank), kind, _MAX_NAMES)
+    return desc
+
+
+def checked(
+    ptr: object, shape: tuple[int, ...], strides: tuple[int, ...], kind: TensorKind, owner: object
+) -> TensorDesc:
+    """Return a descriptor of these sizes and strides, which are int64, if it can be one."""
+    if kind.shares_bytes and not is_row_major(shape, strides):
+        expected = f"row-major strides: elements of {kind.dtype} share bytes"
         raise ArgumentError("TensorDesc", "strides", got=strides, expected=expected)
+    # Before the address: c_strides of a huge shape may itself exceed int64.
+    reach, most = 1, math.prod(shape)
+    for size, stride in zip(shape, strides, strict=True):
+        reach, most = reach + abs(stride) * max(size - 1, 0), max(most, abs(stride))
+    if max(reach, most) * kind.itemsize > _INT64_MAX:
+        got = f"{kind.dtype}{list(shape)} with strides {strides}"
+        raise ArgumentError("TensorDesc", "shape", got=got, expected="a size within int64")
+    if type(ptr) is not int or not 0 <= ptr <= _INT64_MAX:
+        described = frozen(0, shape, strides, kind, None)
+        ptr = _address(ptr, described.span_bytes, described)
+    return frozen(ptr, shape, strides, kind, owner)
 
 
 def remember(cache: dict[Any, _Kept], key: object, value: _Kept, most: int) -> _Kept:

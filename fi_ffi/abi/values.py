@@ -36,7 +36,7 @@ from fi_ffi.abi.tensor import (
     DType,
     TensorDesc,
     device_from_code,
-    dtype_from_code,
+    dtype_of,
     parse_dtype,
 )
 from fi_ffi.errors import AbiError, ArgumentError, ArgumentTypeError, FiFfiError, printed
@@ -258,10 +258,10 @@ def _pointed(slot: Any, kind: str) -> Any:
 
 
 def _read_dtype(slot: Any) -> DType:
-    code, bits, lanes = slot.v_dtype.code, slot.v_dtype.bits, slot.v_dtype.lanes
-    dtype = dtype_from_code(code, bits, lanes)
+    dtype, code = dtype_of(slot.v_dtype), slot.v_dtype
     if dtype is None:
-        raise AbiError(f"a value that is a dtype fi_ffi does not know: {code}:{bits}:{lanes}")
+        fields = f"{code.code}:{code.bits}:{code.lanes}"
+        raise AbiError(f"a value that is a dtype fi_ffi does not know: {fields}")
     return dtype
 
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from fi_ffi import catalogue
 from fi_ffi.catalogue.advice import build_advice
@@ -26,7 +27,7 @@ from fi_ffi.catalogue.ahead_of_time import (
 )
 from fi_ffi.catalogue.families import FAMILIES
 from fi_ffi.catalogue.modules import members
-from fi_ffi.errors import ArgumentError, FiFfiError, printed
+from fi_ffi.errors import FiFfiError, printed
 from fi_ffi.loader import machine, search
 from fi_ffi.loader.fatbin import CudaCode, architecture_named, sass_named
 from fi_ffi.loader.kernels import KernelSource, release_of
@@ -34,12 +35,14 @@ from fi_ffi.loader.lock import PinnedWheel, the_lock, wanted_release
 from fi_ffi.loader.permission import fetching
 from fi_ffi.loader.search import Candidate
 from fi_ffi.loader.uris import parse
+from fi_ffi.ops.call.arguments import Refusal
 from fi_ffi.ops.call.releases import fits, span_of
 from fi_ffi.ops.call.row import Row, Tensor, form_on
 from fi_ffi.ops.call.support import BUILT, MISSING, REFUSED, RUN, UNKNOWN, Support
 
 # The entries that the GPU tests have called; tools/record_called.py merges their records.
 GPU_RUNS = Path(catalogue.__file__).with_name("data") / "called.json"
+_refuse = Refusal("supports")
 _COMMAND = re.compile(r"`(fi-ffi build [^`]+)` makes it")
 _CUDA = re.compile(r"cu(\d{2})(\d)")
 DEFAULT_CUDA = f"cu{machine.CUDA_MAJORS[0]}0"
@@ -52,12 +55,10 @@ def capability_of(sm: Sm) -> tuple[int, int] | None:
         return None
     if isinstance(sm, tuple) and len(sm) == 2 and all(type(part) is int for part in sm):
         return sm
-    found = architecture_named(str(sm)) if isinstance(sm, (int, float, str)) else None
-    if found is None or isinstance(sm, bool) or not 5 <= found[0] < 20:
-        raise ArgumentError(
-            "supports", "sm", got=printed(sm), expected="such as 90, '9.0' or 'sm90a'"
-        )
-    return found[:2]
+    architecture = architecture_named(str(sm)) if isinstance(sm, (int, float, str)) else None
+    if architecture is None or isinstance(sm, bool) or not 5 <= architecture[0] < 20:
+        raise _refuse("sm", printed(sm), "such as 90, '9.0' or 'sm90a'")
+    return architecture[:2]
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,7 @@ class Query:
         """Make a query. Without `sm`, it is about the first GPU, and on a machine without one about
         any."""
         if cuda is not None and not _CUDA.fullmatch(cuda):
-            raise ArgumentError(
-                "supports", "cuda", got=printed(cuda), expected="a tag such as cu130"
-            )
+            raise _refuse("cuda", printed(cuda), "a tag such as cu130")
         capability = capability_of(sm) if sm is not None else _first_gpu()
         places: tuple[Candidate, ...] = ()
         if kernels is not None:
@@ -96,11 +95,9 @@ class Query:
         elif release is None and cuda is None:
             places = (*search.places_for(capability),)
         sources = [place.source for place in places if place.source is not None]
-        found = release or next(filter(None, map(release_of, sources)), None)
-        return cls(
-            capability, found or wanted_release(), cuda or _tag(sources) or DEFAULT_CUDA,
-            places, _dtype_names(dtypes),
-        )  # fmt: skip
+        release = release or next(filter(None, map(release_of, sources)), None) or wanted_release()
+        tag = cuda or _tag(sources) or DEFAULT_CUDA
+        return cls(capability, release, tag, places, _dtype_names(dtypes))
 
     @property
     def sources(self) -> tuple[KernelSource, ...]:
@@ -109,9 +106,9 @@ class Query:
 
     @property
     def cuda_major(self) -> int:
-        found = _CUDA.fullmatch(self.cuda)
-        assert found is not None
-        return int(found[1])
+        match = _CUDA.fullmatch(self.cuda)
+        assert match is not None
+        return int(match[1])
 
     @property
     def architecture(self) -> str | None:
@@ -133,24 +130,24 @@ def _first_gpu() -> tuple[int, int] | None:
 def _tag(sources: Sequence[KernelSource]) -> str | None:
     """Return the CUDA tag in a version such as 0.6.13+cu130.sm90a."""
     for source in sources:
-        found = _CUDA.search((source.version or "").partition("+")[2])
-        if found:
-            return found[0]
+        match = _CUDA.search((source.version or "").partition("+")[2])
+        if match:
+            return match[0]
     return None
 
 
-def _dtype_names(given: object) -> dict[str, tuple[str, ...]]:
-    if given is None:
+def _dtype_names(dtypes: object) -> dict[str, tuple[str, ...]]:
+    if dtypes is None:
         return {}
-    if isinstance(given, Mapping):
-        return {str(name): _names_of(value) for name, value in given.items()}
-    return {"": _names_of(given)}
+    if isinstance(dtypes, Mapping):
+        return {str(name): _names_of(value) for name, value in dtypes.items()}
+    return {"": _names_of(dtypes)}
 
 
-def _names_of(given: object) -> tuple[str, ...]:
+def _names_of(dtypes: object) -> tuple[str, ...]:
     from fi_ffi.abi.tensor import DType, parse_dtype
 
-    values = given if isinstance(given, (list, tuple, set, frozenset)) else (given,)
+    values = dtypes if isinstance(dtypes, (list, tuple, set, frozenset)) else (dtypes,)
     return tuple(
         (v if isinstance(v, DType) else parse_dtype(v, op="supports", argument="dtypes")).name
         for v in values
@@ -174,14 +171,13 @@ class GpuRun:
 def gpu_runs() -> tuple[GpuRun, ...]:
     """Return the entries that this project has called on GPUs."""
     data = json.loads(GPU_RUNS.read_text()) if GPU_RUNS.exists() else {"runs": []}
-    return tuple(
-        GpuRun(
-            run["device"], (run["capability"][0], run["capability"][1]), run["release"],
-            frozenset((family, e) for family, names in run["entries"].items() for e in names),
-            run.get("cuda", 13),
-        )
-        for run in data["runs"]
-    )  # fmt: skip
+    return tuple(map(_gpu_run, data["runs"]))
+
+
+def _gpu_run(run: dict[str, Any]) -> GpuRun:
+    major, minor = run["capability"]
+    entries = frozenset((family, e) for family, names in run["entries"].items() for e in names)
+    return GpuRun(run["device"], (major, minor), run["release"], entries, run.get("cuda", 13))
 
 
 def key_of(module: str, symbol: str) -> tuple[str, str]:
@@ -190,6 +186,19 @@ def key_of(module: str, symbol: str) -> tuple[str, str]:
     if parsed is None:
         return module, symbol
     return f"{parsed.family}:{parsed.backend}" if parsed.backend else parsed.family, symbol
+
+
+def entry_row(
+    module: str,
+    symbol: str,
+    releases: str = ">=0.6.3",
+    capabilities: tuple[int, ...] = (),
+    modules: Mapping[tuple[int, int], str] | None = None,
+) -> Row:
+    """Return a row that suffices to judge an entry without a row of its own."""
+    name = f"{module}.{symbol}"
+    more: dict[str, Any] = {"capabilities": capabilities, "modules": modules or {}}
+    return Row(name, module, symbol, "", "", (), {}, releases, **more)
 
 
 def judge(
@@ -214,13 +223,13 @@ def judge(
         is_other_cuda = query.cuda_major not in machine.CUDA_MAJORS
         build = how_built(name, query)[0] if is_other_cuda else None
         return Support(op, REFUSED, refusal, build, name, release)
-    found = replace(_available(name, query), op=op, module=name, release=release)
-    if found.status == BUILT and query.capability is not None:
+    answer = replace(_available(name, query), op=op, module=name, release=release)
+    if answer.status == BUILT and query.capability is not None:
         devices = _devices_that_called(name, row.symbol, query)
         ran = f"called on {' and '.join(devices)}" if devices else "not run here on such a GPU"
         status = RUN if devices else BUILT
-        found = replace(found, status=status, reason=f"{found.reason}; {ran}")
-    return found
+        answer = replace(answer, status=status, reason=f"{answer.reason}; {ran}")
+    return answer
 
 
 def _devices_that_called(module: str, symbol: str, query: Query) -> list[str]:
@@ -280,39 +289,39 @@ def _available(name: str, query: Query) -> Support:
     said, is_unknown = [], False
     with fetching(False):
         for place in query.places:
-            found = _in_place(place, name, query)
-            if found.status == BUILT:
-                return found
-            is_unknown |= found.status == UNKNOWN
-            said += [found.reason] if found.reason else []
+            answer = _in_place(place, name, query)
+            if answer.status == BUILT:
+                return answer
+            is_unknown |= answer.status == UNKNOWN
+            said += [answer.reason] if answer.reason else []
     if not any(place.kind in ("explicit", "remote") for place in query.places):
         said.append(f"{search.SOURCES} leaves out `remote`, from which it could be fetched")
     reason = "; ".join(said)
     if is_unknown:
         return _answered(UNKNOWN, reason, how_built(name, query)[0])
-    made = listed_codes(name, query.release)
+    codes = listed_codes(name, query.release)
     # A build would have no code for the GPU either.
-    if made and _is_recorded(query) and not _runs(made, query):
-        return _answered(REFUSED, _compiled_for(name, made))
+    if codes and _is_recorded(query) and not _runs(codes, query):
+        return _answered(REFUSED, _compiled_for(name, codes))
     return _missing(reason, name, query)
 
 
 def _in_place(place: Candidate, name: str, query: Query) -> Support:
     """Ask a place; without a `reason`, it has nothing to say."""
     try:
-        found = search.ask(place, name, query.capability, members)
+        answer = search.ask(place, name, query.capability, members)
     except FiFfiError as error:
         return _answered(MISSING, str(error))
-    source, status = place.source, found.status
+    source, status = place.source, answer.status
     if status == search.LATER and isinstance(source, search.PinnedKernels):
         return _in_pinned(source.pin, name, query)
     if source is None or status == search.FAILS:
-        return _answered(MISSING, "" if place.is_empty else found.reason)
+        return _answered(MISSING, "" if place.is_empty else answer.reason)
     if status == search.LACKS:
         return _answered(MISSING, f"{_short(source)} has no module {name}")
-    if found.facts is None:  # a place for another GPU, by its name
+    if answer.facts is None:  # a place for another GPU, by its name
         return _answered(MISSING, f"{_short(source)} is for another GPU")
-    text = f"{name} in {_short(source)} is compiled for {_code_names(found.facts.codes)}"
+    text = f"{name} in {_short(source)} is compiled for {_code_names(answer.facts.codes)}"
     if status == search.OTHER_GPU:
         return _answered(MISSING, f"{text} only")
     return replace(_answered(BUILT, text), place=place.kind, is_here=True)
@@ -320,14 +329,14 @@ def _in_place(place: Candidate, name: str, query: Query) -> Support:
 
 def _in_pinned(pin: PinnedWheel, name: str, query: Query) -> Support:
     """Judge a pinned wheel that is not here, by the record of its release."""
-    found = _published(name, replace(query, release=pin.release, cuda=pin.cuda), pin)
-    if found.status == BUILT:
+    answer = _published(name, replace(query, release=pin.release, cuda=pin.cuda), pin)
+    if answer.status == BUILT:
         how = "nothing is here yet: it is fetched when it is first called, from the pinned wheel"
-        return replace(found, reason=f"{found.reason}, and {how} {pin.file}", place="remote")
-    if found.status == UNKNOWN:
-        reason = f"{found.reason}; a call fetches the pinned wheel {pin.file}, and looks"
-        return replace(found, reason=reason)
-    return found
+        return replace(answer, reason=f"{answer.reason}, and {how} {pin.file}", place="remote")
+    if answer.status == UNKNOWN:
+        reason = f"{answer.reason}; a call fetches the pinned wheel {pin.file}, and looks"
+        return replace(answer, reason=reason)
+    return answer
 
 
 def _answered(status: str, reason: str, build: str | None = None) -> Support:
@@ -427,8 +436,8 @@ def how_built(name: str, query: Query) -> tuple[str | None, str]:
     # Whether the GPU is one that FlashInfer compiles the module for.
     is_for_it = query.capability is not None and _runs(codes, query)
     advice = build_advice(name, query.release, query.architecture, is_for_arch=is_for_it)
-    found = _COMMAND.search(advice)
-    return (found[1] if found else None), advice
+    match = _COMMAND.search(advice)
+    return (match[1] if match else None), advice
 
 
 def _runs(codes: Sequence[CudaCode] | set[CudaCode], query: Query) -> bool:

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from fi_ffi.capability.attention import SAMPLES, judge_attention
-from fi_ffi.capability.judgement import Query, judge
-from fi_ffi.capability.matrix import entry_row
+from fi_ffi.capability.judgement import Query, entry_row, judge
 from fi_ffi.ops.call.support import Support
 
 _Judge = Callable[[Query], Support]
@@ -70,8 +69,8 @@ FP8_MOE = KnownIssue(
     "fp8-moe-cuda",
     "fp8 MoE and GEMM compiled with an older CUDA than the machine's",
     "DeepSeek's fp8 block scaling is compiled in only by nvcc of CUDA 12.8 or later. In a file "
-    "that an older nvcc compiled, every call ends in \"fp8 blockscale gemm only supported on cuda "
-    "version 12.8 or higher\"; a newer driver or toolkit does not help. The same holds for FP4 "
+    'that an older nvcc compiled, every call ends in "fp8 blockscale gemm only supported on cuda '
+    'version 12.8 or higher"; a newer driver or toolkit does not help. The same holds for FP4 '
     "weights in `fused_moe_90`. FlashInfer's Python checks the machine's nvcc or torch's CUDA "
     "instead of the file's, so it may refuse calls that would work. DeepGEMM's kernels, which "
     "`set_deepgemm_jit_include_dirs` enables, are compiled by nvcc at the first call of each "
@@ -82,14 +81,16 @@ FP8_MOE = KnownIssue(
     "`flashinfer/data/csrc/nv_internal/tensorrt_llm` of the flashinfer-python wheel to "
     "`set_deepgemm_jit_include_dirs`.",
     (
-        f"{_MOE}.init", f"{_MOE}.set_deepgemm_jit_include_dirs", "fp8_blockscale_gemm_90.init",
+        f"{_MOE}.init",
+        f"{_MOE}.set_deepgemm_jit_include_dirs",
+        "fp8_blockscale_gemm_90.init",
         "fp8_blockscale_gemm_90.set_deepgemm_jit_include_dirs",
     ),
     (
         _entry(_MOE, "init", ">=0.6.3", 9),
         _entry("fp8_blockscale_gemm_90", "init", ">=0.6.3", 9),
     ),
-)  # fmt: skip
+)
 
 SINKS = KnownIssue(
     "attention-sinks",
@@ -116,8 +117,11 @@ ALL_REDUCE = KnownIssue(
     "Use a published wheel, or name the module: `fi-ffi build --arch 9.0a trtllm_comm`. "
     "`fi_ffi.comm.Group` makes the workspaces of `trtllm_comm` and `vllm_comm` and calls them.",
     (
-        "trtllm_comm.trtllm_allreduce_fusion", "trtllm_comm.trtllm_moe_allreduce_fusion",
-        "trtllm_mnnvl_comm.trtllm_mnnvl_allreduce_fusion", "vllm_comm.all_reduce", "comm.moe_comm",
+        "trtllm_comm.trtllm_allreduce_fusion",
+        "trtllm_comm.trtllm_moe_allreduce_fusion",
+        "trtllm_mnnvl_comm.trtllm_mnnvl_allreduce_fusion",
+        "vllm_comm.all_reduce",
+        "comm.moe_comm",
     ),
     (
         _entry("trtllm_comm", "trtllm_allreduce_fusion"),
@@ -125,6 +129,6 @@ ALL_REDUCE = KnownIssue(
         _entry("vllm_comm", "all_reduce"),
         _entry("comm", "moe_comm"),
     ),
-)  # fmt: skip
+)
 
 KNOWN_ISSUES = (MXFP4, FP8_MOE, SINKS, ALL_REDUCE)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from fi_ffi.capability.attention import SAMPLES, judge_attention
-from fi_ffi.capability.judgement import Query, Sm, judge
+from fi_ffi.capability.judgement import Query, entry_row, judge
 from fi_ffi.capability.states import STATES, OfOptions
-from fi_ffi.errors import ArgumentError, printed
 from fi_ffi.ops import attention, plans
 from fi_ffi.ops.call.row import Row
 from fi_ffi.ops.call.support import Support
@@ -22,7 +19,6 @@ from fi_ffi.ops.moe import lora
 from fi_ffi.ops.moe.modes import MODES
 from fi_ffi.ops.moe.weights import WEIGHTS
 from fi_ffi.ops.table import comm
-from fi_ffi.ops.table.gemm import FP8
 
 # Rows outside the op table: those of packages in `fi_ffi/ops` whose functions work around the
 # entries they call. `capability.attention` judges attention, whose options determine modules.
@@ -68,22 +64,9 @@ def package_entries() -> Iterator[tuple[str, str, tuple[Row, ...]]]:
         forms: dict[tuple[str, str], list[Row]] = {}
         for row in rows:
             forms.setdefault((row.name, row.module), []).append(row)
-        for (name, module), found in forms.items():
+        for (name, module), alike in forms.items():
             several = sum(other == name for other, _ in forms) > 1
-            yield package, f"{name} ({module})" if several else name, tuple(found)
-
-
-def entry_row(
-    module: str,
-    symbol: str,
-    releases: str = ">=0.6.3",
-    capabilities: tuple[int, ...] = (),
-    modules: Mapping[tuple[int, int], str] | None = None,
-) -> Row:
-    """Return a row that suffices to judge an entry without a row of its own."""
-    name = f"{module}.{symbol}"
-    more: dict[str, Any] = {"capabilities": capabilities, "modules": modules or {}}
-    return Row(name, module, symbol, "", "", (), {}, releases, **more)
+            yield package, f"{name} ({module})" if several else name, tuple(alike)
 
 
 def lines() -> Iterator[Line]:
@@ -116,48 +99,3 @@ def lines() -> Iterator[Line]:
 
 def _with_defaults(judged: OfOptions, op: str, query: Query) -> Support:
     return judged(op, query, {})
-
-
-def judge_call(
-    name: str,
-    sm: Sm = None,
-    *,
-    release: str | None = None,
-    cuda: str | None = None,
-    dtypes: object = None,
-    kernels: str | os.PathLike[str] | None = None,
-    backend: str = "auto",
-    mode: str = MODES[0].name,
-) -> Support:
-    """Judge whether a function with lines of its own can be called.
-
-    `backend` is an option of `segment_gemm`. `mode` is a mode of `cutlass_fused_moe` and
-    `FusedMoe`: see docs/moe.md.
-    """
-    query = Query.of(sm, release, cuda, dtypes, kernels)
-    found = {line.options: line for line in lines() if line.op == name}
-    if MODES[0].name in found:
-        if mode not in found:
-            raise ArgumentError(name, "mode", got=printed(mode), expected=" or ".join(found))
-        return found[mode].ask(query)
-    if backend == "auto" and len(found) > 1:
-        is_hopper = query.capability is None or query.capability[0] == 9
-        is_fp8 = any({*names} & {*FP8} for names in query.dtypes.values())
-        backend = "sm90" if is_hopper or is_fp8 else "sm80"
-    elif backend == "auto":
-        (backend,) = found
-    if backend not in found:
-        raise ArgumentError(name, "backend", got=backend, expected=" or ".join(["auto", *found]))
-    return found[backend].ask(query)
-
-
-def judge_asked(op: str, asked: Mapping[str, Any], rows: Sequence[Row] = ()) -> Support:
-    """Answer `supports`: the `Judge` of `fi_ffi.ops.call.support`."""
-    if rows:
-        return judge(op, rows, Query.of(**asked))
-    of_options = STATES.get(op) or (judge_attention if op in ATTENTION else None)
-    if of_options is None:
-        return judge_call(op, **asked)
-    options = dict(asked)
-    where = {name: options.pop(name, None) for name in ("sm", "release", "cuda", "kernels")}
-    return of_options(op, Query.of(**where), options)

@@ -26,7 +26,7 @@ _PART = re.compile(r"(?:^| )(fi_ffi|entry): ([\w.]+(?:, [\w.]+)*)(?= (?:fi_ffi|e
 
 
 @dataclass(frozen=True)
-class Row:
+class ApiName:
     """A name of `section` (a module of FlashInfer's, or a group of vLLM's), and what serves it."""
 
     section: str
@@ -39,17 +39,17 @@ class Row:
     remark: str
 
     @classmethod
-    def read(cls, section: str, name: str, text: str) -> Row:
+    def read(cls, section: str, name: str, text: str) -> ApiName:
         """`ValueError` for what is not written as the table's head says."""
-        given, _, remark = (part.strip() for part in text.partition(" | "))
-        if given.startswith("none: "):
-            return cls(section, name, (), (), given.removeprefix("none: "), remark)
-        found = {kind: tuple(names.split(", ")) for kind, names in _PART.findall(given)}
-        if _PART.sub("", given).strip() or not found:
+        served, _, remark = (part.strip() for part in text.partition(" | "))
+        if served.startswith("none: "):
+            return cls(section, name, (), (), served.removeprefix("none: "), remark)
+        parts = {kind: tuple(names.split(", ")) for kind, names in _PART.findall(served)}
+        if _PART.sub("", served).strip() or not parts:
             raise ValueError(
                 f"{section}, {name}: {text!r} is none of the forms of the table's head"
             )
-        return cls(section, name, found.get("fi_ffi", ()), found.get("entry", ()), "", remark)
+        return cls(section, name, parts.get("fi_ffi", ()), parts.get("entry", ()), "", remark)
 
 
 @functools.cache
@@ -59,11 +59,11 @@ def release() -> str:
 
 
 @functools.cache
-def rows() -> tuple[Row, ...]:
+def rows() -> tuple[ApiName, ...]:
     """All rows, in the table's order."""
     document = tomllib.loads(TABLE.read_text())
     return tuple(
-        Row.read(section, name, text)
+        ApiName.read(section, name, text)
         for section, texts in document.items()
         if isinstance(texts, dict)
         for name, text in texts.items()
@@ -75,15 +75,15 @@ def hint(name: str, public: Collection[str]) -> str:
 
     The name may be FlashInfer's, or either's with other underscores, capitals or order of words.
     """
-    found = {row.name: row for row in rows() if not row.section.startswith(_VLLM)}
-    if name in found:
-        return f"; {_told(found[name])}"
+    by_name = {row.name: row for row in rows() if not row.section.startswith(_VLLM)}
+    if name in by_name:
+        return f"; {_told(by_name[name])}"
     # fi_ffi's own name wins over the same name of FlashInfer's.
     for key in (_squeezed, _sorted):
-        alike = {key(one): one for one in (*found, *public)}
+        alike = {key(one): one for one in (*by_name, *public)}
         if (other := alike.get(key(name))) is not None:
-            return f"; {_told(found[other])}" if other not in public else f"; use fi_ffi.{other}"
-    return nearest(name, [*found, *public], _ALIKE)
+            return f"; {_told(by_name[other])}" if other not in public else f"; use fi_ffi.{other}"
+    return nearest(name, [*by_name, *public], _ALIKE)
 
 
 def _squeezed(name: str) -> str:
@@ -94,7 +94,7 @@ def _sorted(name: str) -> str:
     return "_".join(sorted(name.lower().split("_")))
 
 
-def _told(row: Row) -> str:
+def _told(row: ApiName) -> str:
     """Return a sentence about a name of FlashInfer's."""
     if row.reason:
         told = f"FlashInfer's {row.name} has no counterpart: {row.reason}"

@@ -22,7 +22,7 @@ Options = Mapping[str, str]
 
 
 @dataclass(frozen=True)
-class Option:
+class BuildOption:
     """One option of a family: the values it takes (None: any that match `form`) and its default."""
 
     values: tuple[str, ...] | None
@@ -47,7 +47,7 @@ class Family:
     """
 
     name: str  # the key in the table of module names, or of calls
-    options: Mapping[str, Option]
+    options: Mapping[str, BuildOption]
     doc: str
     stem: str = ""
     words: Callable[[Options], list[str]] | None = None
@@ -63,25 +63,25 @@ class Family:
         return "_".join(self.words(options))
 
 
-def _flag(default: str, doc: str) -> Option:
-    return Option(("0", "1"), default, doc)
+def _flag(default: str, doc: str) -> BuildOption:
+    return BuildOption(("0", "1"), default, doc)
 
 
-def _count(default: int, doc: str) -> Option:
-    return Option(None, str(default), doc, r"[1-9]\d{0,5}")
+def _count(default: int, doc: str) -> BuildOption:
+    return BuildOption(None, str(default), doc, r"[1-9]\d{0,5}")
 
 
-def _size(doc: str) -> Option:
-    return Option(None, "0", doc, r"0|[1-9]\d{0,11}")
+def _size(doc: str) -> BuildOption:
+    return BuildOption(None, "0", doc, r"0|[1-9]\d{0,11}")
 
 
 _HEAD_DIM = "a size such as 128, or one for query and key and one for value: 192x128"
 _KV_DTYPES = ("f16", "bf16", "e4m3", "e5m2", "same")
 OPTIONS = {
-    "dtype": Option(("f16", "bf16"), "f16", "type of query and output"),
-    "kv_dtype": Option(_KV_DTYPES, "same", "type of key and value; same: as dtype"),
-    "head_dim": Option(None, "128", _HEAD_DIM, r"[1-9]\d{0,3}(x[1-9]\d{0,3})?"),
-    "backend": Option(("fa2", "fa3"), "fa2", "FlashAttention 2, or 3 (needs 9.0a)"),
+    "dtype": BuildOption(("f16", "bf16"), "f16", "type of query and output"),
+    "kv_dtype": BuildOption(_KV_DTYPES, "same", "type of key and value; same: as dtype"),
+    "head_dim": BuildOption(None, "128", _HEAD_DIM, r"[1-9]\d{0,3}(x[1-9]\d{0,3})?"),
+    "backend": BuildOption(("fa2", "fa3"), "fa2", "FlashAttention 2, or 3 (needs 9.0a)"),
     "use_sliding_window": _flag("0", "compiled for window_left"),
     "use_logits_soft_cap": _flag("0", "compiled for logits_soft_cap"),
 }
@@ -89,10 +89,10 @@ _DECODE = {name: option for name, option in OPTIONS.items() if name != "backend"
 _PREFILL = {**_DECODE, "backend": OPTIONS["backend"]}
 _MLA = {name: OPTIONS[name] for name in ("dtype", "backend")}
 
-_FLOATS = Option(("f16", "bf16"), "bf16", "type of inputs and outputs")
+_FLOATS = BuildOption(("f16", "bf16"), "bf16", "type of inputs and outputs")
 _STATES = ("f32", "bf16", "f16", "e4m3", "e5m2")
 _INDICES = ("i32", "i64")
-_GATE = Option(("bf16", "f16", "f32"), "bf16", "type of this gate")
+_GATE = BuildOption(("bf16", "f16", "f32"), "bf16", "type of this gate")
 _BATCH = _count(64, "requests of a call, by which FlashInfer chooses a kernel")
 _TOKENS = _count(1, "new tokens of each request")
 _GDN_DECODE_KEYS_FIRST = {
@@ -101,14 +101,14 @@ _GDN_DECODE_KEYS_FIRST = {
     "v_heads": _count(32, "heads of values"),
     "a": _GATE,
     "b": _GATE,
-    "dt_bias": Option(("f32", "bf16"), "f32", "type of dt_bias"),
+    "dt_bias": BuildOption(("f32", "bf16"), "f32", "type of dt_bias"),
     "l2norm": _flag("1", "queries and keys normalised"),
 }
 _GDN_DECODE = {
     **_GDN_DECODE_KEYS_FIRST,
     "tokens": _TOKENS,
-    "state": Option(("f32", "bf16"), "f32", "type of the states"),
-    "indices": Option(_INDICES, "i32", "type of indices into the pool of states"),
+    "state": BuildOption(("f32", "bf16"), "f32", "type of the states"),
+    "indices": BuildOption(_INDICES, "i32", "type of indices into the pool of states"),
     "pool": _flag("1", "states in a pool"),
     "split": _flag("0", "states written elsewhere than read"),
     "steps": _flag("0", "states kept after each token"),
@@ -118,20 +118,20 @@ _GDN_DECODE = {
 }
 _GDN_PREFILL = {
     "dtype": _FLOATS,
-    "state": Option(_STATES, "f32", "type of the final states"),
-    "cu_seqlens": Option(_INDICES, "i64", "type of cu_seqlens"),
+    "state": BuildOption(_STATES, "f32", "type of the final states"),
+    "cu_seqlens": BuildOption(_INDICES, "i64", "type of cu_seqlens"),
     "alpha": _flag("1", "with a forget gate"),
     "beta": _flag("1", "with an update gate"),
-    "initial_state": Option(("0", *_STATES), "f32", "type of initial states, 0: none"),
-    "checkpoints": Option(("0", *_STATES), "0", "type of states kept on the way"),
-    "indices": Option(("0", *_INDICES), "0", "type of indices into a pool of states"),
+    "initial_state": BuildOption(("0", *_STATES), "f32", "type of initial states, 0: none"),
+    "checkpoints": BuildOption(("0", *_STATES), "0", "type of states kept on the way"),
+    "indices": BuildOption(("0", *_INDICES), "0", "type of indices into a pool of states"),
 }
 _KDA_DECODE = {
     "batch": _BATCH,
     "tokens": _TOKENS,
     "heads": _count(16, "heads of queries and keys"),
     "group": _count(1, "heads of values for each of them"),
-    "head_size": Option(("64", "128"), "128", "size of a head"),
+    "head_size": BuildOption(("64", "128"), "128", "size of a head"),
     "gate": _flag("1", "the gate is computed by the kernel"),
     "bias": _flag("1", "with dt_bias, if it is"),
     "bound": _flag("0", "the computed gate has a lower bound"),
@@ -141,22 +141,22 @@ _KDA_DECODE = {
 }
 _PAGE_SIZES = ("1", "2", "4", "8", "16", "32", "64", "128")
 _MLA_DECODE = {
-    "dtype": Option(("f16", "bf16", "e4m3"), "bf16", "type of queries and of the cache"),
-    "page_size": Option(_PAGE_SIZES, "64", "tokens of a page"),
-    "lengths": Option(("varied", "equal"), "varied", "of the requests of a call"),
+    "dtype": BuildOption(("f16", "bf16", "e4m3"), "bf16", "type of queries and of the cache"),
+    "page_size": BuildOption(_PAGE_SIZES, "64", "tokens of a page"),
+    "lengths": BuildOption(("varied", "equal"), "varied", "of the requests of a call"),
     "split": _flag("1", "requests are split, with a workspace"),
 }
 _RMSNORM = {
     "dtype": _FLOATS,
     "hidden_size": _count(4096, "hidden size"),
-    "weight_bias": Option(("0", "1"), "0", "what is added to the weight"),
+    "weight_bias": BuildOption(("0", "1"), "0", "what is added to the weight"),
     "contiguous": _flag("1", "rows one after another"),
 }
 _RMSNORM_FP4QUANT = {
     "dtype": _FLOATS,
     "hidden_size": _count(4096, "hidden size"),
-    "block_size": Option(("16", "32"), "16", "numbers that share a scale"),
-    "scale": Option(("e4m3", "ue8m0"), "e4m3", "type of the scales"),
+    "block_size": BuildOption(("16", "32"), "16", "numbers that share a scale"),
+    "scale": BuildOption(("e4m3", "ue8m0"), "e4m3", "type of the scales"),
     "swizzled": _flag("0", "scales as tensor cores read them"),
 }
 

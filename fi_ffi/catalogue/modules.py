@@ -19,7 +19,7 @@ _HEAD_DIM = "head_dim"
 
 
 @dataclass(frozen=True)
-class Module:
+class ArtifactModule:
     """A module of an artifact; `size` in bytes, None if only fetching would tell."""
 
     name: str
@@ -32,10 +32,10 @@ class Module:
         return self.parsed.family if self.parsed else self.name
 
 
-def modules_of(source: KernelSource) -> dict[str, Module]:
+def modules_of(source: KernelSource) -> dict[str, ArtifactModule]:
     """Return the modules of a source, by name, sorted."""
     release, names, sizes = release_of(source), source.modules(), _sizes(source)
-    return {name: Module(name, parse_for(name, release), sizes.get(name)) for name in names}
+    return {name: ArtifactModule(name, parse_for(name, release), sizes.get(name)) for name in names}
 
 
 def members(source: KernelSource, name: str) -> list[str]:
@@ -46,7 +46,7 @@ def members(source: KernelSource, name: str) -> list[str]:
     return [other for other in names if (parsed := parse(other)) and parsed.family == name]
 
 
-def nearest(source: KernelSource, name: str, count: int = NEAREST) -> list[Module]:
+def nearest(source: KernelSource, name: str, count: int = NEAREST) -> list[ArtifactModule]:
     """Return the modules of a source that are most similar to `name`, the nearest first.
 
     Modules of the same family are ordered by the number of different parameters, then by head
@@ -74,7 +74,7 @@ def difference(wanted: ModuleName | None, other: ModuleName | None) -> str:
     return f" ({said})" if said else ""
 
 
-def _distance(wanted: Mapping[str, Value], module: Module) -> tuple[int, int, str]:
+def _distance(wanted: Mapping[str, Value], module: ArtifactModule) -> tuple[int, int, str]:
     params = module.parsed.params if module.parsed else {}
     gaps = (
         abs(int(value or 0) - int(params.get(key) or 0))

@@ -155,14 +155,14 @@ def parse_arch(values: str | Iterable[str]) -> tuple[str, ...]:
     """Parse `9.0a` or `8.7 9.0a` (as in FLASHINFER_CUDA_ARCH_LIST), or `sm87`, `90a`; return them
     as FlashInfer writes them, sorted, without duplicates."""
     texts = [values] if isinstance(values, str) else list(values)
-    found: set[tuple[int, int, str]] = set()
+    architectures: set[tuple[int, int, str]] = set()
     for text in re.split(r"[\s,;]+", " ".join(texts).strip()):
         named = architecture_named(text)
         if named is None or not (7, 5) <= named[:2] < (20, 0):
             raise _error("arch", repr(text), "7.5 or later, such as 8.7, sm87, 9.0a or 12.0f")
         # FlashInfer has no kernels for plain 9.0 and interprets it as 9.0a.
-        found.add((9, 0, "a") if named == (9, 0, "") else named)
-    return tuple(f"{major}.{minor}{suffix}" for major, minor, suffix in sorted(found))
+        architectures.add((9, 0, "a") if named == (9, 0, "") else named)
+    return tuple(f"{major}.{minor}{suffix}" for major, minor, suffix in sorted(architectures))
 
 
 _CUTE_MODULE = re.compile(r"(\w+?)_sm(\d+)(\d[af]?)_cute_dsl_(\w+)")

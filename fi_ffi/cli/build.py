@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import click
 
-from fi_ffi.catalogue.families import DEFAULT_ARCH, FAMILIES, OPTIONS, Option
+from fi_ffi.catalogue.families import DEFAULT_ARCH, FAMILIES, OPTIONS, BuildOption
 from fi_ffi.catalogue.requests import parse_arch, with_options
 from fi_ffi.cli.group import INTERRUPTED
 from fi_ffi.cli.output import print_json, say
@@ -70,7 +70,7 @@ def _print_json(entries: list[Available], release: str, arch: tuple[str, ...]) -
     print_json(document)
 
 
-def _print_options(title: str, options: Mapping[str, Option]) -> None:
+def _print_options(title: str, options: Mapping[str, BuildOption]) -> None:
     say(title)
     for name, option in options.items():
         values = f"{option.expected} (default {option.default})"

@@ -52,8 +52,8 @@ def list_(as_json: bool) -> None:
     _print_table(("file", "bytes", "sha256", "last use"), files)
     others = {"wheel": "wheels", "build": "builds", "unfinished download": "downloads"}
     for kind, group in others.items():
-        found = groups[group]
-        rows = [(item.name, f"{item.size:,}", _day(item)) for item in found]
+        members = groups[group]
+        rows = [(item.name, f"{item.size:,}", _day(item)) for item in members]
         _print_table((kind, "bytes", "last written"), rows)
     left = groups["leftovers"]
     if left:
@@ -99,8 +99,8 @@ def prune(
     if everything or older_than is not None:
         kinds: tuple[upkeep.Kind, ...] = ("object", "download", "note", "build")
         limit = time.time() - (older_than or 0) * 86400
-        found = (item for kind in kinds for item in items(root, kind))
-        wanted += [item for item in found if everything or item.last_use <= limit]
+        candidates = (item for kind in kinds for item in items(root, kind))
+        wanted += [item for item in candidates if everything or item.last_use <= limit]
     removed, kept = upkeep.prune(wanted, root, dry_run=dry_run)
     freed = sum(item.size for item in removed)
     if as_json:

@@ -83,11 +83,11 @@ def case_of(row: Row, arrays: Mapping[str, Array], scalars: Mapping[str, Any]) -
 
     Raises `KeyError` if the row's formula does not exist.
     """
-    given = {**arrays, **scalars}
+    values = {**arrays, **scalars}
     expected: dict[str, Expected]
     if row.formula in MOVES:
-        moved = MOVES[row.formula](given)
+        moved = MOVES[row.formula](values)
         expected = {name: (array, None) for name, array in moved.items()}
     else:
-        expected = {**EXACT[row.formula](as_inputs(given))}
+        expected = {**EXACT[row.formula](as_inputs(values))}
     return Case(row, {**arrays}, {**scalars}, expected)

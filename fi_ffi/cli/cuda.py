@@ -72,21 +72,21 @@ def gpus() -> list[Gpu]:
     """Return the GPUs that this process sees; none without a driver."""
     if driver_version() is None:
         return []
-    found = []
+    devices = []
     error, count = driver.cuDeviceGetCount()
     for index in range(count if int(error) == 0 else 0):
         # From the driver, which works with any CUDA version.
         device = check(driver.cuDeviceGet(index))
         name, _, _ = check(driver.cuDeviceGetName(256, device)).partition(b"\0")
         memory = int(check(driver.cuDeviceTotalMem(device)))
-        found.append(Gpu(index, name.decode(errors="replace"), machine.capability(index), memory))
-    return found
+        devices.append(Gpu(index, name.decode(errors="replace"), machine.capability(index), memory))
+    return devices
 
 
 def require(index: int) -> None:
     """Raise `CudaError` with advice unless this process sees the GPU with this index."""
-    found = gpus()
-    if index < len(found):
+    devices = gpus()
+    if index < len(devices):
         return
     if driver_version() is None:
         raise CudaError(
@@ -94,8 +94,8 @@ def require(index: int) -> None:
             "or use --device cpu, which runs the numpy reference kernels"
         )
     raise CudaError(
-        f"cuda:{index} is not here: this process sees {len(found)} GPU"
-        f"{'s' * (len(found) != 1)}. `fi-ffi doctor` lists them; --device cpu runs the numpy "
+        f"cuda:{index} is not here: this process sees {len(devices)} GPU"
+        f"{'s' * (len(devices) != 1)}. `fi-ffi doctor` lists them; --device cpu runs the numpy "
         "reference kernels"
     )
 

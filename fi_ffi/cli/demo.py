@@ -14,7 +14,7 @@ import numpy as np
 import fi_ffi
 from fi_ffi.abi.tensor import Device, parse_device
 from fi_ffi.cli import output
-from fi_ffi.cli.demo_calls import COUNT, Call, calls
+from fi_ffi.cli.demo_calls import COUNT, DemoCall, calls
 from fi_ffi.errors import FiFfiError, KernelNotFoundError, LoaderError
 from fi_ffi.loader import search
 from fi_ffi.loader.fetch import progress
@@ -83,10 +83,10 @@ def demo(kernels: str | None, device: str | None, tokens: int, hidden: int, as_j
     where, reason = (_parsed(device), "as requested") if device else _choose_device()
     if not as_json:
         output.say(f"fi_ffi {fi_ffi.__version__} on {where} ({reason})")
-    made = _run_all(where, tokens, hidden)
-    found = [*made] if as_json else [*_shown(made, where)]
-    results = [each for each in found if isinstance(each, Result)]
-    not_run = [each for each in found if isinstance(each, NotRun)]
+    outcomes_so_far = _run_all(where, tokens, hidden)
+    outcomes = [*outcomes_so_far] if as_json else [*_shown(outcomes_so_far, where)]
+    results = [each for each in outcomes if isinstance(each, Result)]
+    not_run = [each for each in outcomes if isinstance(each, NotRun)]
     seconds = time.monotonic() - start
     wrong = [result.op for result in results if result.status != "ok"]
     if as_json:
@@ -102,32 +102,32 @@ def demo(kernels: str | None, device: str | None, tokens: int, hidden: int, as_j
 def _parsed(text: str) -> Device:
     """Return the requested device; raise if it is not available."""
     try:
-        found = parse_device(text, op="demo")
+        place = parse_device(text, op="demo")
     except FiFfiError:
-        found = None
-    if found is None or not (found.is_cuda or str(found) == text == "cpu"):
+        place = None
+    if place is None or not (place.is_cuda or str(place) == text == "cpu"):
         expected = "use cpu or cuda:N"
         raise click.BadParameter(f"{text!r} is not a device: {expected}", param_hint="--device")
-    if found.is_cuda:
+    if place.is_cuda:
         from fi_ffi.cli import cuda
 
-        cuda.require(found.index)
-    return found
+        cuda.require(place.index)
+    return place
 
 
 def _choose_device() -> tuple[Device, str]:
     """Return the device to run on, and why."""
     from fi_ffi.cli import cuda
 
-    found = cuda.gpus()
-    if not found:
+    devices = cuda.gpus()
+    if not devices:
         return parse_device("cpu"), "no GPU here: numpy reference kernels"
     try:
         search.find_module("norm", 0)
     except LoaderError:
-        reason = f"no kernels for {found[0].name} here: `fi-ffi doctor` says why"
+        reason = f"no kernels for {devices[0].name} here: `fi-ffi doctor` says why"
         return parse_device("cpu"), reason
-    return parse_device("cuda:0"), found[0].name
+    return parse_device("cuda:0"), devices[0].name
 
 
 def _run_all(device: Device, tokens: int, hidden: int) -> Iterator[Result | NotRun]:
@@ -142,16 +142,16 @@ def _run_all(device: Device, tokens: int, hidden: int) -> Iterator[Result | NotR
                 yield NotRun(call.family, call.name, "a graph needs a GPU")
                 continue
             try:
-                found: Result | NotRun = _run(call, device)
+                outcome: Result | NotRun = _run(call, device)
             except KernelNotFoundError as error:
                 if is_first:
                     raise
-                found = NotRun(call.family, call.name, str(error).partition("\n")[0].rstrip(":"))
+                outcome = NotRun(call.family, call.name, str(error).partition("\n")[0].rstrip(":"))
             is_first = False
-            yield found
+            yield outcome
 
 
-def _run(call: Call, device: Device) -> Result:
+def _run(call: DemoCall, device: Device) -> Result:
     with (_on_gpu if device.is_cuda else _on_cpu)(call, device) as (run, read, timed):
         run()
         errors = [judge(read(name)) for name, judge in call.judges.items()]
@@ -169,7 +169,7 @@ _Use: TypeAlias = (
 
 
 @contextmanager
-def _on_cpu(call: Call, device: Device) -> Iterator[_Use]:
+def _on_cpu(call: DemoCall, device: Device) -> Iterator[_Use]:
     def timed(run: Callable[[], object]) -> float:
         start = time.perf_counter()
         run()
@@ -179,7 +179,7 @@ def _on_cpu(call: Call, device: Device) -> Iterator[_Use]:
 
 
 @contextmanager
-def _on_gpu(call: Call, device: Device) -> Iterator[_Use]:
+def _on_gpu(call: DemoCall, device: Device) -> Iterator[_Use]:
     from cuda.bindings import runtime
 
     from fi_ffi.cli import cuda
@@ -209,28 +209,28 @@ def _on_gpu(call: Call, device: Device) -> Iterator[_Use]:
             array.free()
 
 
-def _shown(made: Iterator[Result | NotRun], device: Device) -> Iterator[Result | NotRun]:
+def _shown(results: Iterator[Result | NotRun], device: Device) -> Iterator[Result | NotRun]:
     """Print each result as it comes, under its family, and yield it."""
     family = ""
-    for found in made:
-        if found.family != family:
-            family = found.family
+    for outcome in results:
+        if outcome.family != family:
+            family = outcome.family
             click.echo(family)
-        output.say(_line(found, device))
-        yield found
+        output.say(_line(outcome, device))
+        yield outcome
 
 
-def _line(found: Result | NotRun, device: Device) -> str:
+def _line(outcome: Result | NotRun, device: Device) -> str:
     """Format a result for a terminal; the verdict comes first."""
-    if isinstance(found, NotRun):
-        return f"  not run: {found.op}: {found.reason}"
-    is_exact = found.max_error == found.error_of_bound == 0
-    fraction = format(found.error_of_bound, "6.2f" if found.error_of_bound < 1e3 else "6.0e")
+    if isinstance(outcome, NotRun):
+        return f"  not run: {outcome.op}: {outcome.reason}"
+    is_exact = outcome.max_error == outcome.error_of_bound == 0
+    fraction = format(outcome.error_of_bound, "6.2f" if outcome.error_of_bound < 1e3 else "6.0e")
     judged = " exact" if is_exact else f"{fraction} of the allowed error"
-    took = f"{found.microseconds:8,.1f} us" if device.is_cuda else ""
-    text = f"  {found.status:<4}{judged:<29}{found.op:<22}{found.shape:<10}{took}"
-    if found.gigabytes_per_second is not None:
-        text += f"\n{'':37}its keys and values at {found.gigabytes_per_second:,.0f} GB/s"
+    took = f"{outcome.microseconds:8,.1f} us" if device.is_cuda else ""
+    text = f"  {outcome.status:<4}{judged:<29}{outcome.op:<22}{outcome.shape:<10}{took}"
+    if outcome.gigabytes_per_second is not None:
+        text += f"\n{'':37}its keys and values at {outcome.gigabytes_per_second:,.0f} GB/s"
     return text.rstrip()
 
 

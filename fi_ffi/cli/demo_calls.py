@@ -37,7 +37,7 @@ Bind: TypeAlias = "Callable[[Mapping[str, Any], Device, Any], Callable[[], objec
 
 
 @dataclass(frozen=True)
-class Call:
+class DemoCall:
     """A call of the demo: its tensors on the host, and a judge for each tensor that it writes."""
 
     family: str
@@ -70,9 +70,9 @@ COUNT = sum(map(len, _OPS_OF.values())) + 4  # number of calls that `calls` yiel
 
 def calls(
     tokens: int, hidden: int, rng: np.random.Generator, *, is_cuda: bool = False
-) -> Iterator[Call]:
+) -> Iterator[DemoCall]:
     """Yield every call, by family; each is created when it is requested."""
-    given = arguments(tokens, hidden, rng)
+    by_op = arguments(tokens, hidden, rng)
     for family, names in _OPS_OF.items():
         if family == "attention":
             yield _prefill(tokens, rng)
@@ -80,11 +80,11 @@ def calls(
         elif family == "experts":
             yield _experts(tokens, rng)
         for name in names:
-            yield _call_of(family, name, *given[name])
-    yield _graph(given)
+            yield _call_of(family, name, *by_op[name])
+    yield _graph(by_op)
 
 
-def _call_of(family: str, name: str, arrays: dict[str, Array], scalars: dict[str, Any]) -> Call:
+def _call_of(family: str, name: str, arrays: dict[str, Array], scalars: dict[str, Any]) -> DemoCall:
     op = OPS[name]
     case = case_of(op.row, arrays, scalars)
 
@@ -93,16 +93,16 @@ def _call_of(family: str, name: str, arrays: dict[str, Array], scalars: dict[str
 
     shown = next(arg.name for arg in op.row.tensors if not arg.is_scratch)
     arrays = {shown: case.arrays[shown]} | case.arrays
-    return Call(family, name, arrays, _judges(case), bind)
+    return DemoCall(family, name, arrays, _judges(case), bind)
 
 
 def _judges(case: Any) -> dict[str, Judge]:
     return {name: partial(case.error, name) for name in case.expected}
 
 
-def _graph(given: dict[str, Arguments]) -> Call:
+def _graph(by_op: dict[str, Arguments]) -> DemoCall:
     """Return a graph of two captured ops; one launch makes both calls."""
-    ops = {name: given[name] for name in ("rmsnorm", "silu_and_mul")}
+    ops = {name: by_op[name] for name in ("rmsnorm", "silu_and_mul")}
     arrays: dict[str, Array] = {}
     judges: dict[str, Judge] = {}
     for name, (tensors, scalars) in ops.items():
@@ -116,7 +116,7 @@ def _graph(given: dict[str, Arguments]) -> Call:
                 OPS[name](**{key: tensors[f"{name} {key}"] for key in named}, **scalars)
         return partial(graph.launch, stream)
 
-    return Call("graphs", "capture of two ops", arrays, judges, bind)
+    return DemoCall("graphs", "capture of two ops", arrays, judges, bind)
 
 
 def _normal(rng: np.random.Generator, *shape: int, scale: float = 1.0) -> Array:
@@ -127,14 +127,14 @@ def _normal(rng: np.random.Generator, *shape: int, scale: float = 1.0) -> Array:
 def _attention(parts: list[tuple[Array, Array, Array]], *, causal: bool) -> Judge:
     """Return the judge of the attention of some requests."""
     options = Options(sm_scale=_HEAD_DIM**-0.5, causal=causal)
-    found = [exact(q, k, v, options) for q, k, v in parts]
+    results = [exact(q, k, v, options) for q, k, v in parts]
     out, magnitude = (
-        np.concatenate([getattr(each, name) for each in found]) for name in ("out", "magnitude")
+        np.concatenate([getattr(each, name) for each in results]) for name in ("out", "magnitude")
     )
     return within(out, magnitude, _ATTENTION_SLACK)
 
 
-def _prefill(tokens: int, rng: np.random.Generator) -> Call:
+def _prefill(tokens: int, rng: np.random.Generator) -> DemoCall:
     """Return a prefill of two requests with `tokens` queries in total and some earlier keys."""
     queries = [tokens - tokens // 2, tokens // 2] if tokens > 1 else [1]
     keys = [count + int(rng.integers(0, 33)) for count in queries]
@@ -151,17 +151,22 @@ def _prefill(tokens: int, rng: np.random.Generator) -> Call:
 
     def bind(tensors: Mapping[str, Any], device: Device, stream: Any) -> Callable[[], object]:
         plan = fi_ffi.BatchPrefillPlan(
-            starts, kv_indptr=key_starts, head_dim_qk=_HEAD_DIM, causal=True, **_HEAD_COUNTS,
-            device=device, stream=stream,
-        )  # fmt: skip
+            starts,
+            kv_indptr=key_starts,
+            head_dim_qk=_HEAD_DIM,
+            causal=True,
+            **_HEAD_COUNTS,
+            device=device,
+            stream=stream,
+        )
         return partial(plan.ragged_run, **tensors, stream=stream)
 
     arrays = {"q": q, "k": k, "v": v, "o": np.full_like(q, np.nan)}
     judges = {"o": _attention(parts, causal=True)}
-    return Call("attention", "BatchPrefillPlan", arrays, judges, bind)
+    return DemoCall("attention", "BatchPrefillPlan", arrays, judges, bind)
 
 
-def _decode(requests: int, keys: int, rng: np.random.Generator) -> Call:
+def _decode(requests: int, keys: int, rng: np.random.Generator) -> DemoCall:
     """Return a decode of requests with up to `keys` keys, whose pages are in random order."""
     requests = min(requests, 16)
     lens = rng.integers(keys // 2, keys + 1, requests)
@@ -175,25 +180,31 @@ def _decode(requests: int, keys: int, rng: np.random.Generator) -> Call:
 
     def keys_of(cache: Array, i: int) -> Array:
         rows = cache[indices[indptr[i] : indptr[i + 1]]].reshape(-1, _KV_HEADS, _HEAD_DIM)
-        found: Array = rows[: lens[i]]
-        return found
+        keys: Array = rows[: lens[i]]
+        return keys
 
     parts = [(q[i : i + 1], keys_of(k, i), keys_of(v, i)) for i in range(requests)]
 
     def bind(tensors: Mapping[str, Any], device: Device, stream: Any) -> Callable[[], object]:
         plan = fi_ffi.BatchDecodePlan(
-            indptr, indices, last, head_dim=_HEAD_DIM, page_size=_PAGE, **_HEAD_COUNTS,
-            device=device, stream=stream,
-        )  # fmt: skip
+            indptr,
+            indices,
+            last,
+            head_dim=_HEAD_DIM,
+            page_size=_PAGE,
+            **_HEAD_COUNTS,
+            device=device,
+            stream=stream,
+        )
         return partial(plan.run, **tensors, stream=stream)
 
     arrays = {"q": q, "paged_k_cache": k, "paged_v_cache": v, "o": np.full_like(q, np.nan)}
     read = int(lens.sum()) * 2 * _KV_HEADS * _HEAD_DIM * k.itemsize
     judges = {"o": _attention(parts, causal=False)}
-    return Call("attention", "BatchDecodePlan", arrays, judges, bind, read)
+    return DemoCall("attention", "BatchDecodePlan", arrays, judges, bind, read)
 
 
-def _experts(tokens: int, rng: np.random.Generator) -> Call:
+def _experts(tokens: int, rng: np.random.Generator) -> DemoCall:
     """Return a layer of experts in float16, each token through its own experts."""
     hidden, inter = _EXPERT_HIDDEN, _EXPERT_INTER
     x = _normal(rng, tokens, hidden)
@@ -214,11 +225,15 @@ def _experts(tokens: int, rng: np.random.Generator) -> Call:
         return partial(fi_ffi.cutlass_fused_moe, **tensors, stream=stream)
 
     arrays = {
-        "input": x, "output": np.full_like(x, np.nan), "token_selected_experts": chosen,
-        "token_final_scales": scales, "fc1_expert_weights": first, "fc2_expert_weights": second,
-    }  # fmt: skip
+        "input": x,
+        "output": np.full_like(x, np.nan),
+        "token_selected_experts": chosen,
+        "token_final_scales": scales,
+        "fc1_expert_weights": first,
+        "fc2_expert_weights": second,
+    }
     judges = {"output": within(value, magnitude, _EXPERTS_SLACK)}
-    return Call("experts", "cutlass_fused_moe", arrays, judges, bind)
+    return DemoCall("experts", "cutlass_fused_moe", arrays, judges, bind)
 
 
 def arguments(tokens: int, hidden: int, rng: np.random.Generator) -> dict[str, Arguments]:
@@ -265,12 +280,13 @@ def arguments(tokens: int, hidden: int, rng: np.random.Generator) -> dict[str, A
         ),
         "softmax": (
             {
-                "workspace_buffer": np.zeros(2**20, np.uint8), "logits": logits,
+                "workspace_buffer": np.zeros(2**20, np.uint8),
+                "logits": logits,
                 "output": np.full_like(logits, np.nan),
             },
             {"temperature_val": 0.7, "enable_pdl": False},
         ),
-    }  # fmt: skip
+    }
 
 
 def _cache(tokens: int, rng: np.random.Generator) -> dict[str, Array]:
@@ -281,10 +297,12 @@ def _cache(tokens: int, rng: np.random.Generator) -> dict[str, Array]:
 
     pages = -(-tokens // _PAGE)
     tables = {
-        "batch_indices": np.zeros(tokens), "positions": rng.permutation(tokens),
-        "kv_indices": rng.permutation(pages + 3)[:pages], "kv_indptr": np.array([0, pages]),
+        "batch_indices": np.zeros(tokens),
+        "positions": rng.permutation(tokens),
+        "kv_indices": rng.permutation(pages + 3)[:pages],
+        "kv_indptr": np.array([0, pages]),
         "kv_last_page_len": np.array([(tokens - 1) % _PAGE + 1]),
-    }  # fmt: skip
+    }
     return {
         "append_key": bits(tokens, _KV_HEADS, _HEAD_DIM),
         "append_value": bits(tokens, _KV_HEADS, _HEAD_DIM),

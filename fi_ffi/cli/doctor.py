@@ -17,7 +17,7 @@ from fi_ffi.capability.judgement import Query
 from fi_ffi.capability.known_issues import KNOWN_ISSUES
 from fi_ffi.capability.matrix import Line
 from fi_ffi.cli import output, upkeep
-from fi_ffi.cli.names import Named, named
+from fi_ffi.cli.names import ResolvedName, named
 from fi_ffi.errors import FiFfiError, KernelNotFoundError, LoaderError
 from fi_ffi.loader import cache, lock, machine, runtime, search, seed
 from fi_ffi.loader.fetch import progress
@@ -108,12 +108,12 @@ def _guarded(
 
 def _python(kernels: str | None) -> Iterator[Finding]:
     name = lock.this_platform()
-    found = f"Python {platform.python_version()} on {name}"
+    version = f"Python {platform.python_version()} on {name}"
     served = [f"linux-{cpu}" for cpu in machine.CPUS]
     if name in served:
-        yield Finding("python", "ok", found)
+        yield Finding("python", "ok", version)
     else:
-        yield Finding("python", "fail", found, f"fi_ffi has libraries for {' and '.join(served)}")
+        yield Finding("python", "fail", version, f"fi_ffi has libraries for {' and '.join(served)}")
 
 
 def _gpus(kernels: str | None) -> Iterator[Finding]:
@@ -135,11 +135,11 @@ def _gpus(kernels: str | None) -> Iterator[Finding]:
         if version[0] in machine.CUDA_MAJORS:
             advice += f", or `fi-ffi build --cuda {version[0]}` makes others"
         yield Finding("driver", "fail", text, advice)
-    found = cuda.gpus()
-    for gpu in found:
+    devices = cuda.gpus()
+    for gpu in devices:
         memory = f"{gpu.memory / 2**30:.0f} GiB"
         yield Finding(f"cuda:{gpu.index}", "ok", f"{gpu.name}, {_sm(gpu.capability)}, {memory}")
-    if not found:
+    if not devices:
         hint = os.environ.get("CUDA_VISIBLE_DEVICES")
         advice = f"CUDA_VISIBLE_DEVICES is {hint!r}" if hint is not None else ""
         yield Finding("gpus", "warn", "the driver shows no GPU", advice)
@@ -154,22 +154,22 @@ def _cudart(kernels: str | None) -> Iterator[Finding]:
     major, driver = machine.cuda_major(), machine.driver_version()
     bindings = _version_of("cuda_bindings")
     if bindings and driver and int(bindings.partition(".")[0]) > driver[0]:
-        found = f"{bindings}, and the driver is of CUDA {driver[0]}.{driver[1]}"
-        yield Finding("cuda-bindings", "fail", found, f"`pip install 'fi-ffi[cu{driver[0]}]'`")
+        versions = f"{bindings}, and the driver is of CUDA {driver[0]}.{driver[1]}"
+        yield Finding("cuda-bindings", "fail", versions, f"`pip install 'fi-ffi[cu{driver[0]}]'`")
     torch = _torch()
     if torch and torch[1].partition(".")[0] != str(major):
-        found = f"{torch[0]} is of CUDA {torch[1]}, the kernels' runtime of CUDA {major}"
+        versions = f"{torch[0]} is of CUDA {torch[1]}, the kernels' runtime of CUDA {major}"
         advice = (
             f"not in one process: a torch of CUDA {major}, or kernels of CUDA "
             f"{torch[1].partition('.')[0]}"
         )
-        yield Finding("torch", "warn", found, advice)
+        yield Finding("torch", "warn", versions, advice)
 
 
 def _version_of(name: str) -> str:
     """Return an installed distribution's version, by its metadata's name; "" if missing."""
-    found = search.distributions(f"{name}-")
-    return found[0].name.split("-")[1] if found else ""
+    distributions = search.distributions(f"{name}-")
+    return distributions[0].name.split("-")[1] if distributions else ""
 
 
 def _torch() -> tuple[str, str] | None:
@@ -183,22 +183,22 @@ def _torch() -> tuple[str, str] | None:
 
 
 def _libtvm_ffi(kernels: str | None) -> Iterator[Finding]:
-    found = runtime.ensure_tvm_ffi()
+    library = runtime.ensure_tvm_ffi()
     version = ".".join(map(str, runtime.tvm_ffi_version()))
-    yield Finding("libtvm_ffi", "ok", f"{version}, {found.origin}: {found.path}")
+    yield Finding("libtvm_ffi", "ok", f"{version}, {library.origin}: {library.path}")
 
 
 def _cache(kernels: str | None) -> Iterator[Finding]:
     root = cache.cache_root()
-    found = f"{root} ({upkeep.total(root) / 2**20:.1f} MiB)"
+    text = f"{root} ({upkeep.total(root) / 2**20:.1f} MiB)"
     try:
         with cache.temporary():
             pass
     except OSError as error:
         advice = "set FI_FFI_CACHE_DIR to a directory that can be written"
-        yield Finding("cache", "warn", f"{found}: {error.strerror}", advice)
+        yield Finding("cache", "warn", f"{text}: {error.strerror}", advice)
         return
-    yield Finding("cache", "ok", found)
+    yield Finding("cache", "ok", text)
     seeded = seed.seed_root()
     if seeded is not None:
         yield Finding("seed cache", "ok", f"{seeded}, read-only")
@@ -220,13 +220,13 @@ def _release(kernels: str | None) -> Iterator[Finding]:
 def _kernels(kernels: str | None) -> Iterator[Finding]:
     if kernels:
         runtime.use_source(kernels)
-    found = False
+    has_kernels = False
     for place in search.places():
         name = f"kernels: {place.kind}"
         if place.source is None:
             yield Finding(name, "none", place.note)
             continue
-        how = "for modules that the places above lack" if found else "used first"
+        how = "for modules that the places above lack" if has_kernels else "used first"
         version = place.source.version or "of unknown release"
         text = f"FlashInfer {version}, {how}: {place.source.location}"
         if place.kind == "remote" and may_fetch():
@@ -236,8 +236,8 @@ def _kernels(kernels: str | None) -> Iterator[Finding]:
                 yield Finding(name, "warn", f"{text} cannot be used: {error}", _UNREACHED)
                 continue
         yield Finding(name, "ok", text)
-        found = True
-    if not found:
+        has_kernels = True
+    if not has_kernels:
         build = f"`fi-ffi build --release {lock.wanted_release()} norm`"
         advice = f"{build} builds some; {search.KERNELS} or --kernels names others"
         yield Finding("kernels", "warn", "none", advice)
@@ -267,9 +267,9 @@ def _known_cases(kernels: str | None) -> Iterator[Finding]:
     query = Query.of(machine.capability(0))
     for issue in KNOWN_ISSUES:
         able = [support.op for support in issue.found(query) if support]
-        found = f"here: {', '.join(dict.fromkeys(able)) or 'nothing'}"
+        text = f"here: {', '.join(dict.fromkeys(able)) or 'nothing'}"
         advice = "docs/matrix.md has the cause; `fi-ffi list --matrix --json` has the reasons"
-        yield Finding(issue.name, "ok" if able else "none", found, "" if able else advice)
+        yield Finding(issue.name, "ok" if able else "none", text, "" if able else advice)
 
 
 def _module(module: str, missing: dict[str, list[tuple[str, str]]]) -> Iterator[Finding]:
@@ -287,8 +287,8 @@ def _module(module: str, missing: dict[str, list[tuple[str, str]]]) -> Iterator[
             missing.setdefault(reason.replace(module, ""), []).append((where, reason))
             continue
         codes = ", ".join(code.name for code in facts.codes)
-        found = f"{codes}, {source.version}, {source.trust}: {file.path}"
-        yield Finding(where, "ok", found)
+        text = f"{codes}, {source.version}, {source.trust}: {file.path}"
+        yield Finding(where, "ok", text)
         yield from _attestation(module, device)
 
 
@@ -322,7 +322,7 @@ _CHECKS = (_python, _gpus, _cudart, _libtvm_ffi, _cache, _release, _kernels, _kn
 
 
 @dataclass(frozen=True)
-class Answer:
+class OpReport:
     """Whether an op can be called on a GPU, and why; `build` is a command for missing kernels.
 
     `release` is the release in force, `place` where the kernel would come from (docs/loading.md),
@@ -353,9 +353,11 @@ def _answer_for(names: Sequence[str], sm: str | None, kernels: str | None, as_js
         raise click.UsageError("this process sees no GPU: --sm 87 asks for one that is not here")
     # This machine's driver is irrelevant for another machine's GPU.
     checks = (_python, _libtvm_ffi) if sm else (_python, _gpus, _cudart, _libtvm_ffi)
-    found = [finding for check in checks for finding in _guarded(check, kernels)]
+    findings = [finding for check in checks for finding in _guarded(check, kernels)]
     lacking = [
-        f"{f.check}: {f.found}. {f.advice}".strip() for f in found if f.status in ("warn", "fail")
+        f"{f.check}: {f.found}. {f.advice}".strip()
+        for f in findings
+        if f.status in ("warn", "fail")
     ]
     device = None if sm else 0
     answers = [_answer(one, line, query, device, lacking) for one in wanted for line in one.lines]
@@ -371,27 +373,27 @@ def _answer_for(names: Sequence[str], sm: str | None, kernels: str | None, as_js
 
 
 def _answer(
-    one: Named, line: Line, query: Query, device: int | None, missing: list[str]
-) -> Answer:  # fmt: skip
+    one: ResolvedName, line: Line, query: Query, device: int | None, missing: list[str]
+) -> OpReport:
     assert query.capability is not None
     major, minor = query.capability
-    found = line.ask(query)
-    works, reason = bool(found), found.reason
+    support = line.ask(query)
+    works, reason = bool(support), support.reason
     if works and missing:  # the kernel is not even loaded then
         works, reason = False, "; ".join(missing)
-    elif works and found.is_here:
+    elif works and support.is_here:
         try:
             reason += _exported(one, query) if one.module else ""
             reason += "; entry attested" if _attest(line.op, query.release, device) else ""
         except FiFfiError as error:
             works, reason = False, str(error)
-    place, is_here = (found.place, found.is_here) if works else ("", False)
-    return Answer(
-        line.name, 10 * major + minor, works, reason, found.build, found.release, place, is_here
+    place, is_here = (support.place, support.is_here) if works else ("", False)
+    return OpReport(
+        line.name, 10 * major + minor, works, reason, support.build, support.release, place, is_here
     )
 
 
-def _exported(one: Named, query: Query) -> str:
+def _exported(one: ResolvedName, query: Query) -> str:
     """Return a module's exports as text; raise if the named entry is not among them."""
     from fi_ffi.modules.module import unexported
 

@@ -14,7 +14,7 @@ from fi_ffi.catalogue.advice import may_have, missing_module_message
 from fi_ffi.catalogue.families import FAMILIES
 from fi_ffi.catalogue.requests import parse_arch, parse_request
 from fi_ffi.cli import output
-from fi_ffi.cli.names import Named, named
+from fi_ffi.cli.names import ResolvedName, named
 from fi_ffi.errors import ArchitectureError, FiFfiError, KernelNotFoundError
 from fi_ffi.loader import cache, search
 from fi_ffi.loader.fatbin import runs_on
@@ -66,29 +66,34 @@ def fetch(
     capabilities = [one for one in wanted if one is not None]
     sources = _sources(release, capabilities)
     modules = _modules(names, sources, release, capabilities)
-    found = []
+    results = []
     with progress.counter("modules", len(modules) * len(sources), quiet) as count:
         for source, module in itertools.product(sources, modules):
             count(module)
-            found.append(_put(source, module, capabilities if len(sources) == 1 else []))
+            results.append(_put(source, module, capabilities if len(sources) == 1 else []))
     if as_json:
         document = {"cache": str(cache.cache_root()), "release": release}
-        output.print_json(document | {"modules": [asdict(one) for one in found]})
+        output.print_json(document | {"modules": [asdict(one) for one in results]})
     else:
-        _print(found)
-    if any(one.status == "fail" for one in found):
+        _print(results)
+    if any(one.status == "fail" for one in results):
         sys.exit(1)
 
 
-def _print(found: Sequence[Put]) -> None:
+def _print(results: Sequence[Put]) -> None:
     rows = [
-        (one.module, one.status, f"{one.size:,}" if one.size else "", one.sha256[:12],
-         one.problem or " ".join(one.architectures))
-        for one in found
-    ]  # fmt: skip
+        (
+            one.module,
+            one.status,
+            f"{one.size:,}" if one.size else "",
+            one.sha256[:12],
+            one.problem or " ".join(one.architectures),
+        )
+        for one in results
+    ]
     columns = ("module", "", "bytes", "sha256", "compiled for")
     output.print_table("", columns, rows, numbers=["bytes"])
-    there = [one for one in found if one.status != "fail"]
+    there = [one for one in results if one.status != "fail"]
     new = sum(one.size for one in there if one.status == "fetched")
     many = output.counted(len(there), "module")
     output.say(f"{many} in {cache.cache_root()}, {new:,} bytes of them new")
@@ -101,16 +106,18 @@ def _sources(release: str, capabilities: Sequence[Capability]) -> list[PinnedKer
 
 
 def _modules(
-    names: Sequence[str], sources: Sequence[PinnedKernels], release: str,
+    names: Sequence[str],
+    sources: Sequence[PinnedKernels],
+    release: str,
     capabilities: Sequence[Capability],
-) -> list[str]:  # fmt: skip
+) -> list[str]:
     """Return the modules that the names stand for, without duplicates."""
-    found: list[str] = []
+    modules: list[str] = []
     for name in names:
         family = FAMILIES.get(name.partition(":")[0])
         # no wheel contains modules built by CuTe DSL
         if family is not None and not family.is_cute:
-            found.append(parse_request(name).module_in(release))
+            modules.append(parse_request(name).module_in(release))
             continue
         # Names that follow the naming rules are known without reading the wheel.
         is_known = parse(name.rpartition(".")[0] or name, release) is not None
@@ -119,17 +126,17 @@ def _modules(
         ask = any(one.names_of is None or may_have(one.names_of, module) for one in sources)
         with fetching(ask):
             (one,) = named([name], () if is_known else sources, release)
-        found += [one.module] if one.module else _of_op(one, release, capabilities)
-    for module in found:
+        modules += [one.module] if one.module else _of_op(one, release, capabilities)
+    for module in modules:
         if parse(module, release) is None:
             _refuse_families(module, sources)
-    return [*dict.fromkeys(found)]
+    return [*dict.fromkeys(modules)]
 
 
 def _refuse_families(name: str, sources: Sequence[PinnedKernels]) -> None:
     """Raise `UsageError` for a name that many modules share, and list some of them."""
     every = {module for source in sources for module in source.modules()}
-    members = sorted(one for one in every if (found := parse(one)) and found.family == name)
+    members = sorted(one for one in every if (parsed := parse(one)) and parsed.family == name)
     if name not in every and members:
         some = "".join(f"\n  {module}" for module in members[:_FEW])
         raise click.UsageError(
@@ -138,7 +145,7 @@ def _refuse_families(name: str, sources: Sequence[PinnedKernels]) -> None:
         )
 
 
-def _of_op(one: Named, release: str, capabilities: Sequence[Capability]) -> list[str]:
+def _of_op(one: ResolvedName, release: str, capabilities: Sequence[Capability]) -> list[str]:
     """Return the modules of an op, for each of its variants that some GPU supports."""
     asked: list[Capability | None] = [*capabilities] or [None]
     answers = [line.ask(Query.of(sm, release)) for line in one.lines for sm in asked]
@@ -163,6 +170,10 @@ def _put(source: PinnedKernels, module: str, capabilities: Sequence[Capability])
     except FiFfiError as error:
         return Put(module, "fail", problem=str(error))
     return Put(
-        module, "there" if was_there else "fetched", str(file.path), file.sha256,
-        file.path.stat().st_size, tuple(code.name for code in codes),
-    )  # fmt: skip
+        module,
+        "there" if was_there else "fetched",
+        str(file.path),
+        file.sha256,
+        file.path.stat().st_size,
+        tuple(code.name for code in codes),
+    )

@@ -55,12 +55,12 @@ def inspect(file: Path, no_load: bool, as_json: bool) -> None:
 
 def _signatures(file: Path) -> tuple[dict[str, str], str | None]:
     try:
-        found = file_signatures(file)
+        signatures = file_signatures(file)
     except FiFfiError as error:
         return {}, str(error)
     return {
         name: _types(signature) if isinstance(signature, Signature) else signature
-        for name, signature in found.items()
+        for name, signature in signatures.items()
     }, None
 
 

@@ -16,7 +16,7 @@ import click
 from fi_ffi.capability.judgement import Query
 from fi_ffi.capability.known_issues import KNOWN_ISSUES, KnownIssue
 from fi_ffi.capability.matrix import SMS, Line, lines
-from fi_ffi.catalogue.modules import Module, modules_of
+from fi_ffi.catalogue.modules import ArtifactModule, modules_of
 from fi_ffi.cli import output
 from fi_ffi.errors import FiFfiError, KernelNotFoundError, nearest
 from fi_ffi.loader import search
@@ -50,9 +50,15 @@ _FEW = 4  # most lines of the matrix whose reasons are printed
 @click.option("--cuda", help="With --matrix: the wheels of a CUDA tag, such as cu130.")
 @click.option("--json", "as_json", is_flag=True, help="Print the list as JSON.")
 def list(
-    kernels: Path | None, family: str | None, fetch: bool, entries: bool, as_json: bool,
-    matrix: bool, release: str | None, cuda: str | None,
-) -> None:  # fmt: skip
+    kernels: Path | None,
+    family: str | None,
+    fetch: bool,
+    entries: bool,
+    as_json: bool,
+    matrix: bool,
+    release: str | None,
+    cuda: str | None,
+) -> None:
     """List kernel modules: family, dtypes, head sizes, backend, and the ops that use them.
 
     The names of modules have all of this: only --entries opens files, and only --fetch fetches.
@@ -70,12 +76,12 @@ def list(
 
 def _list(kernels: Path | None, family: str | None, entries: bool, as_json: bool) -> None:
     with progress.doing("looking for kernels"):
-        found, notes = _places(kernels)
-    first = found[0][0]
-    families = {module.family for _, modules in found for module in modules}
+        places, notes = _places(kernels)
+    first = places[0][0]
+    families = {module.family for _, modules in places for module in modules}
     chosen = [
         (source, module)
-        for source, modules in found
+        for source, modules in places
         for module in modules
         if family in (None, module.family)
     ]
@@ -92,7 +98,7 @@ def _list(kernels: Path | None, family: str | None, entries: bool, as_json: bool
         document = {"kernels": first.location, "version": first.version, "others": notes}
         output.print_json({**document, "modules": listed})
         return
-    for source, _ in found:
+    for source, _ in places:
         of = [entry for entry in listed if entry["kernels"] == source.location]
         if of:
             _print(source, of)
@@ -102,7 +108,7 @@ def _list(kernels: Path | None, family: str | None, entries: bool, as_json: bool
 
 def _places(
     kernels: Path | None,
-) -> tuple[Sequence[tuple[KernelSource, Sequence[Module]]], Sequence[str]]:
+) -> tuple[Sequence[tuple[KernelSource, Sequence[ArtifactModule]]], Sequence[str]]:
     """Return the sources, each with the modules that a call takes from it, and notes on others.
 
     A call takes a module from the first place that has it. Places that have it for other GPUs are
@@ -111,20 +117,20 @@ def _places(
     if kernels is not None:
         source = open_source(kernels)
         return [(source, (*modules_of(source).values(),))], []
-    found, notes, reasons = [], [], []
+    places, notes, reasons = [], [], []
     for place in search.places():
         note = place.note or "no modules"
         if place.source is not None:
             try:
                 if modules := modules_of(place.source):
-                    found.append((place.source, (*modules.values(),)))
+                    places.append((place.source, (*modules.values(),)))
                     continue
             except FiFfiError as error:
                 note = str(error)
                 notes.append(f"{place.kind}: {place.source.location}: {note}")
         reasons.append(f"  {place.kind}: {note}")
-    if found:
-        return found, notes
+    if places:
+        return places, notes
     raise KernelNotFoundError(
         "no kernels in any of the places they come from:\n" + "\n".join(reasons) + "\n"
         f"`fi-ffi build --release {wanted_release()} norm` makes some; FI_FFI_KERNELS or --kernels "
@@ -132,9 +138,9 @@ def _places(
     )
 
 
-def _described(source: KernelSource, module: Module, entries: bool) -> dict[str, Any]:
+def _described(source: KernelSource, module: ArtifactModule, entries: bool) -> dict[str, Any]:
     parsed = module.parsed
-    found: dict[str, Any] = {
+    document: dict[str, Any] = {
         "module": module.name,
         "kernels": source.location,
         "family": module.family,
@@ -148,11 +154,11 @@ def _described(source: KernelSource, module: Module, entries: bool) -> dict[str,
     if entries:
         try:
             facts = facts_of(source.file(module.name))
-            found["entries"] = facts.functions
-            found["architectures"] = [code.name for code in facts.codes]
+            document["entries"] = facts.functions
+            document["architectures"] = [code.name for code in facts.codes]
         except FiFfiError as error:  # one bad file must not hide the others
-            found["error"] = str(error)
-    return found
+            document["error"] = str(error)
+    return document
 
 
 def _options(parsed: ModuleName) -> dict[str, Any]:
@@ -166,7 +172,7 @@ def _options(parsed: ModuleName) -> dict[str, Any]:
     }
 
 
-def _ops(module: Module) -> tuple[str, ...]:
+def _ops(module: ArtifactModule) -> tuple[str, ...]:
     """Return the ops whose rows name the module or its family."""
     return (*dict.fromkeys(r.name for r in ROWS if r.module in (module.name, module.family)),)
 
@@ -208,17 +214,17 @@ def _details(entry: dict[str, Any]) -> Sequence[str]:
         "compiled for": entry.get("architectures"),
         "unreadable": entry.get("error") and (entry["error"],),
     }
-    return [f"{name}: {', '.join(found)}" for name, found in facts.items() if found]
+    return [f"{name}: {', '.join(values)}" for name, values in facts.items() if values]
 
 
 def _short_dtypes(dtypes: dict[str, str]) -> str:
     """Return `f16` if all tensors have one dtype; int32 indices are omitted."""
-    found = {name.replace("dtype", "").strip("_"): value for name, value in dtypes.items()}
-    if found.get("idx") == "i32":
-        del found["idx"]
-    if len(set(found.values())) == 1:
-        return next(iter(found.values()))
-    return ",".join(f"{name}={value}" for name, value in found.items())
+    short = {name.replace("dtype", "").strip("_"): value for name, value in dtypes.items()}
+    if short.get("idx") == "i32":
+        del short["idx"]
+    if len(set(short.values())) == 1:
+        return next(iter(short.values()))
+    return ",".join(f"{name}={value}" for name, value in short.items())
 
 
 # The matrix
@@ -235,32 +241,34 @@ def _matrix(
         shown = nearest(str(wanted), known) or f"; there are {', '.join(ops)}"
         raise output.Failure(f"no op or family {wanted!r}{shown}")
     queries = {sm: Query.of(sm, release, cuda, None, kernels) for sm in SMS}
-    found = {}
+    supports = {}
     with progress.counter("ops", len(chosen), lines=False) as count:
         for line in chosen:
             count(line.name)
-            found[line.name] = {sm: line.ask(query) for sm, query in queries.items()}
+            supports[line.name] = {sm: line.ask(query) for sm, query in queries.items()}
     first = next(iter(queries.values()))
     of = ", ".join(s.location for s in first.sources) or f"the {first.cuda} wheels"
     head = {"kernels": of, "release": first.release, "cuda": first.cuda}
     if as_json:
-        answers = {name: {sm: _support(s) for sm, s in row.items()} for name, row in found.items()}
+        answers = {
+            name: {sm: _support(s) for sm, s in row.items()} for name, row in supports.items()
+        }
         cases = {issue.name: _case(issue, queries) for issue in KNOWN_ISSUES}
         output.print_json({**head, "ops": answers, "cases": cases})
         return
     columns = ("op", *(f"SM{sm}" for sm in SMS))
-    rows = [(name, *(_SYMBOLS[s.status] for s in row.values())) for name, row in found.items()]
+    rows = [(name, *(_SYMBOLS[s.status] for s in row.values())) for name, row in supports.items()]
     output.print_table(f"FlashInfer {first.release}, {of}", columns, rows)
     output.say("  ".join(f"{symbol}: {WORDS[status]}" for status, symbol in _SYMBOLS.items()))
-    _explain(chosen, found)
+    _explain(chosen, supports)
 
 
-def _explain(chosen: Sequence[Line], found: dict[str, dict[int, Support]]) -> None:
+def _explain(chosen: Sequence[Line], supports: dict[str, dict[int, Support]]) -> None:
     """Print the reasons for a few lines; for more lines, print how to ask for them."""
     if len(chosen) > _FEW:
         output.say("--family OP shows the reasons for an op, --json all reasons and vLLM's cases.")
         return
-    for name, row in found.items():
+    for name, row in supports.items():
         reasons: dict[str, Any] = {}
         for sm, answer in row.items():
             # The build commands differ by GPU and are only in the JSON.

@@ -77,9 +77,15 @@ def lock() -> None:
 @click.option("--yes", "-y", is_flag=True, help="Pin without asking.")
 @click.option("--json", "as_json", is_flag=True, help="Print the entry as JSON.")
 def add(
-    url: str, file: str | None, release: str | None, cuda: str | None, sm: str | None,
-    platform: str | None, yes: bool, as_json: bool,
-) -> None:  # fmt: skip
+    url: str,
+    file: str | None,
+    release: str | None,
+    cuda: str | None,
+    sm: str | None,
+    platform: str | None,
+    yes: bool,
+    as_json: bool,
+) -> None:
     """Pin a kernel wheel by the sha256 in the link to it.
 
     URL is a wheel's address that ends in `#sha256=...`. PAGE is an HTML page with such links, such
@@ -135,13 +141,13 @@ def _chosen(page: str, links: Sequence[Link], file: str | None, wanted: Mapping[
 
 def _entry(link: Link, page: str) -> dict[str, str]:
     """Return the entry of a link; raise if its name does not say everything, or it has no hash."""
-    found = describe(link.file)
-    missing = {"release", "cuda", "platform", "layout"} - found.keys()
+    facts = describe(link.file)
+    missing = {"release", "cuda", "platform", "layout"} - facts.keys()
     if missing:
         expected = f"a name with {', '.join(sorted(missing))}"
         raise ArgumentError("lock add", "URL", got=link.file, expected=expected)
-    has_none = version_of(found["release"]) >= version_of(FIRST_OF_PROVIDERS)
-    if has_none and found["layout"] == "monolithic" and "sm" not in found:
+    has_none = version_of(facts["release"]) >= version_of(FIRST_OF_PROVIDERS)
+    if has_none and facts["layout"] == "monolithic" and "sm" not in facts:
         expected = (
             "the wheel of one SM, such as flashinfer-jit-cache-sm90a, since flashinfer-jit-cache "
             f"itself has no kernels from {FIRST_OF_PROVIDERS} on"
@@ -150,7 +156,7 @@ def _entry(link: Link, page: str) -> dict[str, str]:
     today = datetime.date.today().isoformat()
     where = "the given address" if page == link.url else redact(page)
     keys = ("release", "cuda", "platform", "layout", "sm")
-    return {key: found[key] for key in keys if key in found} | {
+    return {key: facts[key] for key in keys if key in facts} | {
         "file": link.file,
         "url": link.url,
         "sha256": link.sha256(),
@@ -219,46 +225,46 @@ def entries(lock: Lock, names: Sequence[str], *, platform: str | None = None) ->
         return [entry for entry in lock.kernels if platform in (None, entry.platform)]
     chosen: list[PinnedWheel] = []
     for name in names:
-        found = [e for e in lock.kernels if name in (e.file, e.url, unquote(e.url), e.release)]
-        if not found:
+        matching = [e for e in lock.kernels if name in (e.file, e.url, unquote(e.url), e.release)]
+        if not matching:
             files = ", ".join(entry.file for entry in lock.kernels)
             got = redact(name) if "@" in name or "://" in name else name
             raise ArgumentError("lock", "NAME", got=got, expected=f"one of {files or 'none'}")
-        chosen += [entry for entry in found if entry not in chosen]
+        chosen += [entry for entry in matching if entry not in chosen]
     return chosen
 
 
 def check(entry: PinnedWheel, *, full: bool = False, report: Reporter | None = None) -> Checked:
     """Compare an entry's pins with the file at its address."""
-    found: dict[str, Any] = {"file": entry.file, "url": redact(entry.url)}
+    document: dict[str, Any] = {"file": entry.file, "url": redact(entry.url)}
     note = ""
     try:
         client = Client()
         try:
-            found["size"] = _compare(_size(entry.url, client), entry.size)
+            document["size"] = _compare(_size(entry.url, client), entry.size)
             record = RemoteWheel(entry.url, client=client, verify="record").record_sha256
-            found["record"] = _compare(record, entry.record_sha256)
+            document["record"] = _compare(record, entry.record_sha256)
         except NoRanges:
             note = "the server has no ranges: `--full` fetches the whole file"
         if full:
-            found["sha256"] = "wrong"
+            document["sha256"] = "wrong"
             _whole(entry, client, report)
-            found["sha256"], note = "ok", ""
+            document["sha256"], note = "ok", ""
     except ArtifactError as error:
-        return Checked(**found, status="fail", note=str(error))
+        return Checked(**document, status="fail", note=str(error))
     except FetchError as error:
-        return Checked(**found, status="unreachable", note=str(error))
-    wrong = [key for key in ("size", "record") if found.get(key) == "wrong"]
+        return Checked(**document, status="unreachable", note=str(error))
+    wrong = [key for key in ("size", "record") if document.get(key) == "wrong"]
     if wrong:
         note = f"the address has another {' and '.join(wrong)}"
-        return Checked(**found, status="fail", note=note)
-    return Checked(**found, status="not checked" if note else "ok", note=note)
+        return Checked(**document, status="fail", note=note)
+    return Checked(**document, status="not checked" if note else "ok", note=note)
 
 
-def _compare(found: object, pinned: object) -> Verdict:
+def _compare(actual: object, pinned: object) -> Verdict:
     if pinned is None:
         return "not pinned"
-    return "ok" if found == pinned else "wrong"
+    return "ok" if actual == pinned else "wrong"
 
 
 def _size(url: str, client: Client) -> int:

@@ -10,8 +10,8 @@ from functools import partial
 
 import click
 
-from fi_ffi.capability.judgement import gpu_runs, judge
-from fi_ffi.capability.matrix import Line, entry_row, lines
+from fi_ffi.capability.judgement import entry_row, gpu_runs, judge
+from fi_ffi.capability.matrix import Line, lines
 from fi_ffi.catalogue.ahead_of_time import listed_in
 from fi_ffi.errors import LoaderError, nearest
 from fi_ffi.loader.kernels import KernelSource
@@ -20,7 +20,7 @@ from fi_ffi.ops.table import ROWS
 
 
 @dataclass(frozen=True)
-class Named:
+class ResolvedName:
     """A resolved name; `lines` answer questions about it.
 
     `module` is set for a module and for an entry, `symbol` for an entry. Both are "" for an op.
@@ -32,16 +32,20 @@ class Named:
     symbol: str = ""
 
 
-def named(names: Sequence[str], sources: Sequence[KernelSource], release: str) -> list[Named]:
+def named(
+    names: Sequence[str], sources: Sequence[KernelSource], release: str
+) -> list[ResolvedName]:
     """Resolve names; an unknown one raises `UsageError` with the nearest names."""
     known = [*lines()]
     return [_named(name, known, sources, release) for name in dict.fromkeys(names)]
 
 
-def _named(name: str, known: list[Line], sources: Sequence[KernelSource], release: str) -> Named:
+def _named(
+    name: str, known: list[Line], sources: Sequence[KernelSource], release: str
+) -> ResolvedName:
     own = tuple(line for line in known if line.op == name)
     if own:
-        return Named(name, own)
+        return ResolvedName(name, own)
     if _is_module(name, sources, release):
         return _of(name, name, "")
     module, dot, symbol = name.rpartition(".")
@@ -60,9 +64,11 @@ def _named(name: str, known: list[Line], sources: Sequence[KernelSource], releas
     raise click.UsageError(f"no op, module or entry {name!r}{hint}")
 
 
-def _of(name: str, module: str, symbol: str) -> Named:
+def _of(name: str, module: str, symbol: str) -> ResolvedName:
     row = entry_row(module, symbol)
-    return Named(name, (Line(name, "", module, partial(judge, name, [row])),), module, symbol)
+    return ResolvedName(
+        name, (Line(name, "", module, partial(judge, name, [row])),), module, symbol
+    )
 
 
 def _is_module(name: str, sources: Sequence[KernelSource], release: str) -> bool:
@@ -83,10 +89,10 @@ def _modules(sources: Sequence[KernelSource], release: str) -> Iterator[str]:
 
 def _entries() -> dict[str, list[str]]:
     """Return the modules of each known entry: entries of rows, and entries called on a GPU."""
-    found: dict[str, list[str]] = defaultdict(list)
+    modules: dict[str, list[str]] = defaultdict(list)
     called = ((key, entry) for run in gpu_runs() for key, entry in sorted(run.entries))
     for key, entry in itertools.chain(((row.module, row.symbol) for row in ROWS), called):
         module = key.partition(":")[0]
-        if module not in found[entry]:
-            found[entry].append(module)
-    return found
+        if module not in modules[entry]:
+            modules[entry].append(module)
+    return modules

@@ -36,11 +36,11 @@ def console(*, stderr: bool = False) -> Console:
 
 def width(*, stderr: bool = False) -> int | None:
     """Return the width to wrap at, or None to disable wrapping."""
-    given = os.environ.get("COLUMNS", "")
-    if given.isdecimal() and int(given):
-        return int(given)
-    found = console(stderr=stderr)
-    return found.width if found.is_terminal else None
+    text = os.environ.get("COLUMNS", "")
+    if text.isdecimal() and int(text):
+        return int(text)
+    terminal = console(stderr=stderr)
+    return terminal.width if terminal.is_terminal else None
 
 
 def wrapped(text: str, columns: int | None, hang: int = 0) -> Iterator[str]:
@@ -51,10 +51,13 @@ def wrapped(text: str, columns: int | None, hang: int = 0) -> Iterator[str]:
             continue
         start = len(line) - len(line.lstrip(" "))
         yield from textwrap.wrap(
-            line.strip(), max(columns, start + hang + 1),
-            initial_indent=" " * start, subsequent_indent=" " * (start + hang),
-            break_long_words=False, break_on_hyphens=False,
-        )  # fmt: skip
+            line.strip(),
+            max(columns, start + hang + 1),
+            initial_indent=" " * start,
+            subsequent_indent=" " * (start + hang),
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
 
 
 def counted(count: int, noun: str) -> str:
@@ -98,12 +101,12 @@ def print_table(
     first cell, and below it the others with their columns' names.
     """
     cells = [[printable(str(value)).strip() for value in row] for row in rows]
-    found = console()
+    terminal = console()
     if title:
         for line in wrapped(printable(title), width(), _INDENT):
-            found.print(Text(line, "bold"))
+            terminal.print(Text(line, "bold"))
     for text in _table([*columns], cells, width(), {*numbers}):
-        found.print(text)
+        terminal.print(text)
 
 
 def _table(
@@ -124,9 +127,13 @@ def _table(
 
 
 def _row(
-    row: list[str], columns: list[str], widths: list[int], numbers: set[str], style: str | None,
+    row: list[str],
+    columns: list[str],
+    widths: list[int],
+    numbers: set[str],
+    style: str | None,
     columns_wide: int | None,
-) -> Text:  # fmt: skip
+) -> Text:
     text = Text()
     for name, cell, wide in zip(columns[:-1], row[:-1], widths[:-1], strict=True):
         cell = cell.rjust(wide) if name in numbers else cell.ljust(wide)

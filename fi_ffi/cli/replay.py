@@ -48,7 +48,7 @@ _CPU = parse_device("cpu")
 
 # Limits of the bytes that all tensors span: a multiple of the files' contents, since tensors may be
 # views of larger ones, and a minimum for small files.
-_MOST_SPREAD, _ALWAYS = 64, 2**26
+_MAX_SPREAD, _ALWAYS = 64, 2**26
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class RecordedTensor:
 
 
 @dataclass(frozen=True)
-class Recorded:
+class RecordedCall:
     """A recorded call."""
 
     path: Path
@@ -85,7 +85,7 @@ class Recorded:
     # Numbers and strings; None for an omitted tensor.
     values: dict[str, Any]
     # The planning call; None if the call does not belong to a plan.
-    plan: Recorded | None = None
+    plan: RecordedCall | None = None
     # The written tensors after the call; None if the call did not finish.
     after: dict[str, Array] | None = None
     result: Any = None
@@ -99,7 +99,7 @@ class Recorded:
         return str(self.document.get("device", "cpu"))
 
 
-def load(path: Path) -> Recorded:
+def load(path: Path) -> RecordedCall:
     """Load a dumped call by either of its files, or by the common prefix of their names.
 
     Raises `ArtifactError` for anything but a dump of this version's format, and `OSError`.
@@ -114,25 +114,27 @@ def load(path: Path) -> Recorded:
     if planned is not None:
         arrays = {name[len(PLAN) :]: of for name, of in data.items() if name.startswith(PLAN)}
         plan = _recorded(before, planned, arrays)
-    made = _recorded(before, document, data, plan)
-    _check_spans(made)
+    recorded = _recorded(before, document, data, plan)
+    _check_spans(recorded)
     after_path = Path(stem + AFTER)
     if not after_path.exists():
-        return made
+        return recorded
     after, words = safetensors.read(after_path)
     _check_format(after_path, words)
     arrays_after = {
-        name: _elements(after_path, name, made.tensors[name].dtype, made.tensors[name].shape, of)
+        name: _elements(
+            after_path, name, recorded.tensors[name].dtype, recorded.tensors[name].shape, of
+        )
         for name, of in after.items()
-        if name in made.tensors
+        if name in recorded.tensors
     }
-    return replace(made, after=arrays_after, result=_json(after_path, words, "result"))
+    return replace(recorded, after=arrays_after, result=_json(after_path, words, "result"))
 
 
 def _check_format(path: Path, words: Mapping[str, str]) -> None:
-    found = words.get("format")
-    if found != FORMAT:
-        raise ArtifactError(f"{path}: its format is {found!r:.60}, and this reads {FORMAT!r}")
+    version = words.get("format")
+    if version != FORMAT:
+        raise ArtifactError(f"{path}: its format is {version!r:.60}, and this reads {FORMAT!r}")
 
 
 def _json(path: Path, words: Mapping[str, str], name: str) -> Any:
@@ -143,8 +145,8 @@ def _json(path: Path, words: Mapping[str, str], name: str) -> Any:
 
 
 def _recorded(
-    path: Path, document: Any, data: Mapping[str, memoryview], plan: Recorded | None = None
-) -> Recorded:
+    path: Path, document: Any, data: Mapping[str, memoryview], plan: RecordedCall | None = None
+) -> RecordedCall:
     try:
         tensors: dict[str, RecordedTensor] = {}
         values: dict[str, Any] = {}
@@ -155,12 +157,12 @@ def _recorded(
             else:
                 values[name] = of.get("value")
         row = document.get("row")
-        found = None if row is None else row_of(path, row)
+        known_row = None if row is None else row_of(path, row)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         if isinstance(error, ArtifactError):
             raise
         raise ArtifactError(f"{path}: the call is not described: {error!r}") from error
-    return Recorded(path, document, found, tensors, values, plan)
+    return RecordedCall(path, document, known_row, tensors, values, plan)
 
 
 def _tensor(path: Path, name: str, of: Any, data: memoryview | None) -> RecordedTensor:
@@ -175,17 +177,17 @@ def _tensor(path: Path, name: str, of: Any, data: memoryview | None) -> Recorded
     )
 
 
-def _check_spans(made: Recorded) -> None:
+def _check_spans(recorded: RecordedCall) -> None:
     """Raise `ArtifactError` if the tensors span far more memory than they have elements."""
-    calls = [made] if made.plan is None else [made, made.plan]
+    calls = [recorded] if recorded.plan is None else [recorded, recorded.plan]
     kept = [of for call in calls for of in call.tensors.values() if not of.is_scratch]
-    asked = sum(of.span for of in kept)
+    spanned = sum(of.span for of in kept)
     held = sum(of.elements.nbytes for of in kept if of.elements is not None)
-    if asked > max(_MOST_SPREAD * held, _ALWAYS):
+    if spanned > max(_MAX_SPREAD * held, _ALWAYS):
         widest = max(kept, key=lambda of: of.span)
         raise ArtifactError(
-            f"{made.path}: its tensors span {asked} bytes, {widest.name} {widest.span} of them, "
-            f"and it has {held} bytes of elements: {_MOST_SPREAD} times as much is the most"
+            f"{recorded.path}: its tensors span {spanned} bytes, {widest.name} {widest.span} of "
+            f"them, and it has {held} bytes of elements: {_MAX_SPREAD} times as much is the most"
         )
 
 
@@ -195,8 +197,8 @@ def _elements(
     count = dtype.bytes_of(math.prod(shape))
     if len(data) != count:
         raise ArtifactError(f"{path}: {name} has {len(data)} bytes, and its shape needs {count}")
-    found = np.frombuffer(data, dtype.numpy)
-    return found if dtype.shares_bytes else found.reshape(shape)
+    array = np.frombuffer(data, dtype.numpy)
+    return array if dtype.shares_bytes else array.reshape(shape)
 
 
 def row_of(path: Path, described: Mapping[str, Any]) -> Row:
@@ -204,13 +206,13 @@ def row_of(path: Path, described: Mapping[str, Any]) -> Row:
     forms = [form for forms in FORMS.values() for form in forms]
     rows = [row for op in OPS.values() for row in op.rows] + forms
     wanted = tuple(described[key] for key in ("name", "variant", "signature"))
-    found = [row for row in rows if (row.name, row.variant, str(row.signature)) == wanted]
+    fitting = [row for row in rows if (row.name, row.variant, str(row.signature)) == wanted]
     release = search.release()
-    for row in found:
+    for row in fitting:
         if release is None or fits(row, release):
             return row
-    if found:  # a row of another release; the call reports the mismatch
-        return found[0]
+    if fitting:  # a row of another release; the call reports the mismatch
+        return fitting[0]
     raise ArtifactError(f"{path}: this version of fi_ffi has no row {' '.join(map(str, wanted))}")
 
 
@@ -233,7 +235,7 @@ class CannotReplay(FiFfiError, ValueError):
     """A dumped call lacks data that is needed to repeat it."""
 
 
-def rerun(recorded: Recorded, device: Device) -> tuple[dict[str, Array], Any]:
+def rerun(recorded: RecordedCall, device: Device) -> tuple[dict[str, Array], Any]:
     """Repeat a dumped call on a device; return the tensors it wrote, and its result.
 
     Raises `CannotReplay`, and the errors of the call itself.
@@ -256,7 +258,7 @@ def rerun(recorded: Recorded, device: Device) -> tuple[dict[str, Array], Any]:
     return after, array_values(result) if isinstance(result, ArrayObject) else result
 
 
-def _row(recorded: Recorded) -> Row:
+def _row(recorded: RecordedCall) -> Row:
     if recorded.row is None:
         raise CannotReplay(
             f"{recorded.path}: no row describes {recorded.document.get('entry')}, so that it is "
@@ -268,7 +270,9 @@ def _row(recorded: Recorded) -> Row:
 class _Calling:
     """One call with its tensors placed; calls of one plan share the scratch memory."""
 
-    def __init__(self, recorded: Recorded, device: Device, scratch: dict[str, TensorDesc]) -> None:
+    def __init__(
+        self, recorded: RecordedCall, device: Device, scratch: dict[str, TensorDesc]
+    ) -> None:
         self._recorded, self._device, self._scratch = recorded, device, scratch
         self._row = _row(recorded)
         self._args = {arg.name: arg for arg in self._row.tensors}
@@ -390,12 +394,12 @@ class Placed:
 
     def get(self, names: Iterable[str]) -> dict[str, Array]:
         """Return copies of tensors, after waiting for the device."""
-        found: dict[str, Array] = {}
+        arrays: dict[str, Array] = {}
         for name in names:
             region = self._regions[name]
             region.copy(to_host=True)
-            found[name] = region.view(self._tensors[name]).copy()
-        return found
+            arrays[name] = region.view(self._tensors[name]).copy()
+        return arrays
 
 
 def _groups(tensors: Iterable[RecordedTensor]) -> Iterator[list[RecordedTensor]]:
@@ -412,7 +416,7 @@ def _groups(tensors: Iterable[RecordedTensor]) -> Iterator[list[RecordedTensor]]
         yield group
 
 
-def kernel_of(recorded: Recorded, device: Device) -> str:
+def kernel_of(recorded: RecordedCall, device: Device) -> str:
     """Return the kernel that is called now, and whether its file is the dump's."""
     if not device.is_cuda:
         return "the reference on the CPU"
@@ -445,26 +449,26 @@ class Compared:
 
 def _poison_like(array: Array) -> Array:
     """Return an array of the same shape and dtype with `POISON` in every byte."""
-    found: Array = np.full(array.nbytes, POISON, np.uint8).view(array.dtype).reshape(array.shape)
-    return found
+    poison: Array = np.full(array.nbytes, POISON, np.uint8).view(array.dtype).reshape(array.shape)
+    return poison
 
 
-def without_unwritten(recorded: Recorded, after: Mapping[str, Array]) -> dict[str, Array]:
+def without_unwritten(recorded: RecordedCall, after: Mapping[str, Array]) -> dict[str, Array]:
     """Return what the call wrote; elements that neither call wrote are taken from the dump."""
-    found: dict[str, Array] = {}
+    results: dict[str, Array] = {}
     for name, got in after.items():
-        found[name] = got = got.copy()
+        results[name] = got = got.copy()
         tensor, then = recorded.tensors[name], (recorded.after or {}).get(name)
         if then is None or tensor.reads or tensor.elements is None:
             continue
         poison = bits(_poison_like(got))
         unwritten = (bits(got) == poison) & (bits(then) == bits(tensor.elements))
         got[unwritten] = then[unwritten]
-    return found
+    return results
 
 
 def beside(
-    recorded: Recorded, results: Mapping[str, Array], others: Mapping[str, Array], to: str
+    recorded: RecordedCall, results: Mapping[str, Array], others: Mapping[str, Array], to: str
 ) -> Iterator[Compared]:
     """Compare results with other results (the dump's or the reference's), by steps of the dtype."""
     for name, wanted in others.items():
@@ -493,7 +497,9 @@ def _error(got: Array, wanted: Array, eps: float) -> tuple[float, float]:
     return float(difference.max()), float((difference / allowed).max())
 
 
-def with_definition(row: Row, recorded: Recorded, got: Mapping[str, Array]) -> Iterator[Compared]:
+def with_definition(
+    row: Row, recorded: RecordedCall, got: Mapping[str, Array]
+) -> Iterator[Compared]:
     """Compare results with the op's definition in float64."""
     arrays = {
         name: of.elements.copy() if of.reads else _poison_like(of.elements)
@@ -563,9 +569,9 @@ def replay(file: Path, device: str | None, kernels: str | None, bits: bool, as_j
         raise output.Failure("; ".join(f"{of.name} differs from {of.to}" for of in wrong))
 
 
-def _device(recorded: Recorded, given: str | None) -> Device:
-    if given is not None:
-        return parse_device(given, op="replay")
+def _device(recorded: RecordedCall, text: str | None) -> Device:
+    if text is not None:
+        return parse_device(text, op="replay")
     try:
         is_there = parse_device(recorded.device).is_cuda and machine.device_count() > 0
     except FiFfiError:
@@ -573,7 +579,7 @@ def _device(recorded: Recorded, given: str | None) -> Device:
     return parse_device("cuda:0") if is_there else _CPU
 
 
-def _replayed(recorded: Recorded, where: Device) -> tuple[list[Compared], dict[str, Any]]:
+def _replayed(recorded: RecordedCall, where: Device) -> tuple[list[Compared], dict[str, Any]]:
     (after, result), row = rerun(recorded, where), recorded.row
     assert row is not None
     got = without_unwritten(recorded, after)

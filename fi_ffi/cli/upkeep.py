@@ -45,7 +45,7 @@ class Item:
     sha256: str | None = None
 
 
-class Verdict(NamedTuple):
+class Verification(NamedTuple):
     """The result of hashing an object again; `problem` is empty if the object is good."""
 
     item: Item
@@ -60,14 +60,14 @@ def items(root: Path, kind: Kind) -> list[Item]:
     of `fi-ffi build`; "download": an unfinished download; "note": a stored result; "leftover": a
     temporary of a killed process, or a stamp without its file.
     """
-    found = []
+    result = []
     for place in _PLACES[kind]:
         for path in _matching(root, *place):
             with contextlib.suppress(FileNotFoundError):  # removed meanwhile
                 item = _item(kind, path)
                 if item is not None:
-                    found.append(item)
-    return sorted(found, key=lambda item: (item.name, str(item.path)))
+                    result.append(item)
+    return sorted(result, key=lambda item: (item.name, str(item.path)))
 
 
 def total(root: Path) -> int:
@@ -170,7 +170,7 @@ def prune(
     return removed, kept
 
 
-def verify(root: Path, *, repair: bool = False) -> Iterator[Verdict]:
+def verify(root: Path, *, repair: bool = False) -> Iterator[Verification]:
     """Hash every object again and yield the results; with `repair`, remove those that fail."""
     if os.path.isdir(root):
         trust.check_root(root)
@@ -181,20 +181,20 @@ def verify(root: Path, *, repair: bool = False) -> Iterator[Verdict]:
         yield verdict
 
 
-def _verdict(item: Item) -> Verdict:
+def _verdict(item: Item) -> Verification:
     try:
         if cache.find(str(item.sha256), item.name, paranoid=True):
-            return Verdict(item)
+            return Verification(item)
     except ArtifactError as error:
-        return Verdict(item, f"refused: {error}")
+        return Verification(item, f"refused: {error}")
     if not os.path.lexists(item.path):  # removed meanwhile, hence not damaged
-        return Verdict(item)
+        return Verification(item)
     if not os.access(item.path, os.R_OK):
-        return Verdict(item, "cannot be read")
-    return Verdict(item, "damaged: the content does not have this sha256")
+        return Verification(item, "cannot be read")
+    return Verification(item, "damaged: the content does not have this sha256")
 
 
-def _repair(item: Item, root: Path) -> Verdict:
+def _repair(item: Item, root: Path) -> Verification:
     """Remove a bad object, unless another process has replaced it by a good one meanwhile."""
     with cache.lock_for(str(item.sha256)):
         verdict = _verdict(item)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fi_ffi.abi.tensor import Device, TensorDesc
@@ -11,7 +12,7 @@ from fi_ffi.comm import fusion as fusion_module
 from fi_ffi.comm import vllm as vllm_module
 from fi_ffi.comm.fusion import Fusion, FusionSize
 from fi_ffi.comm.hang import Waiting
-from fi_ffi.comm.memory import PeerMemory, Place, peer_topology
+from fi_ffi.comm.memory import PeerMemory, Place, copy, peer_topology
 from fi_ffi.comm.nccl import Nccl
 from fi_ffi.comm.ranks import Ranks
 from fi_ffi.comm.vllm import VllmAllReduce
@@ -32,15 +33,25 @@ TABLE: dict[int, tuple[tuple[str, int], ...]] = {
 }
 
 
+@dataclass(frozen=True)
+class Settings:
+    """What the ranks of a group have agreed on."""
+
+    max_bytes: int
+    fusion: FusionSize | None
+    # Whether all ranks have the kernels of fused calls, and NCCL.
+    has_fusion: bool
+    has_nccl: bool
+
+
 class Algorithms:
     """The algorithms of one rank; every rank creates them at the same time with equal arguments."""
 
     def __init__(
-        self, ranks: Ranks, places: Sequence[Place], device: Device, max_bytes: int,
-        fusion: FusionSize | None, has_fusion: bool, has_nccl: bool,
-    ) -> None:  # fmt: skip
+        self, ranks: Ranks, places: Sequence[Place], device: Device, settings: Settings
+    ) -> None:
         self._ranks, self._rank, self._size = ranks, ranks.rank, ranks.size
-        self._device, self._max_bytes = device, max_bytes
+        self._device, self._max_bytes = device, settings.max_bytes
         table = min((size for size in TABLE if size >= self._size), default=max(TABLE))
         self._by_size = TABLE[table]
         self.vllm: VllmAllReduce | None = None
@@ -49,6 +60,7 @@ class Algorithms:
         self._collectives: Any = None
         self._memory: PeerMemory | None = None
         reach, linked, self._why_not = _peers(ranks, places, device)
+        fusion, max_bytes = settings.fusion, settings.max_bytes
         parts: dict[str, int] = {}
         if self._has_vllm(reach, linked):
             parts["vllm"] = VllmAllReduce.nbytes(max_bytes, device)
@@ -57,25 +69,25 @@ class Algorithms:
             got = f"a size, and {self._why_not or f'{self._size} ranks'}"
             expected = f"None, or {fusion_module.RANKS}"
             raise ArgumentError("Group", "fusion", got=got, expected=expected)
-        if fusion is None and can_fuse and has_fusion:
+        if fusion is None and can_fuse and settings.has_fusion:
             most = min(dict(self._by_size)["oneshot"], max_bytes)
             fusion = FusionSize(1, most // 2, "bfloat16")
         if fusion is not None:
             parts["fusion"] = Fusion.nbytes(fusion, ranks.size)
-        self._fusion_size = fusion
+        if parts and not settings.has_nccl:
+            parts["gathered"] = max_bytes
         try:
-            self._make(ranks, places, parts, linked, has_nccl)
+            self._make(places, parts, linked, replace(settings, fusion=fusion))
         except BaseException:  # a rank did not come, or NCCL did not: another group may be made
             self.close(is_broken=True)
             raise
 
     def _make(
-        self, ranks: Ranks, places: Sequence[Place], parts: dict[str, int], linked: bool,
-        has_nccl: bool,
-    ) -> None:  # fmt: skip
-        fusion, device, max_bytes = self._fusion_size, self._device, self._max_bytes
-        if parts and not has_nccl:
-            parts["gathered"] = max_bytes
+        self, places: Sequence[Place], parts: dict[str, int], linked: bool, settings: Settings
+    ) -> None:
+        """Allocate the parts of the memory, and make the algorithms that use them."""
+        ranks, device, max_bytes = self._ranks, self._device, self._max_bytes
+        fusion = settings.fusion
         if not device.is_cuda:
             from fi_ffi.reference import on_host
 
@@ -94,7 +106,7 @@ class Algorithms:
             self.fusion = Fusion(ranks.rank, starts["fusion"], fusion, device)
         if not device.is_cuda:
             self._collectives = on_host.HostCollectives(ranks.rank, starts["host"], max_bytes)
-        elif has_nccl:
+        elif settings.has_nccl:
             self._collectives = Nccl(ranks, device)
         ranks.barrier()  # no rank may call before all are ready
 
@@ -108,12 +120,12 @@ class Algorithms:
 
     def _starts(self, parts: dict[str, int]) -> dict[str, list[int]]:
         """Return the address of each part in every rank's memory."""
-        found, start = {}, 0
+        starts, start = {}, 0
         for name, count in parts.items():
             assert self._memory is not None
-            found[name] = [address + start for address in self._memory.addresses]
+            starts[name] = [address + start for address in self._memory.addresses]
             start += count
-        return found
+        return starts
 
     # ------------------------------------------------------------------------------ choice
 
@@ -124,7 +136,7 @@ class Algorithms:
         if name == "nccl" and self._collectives is not None:
             return _ANY
         if name == "oneshot" and self.fusion is not None:
-            return self.fusion.most_bytes
+            return self.fusion.max_bytes
         if name == "twoshot" and self.fusion is not None:
             return self.fusion.fusion.message_bytes
         return -1
@@ -206,10 +218,10 @@ class Algorithms:
         for start in range(0, count, self._max_bytes):
             size = min(self._max_bytes, count - start)
             self._stream_barrier(stream)  # no rank reads the part before any more
-            cuda.copy(own, x.ptr + start, size, device, stream)
+            copy(own, x.ptr + start, size, device, stream)
             self._stream_barrier(stream)
             for rank, address in enumerate(self._gathered):
-                cuda.copy(out.ptr + rank * count + start, address, size, device, stream)
+                copy(out.ptr + rank * count + start, address, size, device, stream)
 
     def _stream_barrier(self, stream: int) -> None:
         """Make the stream wait until every rank's stream is here: a sum that nobody reads."""
@@ -229,7 +241,7 @@ class Algorithms:
         whole = x.at(self._spare.desc.ptr + self._room)
         reduce(x, whole, stream)
         part = whole.ptr + self._rank * out.span_bytes
-        cuda.copy(out.ptr, part, out.span_bytes, self._device, stream)
+        copy(out.ptr, part, out.span_bytes, self._device, stream)
 
     def _in_vectors(self, call: Call) -> Call:
         """Wrap a function that takes whole vectors of 16 bytes, so that it accepts any message.
@@ -243,18 +255,18 @@ class Algorithms:
             nbytes, device = x.span_bytes, self._device
             count = -(-nbytes // _VECTOR) * _VECTOR // x.dtype.itemsize
             spare = self._spare.desc.ptr
-            given, result, vllm = x, out, self.vllm
+            addend, total, vllm = x, out, self.vllm
             is_whole = nbytes % _VECTOR == 0
-            is_read = vllm is not None and vllm.holds(out)
-            is_inside = vllm is not None and vllm.holds(x) and not vllm.starts_with(x)
+            is_read = vllm is not None and vllm.overlaps(out)
+            is_inside = vllm is not None and vllm.overlaps(x) and not vllm.starts_with(x)
             if not is_whole or x.ptr % _VECTOR or is_inside:
-                given = TensorDesc(spare, (count,), x.dtype, device=device)
-                cuda.copy(spare, x.ptr, nbytes, device, stream)
+                addend = TensorDesc(spare, (count,), x.dtype, device=device)
+                copy(spare, x.ptr, nbytes, device, stream)
             if not is_whole or out.ptr % _VECTOR or is_read:
-                result = TensorDesc(spare + self._room, (count,), x.dtype, device=device)
-            call(given, result, stream)
-            if result.ptr != out.ptr:
-                cuda.copy(out.ptr, result.ptr, nbytes, device, stream)
+                total = TensorDesc(spare + self._room, (count,), x.dtype, device=device)
+            call(addend, total, stream)
+            if total.ptr != out.ptr:
+                copy(out.ptr, total.ptr, nbytes, device, stream)
 
         return any_size
 
@@ -293,6 +305,7 @@ def _peers(ranks: Ranks, places: Sequence[Place], device: Device) -> tuple[bool,
         return False, False, "ranks of several machines"
     if not device.is_cuda:
         return True, True, ""
-    found = [pickle.loads(data) for data in ranks.all_gather(pickle.dumps(peer_topology(places)))]
-    reach, linked = (all(each) for each in zip(*found, strict=True))
+    mine = pickle.dumps(peer_topology(places))
+    topologies = [pickle.loads(data) for data in ranks.all_gather(mine)]
+    reach, linked = (all(each) for each in zip(*topologies, strict=True))
     return reach, linked, "" if reach else "GPUs without access to each other's memory"

@@ -51,9 +51,13 @@ def setup(name: str) -> ModuleEntry:
 
 
 def init_custom_ar(
-    pointers: Sequence[int], rank_data: TensorLike, rank: int, full_nvlink: bool,
-    *, device: object = None,
-) -> int:  # fmt: skip
+    pointers: Sequence[int],
+    rank_data: TensorLike,
+    rank: int,
+    full_nvlink: bool,
+    *,
+    device: object = None,
+) -> int:
     """Make a rank of `vllm_comm` and return its handle, which `setup("dispose")` frees.
 
     Args:

@@ -33,9 +33,9 @@ _SLOTS = 256  # kBarrierFlagCount
 _VECTOR = 16
 # Limit of a Lamport buffer: the kernels count the bytes of two buffers in 32 bits (`clear_offset *
 # comm_size`), which FlashInfer's MAX_COMM_SIZE (flashinfer/comm/trtllm_ar.py) overflows.
-_MOST_LAMPORT = 2**30 - 2**21
+_MAX_LAMPORT = 2**30 - 2**21
 # Largest one-shot message by ranks, from _use_oneshot_heuristics in that file, tuned on a B200.
-_MOST_ONESHOT = {2: 128 << 20, 4: 8 << 20, 8: 42 << 16, 16: 1 << 20}
+_MAX_ONESHOT = {2: 128 << 20, 4: 8 << 20, 8: 42 << 16, 16: 1 << 20}
 _THREADS = 512  # most threads that share a token of a long all-reduce message
 _COUNTER, _FLAG, _TURN, _STRIDE = range(4)  # indices of the five numbers
 _DTYPES = ("float16", "bfloat16", "float32")
@@ -86,11 +86,11 @@ class FusionSize(NamedTuple):
         dtype = parse_dtype(self.dtype, op="FusionSize").name
         if dtype not in _DTYPES:
             raise ArgumentError("FusionSize", "dtype", got=dtype, expected=", ".join(_DTYPES))
-        made = FusionSize(tokens, hidden, dtype)
-        if made.message_bytes % _VECTOR:
-            got, expected = f"{made.message_bytes} bytes", f"a multiple of {_VECTOR} bytes"
+        size = FusionSize(tokens, hidden, dtype)
+        if size.message_bytes % _VECTOR:
+            got, expected = f"{size.message_bytes} bytes", f"a multiple of {_VECTOR} bytes"
             raise ArgumentError("FusionSize", "hidden_size", got=got, expected=expected)
-        return made
+        return size
 
 
 def has_kernels(device: Device) -> bool:
@@ -119,21 +119,23 @@ class Fusion:
         pointers.append(self._numbers.desc.ptr)
         self._pointers = cuda.allocate(8 * len(pointers), device)
         self._fill(self._pointers, "int64_t[]", pointers)
-        self._workspace = TensorDesc(
-            self._pointers.desc.ptr, (len(pointers),), "int64", device=device
-        )
-        place = str(device) if device.is_cuda else None
-        entries.setup("trtllm_lamport_initialize")(
-            self._lamport, parts[2] // fusion.itemsize, DTYPES[str(fusion.dtype)],
-            stream=PER_THREAD if device.is_cuda else None, device=place,
-        )  # fmt: skip
+        workspace = TensorDesc(self._pointers.desc.ptr, (len(pointers),), "int64", device=device)
+        self._of_ranks: dict[str, Any] = {
+            "world_size": self.size,
+            "world_rank": rank,
+            "workspace_ptrs": workspace,
+        }
+        count, dtype = parts[2] // fusion.itemsize, DTYPES[str(fusion.dtype)]
+        place, stream = (str(device), PER_THREAD) if device.is_cuda else (None, None)
+        initialize = entries.setup("trtllm_lamport_initialize")
+        initialize(self._lamport, count, dtype, stream=stream, device=place)
         if device.is_cuda:
             cuda.synchronize(device)
         self._message_bytes = 0  # size of the last call's message
 
     @staticmethod
     def _stride_of(fusion: FusionSize, size: int) -> int:
-        return min(size * fusion.message_bytes, _MOST_LAMPORT)
+        return min(size * fusion.message_bytes, _MAX_LAMPORT)
 
     @classmethod
     def _parts(cls, fusion: FusionSize, size: int) -> tuple[int, int, int]:
@@ -154,7 +156,7 @@ class Fusion:
         )
 
     @property
-    def most_bytes(self) -> int:
+    def max_bytes(self) -> int:
         """Largest one-shot message in bytes."""
         return min(self.fusion.message_bytes, self._stride // self.size // _VECTOR * _VECTOR)
 
@@ -175,7 +177,7 @@ class Fusion:
             return wanted
         if tokens <= self.size:
             return True
-        return nbytes <= min(_MOST_ONESHOT[self.size], self.most_bytes)
+        return nbytes <= min(_MAX_ONESHOT[self.size], self.max_bytes)
 
     def all_reduce(self, x: TensorDesc, out: TensorDesc, stream: int, is_oneshot: bool) -> None:
         """Reduce a vector into another; both are whole multiples of 16 bytes."""
@@ -196,15 +198,18 @@ class Fusion:
             expected = f"one of {sorted(sum(PATTERNS.values(), ()))}"
             raise ArgumentError(self.op, "pattern", got=pattern, expected=expected)
         nbytes = x.span_bytes if isinstance(x, TensorDesc) else 0
-        if is_oneshot and nbytes > self.most_bytes:
-            expected = f"False for more than {self.most_bytes} bytes"
+        if is_oneshot and nbytes > self.max_bytes:
+            expected = f"False for more than {self.max_bytes} bytes"
             raise ArgumentError(self.op, "use_oneshot", got=True, expected=expected)
         self._message_bytes = nbytes
         entries.OPS[f"trtllm_allreduce_fusion{kind}"](
-            x, world_size=self.size, world_rank=self.rank, workspace_ptrs=self._workspace,
-            use_oneshot=is_oneshot, pattern_code=int(pattern),
-            stream=stream if self.device.is_cuda else None, **more,
-        )  # fmt: skip
+            x,
+            use_oneshot=is_oneshot,
+            pattern_code=int(pattern),
+            stream=stream if self.device.is_cuda else None,
+            **self._of_ranks,
+            **more,
+        )
 
     # ------------------------------------------------------- what a GPU's kernels wait for
 

@@ -13,10 +13,10 @@ from fi_ffi.abi.interop import as_desc
 from fi_ffi.abi.streams import handle_for
 from fi_ffi.abi.tensor import Device, TensorDesc, parse_device, parse_dtype
 from fi_ffi.comm import nccl as nccl_module
-from fi_ffi.comm.algorithms import ALGORITHMS, Algorithms, Call
+from fi_ffi.comm.algorithms import ALGORITHMS, Algorithms, Call, Settings
 from fi_ffi.comm.fusion import RANKS, FusionSize, has_kernels, pattern_of
 from fi_ffi.comm.hang import ENDED_S, ENDING_S, Monitor, run_with_deadline
-from fi_ffi.comm.memory import Place, has_ended, place_of
+from fi_ffi.comm.memory import Place, copy, has_ended, place_of
 from fi_ffi.comm.ranks import PATIENCE_S, Ranks, check_ranks, format_ranks, hurried
 from fi_ffi.errors import ArgumentError, ArgumentTypeError, HangError, KernelError, LoaderError
 from fi_ffi.loader import machine
@@ -26,6 +26,12 @@ from fi_ffi.ops.call.arguments import check_choice, check_flag, check_int, check
 MAX_BYTES = 8 << 20
 _DTYPES = ("float32", "float16", "bfloat16")
 _VECTOR = 16
+# The arguments of fused calls that their entry takes as they are; those that are None stay out.
+_PASSED_ON = (
+    *("allreduce_out", "residual_in", "residual_out", "norm_out", "quant_out", "scale_out"),
+    *("rms_gamma", "scale_factor", "layout_code", "block_quant_group_size"),
+    *("fp32_acc", "launch_with_pdl", "trigger_completion_at_end"),
+)
 _FIRST_PAUSE, _LAST_PAUSE = 2e-5, 2e-3  # polling intervals of a stream that is waited for
 _LETTING_GO_S = 30.0  # how much longer than a rank to wait for a stream that shows no progress
 _in_use: list[Algorithms] = []  # memory of kernels that have not ended
@@ -94,9 +100,8 @@ class Group:
 
         self._ended = ended
         if self.size > 1:
-            self._algorithms = Algorithms(
-                ranks, self._places, self.device, self.max_bytes, self.fusion, has_fusion, has_nccl
-            )
+            settings = Settings(self.max_bytes, self.fusion, has_fusion, has_nccl)
+            self._algorithms = Algorithms(ranks, self._places, self.device, settings)
             if self.device.is_cuda:
                 waiting, on_hang = self._algorithms.waiting(), weakref.WeakMethod(self._tell_hang)
                 self._monitor = Monitor(waiting, self.device, self.timeout_s, on_hang, ended)
@@ -109,9 +114,13 @@ class Group:
         Raises if the ranks' arguments differ.
         """
         settings = {
-            "size": self.size, "device": self.device.type, "max_bytes": self.max_bytes,
-            "fusion": self.fusion, "nccl": wants_nccl, "check": self._checks,
-        }  # fmt: skip
+            "size": self.size,
+            "device": self.device.type,
+            "max_bytes": self.max_bytes,
+            "fusion": self.fusion,
+            "nccl": wants_nccl,
+            "check": self._checks,
+        }
         has_nccl = self.device.is_cuda and self.size > 1 and wants_nccl is not False
         if has_nccl:
             try:
@@ -122,13 +131,13 @@ class Group:
                     raise
         has_fusion = self.size > 1 and has_kernels(self.device)
         mine = pickle.dumps((place_of(self.device), has_fusion, has_nccl, settings))
-        found = [pickle.loads(data) for data in self._ranks.all_gather(mine)]
-        for name, expected in found[0][-1].items():
-            for rank, (*_, theirs) in enumerate(found):
+        of_ranks = [pickle.loads(data) for data in self._ranks.all_gather(mine)]
+        for name, expected in of_ranks[0][-1].items():
+            for rank, (*_, theirs) in enumerate(of_ranks):
                 if theirs[name] != expected:
                     got, words = f"{theirs[name]} on rank {rank}", f"{expected}, as on rank 0"
                     raise ArgumentError("Group", name, got=got, expected=words)
-        places, fuse, collect, _ = zip(*found, strict=True)
+        places, fuse, collect, _ = zip(*of_ranks, strict=True)
         # NCCL refuses two ranks on one GPU, which tests use.
         is_apart = len({(place.machine, place.bus_id) for place in places}) == self.size
         return [*places], all(fuse), is_apart and all(collect)
@@ -155,20 +164,20 @@ class Group:
         after `timeout_s`; then `synchronize` and every later call raise it.
         """
         op = "all_reduce"
-        given, result, handle = self._given(op, x, x if out is None else out, stream)
-        if (given.numel, given.dtype) != (result.numel, result.dtype):
-            expected = f"{given.dtype}, {given.numel} elements"
-            raise ArgumentError(op, "out", got=result.layout, expected=expected)
-        _check_apart(op, given, result, 0)
+        addend, total, handle = self._vectors(op, x, x if out is None else out, stream)
+        if (addend.numel, addend.dtype) != (total.numel, total.dtype):
+            expected = f"{addend.dtype}, {addend.numel} elements"
+            raise ArgumentError(op, "out", got=total.layout, expected=expected)
+        _check_apart(op, addend, total, 0)
         check_choice(op, "algorithm", algorithm, ("auto", *ALGORITHMS))
         if self._algorithms is not None:
             if algorithm == "auto":
-                algorithm = self._algorithms.choose(given.span_bytes, given.dtype.itemsize)
+                algorithm = self._algorithms.choose(addend.span_bytes, addend.dtype.itemsize)
             else:
-                self._algorithms.check(algorithm, given)
-        self._agree(op, f"{given.dtype}[{given.numel}] by {algorithm!r}")
+                self._algorithms.check(algorithm, addend)
+        self._agree(op, f"{addend.dtype}[{addend.numel}] by {algorithm!r}")
         call = self._copy if self._algorithms is None else self._algorithms.all_reduce(algorithm)
-        self._run(op, call, given, result, handle)
+        self._run(op, call, addend, total, handle)
 
     def algorithm_for(self, nbytes: int, dtype: object = "bfloat16") -> str:
         """Return the algorithm that "auto" uses for so many bytes; "" for a single rank.
@@ -222,7 +231,7 @@ class Group:
 
         Raises the errors of `all_reduce`.
         """
-        op = "allreduce_fusion"
+        op, arguments = "allreduce_fusion", locals()
         self._check_open(op)
         fusion = None if self._algorithms is None else self._algorithms.fusion
         if fusion is None:
@@ -236,17 +245,7 @@ class Group:
         if use_oneshot is not None:
             check_flag(op, "use_oneshot", use_oneshot)
         is_oneshot = fusion.use_oneshot(desc.span_bytes, desc.shape[0], use_oneshot)
-        tensors = {
-            "allreduce_out": allreduce_out, "residual_in": residual_in,
-            "residual_out": residual_out, "norm_out": norm_out, "quant_out": quant_out,
-            "scale_out": scale_out, "rms_gamma": rms_gamma, "scale_factor": scale_factor,
-            "layout_code": layout_code, "block_quant_group_size": block_quant_group_size,
-        }  # fmt: skip
-        more = {name: value for name, value in tensors.items() if value is not None}
-        more |= {
-            "fp32_acc": fp32_acc, "launch_with_pdl": launch_with_pdl,
-            "trigger_completion_at_end": trigger_completion_at_end,
-        }  # fmt: skip
+        more = {name: arguments[name] for name in _PASSED_ON if arguments[name] is not None}
         if weight_bias:
             more["weight_bias"] = weight_bias
         if code:
@@ -254,10 +253,11 @@ class Group:
         handle = handle_for(stream, self.device, op)
         how = "oneshot" if is_oneshot else "twoshot"
         self._agree(op, f"{desc.dtype}{list(desc.shape)}, {code.name} by {how!r}")
-        self._run(
-            op, lambda x, _, stream: fusion.call(x, code, is_oneshot, stream, more),
-            desc, desc, handle,
-        )  # fmt: skip
+
+        def call(x: TensorDesc, _: TensorDesc, stream: int) -> None:
+            fusion.call(x, code, is_oneshot, stream, more)
+
+        self._run(op, call, desc, desc, handle)
 
     def all_gather(self, x: object, out: object, *, stream: object = None) -> None:
         """Gather the tensors of all ranks on every rank, in rank order.
@@ -271,12 +271,12 @@ class Group:
         several machines.  Every bit arrives as it is.  Raises as `all_reduce` does.
         """
         op = "all_gather"
-        given, result, handle = self._given(op, x, out, stream)
-        if (given.numel * self.size, given.dtype) != (result.numel, result.dtype):
-            expected = f"{given.dtype}, {given.numel * self.size} elements"
-            raise ArgumentError(op, "out", got=result.layout, expected=expected)
-        _check_apart(op, given, result, -self.rank * given.span_bytes)
-        self._collect(op, given, result, handle)
+        source, target, handle = self._vectors(op, x, out, stream)
+        if (source.numel * self.size, source.dtype) != (target.numel, target.dtype):
+            expected = f"{source.dtype}, {source.numel * self.size} elements"
+            raise ArgumentError(op, "out", got=target.layout, expected=expected)
+        _check_apart(op, source, target, -self.rank * source.span_bytes)
+        self._collect(op, source, target, handle)
 
     def reduce_scatter(self, x: object, out: object, *, stream: object = None) -> None:
         """Add up the tensors of all ranks, and give each rank its part of the sum.
@@ -291,12 +291,12 @@ class Group:
         its largest message, `LoaderError` on several machines.  Raises as `all_reduce` does.
         """
         op = "reduce_scatter"
-        given, result, handle = self._given(op, x, out, stream)
-        if (given.numel, given.dtype) != (result.numel * self.size, result.dtype):
-            expected = f"{given.dtype}, one of {self.size} equal parts of {given.numel} elements"
-            raise ArgumentError(op, "out", got=result.layout, expected=expected)
-        _check_apart(op, given, result, self.rank * result.span_bytes)
-        self._collect(op, given, result, handle)
+        source, target, handle = self._vectors(op, x, out, stream)
+        if (source.numel, source.dtype) != (target.numel * self.size, target.dtype):
+            expected = f"{source.dtype}, one of {self.size} equal parts of {source.numel} elements"
+            raise ArgumentError(op, "out", got=target.layout, expected=expected)
+        _check_apart(op, source, target, self.rank * target.span_bytes)
+        self._collect(op, source, target, handle)
 
     def _collect(self, op: str, x: TensorDesc, out: TensorDesc, stream: int) -> None:
         call = self._copy if self._algorithms is None else self._algorithms.collective(op)
@@ -314,11 +314,11 @@ class Group:
         if self._algorithms is None or self._algorithms.vllm is None:
             got, expected = 'a group without "vllm"', "ranks that reach each other's memory"
             raise ArgumentError("buffer", "self", got=got, expected=expected)
-        made = self._algorithms.vllm.buffer(shape, dtype)
-        if made.span_bytes > self.max_bytes:
-            got, expected = f"{made.span_bytes} bytes", f"at most max_bytes={self.max_bytes}"
+        tensor = self._algorithms.vllm.buffer(shape, dtype)
+        if tensor.span_bytes > self.max_bytes:
+            got, expected = f"{tensor.span_bytes} bytes", f"at most max_bytes={self.max_bytes}"
             raise ArgumentError("buffer", "shape", got=got, expected=expected)
-        return made
+        return tensor
 
     def synchronize(self, stream: object = None) -> None:
         """Wait for a stream's work so far, graphs included; `HangError` if a rank is lost.
@@ -398,9 +398,11 @@ class Group:
         return self
 
     def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None,
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
         tb: TracebackType | None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         if exc is not None and not self._hang:  # the other ranks may never reach their close
             self._hang = f"rank {self.rank} left its block by {exc_type!r}"
             self._hung_at = time.monotonic()
@@ -421,20 +423,19 @@ class Group:
         if self._hang:
             raise HangError(op, self._hang)
 
-    def _given(
+    def _vectors(
         self, op: str, x: object, out: object, stream: object
     ) -> tuple[TensorDesc, TensorDesc, int]:
         """Check a call's arguments; return its tensors as vectors, and its stream."""
         self._check_open(op)
-        given, result = self._tensor(op, "x", x), self._tensor(op, "out", out)
-        if result.readonly:
+        tensors = self._tensor(op, "x", x), self._tensor(op, "out", out)
+        if tensors[1].readonly:
             got = "a tensor that is read-only"
             raise ArgumentError(op, "out", got=got, expected="a writable one")
-        vectors = (
-            TensorDesc(each.ptr, (each.numel,), each.dtype, device=self.device)
-            for each in (given, result)
+        source, target = (
+            TensorDesc(desc.ptr, (desc.numel,), desc.dtype, device=self.device) for desc in tensors
         )
-        return *vectors, handle_for(stream, self.device, op)  # type: ignore[return-value]
+        return source, target, handle_for(stream, self.device, op)
 
     def _tensor(self, op: str, name: str, value: object) -> TensorDesc:
         desc = as_desc(value, op, name)
@@ -453,12 +454,12 @@ class Group:
             return
         mine = f"{what}, call {self._calls}: {op}"
         try:
-            given = [data.decode() for data in self._ranks.all_gather(mine.encode())]
+            calls = [data.decode() for data in self._ranks.all_gather(mine.encode())]
         except TimeoutError as error:
             raise self._broken(op, error) from error
-        for rank, theirs in enumerate(given):
-            if theirs != given[0]:
-                got, expected = f"{theirs} on rank {rank}", f"{given[0]}, as on rank 0"
+        for rank, theirs in enumerate(calls):
+            if theirs != calls[0]:
+                got, expected = f"{theirs} on rank {rank}", f"{calls[0]}, as on rank 0"
                 raise ArgumentError(op, "x", got=got, expected=expected)
 
     def _run(self, op: str, call: Call, x: TensorDesc, out: TensorDesc, stream: int) -> None:
@@ -491,7 +492,7 @@ class Group:
             raise self._broken(op, TimeoutError(error.message)) from error
 
     def _copy(self, x: TensorDesc, out: TensorDesc, stream: int) -> None:
-        cuda.copy(out.ptr, x.ptr, x.span_bytes, self.device, stream)
+        copy(out.ptr, x.ptr, x.span_bytes, self.device, stream)
 
     def _tell_hang(self, op: str, missing: set[int], seconds: float) -> None:
         """Record a hang, and end NCCL's kernels."""
@@ -521,12 +522,12 @@ def _check_apart(op: str, x: TensorDesc, out: TensorDesc, ahead: int) -> None:
 
 
 def _device(device: object) -> Device:
-    found = parse_device(device, op="Group")
-    if not found.is_cuda and found.type != "cpu":
-        raise ArgumentError("Group", "device", got=found, expected="cuda or cpu")
-    if found.is_cuda:
-        machine.capability(found.index)  # raises if there is no such GPU
-    return found
+    place = parse_device(device, op="Group")
+    if not place.is_cuda and place.type != "cpu":
+        raise ArgumentError("Group", "device", got=place, expected="cuda or cpu")
+    if place.is_cuda:
+        machine.capability(place.index)  # raises if there is no such GPU
+    return place
 
 
 def _fusion_size(fusion: object) -> FusionSize | None:

@@ -46,7 +46,7 @@ class Waiting(Protocol):
         """Release the waiting kernels."""
 
 
-class Copies:  # a context manager
+class SideStreamCopies:  # a context manager
     """Context manager of copies to and from a device, on a stream independent of all others.
 
     On the CPU, which only tests use, the copies are plain.
@@ -55,7 +55,7 @@ class Copies:  # a context manager
     def __init__(self, device: Device) -> None:
         self._device, self._stream = device, ffi.NULL
 
-    def __enter__(self) -> Copies:
+    def __enter__(self) -> SideStreamCopies:
         if self._device.is_cuda:
             slot = ffi.new("void **")
             with cuda.current(self._device):
@@ -116,10 +116,13 @@ class Monitor:
     kernel of this rank is known to wait."""
 
     def __init__(
-        self, kernels: Sequence[Waiting], device: Device, timeout_s: float,
+        self,
+        kernels: Sequence[Waiting],
+        device: Device,
+        timeout_s: float,
         on_hang: Callable[[], Callable[[str, set[int], float], None] | None],
         ended: Callable[[], set[int]] = set,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._kernels, self._device, self._timeout_s = kernels, device, timeout_s
         self._on_hang, self._ended, self._stop = on_hang, ended, threading.Event()
         self._pause = min(timeout_s / _LOOKS, _LONGEST_S)
@@ -161,25 +164,25 @@ class Monitor:
 
     def _run(self) -> None:
         # If the GPU is lost, the next call reports it.
-        with contextlib.suppress(DeviceError), Copies(self._device) as copies:
+        with contextlib.suppress(DeviceError), SideStreamCopies(self._device) as copies:
             self._watch(copies)
             self._release_kernels(copies)
 
-    def _watch(self, copies: Copies) -> None:
+    def _watch(self, copies: SideStreamCopies) -> None:
         """Return when a hang is told."""
         before: list[bytes] = []
         since = time.monotonic()
         while self._is_needed(self._pause) and not self._told.is_set():
-            found = [(kernels, *kernels.state(copies.read)) for kernels in self._kernels]
-            waiting = [(kernels.op, {*missing}) for kernels, _, missing in found if missing]
-            now, states = time.monotonic(), [state for _, state, _ in found]
+            states_of = [(kernels, *kernels.state(copies.read)) for kernels in self._kernels]
+            waiting = [(kernels.op, {*missing}) for kernels, _, missing in states_of if missing]
+            now, states = time.monotonic(), [state for _, state, _ in states_of]
             if not waiting or states != before:
                 before, since = states, now
             self._op, missing = waiting[0] if waiting else ("", set())
             if now - since >= self._timeout_s:
                 self._tell(self._op, missing, now - since)
 
-    def _release_kernels(self, copies: Copies) -> None:
+    def _release_kernels(self, copies: SideStreamCopies) -> None:
         """Release kernels until the group is closed, since those queued behind wait as well."""
         while self._is_needed(_RELEASING_S):
             for kernels in self._kernels:

@@ -24,6 +24,7 @@ from fi_ffi.loader import machine
 from fi_ffi.ops.call import cuda
 
 _ROUND = 2 << 20  # CUDA shares memory between processes in whole blocks of this size
+_WITHIN_DEVICE = 3  # cudaMemcpyDeviceToDevice
 _LAZY_PEER_ACCESS = 1  # cudaIpcMemLazyEnablePeerAccess
 _ALREADY_ENABLED = 704  # cudaErrorPeerAccessAlreadyEnabled
 _ACCESS_SUPPORTED, _NATIVE_ATOMICS = 2, 3  # of cudaDeviceP2PAttr
@@ -71,10 +72,10 @@ def has_ended(place: Place) -> bool:
 
 def _index_of(place: Place) -> int | None:
     """Return this process's index of another rank's GPU; None if the GPU is not visible."""
-    runtime, found = machine.load_cudart()[0], ffi.new("int *")
-    code = runtime.cudaDeviceGetByPCIBusId(found, ffi.new("char[]", place.bus_id.encode()))
+    runtime, index = machine.load_cudart()[0], ffi.new("int *")
+    code = runtime.cudaDeviceGetByPCIBusId(index, ffi.new("char[]", place.bus_id.encode()))
     cuda.forget(code, "cudaDeviceGetByPCIBusId")
-    return None if code else int(found[0])
+    return None if code else int(index[0])
 
 
 def peer_topology(places: Sequence[Place]) -> tuple[bool, bool]:
@@ -134,11 +135,11 @@ class PeerMemory:
         self._opened: list[Callable[[], None]] = []
         address, handle = _make(count, device, self._is_same_process)
         try:
-            given = [
+            handles = [
                 pickle.loads(data) for data in ranks.all_gather(pickle.dumps((address, handle)))
             ]
             self.addresses = [
-                address if rank == ranks.rank else self._open(places[rank], given[rank], count)
+                address if rank == ranks.rank else self._open(places[rank], handles[rank], count)
                 for rank in range(ranks.size)
             ]
             ranks.barrier()  # no rank may free before all have opened
@@ -149,9 +150,9 @@ class PeerMemory:
             raise
         self._own = address
 
-    def _open(self, place: Place, given: tuple[int, Any], count: int) -> int:
+    def _open(self, place: Place, peer: tuple[int, Any], count: int) -> int:
         """Open a peer's memory and keep its closing function."""
-        address, handle = given
+        address, handle = peer
         if place.process == os.getpid() and place.machine == _machine():
             if self._device.is_cuda:
                 self._enable(place)
@@ -160,9 +161,9 @@ class PeerMemory:
             self._opened.append(functools.partial(_release, address))
             return address
         if not self._device.is_cuda:
-            found, close = _map(f"/proc/{place.process}/fd/{handle}", count)
+            mapped, close = _map(f"/proc/{place.process}/fd/{handle}", count)
             self._opened.append(close)
-            return found
+            return mapped
         runtime, slot = machine.load_cudart()[0], ffi.new("void **")
         shared = ffi.new("cudaIpcMemHandle_t *", {"reserved": handle})
         with cuda.current(self._device), cuda.relaxed():
@@ -251,3 +252,14 @@ def _map(path: str, count: int) -> tuple[int, Callable[[], None]]:
         mapped.close()
 
     return int(ffi.cast("uintptr_t", view)), unmap
+
+
+def copy(target: int, source: int, count: int, device: Device, stream: int) -> None:
+    """Queue a copy within a device's memory; on the CPU, copy at once."""
+    to, of = cuda.pointer(target), cuda.pointer(source)
+    if not device.is_cuda:
+        ffi.memmove(to, of, count)
+        return
+    runtime = machine.load_cudart()[0]
+    code = runtime.cudaMemcpyAsync(to, of, count, _WITHIN_DEVICE, cuda.pointer(stream))
+    cuda.check(code, "cudaMemcpyAsync")

@@ -24,7 +24,7 @@ from fi_ffi.ops.call.arguments import check_int, check_number
 PATIENCE_S = 60.0
 # Extra time for ranks that rank 0 informs about missing ones.
 _GRACE_S = 5.0
-_MOST_RANKS = 1024
+_MAX_RANKS = 1024
 
 
 @runtime_checkable
@@ -50,8 +50,8 @@ class Ranks(Protocol):
 
 def format_ranks(ranks: Iterable[int]) -> str:
     """Return ranks as text: "rank 1", "ranks 1, 3"."""
-    found = sorted(ranks)
-    return f"rank{'s' * (len(found) > 1)} {', '.join(map(str, found))}"
+    numbers = sorted(ranks)
+    return f"rank{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
 
 
 class _Ranks:
@@ -99,12 +99,12 @@ class Threads(_Timed):
 
     def gather(self, data: bytes, seconds: float) -> list[bytes]:
         self._round += 1
-        given = self._meeting.put(self._round, self.rank, bytes(data))
+        contributions = self._meeting.put(self._round, self.rank, bytes(data))
         with self._meeting.changed:
-            self._meeting.changed.wait_for(lambda: len(given) == self.size, seconds)
-            if len(given) < self.size:
-                raise self._late(seconds, {*range(self.size)} - {*given})
-        return [given[rank] for rank in range(self.size)]
+            self._meeting.changed.wait_for(lambda: len(contributions) == self.size, seconds)
+            if len(contributions) < self.size:
+                raise self._late(seconds, {*range(self.size)} - {*contributions})
+        return [contributions[rank] for rank in range(self.size)]
 
 
 class _Meeting:
@@ -116,12 +116,12 @@ class _Meeting:
 
     def put(self, number: int, rank: int, data: bytes) -> dict[int, bytes]:
         with self.changed:
-            given = self._rounds.setdefault(number, {})
-            given[rank] = data
-            if len(given) == self.size:
+            contributions = self._rounds.setdefault(number, {})
+            contributions[rank] = data
+            if len(contributions) == self.size:
                 del self._rounds[number]
                 self.changed.notify_all()
-            return given
+            return contributions
 
 
 class Processes(_Timed):
@@ -137,22 +137,22 @@ class Processes(_Timed):
     def gather(self, data: bytes, seconds: float) -> list[bytes]:
         if self.rank:
             return self._send(bytes(data), seconds)
-        begun, given, missing = time.monotonic(), [bytes(data)], set()
+        begun, contributions, missing = time.monotonic(), [bytes(data)], set()
         end = begun + seconds
         for rank, pipe in enumerate(self._pipes, 1):
             received = _receive(pipe, end)
-            given.append(received or b"")
+            contributions.append(received or b"")
             if received is None:
                 missing.add(rank)
         # Tell the ranks that came which ones are missing; otherwise they would blame rank 0.
-        reply = pickle.dumps((given, missing))
+        reply = pickle.dumps((contributions, missing))
         for rank, pipe in enumerate(self._pipes, 1):
             if rank not in missing:
                 with contextlib.suppress(OSError):  # the rank has died since; the next call notices
                     pipe.send_bytes(reply)
         if missing:
             raise self._late(time.monotonic() - begun, missing)
-        return given
+        return contributions
 
     def _send(self, data: bytes, seconds: float) -> list[bytes]:
         (pipe,) = self._pipes
@@ -160,10 +160,10 @@ class Processes(_Timed):
         with contextlib.suppress(OSError):
             pipe.send_bytes(data)
             reply = _receive(pipe, begun + seconds + _GRACE_S)
-        given, missing = ([], {0}) if reply is None else pickle.loads(reply)
+        contributions, missing = ([], {0}) if reply is None else pickle.loads(reply)
         if missing:
             raise self._late(time.monotonic() - begun, missing)
-        return list(given)
+        return list(contributions)
 
 
 def _receive(pipe: Connection, end: float) -> bytes | None:
@@ -206,15 +206,19 @@ class _RayMeeting:
         import asyncio
 
         async with self._changed:
-            given = self._rounds.setdefault(number, {})
-            given[rank] = data
-            if len(given) == self._size:
+            contributions = self._rounds.setdefault(number, {})
+            contributions[rank] = data
+            if len(contributions) == self._size:
                 del self._rounds[number]
                 self._changed.notify_all()
             with contextlib.suppress(asyncio.TimeoutError):
-                all_here = self._changed.wait_for(lambda: len(given) == self._size)
+                all_here = self._changed.wait_for(lambda: len(contributions) == self._size)
                 await asyncio.wait_for(all_here, seconds)
-        return [given[i] for i in range(self._size)] if len(given) == self._size else {*given}
+        return (
+            [contributions[i] for i in range(self._size)]
+            if len(contributions) == self._size
+            else {*contributions}
+        )
 
 
 # Ray ends a meeting once the rank that made it drops its handle, even while another rank still
@@ -232,7 +236,7 @@ class Ray(_Timed):
         self._gone = ray_module.exceptions.RayActorError
         # The meeting needs no processor of its own.
         actor = ray_module.remote(_RayMeeting).options(
-            name=name, get_if_exists=True, num_cpus=0, max_concurrency=_MOST_RANKS
+            name=name, get_if_exists=True, num_cpus=0, max_concurrency=_MAX_RANKS
         )
         self._meeting = actor.remote(size)
         _LATEST_MEETINGS.append(self._meeting)
@@ -241,12 +245,12 @@ class Ray(_Timed):
         self._round += 1
         gather = self._meeting.gather.remote
         try:
-            given = self._get(gather(self._round, self.rank, bytes(data), seconds))
+            contributions = self._get(gather(self._round, self.rank, bytes(data), seconds))
         except self._gone as error:
             raise self._hang("lost the others: the rank that came first has ended") from error
-        if isinstance(given, set):
-            raise self._late(seconds, {*range(self.size)} - given)
-        return list(given)
+        if isinstance(contributions, set):
+            raise self._late(seconds, {*range(self.size)} - contributions)
+        return list(contributions)
 
 
 class _Hurried(_Timed):
@@ -267,7 +271,7 @@ def hurried(ranks: Ranks, seconds: float) -> Ranks:
 
 def _size(op: str, size: object, timeout_s: object) -> tuple[int, float]:
     seconds = check_number(op, "timeout_s", timeout_s, above=0)
-    return check_int(op, "size", size, 1, _MOST_RANKS), seconds
+    return check_int(op, "size", size, 1, _MAX_RANKS), seconds
 
 
 def threads(size: int, *, timeout_s: float = PATIENCE_S) -> tuple[Ranks, ...]:

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable, Sequence
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.streams import PER_THREAD
 from fi_ffi.abi.tensor import Device, TensorDesc
-from fi_ffi.comm import entries as entries
+from fi_ffi.comm import entries
 from fi_ffi.errors import ArgumentError
 from fi_ffi.ops.call import cuda
 from fi_ffi.ops.call.notation import round_up
-from fi_ffi.ops.table.comm import MOST_CTAS
+from fi_ffi.ops.table.comm import MAX_CTAS
 
 SIZES = (2, 4, 6, 8)  # numbers of ranks that allreduce() of vllm_custom_all_reduce.cuh supports
 _ALIGNMENT = 256
@@ -23,7 +23,7 @@ _BLOCKS, _RANKS = 36, 8  # kMaxBlocks, and the number of peers in a counter
 _COUNTERS = _BLOCKS * _RANKS * 4  # bytes of each of the three tables in a Signal
 _ROW = 8 * _RANKS  # bytes of a RankData
 # Rows for captured calls; each takes one and never returns it. The rows take 1 MiB.
-MOST_CAPTURED = 1 << 14
+MAX_CAPTURED = 1 << 14
 
 
 def _place(device: Device) -> str | None:
@@ -36,15 +36,19 @@ class VllmAllReduce:
     op = "all_reduce"
 
     def __init__(
-        self, rank: int, addresses: Sequence[int], max_bytes: int, device: Device,
+        self,
+        rank: int,
+        addresses: Sequence[int],
+        max_bytes: int,
+        device: Device,
         full_nvlink: bool,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.size, self.device, self.max_bytes = len(addresses), device, max_bytes
         self._own = addresses[rank]
         offset = self._buffer_offset(max_bytes, device)
         buffers = [address + offset for address in addresses]
         self._buffer = buffers[rank]
-        rows = MOST_CAPTURED if device.is_cuda else 1
+        rows = MAX_CAPTURED if device.is_cuda else 1
         self._rows = cuda.allocate(rows * _ROW, device)
         place = _place(device)
         self._handle: int = entries.setup("init_custom_ar")(
@@ -77,7 +81,7 @@ class VllmAllReduce:
         """Return whether a tensor starts where the registered buffer starts."""
         return desc.ptr == self._buffer
 
-    def holds(self, desc: TensorDesc) -> bool:
+    def overlaps(self, desc: TensorDesc) -> bool:
         """Return whether any part of a tensor is in the registered buffer."""
         before_end = desc.ptr < self._buffer + self.max_bytes
         return before_end and desc.ptr + desc.span_bytes > self._buffer
@@ -89,15 +93,14 @@ class VllmAllReduce:
         its start.
         """
         if self.device.is_cuda and cuda.is_capturing(stream):
-            if self._captured >= MOST_CAPTURED:
-                expected = f"at most {MOST_CAPTURED - 1} captured calls of a group"
+            if self._captured >= MAX_CAPTURED:
+                expected = f"at most {MAX_CAPTURED - 1} captured calls of a group"
                 raise ArgumentError("all_reduce", "stream", got="one more", expected=expected)
             self._captured += 1
         buffer = 0 if self.starts_with(x) else self._buffer
-        entries.OPS["all_reduce"](
-            self._handle, x, out, buffer, self.max_bytes, MOST_CTAS,
-            stream=stream if self.device.is_cuda else None,
-        )  # fmt: skip
+        place = stream if self.device.is_cuda else None
+        reduce = entries.OPS["all_reduce"]
+        reduce(self._handle, x, out, buffer, self.max_bytes, MAX_CTAS, stream=place)
 
     def close(self) -> None:
         entries.setup("dispose")(self._handle, device=_place(self.device))

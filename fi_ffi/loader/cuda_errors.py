@@ -12,7 +12,7 @@ from typing import Any
 
 from fi_ffi.abi import failure
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.abi.failure import LEFTOVERS, STICKY, lost
+from fi_ffi.abi.failure import STICKY, lost
 from fi_ffi.abi.function import PROBE_ARGUMENTS
 from fi_ffi.abi.streams import PER_THREAD
 from fi_ffi.errors import DeviceError, KernelError
@@ -21,6 +21,20 @@ from fi_ffi.errors import DeviceError, KernelError
 _ABORTING = ("fused_qk_rmsnorm_rope",)
 
 RELAXED = 2  # cudaStreamCaptureModeRelaxed
+
+# Codes that an earlier call may have left on the thread and that no launch returns.
+_LEFTOVERS = {
+    3: "cudaErrorInitializationError",
+    35: "cudaErrorInsufficientDriver",
+    100: "cudaErrorNoDevice",
+    101: "cudaErrorInvalidDevice",
+    600: "cudaErrorNotReady",
+    704: "cudaErrorPeerAccessAlreadyEnabled",
+    705: "cudaErrorPeerAccessNotEnabled",
+    712: "cudaErrorHostMemoryAlreadyRegistered",
+    713: "cudaErrorHostMemoryNotRegistered",
+    910: "cudaErrorGraphExecUpdateFailure",
+}
 
 
 def forget(runtime: Any) -> int:
@@ -69,7 +83,7 @@ def examine(runtime: Any, error: KernelError, has_context: bool) -> KernelError:
         found = lost(error.op, code, words_of(runtime, code))
         found.__cause__ = error
         return found
-    for left, name in LEFTOVERS.items():
+    for left, name in _LEFTOVERS.items():
         if any(words and words in error.message for words in (name, words_of(runtime, left))):
             message = (
                 f"{error.message} ({name} is not an error of a launch: another CUDA call of this "

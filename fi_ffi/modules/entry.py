@@ -28,13 +28,14 @@ from fi_ffi.abi.objects import (
     Unique,
 )
 from fi_ffi.abi.signature import Signature
-from fi_ffi.abi.streams import current_handle, current_scope, stream_context, stream_handle
+from fi_ffi.abi.streams import current_handle, current_scope, stream_handle
 from fi_ffi.abi.tensor import Device, DType, TensorDesc, parse_device
 from fi_ffi.abi.values import pack_arguments
 from fi_ffi.errors import AbiError, ArgumentError, ArgumentTypeError, KernelNotFoundError, printed
 from fi_ffi.modules.packing import call, ints_of, pack, packer_of
 from fi_ffi.modules.reflection import Field, Method, TypeInfo, get_field, set_field, type_info
 from fi_ffi.ops.call import cuda, hooks
+from fi_ffi.ops.steps.stream import stream_context
 
 if TYPE_CHECKING:
     import inspect
@@ -85,9 +86,9 @@ class ModuleEntry(Unique):
 
     def bound_to(self, owner: ReflectedObject) -> ModuleEntry:
         """Bind a method to an object, and keep the object alive with it."""
-        made = object.__new__(ModuleEntry)
-        made.__dict__.update(self.__dict__, _bound=owner, _home=owner.origin.home)
-        return made
+        method = object.__new__(ModuleEntry)
+        method.__dict__.update(self.__dict__, _bound=owner, _home=owner.origin.home)
+        return method
 
     def _declare(self, signature: Signature | None) -> None:
         if signature is not None and self._is_method:
@@ -190,9 +191,13 @@ class ModuleEntry(Unique):
             raise ArgumentError(self.name, "*args", got=got, expected=expected) from None
 
     def _invoke(
-        self, entry: Entry, packed: Any, args: tuple[Any, ...], arena: CallArena,
+        self,
+        entry: Entry,
+        packed: Any,
+        args: tuple[Any, ...],
+        arena: CallArena,
         place: Device | None,
-    ) -> Any:  # fmt: skip
+    ) -> Any:
         count = len(args) + (self._bound is not None)
         invoke = functools.partial(entry.invoke, packed, count)
         with cuda.kernel_memory().installed():
@@ -221,10 +226,10 @@ def _place_of(arena: CallArena, told: object, home: Device | None) -> tuple[Devi
         if device is not place:
             raise ArgumentError(arena.op, where, got=device, expected=expected)
     if told is not None:
-        given = parse_device(told, op=arena.op, argument="device")
-        if on_gpu and given is not place:
-            raise ArgumentError(arena.op, "device", got=given, expected=expected)
-        place = given if given.is_cuda else None
+        chosen = parse_device(told, op=arena.op, argument="device")
+        if on_gpu and chosen is not place:
+            raise ArgumentError(arena.op, "device", got=chosen, expected=expected)
+        place = chosen if chosen.is_cuda else None
     if home is not None and place is not None and place is not home:
         expected = f"{home}, where the object was made"
         raise ArgumentError(arena.op, first, got=place, expected=expected)
@@ -277,9 +282,9 @@ def adopted(value: Any, origin: Origin) -> Any:
         if type(value) is not Object or type_info(index) is None:
             return value
         kind = ReflectedObject
-    made = value.moved_to(kind)
-    made._begin(origin)
-    return made
+    adopted_object = value.moved_to(kind)
+    adopted_object._begin(origin)
+    return adopted_object
 
 
 class ModuleObject(Module):
@@ -319,10 +324,10 @@ class ModuleObject(Module):
         `checked=True`. The question is a call with 512 arguments of None, so a method that accepts
         any arguments runs, at its first lookup. `checked=False` does not ask.
         """
-        found = self._methods.get((name, checked))
-        if found is None:
-            found = self._methods[name, checked] = self._look_up(name, checked)
-        return found
+        entry = self._methods.get((name, checked))
+        if entry is None:
+            entry = self._methods[name, checked] = self._look_up(name, checked)
+        return entry
 
     def _look_up(self, name: str, checked: bool | None) -> ModuleEntry:
         if not isinstance(name, str):
@@ -333,11 +338,13 @@ class ModuleObject(Module):
             raise KernelNotFoundError(f"{self!r} has no method {name!r}")
         # The entry keeps the function, and its owner by `_guard`, without a cycle: an object
         # without references is released at once.
-        made = self.origin.entry_of(function, f"{self.origin.name}().{name}", self._guard, function)
+        entry = self.origin.entry_of(
+            function, f"{self.origin.name}().{name}", self._guard, function
+        )
         if checked or (checked is None and self.origin.asks):
             with contextlib.nullcontext() if checked else contextlib.suppress(AbiError):
-                made.probe()
-        return made
+                entry.probe()
+        return entry
 
     def __getattr__(self, name: str) -> ModuleEntry:
         if name.startswith("_"):
@@ -369,9 +376,9 @@ class ReflectedObject(Object):
 
     def _begin(self, origin: Origin) -> None:
         self.origin = origin
-        found = type_info(library.type_index_of(self._handle))
-        assert found is not None
-        self._type = found
+        info = type_info(library.type_index_of(self._handle))
+        assert info is not None
+        self._type = info
 
     @property
     def type_key(self) -> str:
@@ -385,8 +392,8 @@ class ReflectedObject(Object):
 
     def field(self, name: str) -> Any:
         """Read the value of a field; raise `AttributeError` if there is none of that name."""
-        found = self._member(name, Field)
-        value = get_field(self, found, f"{self.type_key}.{name}")
+        member = self._member(name, Field)
+        value = get_field(self, member, f"{self.type_key}.{name}")
         origin = self.origin._replace(name=f"{self.type_key}.{name}", asks=False)
         return adopted(value, origin)
 
@@ -395,10 +402,10 @@ class ReflectedObject(Object):
 
         The library converts the value, or refuses it with a `KernelError`.
         """
-        found = self._member(name, Field)
-        if found.setter == ffi.NULL:
+        member = self._member(name, Field)
+        if member.setter == ffi.NULL:
             raise AttributeError(f"`{name}` of a {self.type_key} is read-only")
-        set_field(self, found, value, f"{self.type_key}.{name}")
+        set_field(self, member, value, f"{self.type_key}.{name}")
 
     def method(self, name: str) -> ModuleEntry:
         """Return a method by name; raise `AttributeError` if there is none.
@@ -408,9 +415,9 @@ class ReflectedObject(Object):
         return method_entry(self._type, self._member(name, Method)).bound_to(self)
 
     def _member(self, name: str, kind: type[_Member]) -> _Member:
-        found = self._type.member(name) if isinstance(name, str) else None
-        if isinstance(found, kind):
-            return found
+        member = self._type.member(name) if isinstance(name, str) else None
+        if isinstance(member, kind):
+            return member
         names = [known for known, one in self._type.members().items() if isinstance(one, kind)]
         what = kind.__name__.lower()
         raise AttributeError(unknown(f"a {self.type_key} has no {what} {name!r}", name, names))
@@ -419,10 +426,10 @@ class ReflectedObject(Object):
         # Python's protocols must not reach the library, and `_type` is unset before `_begin`.
         if name.startswith("__") or name in ReflectedObject.__slots__:
             raise AttributeError(name)
-        found = self._type.member(name)
-        if isinstance(found, Field):
+        member = self._type.member(name)
+        if isinstance(member, Field):
             return self.field(name)
-        if isinstance(found, Method):
+        if isinstance(member, Method):
             return self.method(name)
         names = self._type.members()
         raise AttributeError(unknown(f"a {self.type_key} has no {name!r}", name, names))
@@ -449,18 +456,18 @@ _METHODS: dict[tuple[int, str], tuple[Method, ModuleEntry]] = {}
 def method_entry(kind: TypeInfo, method: Method) -> ModuleEntry:
     """Return a method of a type's objects as an entry, with its signature if the library reports
     one."""
-    known, made = _METHODS.get((kind.index, method.name), (None, None))
-    if made is None or known is not method:
+    known, cached = _METHODS.get((kind.index, method.name), (None, None))
+    if cached is None or known is not method:
         name = f"{kind.key}.{method.name}"
         entry = Entry.of(method.function, name)
-        made = ModuleEntry(
+        cached = ModuleEntry(
             name, lambda device: entry, None, doc=method.doc, is_method=not method.is_static
         )
         if method.is_typed:
             with contextlib.suppress(AbiError):  # such as an overloaded method
-                made.probe()
-        _METHODS[kind.index, method.name] = method, made
-    return made
+                cached.probe()
+        _METHODS[kind.index, method.name] = method, cached
+    return cached
 
 
 def unknown(what: str, name: object, names: Iterable[str]) -> str:

@@ -43,10 +43,10 @@ class Named(Unique):
 
     def loaded(self, device: int | None) -> Loaded:
         """Return the file for a GPU, or any file for None."""
-        found = self._loaded.get(device)
-        if found is None:
-            found = self._loaded[device] = runtime.load(self.name, device)
-        return found
+        library = self._loaded.get(device)
+        if library is None:
+            library = self._loaded[device] = runtime.load(self.name, device)
+        return library
 
     def tells_signatures(self, symbol: str) -> bool:
         """Whether a function reports its signature: FlashInfer's functions are all typed."""
@@ -126,21 +126,21 @@ class Export(Unique):
         if address is None:
             return ""
         try:
-            found = Entry(f"{self.name}'s docstring", address)()
+            text = Entry(f"{self.name}'s docstring", address)()
         except (KernelError, AbiError):
             return ""
-        return found if isinstance(found, str) else ""
+        return text if isinstance(text, str) else ""
 
     def _find(self, device: int | None) -> Entry:
         loaded, first = self.source.loaded(device), self.source.loaded(None)
         entry = runtime.exported(loaded, self.symbol)
         entry.name = self.name
         if self._signature is not None and loaded.file.sha256 != first.file.sha256:
-            found = runtime.signature_of(loaded, entry, self.symbol)
-            if found is None or not found.same_types(self._signature):
+            signature = runtime.signature_of(loaded, entry, self.symbol)
+            if signature is None or not signature.same_types(self._signature):
                 raise AbiError(
                     f"{self.name} has another signature in the file for cuda:{device}\n"
-                    f"  {first.file.path}: {self._signature}\n  {loaded.file.path}: {found}"
+                    f"  {first.file.path}: {self._signature}\n  {loaded.file.path}: {signature}"
                 )
         self._entries[device] = entry
         return entry
@@ -197,10 +197,10 @@ class Module(Unique):
         Raises `KernelNotFoundError` for an unknown name, with the nearest names. With
         `checked=True`, raises `AbiError` for a function without a signature.
         """
-        found = self._entries.get((name, checked))
-        if found is None:
-            found = self._entries[name, checked] = self._make(name, checked)
-        return found
+        entry = self._entries.get((name, checked))
+        if entry is None:
+            entry = self._entries[name, checked] = self._make(name, checked)
+        return entry
 
     def _make(self, name: str, checked: bool | None) -> ModuleEntry:
         if not isinstance(name, str):

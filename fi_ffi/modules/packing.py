@@ -17,7 +17,6 @@ from fi_ffi.abi.failure import check
 from fi_ffi.abi.function import Entry
 from fi_ffi.abi.library import TypeIndex
 from fi_ffi.abi.objects import OBJECT_TYPES, CallArena, Object, find_global
-from fi_ffi.abi.signature import FUNCTION, TypeExpr, parse_type
 from fi_ffi.abi.tensor import Device, index_of, parse_device
 from fi_ffi.abi.values import (
     Packer,
@@ -37,9 +36,10 @@ from fi_ffi.abi.values import (
     refuse,
 )
 from fi_ffi.errors import AbiError, ArgumentError, ArgumentTypeError, printed
+from fi_ffi.modules.types import FUNCTION, TypeExpr, parse_type
+from fi_ffi.ops.call.arguments import INT32_MAX
 
 _MAX_POINTER = 2**64 - 1
-_MAX_VALUES = 2**31 - 1  # values of one call; their number is an int32
 
 
 def call(entry: Entry, *args: object) -> Any:
@@ -102,8 +102,8 @@ def _function(slot: Any, value: Any, arena: CallArena, where: str) -> None:
         _function_object(slot, value, arena, where)
     elif callable(value) and not isinstance(value, type):
         name = getattr(value, "__name__", type(value).__name__)
-        made = arena.own(make_function(str(name), value, adopt=arena.adopt, pack_result=pack))
-        slot.type_index, slot.v_ptr = TypeIndex.FUNCTION, made.handle
+        function = arena.own(make_function(str(name), value, adopt=arena.adopt, pack_result=pack))
+        slot.type_index, slot.v_ptr = TypeIndex.FUNCTION, function.handle
     elif value is not None:  # None is a null function, which TVM-FFI's function type allows
         refuse(value, arena, where, "a function")
 
@@ -118,14 +118,14 @@ def _snapshot(value: Any, elements: Iterable[Any], arena: CallArena, where: str)
     if type(value) in (list, tuple):
         return tuple(elements)
     count = len(value)
-    if count <= _MAX_VALUES:
-        found = tuple(itertools.islice(elements, count + 1))
-        if len(found) == count:
-            return found
-        got = f"a {type(value).__name__} of length {count} that gave {len(found)}"
+    if count <= INT32_MAX:  # their number is an int32
+        items = tuple(itertools.islice(elements, count + 1))
+        if len(items) == count:
+            return items
+        got = f"a {type(value).__name__} of length {count} that gave {len(items)}"
     else:
         got = f"a {type(value).__name__} of length {count}"
-    expected = f"as many elements as its length, {_MAX_VALUES} at most"
+    expected = f"as many elements as its length, {INT32_MAX} at most"
     raise ArgumentError(arena.op, where, got=got, expected=expected)
 
 
@@ -196,8 +196,8 @@ def _make(
         packer(packed[i], value, arena, where)
     safe_call, handle = _container_maker(maker)
     check(safe_call(handle, packed, count, result), maker)
-    made = arena.own(OBJECT_TYPES.get(result.type_index, Object)(result.v_ptr))
-    slot.type_index, slot.v_ptr = result.type_index, made.handle
+    container = arena.own(OBJECT_TYPES.get(result.type_index, Object)(result.v_ptr))
+    slot.type_index, slot.v_ptr = result.type_index, container.handle
 
 
 def _optional(item: Packer) -> Packer:

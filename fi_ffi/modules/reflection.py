@@ -66,13 +66,13 @@ class TypeInfo:
             # A library loaded later may register more members.
             counts = [(table.num_fields, table.num_methods) for table in self._tables]
             if counts != self._counts:
-                found: dict[str, Field | Method] = {}
+                members: dict[str, Field | Method] = {}
                 for table in self._tables:
                     for field in table.fields[0 : table.num_fields]:
-                        found[_text(field.name)] = _field(field)
+                        members[_text(field.name)] = _field(field)
                     for method in table.methods[0 : table.num_methods]:
-                        found[_text(method.name)] = _method(method)
-                self._members, self._counts = found, counts
+                        members[_text(method.name)] = _method(method)
+                self._members, self._counts = members, counts
         return self._members
 
     def member(self, name: str) -> Field | Method | None:
@@ -91,12 +91,12 @@ class TypeInfo:
             at = self.index - column.begin_index if column != ffi.NULL else -1
             if not 0 <= at < (column.size if at >= 0 else 0):
                 return None
-            made = column.data[at]
-            if made.type_index != TypeIndex.FUNCTION:
+            constructor = column.data[at]
+            if constructor.type_index != TypeIndex.FUNCTION:
                 return None
             # libtvm_ffi generated the function from the fields; it takes any number of arguments,
             # and keywords.
-            return Method(_INIT, "", True, False, unpack(made, owned=False))
+            return Method(_INIT, "", True, False, unpack(constructor, owned=False))
 
 
 def _text(array: Any) -> str:
@@ -144,10 +144,10 @@ def registered_types() -> dict[str, int]:
 
 def type_info(index: int) -> TypeInfo | None:
     """Return a type's table entry; None if it has none, for which libtvm_ffi itself would abort."""
-    found = _TYPES.get(index)
-    if found is None and index in registered_types().values():
-        found = _TYPES.setdefault(index, TypeInfo(index))
-    return found
+    info = _TYPES.get(index)
+    if info is None and index in registered_types().values():
+        info = _TYPES.setdefault(index, TypeInfo(index))
+    return info
 
 
 def get_field(value: Object, field: Field, where: str) -> Any:

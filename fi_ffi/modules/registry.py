@@ -49,11 +49,11 @@ def function(name: str, *, checked: bool | None = None) -> ModuleEntry:
     except LoaderError:
         what = f"no function is registered as {name!r:.100}"
         raise KernelNotFoundError(f"{unknown(what, name, global_names())}; {_LOAD}") from None
-    made = ModuleEntry(name, lambda device: entry, None)
+    module_entry = ModuleEntry(name, lambda device: entry, None)
     if checked or (checked is None and function_is_typed(name)):
         with contextlib.nullcontext() if checked else contextlib.suppress(AbiError):
-            made.probe()
-    return made
+            module_entry.probe()
+    return module_entry
 
 
 def functions(prefix: str = "") -> tuple[str, ...]:
@@ -131,19 +131,19 @@ class ObjectType(Unique):
         Raises `KernelNotFoundError` for a type without a constructor, and otherwise as an entry
         does.
         """
-        made = self._info.constructor()
-        if made is None:
+        value = self._info.constructor()
+        if value is None:
             raise KernelNotFoundError(f"{self.key} has no constructor: its library makes objects")
         if by:
             args = (*args, library_function("ffi.GetKwargsObject")(), *sum(by.items(), ()))
-        return method_entry(self._info, made)(*args, stream=stream, device=device)
+        return method_entry(self._info, value)(*args, stream=stream, device=device)
 
     def method(self, name: str) -> ModuleEntry:
         """Return a static method by name; raise `AttributeError` if there is none."""
-        found = self._info.member(name) if isinstance(name, str) else None
-        if isinstance(found, Method) and found.is_static:
-            return method_entry(self._info, found)
-        if found is not None:
+        member = self._info.member(name) if isinstance(name, str) else None
+        if isinstance(member, Method) and member.is_static:
+            return method_entry(self._info, member)
+        if member is not None:
             raise AttributeError(f"`{name}` is of the objects of {self.key}, and not static")
         what = f"{self.key} has no static method {name!r}"
         raise AttributeError(unknown(what, name, self.methods))

@@ -6,20 +6,13 @@ Arrays are numpy arrays, anything that numpy reads, or lists of ints.
 
 from __future__ import annotations
 
+import numbers
 from typing import TYPE_CHECKING, Any
 
 from fi_ffi.abi.interop import TensorLike, as_desc
 from fi_ffi.abi.tensor import TensorDesc, frozen, parse_device, tensor_kind
-from fi_ffi.errors import ArgumentError
-from fi_ffi.ops.call.arguments import (
-    INT32_MAX,
-    INT64_MAX,
-    check_each,
-    check_flag,
-    check_indptr,
-    check_int,
-    check_int_array,
-)
+from fi_ffi.errors import ArgumentError, ArgumentTypeError
+from fi_ffi.ops.call.arguments import INT32_MAX, INT64_MAX, check_flag, check_int, shown
 from fi_ffi.ops.call.memory import scratch_bytes
 from fi_ffi.ops.table import gdn, renorm
 
@@ -27,8 +20,7 @@ if TYPE_CHECKING:
     import numpy
     import numpy.typing
 
-    from fi_ffi.ops.call.arguments import Integers
-
+    Integers = numpy.ndarray[Any, numpy.dtype[numpy.int64]]
     Indices = numpy.ndarray[Any, numpy.dtype[numpy.int32]]
 
 # Tokens of one step of `gdn_prefill`.
@@ -177,3 +169,52 @@ def packed_indptr(indptr: numpy.typing.ArrayLike) -> Indices:
 
     lengths = np.diff(check_indptr("packed_indptr", "indptr", indptr))
     return np.concatenate([[0], np.cumsum(-(-lengths // 8))]).astype(np.int32)
+
+
+def check_int_array(op: str, argument: str, value: object) -> Integers:
+    """Return a one-dimensional array of integers from 0 to the largest int32."""
+    import numpy as np
+
+    expected = "a one-dimensional host array of integers"
+    if isinstance(value, (list, tuple)):
+        wrong = [v for v in value if not isinstance(v, numbers.Integral) or isinstance(v, bool)]
+        if wrong:
+            raise ArgumentTypeError(op, argument, got=shown(wrong[0]), expected=expected)
+        # dtype object: numpy would turn an empty list, and large ints, into floats.
+        array = np.array([int(v) for v in value], dtype=object)
+    else:
+        try:
+            array = np.asarray(value)
+        except Exception as error:  # any error of the exporter, such as a GPU array's
+            got = f"a {type(value).__qualname__} that refused: {error}"
+            raise ArgumentTypeError(op, argument, got=got, expected=expected) from error
+        if array.dtype.kind not in "iu":
+            got = f"{type(value).__qualname__} of {array.dtype}"
+            raise ArgumentTypeError(op, argument, got=got, expected=expected)
+    if array.ndim != 1:
+        raise ArgumentError(op, argument, got=f"shape {array.shape}", expected=expected)
+    fits = (array >= 0) & (array <= INT32_MAX)
+    check_each(op, argument, array, fits.astype(bool), f"0 to {INT32_MAX}")
+    return array.astype(np.int64)
+
+
+def check_indptr(op: str, argument: str, value: object) -> Integers:
+    """Return where each request starts, and the end; refuse arrays that do not start at 0 or
+    decrease."""
+    starts = check_int_array(op, argument, value)
+    if not starts.size or starts[0] != 0:
+        got = f"a first element of {starts[0]}" if starts.size else "no element"
+        raise ArgumentError(op, argument, got=got, expected="0 and an end for each request")
+    rising = starts[1:] >= starts[:-1]
+    check_each(op, argument, starts[1:], rising, "elements that do not decrease", 1)
+    return starts
+
+
+def check_each(
+    op: str, argument: str, array: Any, right: Any, expected: str, offset: int = 0
+) -> None:
+    """Raise for the first element that is not `right`."""
+    if not right.all():
+        at = int(right.argmin())
+        got = f"{array[at]} at {at + offset}"
+        raise ArgumentError(op, argument, got=got, expected=expected)

@@ -28,12 +28,19 @@ from fi_ffi.abi.function import Entry, register
 from fi_ffi.abi.signature import Signature
 from fi_ffi.errors import KernelNotFoundError
 from fi_ffi.families import FAMILIES
-from fi_ffi.loader import runtime
+from fi_ffi.loader import generation, runtime
+from fi_ffi.ops.call.providers import release_in_force
+from fi_ffi.ops.call.releases import is_in
 from fi_ffi.reference.arrays import bits, over_arrays, store_changed
 from fi_ffi.reference.formula import Formula, Move, as_inputs
 
 # What a module was compiled for, if its kernels depend on it: names and values.
 Compiled = tuple[tuple[str, object], ...]
+
+# What a module was compiled for that changes results and is no argument of its entries.
+_IN_NAMES = ("pos_encoding_mode", "use_sliding_window", "use_logits_soft_cap")
+# Releases whose math.cuh has IEEE's infinity in place of 5e4.
+_HAVE_INFINITY = ">=0.7.0"
 
 _NAMES = (*FAMILIES, "moe", "comm", "comm_fusion")
 EXACT: dict[str, Formula]
@@ -71,11 +78,11 @@ def kernels() -> dict[str, list[str]]:
     """Return the entries that have a kernel of their own, by module."""
     from fi_ffi.reference import attention
 
-    found: dict[str, set[str]] = {module: {*names} for module, names in attention.KERNELS.items()}
+    entries: dict[str, set[str]] = {module: {*names} for module, names in attention.KERNELS.items()}
     for family in _families():
         for module, names in getattr(family, "KERNELS", {}).items():
-            found.setdefault(module, set()).update(names)
-    return {module: sorted(names) for module, names in found.items()}
+            entries.setdefault(module, set()).update(names)
+    return {module: sorted(names) for module, names in entries.items()}
 
 
 def entry(
@@ -104,6 +111,19 @@ def entry(
             name = ".".join(("fi_ffi.reference", *words))
             _entries[key] = register(name, signature, over_arrays(function))
         return _entries[key]
+
+
+@generation.cached
+def compiled_for(module: str) -> Compiled:
+    """Return what a module of a family was compiled for, from its name and the release in force."""
+    from fi_ffi.loader import uris  # imported late: only attention needs module names
+
+    release = release_in_force()
+    parsed = uris.parse(module)
+    if parsed is None:
+        return ()
+    options = tuple((name, parsed.params[name]) for name in _IN_NAMES if name in parsed.params)
+    return (*options, ("has_infinity", True)) if is_in(release, _HAVE_INFINITY) else options
 
 
 def _function(
@@ -140,17 +160,17 @@ def _from_formula(
         return None
 
     def kernel(*values: Any) -> None:
-        given = dict(zip(names, values, strict=True))
-        given = {name: value for name, value in given.items() if name and value is not None}
+        arguments = dict(zip(names, values, strict=True))
+        arguments = {name: value for name, value in arguments.items() if name and value is not None}
         if move is not None:
-            arrays = {name: _as_moved(value) for name, value in given.items()}
+            arrays = {name: _as_moved(value) for name, value in arguments.items()}
             for name, after in move(arrays).items():
                 store_changed(arrays[name], after, arrays[name])
         elif exact is not None:
-            inputs = as_inputs(given)
+            inputs = as_inputs(arguments)
             for name, expected in exact(inputs).items():
                 value = expected[0] if isinstance(expected, tuple) else expected.value()
-                store_changed(given[name], value, inputs[name])
+                store_changed(arguments[name], value, inputs[name])
 
     return kernel
 

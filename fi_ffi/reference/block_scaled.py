@@ -115,13 +115,13 @@ def _quotients(
     return [blocks * (of_all / value)[..., None] for value in values]
 
 
-def _are_nearest(wanted: list[Array], found: Array, grid: Array) -> Array:
+def _are_nearest(wanted: list[Array], values: Array, grid: Array) -> Array:
     """Whether all elements of a block are grid numbers nearest to the quotients of one scale."""
-    right = np.zeros(found.shape[:-1], bool)
+    right = np.zeros(values.shape[:-1], bool)
     for quotients in wanted:
         limited = np.clip(quotients, grid[0], grid[-1])
         gaps = np.abs(grid - limited[..., None]).min(axis=-1)
-        right |= (np.abs(found - limited) <= gaps + _NEAR * np.abs(limited)).all(axis=-1)
+        right |= (np.abs(values - limited) <= gaps + _NEAR * np.abs(limited)).all(axis=-1)
     return right
 
 

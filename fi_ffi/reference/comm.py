@@ -110,10 +110,10 @@ def all_reduce(
     if buffer not in own.buffers:
         raise RuntimeError(f"buffer address {buffer} is not registered!")
     pointers = at(own.buffers[buffer], np.int64, own.size).tolist()
-    given = [at(pointer, inp.dtype, inp.size) for pointer in pointers]
+    addends = [at(pointer, inp.dtype, inp.size) for pointer in pointers]
     own.barrier(call)
     if own.size == 2 or inp.nbytes < _TWO_STAGES[4 if own.size <= 4 else 8]:
-        result = added(given, in_float32=True)
+        result = added(addends, in_float32=True)
         own.barrier(call)  # before any rank overwrites what others still read
         out[...] = result.reshape(out.shape)
         return
@@ -123,7 +123,7 @@ def all_reduce(
     mine = parts[own.rank]
     order = [(own.rank + i) % own.size for i in range(own.size)]
     at(own.signals[own.rank] + META_SIZE, inp.dtype, mine.stop - mine.start)[:] = added(
-        [given[rank][mine] for rank in order], in_float32=True
+        [addends[rank][mine] for rank in order], in_float32=True
     )
     own.barrier(call)
     result = np.concatenate(
@@ -168,8 +168,13 @@ KERNELS: dict[str, dict[str, Any]] = {
     "vllm_comm": {
         function.__name__: function
         for function in (
-            init_custom_ar, all_reduce, meta_size, dispose, register_buffer,
-            get_graph_buffer_ipc_meta, register_graph_buffers,
+            init_custom_ar,
+            all_reduce,
+            meta_size,
+            dispose,
+            register_buffer,
+            get_graph_buffer_ipc_meta,
+            register_graph_buffers,
         )
     },
-}  # fmt: skip
+}

@@ -65,15 +65,15 @@ class _Workspace:
         mine = self.lamport[self.rank]
         before = at(mine + (turn + 2) % 3 * stride, whole.dtype, int(self.numbers[_TO_CLEAR]))
         before[:] = empty
-        found = at(mine + turn * stride, whole.dtype, self.size, x.size)
+        received = at(mine + turn * stride, whole.dtype, self.size, x.size)
         missing = [*range(self.size)]
 
         def still_missing() -> list[int]:
-            missing[:] = [rank for rank in missing if (found[rank] == empty).any()]
+            missing[:] = [rank for rank in missing if (received[rank] == empty).any()]
             return missing
 
         wait(self.call, self.rank, still_missing)
-        addends = [*found.copy().view(x.dtype).reshape(self.size, *x.shape)]
+        addends = [*received.copy().view(x.dtype).reshape(self.size, *x.shape)]
         self.numbers[_TURN], self.numbers[_TO_CLEAR] = (turn + 1) % 3, x.size * self.size
         return addends
 
@@ -89,19 +89,18 @@ class _Workspace:
 
     def two_shots(self, x: Array, in_float32: bool) -> Array:
         """Return the sum. Each rank adds up a part of the tokens; the first ranks have one more."""
-        given, sums = ([at(p + i * x.nbytes, x.dtype, *x.shape) for p in self.buffers]
-                       for i in range(2))  # fmt: skip
-        given[self.rank][...] = x
+        offsets = 0, x.nbytes
+        addends, sums = ([at(p + o, x.dtype, *x.shape) for p in self.buffers] for o in offsets)
+        addends[self.rank][...] = x
         self.barrier()
-        tokens = len(x)
-        begin, end = (tokens // self.size * r + min(r, tokens % self.size)
-                      for r in (self.rank, self.rank + 1))  # fmt: skip
-        part = added([addend[begin:end] for addend in given], in_float32)
-        for each in sums:
-            each[begin:end] = part
+        count, more = divmod(len(x), self.size)
+        begin, end = (count * rank + min(rank, more) for rank in (self.rank, self.rank + 1))
+        part = added([addend[begin:end] for addend in addends], in_float32)
+        for total in sums:
+            total[begin:end] = part
         self.barrier()
-        found: Array = sums[self.rank].copy()
-        return found
+        whole: Array = sums[self.rank].copy()
+        return whole
 
 
 def added(addends: Sequence[Array], in_float32: bool = False) -> Array:
@@ -131,15 +130,20 @@ def _quantise_fp4(
     norm: Array, quant_out: Array, scale_out: Array, scale: float, layout: int
 ) -> None:
     """Quantise as `fp4_quantize`, but leave scales that pad a tile unchanged."""
-    found: Any = fp4_quantize({
-        "input": norm.astype(np.float64), "valueE2M1": quant_out, "sfVecSize": 16,
-        "sfUseUE8M0": False, "globalScale": np.array([scale]),
-        "isSfSwizzledLayout": layout != LINEAR, "isSf8x4Layout": False,
-    })  # fmt: skip
-    quant_out[...] = found["valueE2M1"].value()
-    is_there = scales_in_layout(layout)(np.ones((len(norm), norm.shape[1] // 16), bool))
+    inputs = {
+        "input": norm.astype(np.float64),
+        "valueE2M1": quant_out,
+        "sfVecSize": 16,
+        "sfUseUE8M0": False,
+        "globalScale": np.array([scale]),
+        "isSfSwizzledLayout": layout != LINEAR,
+        "isSf8x4Layout": False,
+    }
+    quantised: Any = fp4_quantize(inputs)
+    quant_out[...] = quantised["valueE2M1"].value()
+    is_scale = scales_in_layout(layout)(np.ones((len(norm), norm.shape[1] // 16), bool))
     flat = scale_out.reshape(-1)
-    flat[: is_there.size][is_there] = found["scaleFP8SF"].value()[is_there]
+    flat[: is_scale.size][is_scale] = quantised["scaleFP8SF"].value()[is_scale]
 
 
 def _quantise_groups(norm: Array, quant_out: Array, scale_out: Array, group: int) -> None:
@@ -170,46 +174,79 @@ def _store_fp8(out: Array, value: Array) -> None:
     store_saturated(out.view(ml_dtypes.float8_e4m3fn), value)
 
 
-def _follow(
-    total: Array, pattern: int, residual_in: Array, gamma: Array, eps: float, bias: float,
-    outs: dict[str, Array | None], scale: Array | float | None = None, layout: int = 0,
-    group: int = 0,
-) -> None:  # fmt: skip
-    """Compute what follows the sum: the residual, its norm, and the quantised norm."""
-    residual = _rounded_sum(total, residual_in, total.dtype)
-    norm = _norm(residual, gamma, eps, bias)
-    quant_out, scale_out = outs.get("quant_out"), outs.get("scale_out")
-    for name, value in (("residual_out", residual), ("norm_out", norm)):
-        out = outs[name]
-        if out is not None:
-            out[...] = value
-    if quant_out is None:
-        return
-    wide = norm.astype(np.float32)
-    if pattern in FP8:
-        _store_fp8(quant_out, wide * (np.float32(1) / np.asarray(scale, np.float32).reshape(-1)[0]))
-    elif pattern in DYNAMIC_FP8 and scale_out is not None:
-        least = np.float32(2.0**-9) / _E4M3_MAX
-        scales = np.maximum(np.abs(wide).max(axis=-1) / _E4M3_MAX, least)
-        _store_fp8(quant_out, wide / scales[:, None])
-        scale_out.reshape(-1)[: len(scales)] = scales
-    elif pattern in GROUP_FP8 and scale_out is not None:
-        _quantise_groups(norm, quant_out, scale_out, group)
-    elif pattern in FP4 and scale_out is not None:
-        of_all = float(np.asarray(scale, np.float32).reshape(-1)[0])
-        _quantise_fp4(norm, quant_out, scale_out, of_all, layout)
+@dataclass(frozen=True)
+class _Norm:
+    """What follows the sum: the residual, its norm, and the quantised norm."""
+
+    residual_in: Array
+    gamma: Array
+    eps: float | None
+    bias: float | None
+    # Of the quantised norm: its scale, the layout of block scales, and the size of groups.
+    scale: Array | float | None = None
+    layout: int | None = None
+    group: int | None = None
+
+    def store(
+        self,
+        total: Array,
+        pattern: int,
+        residual_out: Array | None,
+        norm_out: Array | None,
+        quant_out: Array | None = None,
+        scale_out: Array | None = None,
+    ) -> None:
+        """Write the results of a pattern that are asked for."""
+        residual = _rounded_sum(total, self.residual_in, total.dtype)
+        norm = _norm(residual, self.gamma, self.eps or 0.0, self.bias or 0.0)
+        for out, value in ((residual_out, residual), (norm_out, norm)):
+            if out is not None:
+                out[...] = value
+        if quant_out is not None:
+            self._store_quantised(norm, pattern, quant_out, scale_out)
+
+    def _store_quantised(
+        self, norm: Array, pattern: int, quant_out: Array, scale_out: Array | None
+    ) -> None:
+        wide, scale = norm.astype(np.float32), np.asarray(self.scale, np.float32).reshape(-1)[0]
+        if pattern in FP8:
+            _store_fp8(quant_out, wide * (np.float32(1) / scale))
+        elif pattern in DYNAMIC_FP8 and scale_out is not None:
+            least = np.float32(2.0**-9) / _E4M3_MAX
+            scales = np.maximum(np.abs(wide).max(axis=-1) / _E4M3_MAX, least)
+            _store_fp8(quant_out, wide / scales[:, None])
+            scale_out.reshape(-1)[: len(scales)] = scales
+        elif pattern in GROUP_FP8 and scale_out is not None:
+            _quantise_groups(norm, quant_out, scale_out, self.group or 0)
+        elif pattern in FP4 and scale_out is not None:
+            _quantise_fp4(norm, quant_out, scale_out, float(scale), self.layout or 0)
 
 
 def trtllm_allreduce_fusion(
-    allreduce_in: Array, world_size: int, world_rank: int, token_num: int, hidden_size: int,
-    workspace_ptrs: Array, launch_with_pdl: bool, use_oneshot: bool,
-    trigger_completion_at_end: bool, fp32_acc: bool, pattern_code: int,
-    allreduce_out: Array | None, residual_in: Array | None, residual_out: Array | None,
-    norm_out: Array | None, quant_out: Array | None, scale_out: Array | None,
-    rms_gamma: Array | None, rms_eps: float | None, scale_factor: Array | None,
-    layout_code: int | None, block_quant_group_size: int | None = None,
+    allreduce_in: Array,
+    world_size: int,
+    world_rank: int,
+    token_num: int,
+    hidden_size: int,
+    workspace_ptrs: Array,
+    launch_with_pdl: bool,
+    use_oneshot: bool,
+    trigger_completion_at_end: bool,
+    fp32_acc: bool,
+    pattern_code: int,
+    allreduce_out: Array | None,
+    residual_in: Array | None,
+    residual_out: Array | None,
+    norm_out: Array | None,
+    quant_out: Array | None,
+    scale_out: Array | None,
+    rms_gamma: Array | None,
+    rms_eps: float | None,
+    scale_factor: Array | None,
+    layout_code: int | None,
+    block_quant_group_size: int | None = None,
     weight_bias: float | None = None,
-) -> None:  # fmt: skip
+) -> None:
     x = allreduce_in.reshape(token_num, hidden_size)
     ranks = _Workspace(workspace_ptrs, world_rank, world_size, "trtllm_allreduce_fusion")
     in_float32 = fp32_acc or x.dtype == np.float32
@@ -221,25 +258,34 @@ def trtllm_allreduce_fusion(
         return
     if residual_in is None or rms_gamma is None:
         raise ValueError(f"pattern {pattern_code} without residual_in or rms_gamma")
-    outs = {
-        "residual_out": residual_out, "norm_out": norm_out, "quant_out": quant_out,
-        "scale_out": scale_out,
-    }  # fmt: skip
-    _follow(
-        total, pattern_code, residual_in, rms_gamma, rms_eps or 0.0, weight_bias or 0.0, outs,
-        scale_factor, layout_code or 0, block_quant_group_size or 0,
-    )  # fmt: skip
+    settings = scale_factor, layout_code, block_quant_group_size
+    norm = _Norm(residual_in, rms_gamma, rms_eps, weight_bias, *settings)
+    norm.store(total, pattern_code, residual_out, norm_out, quant_out, scale_out)
 
 
 def trtllm_moe_allreduce_fusion(
-    world_size: int, world_rank: int, token_num: int, hidden_size: int, workspace_ptrs: Array,
-    launch_with_pdl: bool, residual_in: Array, rms_gamma: Array, rms_eps: float,
-    scale_factor: float, moe_reduction_device_num_experts: int, moe_reduction_scale_input: Array,
-    moe_reduction_active_experts_token_input: Array, moe_reduction_token_input: Array,
-    layout_code: int | None, moe_allreduce_out: Array | None, residual_out: Array | None,
-    norm_out: Array | None, quant_out: Array | None, scale_out: Array | None,
+    world_size: int,
+    world_rank: int,
+    token_num: int,
+    hidden_size: int,
+    workspace_ptrs: Array,
+    launch_with_pdl: bool,
+    residual_in: Array,
+    rms_gamma: Array,
+    rms_eps: float,
+    scale_factor: float,
+    moe_reduction_device_num_experts: int,
+    moe_reduction_scale_input: Array,
+    moe_reduction_active_experts_token_input: Array,
+    moe_reduction_token_input: Array,
+    layout_code: int | None,
+    moe_allreduce_out: Array | None,
+    residual_out: Array | None,
+    norm_out: Array | None,
+    quant_out: Array | None,
+    scale_out: Array | None,
     weight_bias: float | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """All-reduce of each rank's scaled experts' results plus the token's other input, and what
     follows."""
     dtype = moe_reduction_token_input.dtype
@@ -254,34 +300,39 @@ def trtllm_moe_allreduce_fusion(
     total = added(ranks.one_shot(total))
     if moe_allreduce_out is not None:
         moe_allreduce_out[...] = total
-    outs = {
-        "residual_out": residual_out, "norm_out": norm_out, "quant_out": quant_out,
-        "scale_out": scale_out,
-    }  # fmt: skip
-    _follow(
-        total, FP4[1], residual_in, rms_gamma, rms_eps, weight_bias or 0.0, outs, scale_factor,
-        layout_code or 0,
-    )  # fmt: skip
+    norm = _Norm(residual_in, rms_gamma, rms_eps, weight_bias, scale_factor, layout_code)
+    norm.store(total, FP4[1], residual_out, norm_out, quant_out, scale_out)
 
 
 def trtllm_moe_finalize_allreduce_fusion(
-    allreduce_in: Array, residual_in: Array, norm_weight: Array,
-    expanded_idx_to_permuted_idx: Array, norm_out: Array | None, residual_out: Array | None,
-    quant_out: Array | None, scale_out: Array | None, launch_with_pdl: bool, workspace: Array,
-    world_rank: int, world_size: int, eps: float, shared_expert_output: Array | None,
-    expert_scale_factor: Array | None, routed_scaling_factor: float | None = None,
+    allreduce_in: Array,
+    residual_in: Array,
+    norm_weight: Array,
+    expanded_idx_to_permuted_idx: Array,
+    norm_out: Array | None,
+    residual_out: Array | None,
+    quant_out: Array | None,
+    scale_out: Array | None,
+    launch_with_pdl: bool,
+    workspace: Array,
+    world_rank: int,
+    world_size: int,
+    eps: float,
+    shared_expert_output: Array | None,
+    expert_scale_factor: Array | None,
+    routed_scaling_factor: float | None = None,
     weight_bias: float | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """All-reduce of the weighted rows that each rank's experts computed, and what follows."""
     dtype = residual_in.dtype
     total = np.zeros(residual_in.shape, dtype)
     for k in range(expanded_idx_to_permuted_idx.shape[-1]):
         rows = expanded_idx_to_permuted_idx.reshape(len(total), -1)[:, k]
-        found = allreduce_in[np.maximum(rows, 0)]
+        results = allreduce_in[np.maximum(rows, 0)]
         if expert_scale_factor is not None:
             weights = expert_scale_factor.reshape(len(total), -1)[:, k, None]
-            found = (found.astype(np.float32) * weights.astype(np.float32)).astype(dtype)
-        total = np.where(rows[:, None] == -1, total, _rounded_sum(total, found, dtype))
+            results = (results.astype(np.float32) * weights.astype(np.float32)).astype(dtype)
+        total = np.where(rows[:, None] == -1, total, _rounded_sum(total, results, dtype))
     if routed_scaling_factor not in (None, 1.0):
         factor = np.float32(routed_scaling_factor)
         total = (total.astype(np.float32) * factor).astype(dtype)
@@ -290,10 +341,8 @@ def trtllm_moe_finalize_allreduce_fusion(
     ranks = _Workspace(workspace, world_rank, world_size, "trtllm_moe_finalize_allreduce_fusion")
     if quant_out is not None or scale_out is not None:
         raise ValueError("the kernel quantises by a scale that nobody sets")
-    outs = {"residual_out": residual_out, "norm_out": norm_out}
-    _follow(
-        added(ranks.one_shot(total)), NORM, residual_in, norm_weight, eps, weight_bias or 0.0, outs,
-    )  # fmt: skip
+    norm = _Norm(residual_in, norm_weight, eps, weight_bias)
+    norm.store(added(ranks.one_shot(total)), NORM, residual_out, norm_out)
 
 
 def _finalize_without_quantisation(*args: Any) -> None:
@@ -319,9 +368,12 @@ KERNELS: dict[str, dict[str, Any]] = {
     "trtllm_comm": {
         function.__name__: function
         for function in (
-            trtllm_allreduce_fusion, trtllm_moe_allreduce_fusion,
-            trtllm_moe_finalize_allreduce_fusion, trtllm_lamport_initialize,
+            trtllm_allreduce_fusion,
+            trtllm_moe_allreduce_fusion,
+            trtllm_moe_finalize_allreduce_fusion,
+            trtllm_lamport_initialize,
             trtllm_lamport_initialize_all,
         )
-    } | {"trtllm_moe_finalize_allreduce_fusion_plain": _finalize_without_quantisation},
-}  # fmt: skip
+    }
+    | {"trtllm_moe_finalize_allreduce_fusion_plain": _finalize_without_quantisation},
+}

@@ -39,10 +39,10 @@ Formula: TypeAlias = "Callable[[Inputs], Exact]"
 Move: TypeAlias = "Callable[[Inputs], dict[str, Array]]"
 
 
-def as_inputs(given: Mapping[str, Any]) -> Inputs:
+def as_inputs(values: Mapping[str, Any]) -> Inputs:
     """Convert arguments for formulas: arrays in float64, 64-bit integers unchanged, and the largest
     value of each array's dtype."""
-    arrays = {name: value for name, value in given.items() if isinstance(value, np.ndarray)}
+    arrays = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
     largest = {
         name: float(ml_dtypes.finfo(array.dtype).max)
         for name, array in arrays.items()
@@ -53,4 +53,4 @@ def as_inputs(given: Mapping[str, Any]) -> Inputs:
         name: array.copy() if array.dtype in (np.int64, np.uint64) else array.astype(np.float64)
         for name, array in arrays.items()
     }
-    return {**given, **exact, "largest": largest}
+    return {**values, **exact, "largest": largest}

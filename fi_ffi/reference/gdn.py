@@ -49,9 +49,15 @@ def piece(q: Any, k: Any, v: Any, gates: Any, state: Any, xp: Any = np) -> tuple
 
 
 def sequence(
-    q: Any, k: Any, v: Any, gates: Any, state: Any, every: int = 0, xp: Any = np,
+    q: Any,
+    k: Any,
+    v: Any,
+    gates: Any,
+    state: Any,
+    every: int = 0,
+    xp: Any = np,
     is_whole: bool = False,
-) -> tuple[Any, Any, list[Any]]:  # fmt: skip
+) -> tuple[Any, Any, list[Any]]:
     """Compute `piece` for a sequence of any length; return also the states at its checkpoints.
 
     A checkpoint comes after every `every` tokens. A last, partial tile counts as a whole one,
@@ -95,8 +101,8 @@ def gdn_prefill(
     gates = [xp.asarray(a[name]).T if name in a else ones.T for name in ("alpha", "beta")]
     starts = np.asarray(a["cu_seqlens"]).astype(int)
     _check_starts(starts, v.shape[1])
-    found: dict[str, list[Any]] = {"output": [], "output_state": [], "state_checkpoints": []}
-    sizes: dict[str, list[Any]] = {name: [] for name in found}
+    results: dict[str, list[Any]] = {"output": [], "output_state": [], "state_checkpoints": []}
+    sizes: dict[str, list[Any]] = {name: [] for name in results}
     places: list[int] = []  # where checkpoints are
     for i, (start, end) in enumerate(pairwise(starts)):
         of_q, of_k, of_v = (x[:, start:end] for x in (q, k, v))
@@ -106,31 +112,33 @@ def gdn_prefill(
         )
         of_state = abs(state).max(axis=(1, 2)) + abs(of_v).max(axis=(1, 2))
         read, state, kept = sequence(of_q, of_k, of_v, gate, state, every, xp, is_whole)
-        found["output"].append(scale * read.transpose(1, 0, 2))
+        results["output"].append(scale * read.transpose(1, 0, 2))
         # An output is a sum over keys of length 1, so it is at most the length of a state's row.
         of_read = scale * of_state[:, None] * xp.linalg.norm(of_q, axis=2)
         sizes["output"].append(xp.broadcast_to(of_read.T[:, :, None], (end - start, heads, size)))
-        found["output_state"].append(state[None])
+        results["output_state"].append(state[None])
         sizes["output_state"].append(xp.broadcast_to(of_state[:, None, None], state.shape)[None])
         if kept:
             first = int(a["checkpoint_cu_starts"][i])
             places += range(first, first + len(kept))
-            found["state_checkpoints"] += kept
+            results["state_checkpoints"] += kept
             sizes["state_checkpoints"] += [sizes["output_state"][-1][0]] * len(kept)
     if places:
-        of_places = zip(places, found["state_checkpoints"], sizes["state_checkpoints"], strict=True)
+        of_places = zip(
+            places, results["state_checkpoints"], sizes["state_checkpoints"], strict=True
+        )
         states = xp.array(a["state_checkpoints"])
         of_states = xp.zeros_like(states)
         for place, one, size_of in of_places:
             states[place], of_states[place] = one, size_of
-        found["state_checkpoints"], sizes["state_checkpoints"] = [states], [of_states]
+        results["state_checkpoints"], sizes["state_checkpoints"] = [states], [of_states]
     if starts[-1] < v.shape[1] and "output" in a:
         # Tokens of no sequence stay unchanged.
-        found["output"].append(xp.asarray(a["output"])[starts[-1] :])
-        sizes["output"].append(xp.zeros_like(found["output"][-1]))
+        results["output"].append(xp.asarray(a["output"])[starts[-1] :])
+        sizes["output"].append(xp.zeros_like(results["output"][-1]))
     return {
         name: (xp.concatenate(values), xp.concatenate(sizes[name]))
-        for name, values in found.items()
+        for name, values in results.items()
         if values and name in a
     }
 
@@ -150,27 +158,31 @@ def gdn_prefill_cute(a: dict[str, Any], xp: Any = np) -> dict[str, tuple[Any, An
         return {"output_state": (states, of_states)}
     if slots.min() < 0 or slots.max() >= len(states):
         raise IndexError(f"states {slots.min()} to {slots.max()} of {len(states)}")
-    given = {**a, "cu_seqlens": np.append(starts[there], starts[-1]), "output_state": pool[slots]}
+    arguments = {
+        **a,
+        "cu_seqlens": np.append(starts[there], starts[-1]),
+        "output_state": pool[slots],
+    }
     for name, places in (("input_state", slots), ("checkpoint_cu_starts", there)):
         if name in a:
-            given[name] = a[name][places]
-    found = gdn_prefill(given, xp, is_whole=True)
-    states[slots], of_states[slots] = found["output_state"]
-    return {**found, "output_state": (states, of_states)}
+            arguments[name] = a[name][places]
+    results = gdn_prefill(arguments, xp, is_whole=True)
+    states[slots], of_states[slots] = results["output_state"]
+    return {**results, "output_state": (states, of_states)}
 
 
 def _prefill_kernel(*values: Any) -> None:
     """Compute the prefill on the entry's arguments, which are other views of the tensors."""
-    given = dict(zip(_PREFILL, values, strict=True))
-    heads, size = given["output_state"].shape[1:3]
+    arguments = dict(zip(_PREFILL, values, strict=True))
+    heads, size = arguments["output_state"].shape[1:3]
     turned: dict[str, Any] = {"q": (0, 2, 1)} | dict.fromkeys(("k", "v", "output"), (1, 2, 0))
     arrays = {
         name: value.transpose(turned[name]) if name in turned else value
-        for name, value in given.items()
+        for name, value in arguments.items()
         if value is not None
     }
-    for name, shape in (("alpha", (-1, heads)), ("beta", (-1, heads)),
-                        ("state_checkpoints", (-1, heads, size, size))):  # fmt: skip
+    gates, states = (-1, heads), (-1, heads, size, size)
+    for name, shape in {"alpha": gates, "beta": gates, "state_checkpoints": states}.items():
         if name in arrays:
             arrays[name] = arrays[name].reshape(shape)
     inputs = as_inputs(arrays)
@@ -325,26 +337,26 @@ def _decode(a: Inputs, padding: str, is_zero: bool = False) -> dict[str, tuple[A
             states[slots.target] = state.value
             off_states[slots.target] = np.inf if slots.is_undefined else state.off
     of_state = a["state"].shape
-    found: dict[str, tuple[Array, Array]] = {
+    results: dict[str, tuple[Array, Array]] = {
         "output": (out, off_out / SLACK),
         "state": (states.reshape(of_state), off_states.reshape(of_state) / SLACK),
     }
     if buffer is not None and each is not None and off_each is not None:
         off_each = off_each.reshape(buffer.shape) / SLACK
-        found["intermediate_states_buffer"] = each.reshape(buffer.shape), off_each
-    return found
+        results["intermediate_states_buffer"] = each.reshape(buffer.shape), off_each
+    return results
 
 
 def _decode_of_keys(a: Inputs) -> Exact:
     """Decode with states as [key, value]."""
     heads, size = a["v"].shape[2:]
     turned = a["state"].reshape(-1, heads, size, size).swapaxes(-1, -2)
-    found = dict(_decode({**a, "state": turned}, "none"))
-    values, off = (each.swapaxes(-1, -2).reshape(a["state"].shape) for each in found["state"])
-    return {**found, "state": (values, off)}
+    results = dict(_decode({**a, "state": turned}, "none"))
+    values, off = (each.swapaxes(-1, -2).reshape(a["state"].shape) for each in results["state"])
+    return {**results, "state": (values, off)}
 
 
-class _Request(NamedTuple):
+class _KdaRequest(NamedTuple):
     """A request of `recurrent_kda`: the slot where it starts, its tokens, and where the state after
     each goes (negative: it is no token)."""
 
@@ -353,12 +365,12 @@ class _Request(NamedTuple):
     targets: list[int]
 
 
-def _requests_of(a: Inputs, b: int) -> list[_Request]:
+def _requests_of(a: Inputs, b: int) -> list[_KdaRequest]:
     if "cu_seqlens" not in a:
-        return [_Request(i, [i], [i]) for i in range(b)]
+        return [_KdaRequest(i, [i], [i]) for i in range(b)]
     starts = a["cu_seqlens"].astype(int)
     slots = a["ssm_state_indices"].astype(int).reshape(len(starts) - 1, -1)
-    found = []
+    requests = []
     for i, (start, end) in enumerate(pairwise(starts)):
         if start < 0 or end > b:
             raise IndexError(f"request {i} has tokens {start} to {end} of {b}")
@@ -366,8 +378,8 @@ def _requests_of(a: Inputs, b: int) -> list[_Request]:
         source = slots[i, min(max(first, 0), slots.shape[1] - 1)]
         count = min(end - start, slots.shape[1])
         tokens = list(range(start, start + count))
-        found.append(_Request(max(int(source), 0), tokens, list(map(int, slots[i, :count]))))
-    return found
+        requests.append(_KdaRequest(max(int(source), 0), tokens, list(map(int, slots[i, :count]))))
+    return requests
 
 
 def _decay_of_keys(a: Inputs, g: Array, heads: int) -> _Value:

@@ -7,7 +7,7 @@ segments take addresses, which must be the host's here; one product is selected 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -124,12 +124,9 @@ EXACT: dict[str, Formula] = {
 }
 
 
-def bmm_fp8_get_algos(
-    A: Array, B: Array, D: Array, A_scale: Array, B_scale: Array, workspace_buffer: Array,
-    *rest: Any,
-) -> int:  # fmt: skip
+def bmm_fp8_get_algos(*arguments: Any) -> int:
     """Return one algorithm: numpy's."""
-    algo_buffer = rest[-1]
+    algo_buffer = arguments[-1]
     if algo_buffer.size < _ALGORITHM_BYTES:
         return 0
     algo_buffer[:_ALGORITHM_BYTES] = 0
@@ -137,15 +134,15 @@ def bmm_fp8_get_algos(
 
 
 def bmm_fp8_run_with_algo(
-    A: Array, B: Array, D: Array, A_scale: Array, B_scale: Array, workspace_buffer: Array,
-    *rest: Any,
-) -> None:  # fmt: skip
-    count, algo_idx = rest[-2].size // _ALGORITHM_BYTES, rest[-1]
+    A: Array, B: Array, D: Array, A_scale: Array, B_scale: Array, *rest: Any
+) -> None:
+    algo_buffer, algo_idx = rest[-2:]
+    count = algo_buffer.size // _ALGORITHM_BYTES
     if not 0 <= algo_idx < count:
         raise RuntimeError(f"algo_idx {algo_idx} out of range [0, {count})")
-    made = bmm_fp8(as_inputs({"A": A, "B": B, "A_scale": A_scale, "B_scale": B_scale}))["D"]
-    assert isinstance(made, OneOfMany)
-    store(D, made.value())
+    product = bmm_fp8(as_inputs({"A": A, "B": B, "A_scale": A_scale, "B_scale": B_scale}))["D"]
+    assert isinstance(product, OneOfMany)
+    store(D, product.value())
 
 
 def _at(address: int, rows: int, columns: int, row_stride: int, dtype: np.dtype[Any]) -> Array:
@@ -156,41 +153,35 @@ def _at(address: int, rows: int, columns: int, row_stride: int, dtype: np.dtype[
     )
 
 
-_Product = tuple[Array, Array, Array]
-
-
 def _products(
-    all_problems: Array, ptrs: tuple[Array, ...], strides: tuple[Array, ...],
-    dtypes: tuple[np.dtype[Any], np.dtype[Any]], weight_column_major: bool,
-) -> Iterator[_Product]:  # fmt: skip
-    """Return left factor, right factor and output of each segment."""
+    problems: Array,
+    matrices: Sequence[Array],
+    dtypes: tuple[np.dtype[Any], np.dtype[Any]],
+    weight_column_major: bool,
+) -> Iterator[tuple[Array, Array, Array]]:
+    """Yield left factor, right factor and output of each segment; `matrices` are the addresses of
+    x, w and y, then the strides of their rows."""
     kind, of_y = dtypes
-    table = zip(all_problems.tolist(), *ptrs, *strides, strict=True)
-    for (m, n, k), x, w, y, x_ld, w_ld, y_ld in table:
+    for (m, n, k), x, w, y, x_ld, w_ld, y_ld in zip(problems.tolist(), *matrices, strict=True):
         left, out = _at(x, m, k, x_ld, kind), _at(y, m, n, y_ld, of_y)
         right = _at(w, n, k, w_ld, kind).T if weight_column_major else _at(w, k, n, w_ld, kind)
         yield left, right, out
 
 
-def cutlass_segment_gemm(
-    workspace_buffer: Array, all_problems: Array, x_ptr: Array, w_ptr: Array, y_ptr: Array,
-    x_ld: Array, w_ld: Array, y_ld: Array, empty_x_data: Array, weight_column_major: bool,
-) -> None:  # fmt: skip
+def cutlass_segment_gemm(workspace_buffer: Array, all_problems: Array, *rest: Any) -> None:
     """Add the products of segments to the output."""
-    ptrs, strides = (x_ptr, w_ptr, y_ptr), (x_ld, w_ld, y_ld)
-    kinds = (empty_x_data.dtype, empty_x_data.dtype)
-    for x, w, y in _products(all_problems, ptrs, strides, kinds, weight_column_major):
+    *matrices, empty_x_data, weight_column_major = rest
+    dtypes = (empty_x_data.dtype, empty_x_data.dtype)
+    for x, w, y in _products(all_problems, matrices, dtypes, weight_column_major):
         store(y, x.astype(float) @ w.astype(float) + y.astype(float))
 
 
 def cutlass_segment_gemm_sm90(
-    float_workspace_buffer: Array, int_workspace_buffer: Array, all_problems: Array,
-    x_ptr: Array, w_ptr: Array, y_ptr: Array, x_stride: Array, weight_stride: Array,
-    y_stride: Array, empty_x_data: Array, empty_y_data: Array, weight_column_major: bool,
-) -> None:  # fmt: skip
-    ptrs, strides = (x_ptr, w_ptr, y_ptr), (x_stride, weight_stride, y_stride)
-    kinds = (empty_x_data.dtype, empty_y_data.dtype)
-    for x, w, y in _products(all_problems, ptrs, strides, kinds, weight_column_major):
+    float_workspace_buffer: Array, int_workspace_buffer: Array, all_problems: Array, *rest: Any
+) -> None:
+    *matrices, empty_x_data, empty_y_data, weight_column_major = rest
+    dtypes = (empty_x_data.dtype, empty_y_data.dtype)
+    for x, w, y in _products(all_problems, matrices, dtypes, weight_column_major):
         store(y, x.astype(float) @ w.astype(float))
 
 
@@ -235,10 +226,18 @@ def _scaled(x: Array, scales: Array, granularity: tuple[int, int]) -> Array:
 
 
 def gemm_fp8_nt_groupwise(
-    float_workspace_buffer: Array, A: Array, B: Array, SFA: Array, SFB: Array, C: Array,
-    scale_granularity_m: int, scale_granularity_n: int, scale_granularity_k: int,
-    scale_major_mode: str, mma_sm: int = 1,
-) -> None:  # fmt: skip
+    float_workspace_buffer: Array,
+    A: Array,
+    B: Array,
+    SFA: Array,
+    SFB: Array,
+    C: Array,
+    scale_granularity_m: int,
+    scale_granularity_n: int,
+    scale_granularity_k: int,
+    scale_major_mode: str,
+    mma_sm: int = 1,
+) -> None:
     of_a, of_b = (SFA, SFB) if scale_major_mode == "K" else (SFA.T, SFB.T)
     a = _scaled(A, of_a, (scale_granularity_m, scale_granularity_k))
     b = _scaled(B, of_b, (scale_granularity_n, scale_granularity_k))
@@ -246,18 +245,25 @@ def gemm_fp8_nt_groupwise(
 
 
 def group_gemm_fp8_nt_groupwise(
-    int_workspace_buffer: Array, float_workspace_buffer: Array, A: Array, B: Array, SFA: Array,
-    SFB: Array, D: Array, m_indptr: Array, n: int, k: int, scale_granularity_m: int,
-    scale_granularity_n: int, scale_granularity_k: int, scale_major_mode: str, mma_sm: int = 1,
-) -> None:  # fmt: skip
-    granularity = (scale_granularity_m, scale_granularity_n, scale_granularity_k)
+    int_workspace_buffer: Array,
+    float_workspace_buffer: Array,
+    A: Array,
+    B: Array,
+    SFA: Array,
+    SFB: Array,
+    D: Array,
+    m_indptr: Array,
+    n: int,
+    k: int,
+    *settings: Any,
+) -> None:
+    """Compute `gemm_fp8_nt_groupwise` for each group, whose `settings` are the last arguments."""
+    step, _, _, scale_major_mode = settings[:4]
     for i, (start, end) in enumerate(itertools.pairwise(m_indptr.tolist())):
-        of_rows = np.s_[start // scale_granularity_m : -(-end // scale_granularity_m)]
+        of_rows = np.s_[start // step : -(-end // step)]
         scales = SFA[of_rows] if scale_major_mode == "K" else SFA[:, of_rows]
-        gemm_fp8_nt_groupwise(
-            float_workspace_buffer, A[start:end], B[i], scales, SFB[i], D[start:end],
-            *granularity, scale_major_mode, mma_sm,
-        )  # fmt: skip
+        factors = A[start:end], B[i], scales, SFB[i]
+        gemm_fp8_nt_groupwise(float_workspace_buffer, *factors, D[start:end], *settings)
 
 
 # Kernels that are no ops of a table, by module and entry.

@@ -50,11 +50,11 @@ def bf16_gemm(a: Inputs) -> Exact:
 
 def _each(product: Formula, a: Inputs) -> Exact:
     """Compute a product for each of the matrices."""
-    found = [
+    products = [
         product(dict(a) | {name: a[name][i] for name in ("mat1", "mat2")})["out"]
         for i in range(len(a["mat1"]))
     ]
-    value, size = (np.stack(each) for each in zip(*found, strict=True))
+    value, size = (np.stack(each) for each in zip(*products, strict=True))
     return {"out": (value, size)}
 
 
@@ -78,6 +78,10 @@ def tgv_gemm(a: Inputs) -> Exact:
 
 
 EXACT: dict[str, Formula] = {
-    "fp4_gemm": fp4_gemm, "mxfp8_gemm": mxfp8_gemm, "bf16_gemm": bf16_gemm, "tgv_gemm": tgv_gemm,
-    "bmm_bf16": bmm_bf16, "bmm_mxfp8": bmm_mxfp8,
-}  # fmt: skip
+    "fp4_gemm": fp4_gemm,
+    "mxfp8_gemm": mxfp8_gemm,
+    "bf16_gemm": bf16_gemm,
+    "tgv_gemm": tgv_gemm,
+    "bmm_bf16": bmm_bf16,
+    "bmm_mxfp8": bmm_mxfp8,
+}

@@ -26,7 +26,7 @@ def seq_chunk_cumsum(a: Inputs) -> Exact:
     return {"output": (counts, None)}
 
 
-class _Request(NamedTuple):
+class _MambaRequest(NamedTuple):
     """A request's tokens, the slot where its state is read (None: none), and the slot to write
     after each token (None: none)."""
 
@@ -50,7 +50,7 @@ def _tokens(a: Inputs) -> list[list[tuple[int, ...]]]:
     return [[(i, step) for step in range(a["x"].shape[1])] for i in range(len(a["x"]))]
 
 
-def _requests(a: Inputs) -> Iterator[_Request]:
+def _requests(a: Inputs) -> Iterator[_MambaRequest]:
     pad, is_one = a["pad_slot_id"], a["x"].ndim == 3 and "cu_seqlens" not in a
     for i, tokens in enumerate(_tokens(a)):
         if "cu_seqlens" in a and len(tokens) > a["cache_steps"]:
@@ -75,7 +75,7 @@ def _requests(a: Inputs) -> Iterator[_Request]:
         elif kept and tokens and not a["disable_state_update"]:
             targets[-1] = slot
         _check_slots(a, i, slot if kept else None, targets)
-        yield _Request(tokens, slot if kept else None, targets)
+        yield _MambaRequest(tokens, slot if kept else None, targets)
 
 
 def _check_slots(a: Inputs, i: int, source: int | None, targets: list[int | None]) -> None:
@@ -141,20 +141,20 @@ def selective_state_update(a: Inputs) -> Exact:
                 states[target], off_states[target], is_written[target] = state, off, True
                 sources[target] = 0 if slot is None else slot
     name = "state" if buffer is None else "intermediate_states_buffer"
-    found: dict[str, Expected] = {
+    results: dict[str, Expected] = {
         name: (states.reshape(kept.shape), off_states.reshape(kept.shape) / SLACK)
     }
     if "state_scale" in a:
-        found |= _of_int16(a, name, states, off_states, is_written)
+        results |= _of_int16(a, name, states, off_states, is_written)
     elif "rand_seed" in a:
         noise = _noise(a, sources, states.shape)
-        found[name] = _rounded_at_random(kept.shape, states, off_states, is_written, noise)
+        results[name] = _rounded_at_random(kept.shape, states, off_states, is_written, noise)
     if buffer is not None:
-        found["state"] = (a["state"], np.zeros_like(a["state"]))
+        results["state"] = (a["state"], np.zeros_like(a["state"]))
         if "state_scale" in a:
-            found["state"] = (a["state"].astype(np.int16), None)
-            found["state_scale"] = (a["state_scale"].astype(np.float32), None)
-    return {"out": (out, off_out / SLACK), **found}
+            results["state"] = (a["state"].astype(np.int16), None)
+            results["state_scale"] = (a["state_scale"].astype(np.float32), None)
+    return {"out": (out, off_out / SLACK), **results}
 
 
 _INT16 = 32767.0
@@ -215,8 +215,8 @@ def _noise(a: Inputs, sources: Array, shape: tuple[int, ...]) -> Array:
     key = (np.full_like(counter, seed & low), np.full_like(counter, seed >> np.uint64(32)))
     words = np.stack(philox.block(halves, key))
     drawn = np.take_along_axis(words, np.broadcast_to(word, counter.shape)[None], axis=0)[0]
-    found: Array = (drawn >> shift.astype(np.uint64) & np.uint64(0x1FFF)).reshape(shape)
-    return found
+    noise: Array = (drawn >> shift.astype(np.uint64) & np.uint64(0x1FFF)).reshape(shape)
+    return noise
 
 
 def at_random(values: Array, noise: Array) -> Array:
@@ -227,8 +227,8 @@ def at_random(values: Array, noise: Array) -> Array:
     cut = (magnitude >> np.uint32(13)).astype(np.int64) - (112 << 10)
     cut = np.where(cut < 1 << 10, 0, np.minimum(cut, 31 << 10))
     halves = (cut + (bits >> np.uint32(31)).astype(np.int64) * (1 << 15)).astype(np.uint16)
-    found: Array = halves.view(np.float16).astype(np.float64)
-    return found
+    result: Array = halves.view(np.float16).astype(np.float64)
+    return result
 
 
 def _rounded_at_random(

@@ -18,15 +18,23 @@ import ml_dtypes
 import numpy as np
 
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.abi.function import tensors_of
+from fi_ffi.abi.function import array_values
 from fi_ffi.reference import moe_blocks, moe_weights
 from fi_ffi.reference.arrays import Array, as_array, store
 
 # In the order of FlashInfer's numbers.
 ACTIVATIONS = (
-    "Gelu", "Relu", "Silu", "Swiglu", "Geglu", "SwigluBias", "Relu2", "SwigluStep", "GegluTanh",
+    "Gelu",
+    "Relu",
+    "Silu",
+    "Swiglu",
+    "Geglu",
+    "SwigluBias",
+    "Relu2",
+    "SwigluStep",
+    "GegluTanh",
     "Identity",
-)  # fmt: skip
+)
 
 _BLOCK = 128
 _E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
@@ -61,20 +69,28 @@ class Layer:
 
 # Modes in which all kernels keep the values between the products in 16 bits.
 _QUANTISING = (
-    "fp8", "fp8_block_scale", "int4", "nvfp4", "nvfp4_packed", "fp8_mxfp4", "mxfp8_mxfp4", "mxfp8",
-)  # fmt: skip
+    "fp8",
+    "fp8_block_scale",
+    "int4",
+    "nvfp4",
+    "nvfp4_packed",
+    "fp8_mxfp4",
+    "mxfp8_mxfp4",
+    "mxfp8",
+)
 # By mode: the format of activations (given or quantised to), and that of weights.
 _BLOCKED = {
-    "nvfp4": (moe_blocks.NVFP4, moe_blocks.NVFP4), "fp8_mxfp4": (None, moe_blocks.MXFP4),
+    "nvfp4": (moe_blocks.NVFP4, moe_blocks.NVFP4),
+    "fp8_mxfp4": (None, moe_blocks.MXFP4),
     "nvfp4_packed": (moe_blocks.NVFP4, moe_blocks.NVFP4),
     "mxfp8_mxfp4": (moe_blocks.MXFP8, moe_blocks.MXFP4),
     "mxfp8": (moe_blocks.MXFP8, moe_blocks.MXFP8),
-}  # fmt: skip
+}
 
 
 def _in(value: Array, dtype: Any) -> Array:
-    found: Array = value.astype(dtype).astype(np.float64)
-    return found
+    rounded: Array = value.astype(dtype).astype(np.float64)
+    return rounded
 
 
 def _e4m3(value: Array) -> Array:
@@ -91,31 +107,34 @@ def _grouped(value: Array) -> Array:
 
 
 def _sigmoid(value: Array) -> Array:
-    found: Array = 0.5 * (1 + np.tanh(value / 2))
-    return found
+    result: Array = 0.5 * (1 + np.tanh(value / 2))
+    return result
 
 
 _erf = np.frompyfunc(math.erf, 1, 1)
 
 
 def _gelu(value: Array) -> Array:
-    found: Array = 0.5 * value * (1 + np.asarray(_erf(value / math.sqrt(2)), np.float64))
-    return found
+    result: Array = 0.5 * value * (1 + np.asarray(_erf(value / math.sqrt(2)), np.float64))
+    return result
 
 
 def _gelu_tanh(value: Array) -> Array:
     inner = math.sqrt(2 / math.pi) * (value + 0.044715 * value**3)
-    found: Array = 0.5 * value * (1 + np.tanh(inner))
-    return found
+    result: Array = 0.5 * value * (1 + np.tanh(inner))
+    return result
 
 
 def _active(name: str, gate: Array, linear: Array, limits: dict[str, float]) -> Array:
     """Apply FlashInfer's `ActivationType`, by name."""
     limit = limits.get("limit", 7.0 if name == "SwigluStep" else math.inf)
     plain: dict[str, Callable[[Array], Any]] = {
-        "Gelu": _gelu, "Relu": lambda x: np.maximum(x, 0), "Silu": lambda x: x * _sigmoid(x),
-        "Relu2": lambda x: np.maximum(x, 0) ** 2, "Identity": lambda x: x,
-    }  # fmt: skip
+        "Gelu": _gelu,
+        "Relu": lambda x: np.maximum(x, 0),
+        "Silu": lambda x: x * _sigmoid(x),
+        "Relu2": lambda x: np.maximum(x, 0) ** 2,
+        "Identity": lambda x: x,
+    }
     if name in plain:
         return np.asarray(plain[name](gate))
     if name == "SwigluBias":
@@ -219,8 +238,8 @@ def _matrix(mode: str, weight: Array, scales: Sequence[Array], i: int) -> _Matri
     def blocks(expert: int) -> Array:
         wide = np.kron(scales[i][expert], np.ones((_BLOCK, _BLOCK)))
         rows, columns = weight.shape[1:]
-        found: Array = weight[expert].astype(np.float64) * wide[:rows, :columns]
-        return found
+        matrix: Array = weight[expert].astype(np.float64) * wide[:rows, :columns]
+        return matrix
 
     def packed(expert: int) -> Array:
         quant_type, dtype, decode = _PACKED[mode]
@@ -244,36 +263,54 @@ _PACKED: dict[str, tuple[str, Any, Callable[[Array, Array], Array]]] = {
 }
 # The index of each of a layer's scales among a call's scales, by mode.
 _SCALES: dict[str, dict[str, int]] = {
-    "half": {}, "fp8": {"fc1": 0, "quant": 1, "fc2": 2}, "fp8_block_scale": {}, "mxfp4": {},
+    "half": {},
+    "fp8": {"fc1": 0, "quant": 1, "fc2": 2},
+    "fp8_block_scale": {},
+    "mxfp4": {},
     "int4": {"pre1": 2, "pre2": 3, "fc1": 6, "fc2": 7},
     "nvfp4": {"all1": 0, "fc1": 2, "all2": 3, "fc2": 5},
     "nvfp4_packed": {"fc1": 2, "all2": 3, "fc2": 5},
     "fp8_mxfp4": {"fc1": 1, "quant": 2, "fc2": 4},
     "mxfp8_mxfp4": {},  # the kernels ignore the factors of the products
     "mxfp8": {"fc1": 1, "fc2": 3},
-}  # fmt: skip
+}
 # Scales with one value for all experts, or one for each.
 _SHARED = ("quant", "all1", "all2")
 
 
 def _numbers(mode: str, scales: Sequence[Array], experts: int) -> dict[str, Array]:
-    found = {name: np.ravel(scales[i]).astype(np.float64) for name, i in _SCALES[mode].items()}
-    return found | {
-        name: np.broadcast_to(found[name], experts) for name in _SHARED if name in found
+    numbers = {name: np.ravel(scales[i]).astype(np.float64) for name, i in _SCALES[mode].items()}
+    return numbers | {
+        name: np.broadcast_to(numbers[name], experts) for name in _SHARED if name in numbers
     }
 
 
 def run_moe(
-    mode: str, output: Array, input: Array, token_selected_experts: Array,
-    token_final_scales: Array | None, fc1_expert_weights: Array, fc1_expert_biases: Array | None,
-    fc2_expert_weights: Array, fc2_expert_biases: Array | None, quant_scales: Any,
-    input_sf: Array | None, swiglu_alpha: Array | None, swiglu_beta: Array | None,
-    swiglu_limit: Array | None, swizzled_input_sf: bool, tp_size: int, tp_rank: int, ep_size: int,
-    ep_rank: int, *more: Any,
-) -> None:  # fmt: skip
+    mode: str,
+    output: Array,
+    input: Array,
+    token_selected_experts: Array,
+    token_final_scales: Array | None,
+    fc1_expert_weights: Array,
+    fc1_expert_biases: Array | None,
+    fc2_expert_weights: Array,
+    fc2_expert_biases: Array | None,
+    quant_scales: Any,
+    input_sf: Array | None,
+    swiglu_alpha: Array | None,
+    swiglu_beta: Array | None,
+    swiglu_limit: Array | None,
+    swizzled_input_sf: bool,
+    tp_size: int,
+    tp_rank: int,
+    ep_size: int,
+    ep_rank: int,
+    *more: Any,
+) -> None:
     """Write `output`; the weights are those of this rank's experts."""
     *_, number = more
-    scales = [] if quant_scales is None else [as_array(one) for one in tensors_of(quant_scales)]
+    given = [] if quant_scales is None else array_values(quant_scales)
+    scales = [as_array(one.described()) for one in given]
     count = len(fc1_expert_weights)
     first = count * ep_rank
     _check_distinct(token_selected_experts, first, count)
@@ -344,29 +381,43 @@ def _pairs(tokens: Array, adapters: Array) -> list[tuple[int, int, int]]:
 
 
 def bgmv_moe_shrink(
-    y: Array, x: Array, w_ptr: Array, sorted_token_ids: Array, expert_ids: Array,
-    lora_indices: Array, lora_stride: int, per_pair_input: bool = False,
-) -> None:  # fmt: skip
+    y: Array,
+    x: Array,
+    w_ptr: Array,
+    sorted_token_ids: Array,
+    expert_ids: Array,
+    lora_indices: Array,
+    lora_stride: int,
+    per_pair_input: bool = False,
+) -> None:
     shape = y.shape[2], x.shape[1]
     for i in range(len(y)):
         for pair, token, adapter in _pairs(sorted_token_ids, lora_indices):
             address = w_ptr[i, expert_ids[pair]] + adapter * lora_stride * x.itemsize
-            found = _at(address, shape, x.dtype) @ x[token].astype(np.float64)
-            store(y[i, pair], y[i, pair].astype(np.float64) + found)
+            product = _at(address, shape, x.dtype) @ x[token].astype(np.float64)
+            store(y[i, pair], y[i, pair].astype(np.float64) + product)
 
 
 def bgmv_moe_expand(
-    y: Array, x: Array, w_ptr: Array, sorted_token_ids: Array, expert_ids: Array,
-    topk_weights: Array, lora_indices: Array, slice_start_loc: Array, first_feat_out: int,
-    lora_stride: int, finalize: bool = True,
-) -> None:  # fmt: skip
+    y: Array,
+    x: Array,
+    w_ptr: Array,
+    sorted_token_ids: Array,
+    expert_ids: Array,
+    topk_weights: Array,
+    lora_indices: Array,
+    slice_start_loc: Array,
+    first_feat_out: int,
+    lora_stride: int,
+    finalize: bool = True,
+) -> None:
     shape = first_feat_out, x.shape[2]
     total = y.astype(np.float64)
     for i, start in enumerate(slice_start_loc):
         for pair, token, adapter in _pairs(sorted_token_ids, lora_indices):
             address = w_ptr[i, expert_ids[pair]] + adapter * lora_stride * x.itemsize
-            found = _at(address, shape, x.dtype) @ x[i, pair].astype(np.float64)
-            total[token, start : start + first_feat_out] += found * float(topk_weights[pair])
+            product = _at(address, shape, x.dtype) @ x[i, pair].astype(np.float64)
+            total[token, start : start + first_feat_out] += product * float(topk_weights[pair])
     store(y, total)
 
 

@@ -28,20 +28,20 @@ class Format:
 
     def scales(self, codes: Array) -> Array:
         """Decode the bytes of scales."""
-        found = codes.view(_E4M3) if self.is_e4m3 else moe_weights.e8m0(codes)
-        return found.astype(np.float64)
+        values = codes.view(_E4M3) if self.is_e4m3 else moe_weights.e8m0(codes)
+        return values.astype(np.float64)
 
     def elements(self, packed: Array) -> Array:
         """Decode the elements of rows of bytes."""
-        found = moe_weights.fp4(packed) if self.is_fp4 else packed.view(_E4M3)
-        return found.astype(np.float64)
+        values = moe_weights.fp4(packed) if self.is_fp4 else packed.view(_E4M3)
+        return values.astype(np.float64)
 
     def matrix(self, packed: Array, scales: Array) -> Array:
         """Decode rows of elements, and multiply them by their scales, which are in rows as well."""
         value = self.elements(packed)
         wide = self.scales(scales).repeat(self.size, axis=-1)
-        found: Array = value * wide[: len(value), : value.shape[-1]]
-        return found
+        product: Array = value * wide[: len(value), : value.shape[-1]]
+        return product
 
     def quantised(self, value: Array, of_all: float = 1.0) -> Array:
         """Quantise rows and dequantise them; the result includes the factor `of_all`, the tensor-
@@ -56,8 +56,8 @@ class Format:
         scaled = blocks * (of_all / np.where(scale > 0, scale, np.inf))
         most, dtype = (6.0, ml_dtypes.float4_e2m1fn) if self.is_fp4 else (448.0, _E4M3)
         rounded = np.clip(scaled, -most, most).astype(dtype).astype(np.float64)
-        found: Array = (rounded * scale).reshape(value.shape)
-        return found
+        result: Array = (rounded * scale).reshape(value.shape)
+        return result
 
 
 NVFP4, MXFP4, MXFP8 = Format(16, True, True), Format(32, True, False), Format(32, False, False)
@@ -66,8 +66,8 @@ NVFP4, MXFP4, MXFP8 = Format(16, True, True), Format(32, True, False), Format(32
 def in_rows(tiles: Array, columns: int) -> Array:
     """Return the scales of one matrix in rows of `columns`, a multiple of 4, from tiles."""
     split = tiles.reshape(-1, columns // 4, 32, 4, 4)
-    found: Array = split.transpose(0, 3, 2, 1, 4).reshape(-1, columns)
-    return found
+    rows: Array = split.transpose(0, 3, 2, 1, 4).reshape(-1, columns)
+    return rows
 
 
 def matrices(weight: Array, scales: Array, of: Format) -> Callable[[int], Array]:
@@ -90,5 +90,5 @@ def activations(x: Array, scales: Array, is_swizzled: bool, of: Format) -> Array
     flat = scales.reshape(-1)[:count].view(np.uint8)
     rows = in_rows(flat, columns) if is_swizzled else flat.reshape(-1, columns)
     wide = of.scales(np.ascontiguousarray(rows[: len(x)])).repeat(of.size, axis=-1)
-    found: Array = values * wide[:, : values.shape[1]]
-    return found
+    result: Array = values * wide[:, : values.shape[1]]
+    return result

@@ -65,10 +65,10 @@ def _reordered(weight: Array, places: Array) -> Array:
 def _moved(packed: Array, places: Iterable[tuple[int, int]]) -> Array:
     """Move the bits of each word to other places."""
     words = packed.view("<u4")
-    found = np.zeros_like(words)
+    moved = np.zeros_like(words)
     for source, target in places:
-        found |= (words >> source & 1) << target
-    return found.view(np.uint8)
+        moved |= (words >> source & 1) << target
+    return moved.view(np.uint8)
 
 
 def interleave(weight: Array, quant_type: str, is_folded: bool = False) -> Array:

@@ -68,8 +68,8 @@ def fused_qk_rmsnorm_rope(a: Inputs) -> Exact:
 def _or(a: Inputs, name: str, number: float) -> Array:
     """Return an optional tensor, or a number; for a missing one, entries get a tensor without
     elements."""
-    given: Array = a.get(name, np.empty(0))
-    return given if given.size else np.array(number)
+    tensor: Array = a.get(name, np.empty(0))
+    return tensor if tensor.size else np.array(number)
 
 
 def _layernorm(a: Inputs) -> Exact:

@@ -37,29 +37,29 @@ class HostCollectives:
 
     def all_gather(self, x: TensorDesc, out: TensorDesc, stream: int = 0) -> None:
         self._call = "all_gather"
-        given = as_array(x).reshape(-1)
+        source = as_array(x).reshape(-1)
         gathered = as_array(out).reshape(len(self._data), -1)
-        for part in self._parts(given):
-            for rank, array in enumerate(self._exchanged(given[part])):
+        for part in self._parts(source):
+            for rank, array in enumerate(self._exchanged(source[part])):
                 gathered[rank, part] = array
             self._barrier()  # before any rank overwrites what others still read
 
     def reduce_scatter(self, x: TensorDesc, out: TensorDesc, stream: int = 0) -> None:
         self._call = "reduce_scatter"
-        given = as_array(x).reshape(len(self._data), -1)
+        addends = as_array(x).reshape(len(self._data), -1)
         result = as_array(out).reshape(-1)
-        for rank in range(len(given)):
-            for part in self._parts(given[rank]):
-                total = self._sum(given[rank][part])
+        for rank in range(len(addends)):
+            for part in self._parts(addends[rank]):
+                total = self._sum(addends[rank][part])
                 if rank == self._rank:
                     result[part] = total
                 self._barrier()
 
     def all_reduce(self, x: TensorDesc, out: TensorDesc, stream: int = 0) -> None:
         self._call = "all_reduce"
-        given, result = as_array(x).reshape(-1), as_array(out).reshape(-1)
-        for part in self._parts(given):
-            total = self._sum(given[part])
+        addend, result = as_array(x).reshape(-1), as_array(out).reshape(-1)
+        for part in self._parts(addend):
+            total = self._sum(addend[part])
             self._barrier()
             result[part] = total
 
@@ -67,9 +67,9 @@ class HostCollectives:
         total: Array = np.sum([a.astype(np.float64) for a in self._exchanged(mine)], axis=0)
         return total.astype(mine.dtype)
 
-    def _parts(self, given: Array) -> list[slice]:
-        step = max(self._room // given.itemsize, 1)
-        return [slice(at, min(at + step, len(given))) for at in range(0, len(given), step)]
+    def _parts(self, addend: Array) -> list[slice]:
+        step = max(self._room // addend.itemsize, 1)
+        return [slice(at, min(at + step, len(addend))) for at in range(0, len(addend), step)]
 
     def _exchanged(self, mine: Array) -> list[Array]:
         at(self._data[self._rank], mine.dtype, len(mine))[:] = mine

@@ -41,8 +41,8 @@ def words(seed: Numbers, subsequences: Array, offset: Numbers, count: int) -> Ar
     start, phase = offsets // np.uint64(4), offsets % np.uint64(4)
     blocks = start[:, None] + np.arange((count + 6) // 4, dtype=np.uint64)
     halves = [half for value in (blocks, of[:, None]) for half in (value & _LOW, value >> _32)]
-    made = block(tuple(halves), (seeds[:, None] & _LOW, seeds[:, None] >> _32))
-    stream = np.stack(made, axis=2).reshape(len(of), -1)
+    random_blocks = block(tuple(halves), (seeds[:, None] & _LOW, seeds[:, None] >> _32))
+    stream = np.stack(random_blocks, axis=2).reshape(len(of), -1)
     at = phase[:, None].astype(np.int64) + np.arange(count)
     drawn: Array = np.take_along_axis(stream, at, axis=1).astype(np.uint32)
     return drawn
@@ -51,8 +51,8 @@ def words(seed: Numbers, subsequences: Array, offset: Numbers, count: int) -> Ar
 def uniforms(seed: Numbers, subsequences: Array, offset: Numbers, count: int) -> Array:
     """Return the words as float32 above 0 and up to 1, as `curand_uniform` makes them."""
     drawn = words(seed, subsequences, offset, count).astype(np.float32)
-    made: Array = drawn * np.float32(2**-32) + np.float32(2**-33)
-    return made
+    numbers: Array = drawn * np.float32(2**-32) + np.float32(2**-33)
+    return numbers
 
 
 def _bits(value: Numbers | Array) -> Array:

@@ -18,8 +18,8 @@ _BUCKETS = 2048
 
 def _k_of(a: Inputs, i: int) -> int:
     """Return a row's k; the kernel takes a negative one for a large one."""
-    given = a.get("maybe_top_k_arr")
-    return int(a["top_k_val"] if given is None else given[i]) % 2**32
+    per_row = a.get("maybe_top_k_arr")
+    return int(a["top_k_val"] if per_row is None else per_row[i]) % 2**32
 
 
 def _is_kept(x: Array, k: int) -> Array:
@@ -134,9 +134,9 @@ def _top_p_renormed(p: Array, top_p: float) -> Array:
 
 
 def top_p_renorm_probs(a: Inputs) -> Exact:
-    given: Any = a.get("maybe_top_p_arr")
+    per_row: Any = a.get("maybe_top_p_arr")
     rows = range(len(a["probs"]))
-    tops = [float(np.float32(a["top_p_val"] if given is None else given[i])) for i in rows]
+    tops = [float(np.float32(a["top_p_val"] if per_row is None else per_row[i])) for i in rows]
 
     def value() -> Array:
         made = [_top_p_renormed(p, top_p) for p, top_p in zip(a["probs"], tops, strict=True)]

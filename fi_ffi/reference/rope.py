@@ -45,8 +45,8 @@ def _both(
 
 
 def _rotary_dim(a: Inputs) -> int:
-    given = a["rotary_dim"]
-    return int(a["q"].shape[-1]) if given is None else int(given)
+    rotary_dim = a["rotary_dim"]
+    return int(a["q"].shape[-1]) if rotary_dim is None else int(rotary_dim)
 
 
 def _frequencies(a: Inputs) -> tuple[Array, Array]:
@@ -83,11 +83,14 @@ def apply_rope(a: Inputs) -> Exact:
     for start, end, offset in zip(ends, ends[1:], a["offsets"], strict=False):
         positions[start:end] = offset + np.arange(end - start)
     of_requests = a | {name: a[name][: ends[-1]] for name in "qk"}
-    made = {}
+    results = {}
     for name, (value, magnitude) in _turned_by(of_requests, positions).items():
         rest = a[name][ends[-1] :]
-        made[name] = np.concatenate([value, rest]), np.concatenate([magnitude, np.zeros_like(rest)])
-    return made
+        results[name] = (
+            np.concatenate([value, rest]),
+            np.concatenate([magnitude, np.zeros_like(rest)]),
+        )
+    return results
 
 
 def apply_rope_pos_ids(a: Inputs) -> Exact:

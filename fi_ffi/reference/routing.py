@@ -57,14 +57,14 @@ class Routing:
         """Return the error of the weights: of clear tokens in any order, of the others only of
         their sum."""
         # Experts that are close may be in either order: compare weights sorted by size.
-        found = np.sort(got.astype(np.float64), axis=1)
+        weights = np.sort(got.astype(np.float64), axis=1)
         value = np.sort(self.weights, axis=1)
         slack = self.slack.max(axis=1, keepdims=True)
         bound = half_step * 1.001 * np.abs(value) + slack + np.finfo(np.float64).tiny
-        error = np.abs(found - value)[self.is_clear]
-        total = np.abs(found.sum(axis=1) - value.sum(axis=1))
+        error = np.abs(weights - value)[self.is_clear]
+        total = np.abs(weights.sum(axis=1) - value.sum(axis=1))
         of_total = value.shape[1] * bound.max(axis=1)
-        if not np.isfinite(found).all():
+        if not np.isfinite(weights).all():
             return _WRONG
         worst = max(
             (error / bound[self.is_clear]).max(initial=0), (total / of_total).max(initial=0)
@@ -102,7 +102,7 @@ def fused_topk_deepseek(a: Inputs) -> Exact:
     )
     largest = a["largest"]["topk_values"]
     half_step = next(h for most, h in _HALF_STEPS if largest >= most)
-    made = {
+    results = {
         "topk_values": OneOfMany(
             lambda: found.weights, lambda got: found.error_of_weights(got, half_step)
         ),
@@ -117,10 +117,10 @@ def fused_topk_deepseek(a: Inputs) -> Exact:
             is_kept = (got[rows:] == before[rows:]).all()
             return _RIGHT if is_kept and found.allows(got[:rows]) else _WRONG
 
-        made["routing_replay_out"] = OneOfMany(
+        results["routing_replay_out"] = OneOfMany(
             lambda: np.concatenate([found.experts, before[rows:]]), replayed
         )
-    return made
+    return results
 
 
 # Half a unit in the last place, relative to the value, by the largest value of a dtype.

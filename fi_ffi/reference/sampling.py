@@ -30,10 +30,14 @@ _LOG = 2.0**-21
 
 
 def softmax(a: Inputs) -> Exact:
-    given = a.get("maybe_temperature_arr", np.full(len(a["logits"]), a["temperature_val"]))
-    given = given.astype(np.float32).astype(np.float64)[:, None]
+    temperatures = a.get("maybe_temperature_arr", np.full(len(a["logits"]), a["temperature_val"]))
+    temperatures = temperatures.astype(np.float32).astype(np.float64)[:, None]
     with np.errstate(invalid="ignore"):  # -inf * 0
-        scaled = np.where(given == 0, a["logits"] * 0, a["logits"] / np.where(given, given, 1))
+        scaled = np.where(
+            temperatures == 0,
+            a["logits"] * 0,
+            a["logits"] / np.where(temperatures, temperatures, 1),
+        )
     greatest = scaled.max(axis=1, keepdims=True)
     powers = np.exp(scaled - greatest)
     value = powers / powers.sum(axis=1, keepdims=True)
@@ -143,10 +147,10 @@ def _from_logits(a: Inputs, logits: Array, i: int, _: int, times: float) -> Iter
 def sampling_from_logits(a: Inputs) -> Exact:
     """Sample by the Gumbel method. Beyond as many random numbers as a kernel counts, which would
     take too long here, draw each token with one number from the same distribution."""
-    made = _sampler(_from_logits, "logits")(a)
+    results = _sampler(_from_logits, "logits")(a)
     if len(a["output"]) * a["logits"].shape[1] <= int(_SUBSEQUENCES):
-        return made
-    judge: Any = made["output"]
+        return results
+    judge: Any = results["output"]
     return {"output": OneOfMany(lambda: _with_one_number(a), judge)}
 
 

@@ -91,11 +91,11 @@ def radix_topk(a: Inputs, with_tie_breaks: bool = True) -> Exact:
             found = -np.sort(-found, axis=1)
         return _every(len(x), lambda i: np.array_equal(found[i], greatest[i]))
 
-    made = {"output_indices": OneOfMany(chosen, indices)}
+    results = {"output_indices": OneOfMany(chosen, indices)}
     for name in ("output_values", "maybe_output_values"):  # the name depends on the release
         if name in a:
-            made[name] = OneOfMany(lambda: np.take_along_axis(x, chosen(), axis=1), values)
-    return made
+            results[name] = OneOfMany(lambda: np.take_along_axis(x, chosen(), axis=1), values)
+    return results
 
 
 Rows = Iterator[tuple[Array, Array]]
@@ -131,8 +131,8 @@ def _chosen(a: Inputs, output: str, rows: Callable[[], Rows], with_tie_breaks: b
 
 
 def _starts(a: Inputs, *names: str) -> Array:
-    given: Any = next((a[name] for name in names if a.get(name) is not None), None)
-    starts: Array = np.zeros(len(a["lengths"])) if given is None else given
+    of_rows: Any = next((a[name] for name in names if a.get(name) is not None), None)
+    starts: Array = np.zeros(len(a["lengths"])) if of_rows is None else of_rows
     return starts.astype(int)
 
 
@@ -157,12 +157,12 @@ def radix_topk_page_table_transform(a: Inputs, with_tie_breaks: bool = True) -> 
     def raw() -> Rows:
         return ((window, np.arange(len(window))) for window in _windows(a))
 
-    made = {"output_page_table": _chosen(a, "output_page_table", rows, with_tie_breaks)}
+    results = {"output_page_table": _chosen(a, "output_page_table", rows, with_tie_breaks)}
     if "maybe_output_raw_indices" in a:
-        made["maybe_output_raw_indices"] = _chosen(
+        results["maybe_output_raw_indices"] = _chosen(
             a, "maybe_output_raw_indices", raw, with_tie_breaks
         )
-    return made
+    return results
 
 
 def radix_topk_ragged_transform(a: Inputs, with_tie_breaks: bool = True) -> Exact:

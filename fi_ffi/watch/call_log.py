@@ -15,7 +15,7 @@ from fi_ffi.ops.call import cuda
 from fi_ffi.ops.call.arguments import INT64_MAX, check_int, shown
 from fi_ffi.watch import watching
 from fi_ffi.watch.call_record import CallRecord, place_of
-from fi_ffi.watch.dump import MOST_BYTES, MOST_CALLS, Dump
+from fi_ffi.watch.dump import MAX_BYTES, MAX_CALLS, Dump
 from fi_ffi.watch.tensor_bytes import statistics
 from fi_ffi.watch.writer import Writer
 
@@ -61,8 +61,8 @@ class call_log:  # a verb, as `open` is
         *,
         dump: str | os.PathLike[str] | None = None,
         dump_ops: str = "",
-        max_dump_calls: int = MOST_CALLS,
-        max_dump_bytes: int = MOST_BYTES,
+        max_dump_calls: int = MAX_CALLS,
+        max_dump_bytes: int = MAX_BYTES,
     ) -> None:
         _check_level("level", level)
         for name, value in (("max_dump_calls", max_dump_calls), ("max_dump_bytes", max_dump_bytes)):
@@ -72,7 +72,7 @@ class call_log:  # a verb, as `open` is
             raise ArgumentTypeError("call_log", "dump_ops", got=got, expected="str")
         dumped = None if dump is None else Dump(dump, dump_ops, max_dump_calls, max_dump_bytes)
         writer = Writer(dest) if level else None
-        self._log: Log | None = Log(level, writer, dumped)
+        self._log: OpenLog | None = OpenLog(level, writer, dumped)
         watching.add(self._log)
 
     def close(self) -> None:
@@ -113,8 +113,8 @@ def open_by_environment(environment: Mapping[str, str] = os.environ) -> call_log
         environment.get(DEST) or _DEFAULT_DEST,
         dump=dump,
         dump_ops=environment.get(DUMP_OPS, ""),
-        max_dump_calls=_number(environment, DUMP_CALLS, MOST_CALLS),
-        max_dump_bytes=_number(environment, DUMP_BYTES, MOST_BYTES),
+        max_dump_calls=_number(environment, DUMP_CALLS, MAX_CALLS),
+        max_dump_bytes=_number(environment, DUMP_BYTES, MAX_BYTES),
     )
 
 
@@ -125,7 +125,7 @@ def _number(environment: Mapping[str, str], name: str, default: int) -> int:
     return int(text)
 
 
-class Log:
+class OpenLog:
     """The actions of an open call log around each call. If one fails, the log says so, and the call
     is made all the same."""
 
@@ -229,9 +229,12 @@ class Log:
         self._write_entry(number, what, level=NAMES)
 
     def _write_entry(
-        self, number: int, what: str, lines: Callable[[], Iterable[str]] = tuple,
+        self,
+        number: int,
+        what: str,
+        lines: Callable[[], Iterable[str]] = tuple,
         level: int = ARGUMENTS,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Write a head and its lines in one piece, if the log has this level."""
         if self._writer is None or self._level < level:
             return

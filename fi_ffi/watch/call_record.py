@@ -13,8 +13,8 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.abi.function import Frame, Packed
-from fi_ffi.abi.tensor import Device, TensorDesc
+from fi_ffi.abi.function import Frame
+from fi_ffi.abi.tensor import Device, TensorDesc, TensorKind, frozen
 from fi_ffi.ops.call import hooks
 from fi_ffi.ops.call.row import (
     KV_LAYOUTS,
@@ -67,9 +67,15 @@ class CallRecord:
     """One call of an entry, and its progress; only the calling thread writes it."""
 
     def __init__(
-        self, name: str, entry: str, device: Device | None, stream: int | None,
-        list_arguments: Callable[[], list[Argument]], row: Row | None = None, module: str = "",
-    ) -> None:  # fmt: skip
+        self,
+        name: str,
+        entry: str,
+        device: Device | None,
+        stream: int | None,
+        list_arguments: Callable[[], list[Argument]],
+        row: Row | None = None,
+        module: str = "",
+    ) -> None:
         self.name, self.entry, self.device, self.stream = name, entry, device, stream
         self._list_arguments = list_arguments
         # Set for calls that a row describes.
@@ -186,20 +192,46 @@ def _caller(frame: FrameType | None) -> tuple[str, str, int, str]:
     return method, frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name
 
 
+class Packed:
+    """A copy of a frame's contents: its words as int64, uint64 and float64."""
+
+    __slots__ = ("addresses", "floats", "layout", "words")
+
+    def __init__(self, frame: Frame) -> None:
+        view = memoryview(bytes(frame.words))
+        self.layout = frame.layout
+        self.words, self.addresses, self.floats = view.cast("q"), view.cast("Q"), view.cast("d")
+
+    def tensor(self, i: int, kind: TensorKind) -> TensorDesc:
+        """Return the tensor in slot `i`, as last written."""
+        at, rank = self.layout.dims[i], kind.rank
+        sizes, steps = self.words[at : at + rank], self.words[at + rank : at + 2 * rank]
+        address = self.addresses[self.layout.tensors[i]]
+        return frozen(address, tuple(sizes), tuple(steps), kind, None)
+
+
 def of_frame(frame: Frame, stream: int | None) -> CallRecord:
     """Return the record of a frame's call."""
-    variant, packed = frame.variant, frame.snapshot()
+    variant, packed = frame.variant, Packed(frame)
     compiled = variant.compiled
     return CallRecord(
-        compiled.row.name.partition(".")[0], frame.entry.name, variant.device, stream,
-        functools.partial(_arguments_of, variant, packed), compiled.row, compiled.module,
-    )  # fmt: skip
+        compiled.row.name.partition(".")[0],
+        frame.entry.name,
+        variant.device,
+        stream,
+        functools.partial(_arguments_of, variant, packed),
+        compiled.row,
+        compiled.module,
+    )
 
 
 def of_values(
-    name: str, values: Sequence[Any], tensors: Sequence[tuple[str, TensorDesc]],
-    device: Device | None, stream: int | None,
-) -> CallRecord:  # fmt: skip
+    name: str,
+    values: Sequence[Any],
+    tensors: Sequence[tuple[str, TensorDesc]],
+    device: Device | None,
+    stream: int | None,
+) -> CallRecord:
     """Return the record of a call without a row."""
     # Listed now: later the values may have been freed or changed.
     arguments = _arguments_of_values(values, tensors)
@@ -249,15 +281,15 @@ def _arguments_of_values(
     of_value: dict[str, list[TensorDesc]] = {}
     for where, desc in tensors:
         of_value.setdefault(where.partition(":")[0], []).append(desc)
-    found: list[Argument] = []
+    arguments: list[Argument] = []
     for i, value in enumerate(values):
         descs = of_value.get(str(i))
         if descs is None:
             is_plain = value is None or isinstance(value, (bool, int, float, str))
             recorded = value if is_plain else Opaque(f"{type(value).__name__} {value!r:.200}")
-            found.append(Argument(str(i), None, recorded))
+            arguments.append(Argument(str(i), None, recorded))
             continue
         for n, desc in enumerate(descs):  # an Array has several tensors
             name = f"{i}.{n}" if n else str(i)
-            found.append(Argument(name, desc, desc.ptr, reads=True, writes=True))
-    return found
+            arguments.append(Argument(name, desc, desc.ptr, reads=True, writes=True))
+    return arguments

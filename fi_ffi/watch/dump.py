@@ -18,12 +18,12 @@ from fi_ffi.errors import ArgumentError, LoaderError
 from fi_ffi.loader import machine
 from fi_ffi.watch import safetensors
 from fi_ffi.watch.call_record import Argument, CallRecord, Opaque
-from fi_ffi.watch.safetensors import Stored
+from fi_ffi.watch.safetensors import StoredTensor
 from fi_ffi.watch.tensor_bytes import read
 
 FORMAT = "fi_ffi call 1"
 BEFORE, AFTER = ".in.safetensors", ".out.safetensors"
-MOST_CALLS, MOST_BYTES = 1000, 2**33
+MAX_CALLS, MAX_BYTES = 1000, 2**33
 _NOT_IN_NAMES = re.compile(r"[^\w.-]", re.ASCII)
 _LONGEST_NAME = 100  # characters of a call's name in file names
 PLAN = "plan."  # prefix of the names of a plan's arrays in the file of a run
@@ -35,16 +35,19 @@ class Dump:
     """A directory of dumped calls, with limits on calls and bytes."""
 
     def __init__(
-        self, folder: str | os.PathLike[str], ops: str = "", most_calls: int = MOST_CALLS,
-        most_bytes: int = MOST_BYTES,
-    ) -> None:  # fmt: skip
+        self,
+        folder: str | os.PathLike[str],
+        ops: str = "",
+        max_calls: int = MAX_CALLS,
+        max_bytes: int = MAX_BYTES,
+    ) -> None:
         self._folder = Path(folder)
         self._patterns = [one.strip() for one in ops.split(",") if one.strip()] or ["*"]
-        self._most_calls, self._most_bytes = most_calls, most_bytes
+        self._max_calls, self._max_bytes = max_calls, max_bytes
         self._lock = threading.Lock()
         self._calls = self._bytes = 0
         # The last planning of each plan, which is needed to repeat its runs.
-        self._plans: weakref.WeakKeyDictionary[Any, tuple[Described, dict[str, Stored]]] = (
+        self._plans: weakref.WeakKeyDictionary[Any, tuple[Described, dict[str, StoredTensor]]] = (
             weakref.WeakKeyDictionary()
         )
         try:
@@ -66,17 +69,17 @@ class Dump:
         name, plan = record.qualname, record.plan
         is_planning = record.row is not None and record.row.symbol == "plan" and plan is not None
         is_wanted = any(fnmatch.fnmatchcase(name, pattern) for pattern in self._patterns)
-        found = None
+        described = None
         if is_planning:
-            found = _described(number, record), _stored(record)
+            described = _described(number, record), _stored(record)
             with self._lock:
-                self._plans[plan] = found
+                self._plans[plan] = described
         if not is_wanted:
             return None, ""
         why_not = self._reserve(record)
         if why_not:
             return None, f"not dumped: {why_not}"
-        call, stored = found or (_described(number, record), _stored(record))
+        call, stored = described or (_described(number, record), _stored(record))
         if plan is not None and not is_planning:
             with self._lock:
                 planned = self._plans.get(plan)
@@ -103,17 +106,17 @@ class Dump:
         tensors, calls = record.tensors(*of).values(), not of
         count = sum(tensor.dtype.bytes_of(tensor.numel) for tensor in tensors)
         with self._lock:
-            if self._calls + calls > self._most_calls:
-                return f"{self._most_calls} calls were (FI_FFI_DUMP_MAX_CALLS)"
-            if self._bytes + count > self._most_bytes:
+            if self._calls + calls > self._max_calls:
+                return f"{self._max_calls} calls were (FI_FFI_DUMP_MAX_CALLS)"
+            if self._bytes + count > self._max_bytes:
                 return f"{count} bytes are more than are left of FI_FFI_DUMP_MAX_BYTES"
             self._calls, self._bytes = self._calls + calls, self._bytes + count
             return ""
 
 
-def _stored(record: CallRecord, *of: str) -> dict[str, Stored]:
+def _stored(record: CallRecord, *of: str) -> dict[str, StoredTensor]:
     return {
-        name: Stored(tensor.dtype, tensor.shape, read(tensor, record.stream))
+        name: StoredTensor(tensor.dtype, tensor.shape, read(tensor, record.stream))
         for name, tensor in record.tensors(*of).items()
     }
 
@@ -134,9 +137,11 @@ def _described(number: int, record: CallRecord) -> Described:
     }
     if row is not None:
         document["row"] = {
-            "name": row.name, "variant": row.variant, "releases": row.releases,
+            "name": row.name,
+            "variant": row.variant,
+            "releases": row.releases,
             "signature": str(row.signature),
-        }  # fmt: skip
+        }
         document["module"] = record.module
         if device is not None and device.is_cuda:
             document |= _kernel(record.module, device.index)
@@ -150,10 +155,16 @@ def _described_argument(arg: Argument) -> Described:
             return {"name": arg.name, "opaque": arg.value.description}
         return {"name": arg.name, "value": arg.value}
     return {
-        "name": arg.name, "dtype": tensor.dtype.name, "shape": list(tensor.shape),
-        "strides": list(tensor.strides), "device": str(tensor.device), "address": tensor.ptr,
-        "reads": arg.reads, "writes": arg.writes, "scratch": arg.is_scratch,
-    }  # fmt: skip
+        "name": arg.name,
+        "dtype": tensor.dtype.name,
+        "shape": list(tensor.shape),
+        "strides": list(tensor.strides),
+        "device": str(tensor.device),
+        "address": tensor.ptr,
+        "reads": arg.reads,
+        "writes": arg.writes,
+        "scratch": arg.is_scratch,
+    }
 
 
 def _kernel(module: str, device: int) -> Described:

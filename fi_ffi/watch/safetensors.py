@@ -18,7 +18,7 @@ from fi_ffi.abi.tensor import DTYPES, DType
 from fi_ffi.errors import ArtifactError
 
 _METADATA = "__metadata__"
-_MOST_HEADER = 2**26
+_MAX_HEADER = 2**26
 _LENGTH = struct.Struct("<Q")
 # The format's names of dtypes. Dtypes with two values a byte are stored as bytes.
 _NAMES = {
@@ -32,7 +32,7 @@ _ITEMSIZES = {_NAMES[dtype.name]: dtype.itemsize for dtype in DTYPES.values()}
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """A tensor's elements, row by row."""
 
     dtype: DType
@@ -40,7 +40,7 @@ class Stored:
     data: bytes | memoryview
 
 
-def write(path: Path, tensors: Mapping[str, Stored], words: Mapping[str, str]) -> None:
+def write(path: Path, tensors: Mapping[str, StoredTensor], words: Mapping[str, str]) -> None:
     """Write a file atomically; raises `OSError`."""
     header: dict[str, Any] = {_METADATA: dict(words)}
     end = 0
@@ -83,7 +83,7 @@ def _header(path: Path, data: memoryview) -> tuple[dict[str, Any], memoryview]:
     if len(data) < _LENGTH.size:
         raise ArtifactError(f"{path}: {len(data)} bytes are no safetensors file")
     (count,) = _LENGTH.unpack(data[: _LENGTH.size])
-    if count > min(len(data) - _LENGTH.size, _MOST_HEADER):
+    if count > min(len(data) - _LENGTH.size, _MAX_HEADER):
         raise ArtifactError(f"{path}: a header of {count} bytes in a file of {len(data)}")
     end = _LENGTH.size + count
     try:

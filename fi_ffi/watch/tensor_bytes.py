@@ -7,7 +7,7 @@ from fi_ffi.abi.tensor import Device, TensorDesc
 from fi_ffi.loader import machine
 from fi_ffi.ops.call import cuda
 
-MOST_BYTES = 2**28  # the largest tensor for which statistics are computed
+MAX_BYTES = 2**28  # the largest tensor for which statistics are computed
 _DEVICE_TO_HOST = 2  # cudaMemcpyDeviceToHost
 
 
@@ -58,8 +58,8 @@ def statistics(tensor: TensorDesc, stream: int | None) -> str:
         return "no elements"
     if tensor.dtype.lanes > 1 or tensor.dtype.shares_bytes:
         return f"no statistics of {tensor.dtype}: elements share bytes"
-    if tensor.span_bytes > MOST_BYTES:
-        return f"no statistics: {tensor.span_bytes} bytes, more than {MOST_BYTES}"
+    if tensor.span_bytes > MAX_BYTES:
+        return f"no statistics: {tensor.span_bytes} bytes, more than {MAX_BYTES}"
     import numpy as np
 
     values = np.frombuffer(read(tensor, stream), tensor.dtype.numpy)

@@ -24,12 +24,12 @@ from fi_ffi.watch.stream_progress import ProgressCell
 from fi_ffi.watch.writer import print_to
 
 EXIT_STATUS = 124  # exit status after `abort`, as that of timeout(1)
-_LEAST_PAUSE, _MOST_PAUSE = 0.001, 0.05  # seconds between two polls of the thread
+_LEAST_PAUSE, _MAX_PAUSE = 0.001, 0.05  # seconds between two polls of the thread
 _FIRST_PAUSE, _LAST_PAUSE = 2e-5, 2e-3  # seconds between two polls at the end of a block
 # Seconds to wait for the caller's `on_hang`, or for a stderr that nobody reads: at the end of a
 # block, and before `abort` ends the process regardless.
 _PATIENCE, _LAST_PATIENCE = 10.0, 60.0
-_MOST_BLOCKED = 5  # calls behind a late one that a report lists
+_MAX_BLOCKED = 5  # calls behind a late one that a report lists
 
 
 class watchdog:  # a context manager reads as a verb
@@ -197,7 +197,7 @@ class _Watch:
         return late
 
     def _run(self) -> None:
-        pause = min(max(self._owner.seconds / 10, _LEAST_PAUSE), _MOST_PAUSE)
+        pause = min(max(self._owner.seconds / 10, _LEAST_PAUSE), _MAX_PAUSE)
         is_last = False
         while not is_last:
             is_last = self.stop.wait(pause)
@@ -270,7 +270,7 @@ class Hang(NamedTuple):
         )
         yield f"  behind it: {len(calls)} later call{'s' if len(calls) > 1 else ''} ({counts})"
         blocked = [call for call in calls if not call.has_returned]
-        for call in blocked[:_MOST_BLOCKED]:
+        for call in blocked[:_MAX_BLOCKED]:
             yield f"    not returned: {call.op}, {call.caller}"
-        if len(blocked) > _MOST_BLOCKED:
-            yield f"    and {len(blocked) - _MOST_BLOCKED} more that have not returned"
+        if len(blocked) > _MAX_BLOCKED:
+            yield f"    and {len(blocked) - _MAX_BLOCKED} more that have not returned"

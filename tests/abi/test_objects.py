@@ -34,6 +34,7 @@ from fi_ffi.abi.tensor import TensorDesc
 from fi_ffi.errors import ArgumentError, FiFfiError, KernelError, LoaderError
 
 from tests.helpers.frames import write_tensor
+from tests.helpers.heap_text import heap_string
 from tests.ops.test_threads import at_once
 
 
@@ -45,9 +46,7 @@ def make_error() -> Error:
 
 
 def make_string() -> String:
-    made = String.create("long enough for the heap")
-    assert made is not None
-    return made
+    return heap_string()
 
 
 def make_tensor() -> Tensor:

@@ -10,13 +10,12 @@ from hypothesis import strategies as st
 
 from fi_ffi.abi.signature import (
     Signature,
-    TypeExpr,
     parse_signature,
-    parse_type,
     signature_from_mismatch,
 )
 from fi_ffi.errors import AbiError
 from fi_ffi.modules.packing import packer_of
+from fi_ffi.modules.types import TypeExpr, parse_type
 
 # Printed by functions of FlashInfer 0.6.13 and of libtvm_ffi_testing: parameters and result.
 REAL = {

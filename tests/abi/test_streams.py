@@ -18,9 +18,10 @@ from cuda.bindings import driver, runtime
 
 from fi_ffi.abi import library, streams
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.abi.streams import current_scope, stream, stream_context, stream_handle
+from fi_ffi.abi.streams import current_scope, stream, stream_handle
 from fi_ffi.abi.tensor import Device, parse_device
 from fi_ffi.errors import ArgumentError, ArgumentTypeError
+from fi_ffi.ops.steps.stream import stream_context
 
 from tests.helpers.children import done
 
@@ -266,7 +267,8 @@ LIMITED = """
     import resource
     resource.setrlimit(resource.RLIMIT_AS, (1 << 33, 1 << 33))
     from fi_ffi.abi.tensor import parse_device
-    from fi_ffi.abi.streams import current_scope, stream, stream_context, swap
+    from fi_ffi.abi.streams import current_scope, stream, swap
+    from fi_ffi.ops.steps.stream import stream_context
     from fi_ffi.errors import KernelError
     from fi_ffi.loader.runtime import ensure_tvm_ffi
 
@@ -371,9 +373,9 @@ def test_a_stream_is_asked_for_its_gpu_once(two_gpus):
         with stream_context(150, CUDA1, "an_op"), stream(50):
             streams.open_scope(CUDA0, "an_op")
     assert two_gpus == [50, 150]
-    for handle in range(200, 200 + streams._MOST_CHECKED):
+    for handle in range(200, 200 + streams._MAX_CHECKED):
         stream_context(handle, CUDA1, "an_op")
-    assert len(streams.thread.checked) <= streams._MOST_CHECKED
+    assert len(streams.thread.checked) <= streams._MAX_CHECKED
 
 
 def test_streams_of_no_gpu_of_their_own_are_not_asked(two_gpus):

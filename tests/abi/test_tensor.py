@@ -23,10 +23,11 @@ from fi_ffi.abi.tensor import (
     DEVICE_TYPES,
     DTYPES,
     Device,
+    DType,
     TensorDesc,
     c_strides,
     device_from_code,
-    dtype_from_code,
+    dtype_of,
     make_desc,
     parse_device,
     parse_dtype,
@@ -125,9 +126,9 @@ def test_what_names_are_remembered_is_bounded() -> None:
         def __eq__(self, other: object) -> bool:
             return self is other
 
-    for _ in range(tensor._MOST_NAMES + 500):
+    for _ in range(tensor._MAX_NAMES + 500):
         desc(device=Name("cuda:0"))
-    assert 0 < len(tensor._NAMED) <= tensor._MOST_NAMES
+    assert 0 < len(tensor._NAMED) <= tensor._MAX_NAMES
 
 
 @pytest.mark.parametrize("argument", ["shape", "strides"])
@@ -359,7 +360,7 @@ def test_every_spelling_of_a_dtype(name: str) -> None:
         assert dtype.numpy.name == name
         spelled += [dtype.numpy, dtype.numpy.type]
     assert all(parse_dtype(one) is dtype for one in spelled)
-    assert dtype_from_code(dtype.code, dtype.bits, dtype.lanes) is dtype
+    assert dtype_of(dtype) is dtype
     assert repr(dtype) == name
     assert dtype.numpy.itemsize == dtype.itemsize
 
@@ -396,8 +397,8 @@ def test_unknown_dtype(dtype: object) -> None:
 
 
 def test_unknown_codes() -> None:
-    assert dtype_from_code(5, 64, 1) is None  # complex64
-    assert dtype_from_code(2, 16, 2) is None
+    assert dtype_of(DType("complex64", 5, 64)) is None
+    assert dtype_of(DType("float16x2", 2, 16, 2)) is None
     assert device_from_code(10, 0) is None  # ROCm
 
 

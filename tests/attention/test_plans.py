@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 import fi_ffi
+from fi_ffi.comm.memory import copy
 from fi_ffi.ops.attention.arrays import Arrays
 from fi_ffi.ops.attention.rows import UNIFORM
-from fi_ffi.ops.call import cuda
 from fi_ffi.ops.call.providers import release_in_force
 from fi_ffi.ops.call.releases import is_in
 from fi_ffi.reference.attention.formula import Options, exact, from_pages
@@ -248,7 +248,7 @@ def _write(machine: Any, placed: Any, values: np.ndarray) -> None:
     if machine.is_gpu:
         source = machine.place(values).desc()
         device = fi_ffi.parse_device(machine.device)
-        cuda.copy(placed.desc().ptr, source.ptr, values.nbytes, device, machine.stream)
+        copy(placed.desc().ptr, source.ptr, values.nbytes, device, machine.stream)
     else:
         placed.array[...] = values
 

@@ -147,7 +147,7 @@ def test_every_dtype_is_kept(folder, dtype):
         got = tensor_bytes.read(desc, None)
         assert got == part.tobytes()
         path = folder.with_suffix(f".{len(got)}")
-        safetensors.write(path, {"x": safetensors.Stored(desc.dtype, shape, got)}, {"a": "b"})
+        safetensors.write(path, {"x": safetensors.StoredTensor(desc.dtype, shape, got)}, {"a": "b"})
         found, words = safetensors.read(path)
         assert bytes(found["x"]) == got and words == {"a": "b"}
 

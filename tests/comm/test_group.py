@@ -190,7 +190,7 @@ def test_messages_of_which_a_vector_is_more_than_max_bytes():
 
 def test_shots_of_messages_that_one_shot_has_no_room_for(monkeypatch):
     """The kernels count a Lamport buffer's bytes in 32 bits; here the bound is a small one."""
-    monkeypatch.setattr(fusion, "_MOST_LAMPORT", 1 << 14)
+    monkeypatch.setattr(fusion, "_MAX_LAMPORT", 1 << 14)
 
     def body(rank, given, gpus):
         size = comm.FusionSize(8, 1024, "float32")
@@ -215,7 +215,7 @@ def test_shots_of_messages_that_one_shot_has_no_room_for(monkeypatch):
 
 def test_no_more_tokens_than_ranks_go_in_one_shot(monkeypatch):
     """However large they are: two shots are of more."""
-    monkeypatch.setitem(fusion._MOST_ONESHOT, 2, 1024)
+    monkeypatch.setitem(fusion._MAX_ONESHOT, 2, 1024)
 
     def body(rank, given, gpus):
         size = comm.FusionSize(8, 1024, "float32")

@@ -18,7 +18,7 @@ import pytest
 from fi_ffi import comm
 from fi_ffi.abi.tensor import parse_device
 from fi_ffi.comm import hang
-from fi_ffi.comm.hang import Copies, Monitor, run_with_deadline
+from fi_ffi.comm.hang import Monitor, SideStreamCopies, run_with_deadline
 from fi_ffi.comm.memory import has_ended, place_of
 
 from tests.helpers import ranks
@@ -34,7 +34,7 @@ def kernels_of(group: comm.Group, how: str):
 def count_blocks(group: comm.Group, how: str, count: int) -> None:
     """Of fused kernels, which count their thread blocks while they run; references do not."""
     if how != "vllm":
-        with Copies(CPU) as copies:
+        with SideStreamCopies(CPU) as copies:
             numbers = group._algorithms.fusion._numbers.desc.ptr
             copies.write(numbers, np.int32(count).tobytes())
 
@@ -49,7 +49,7 @@ def test_the_missing_rank_is_told_and_what_waits_is_let_go(how):
         x = np.full(4096, rank + 1, np.float16)
         for _ in range(4):  # an even number of times, and all of a triple buffer's turns
             group.all_reduce(x.copy(), algorithm=how)
-        with Copies(CPU) as copies:
+        with SideStreamCopies(CPU) as copies:
             assert not {*kernels_of(group, how).state(copies.read)[1]}, "nobody is waited for"
         given[rank].barrier()
         if rank == LATE:

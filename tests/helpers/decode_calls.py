@@ -10,7 +10,7 @@ import numpy as np
 import fi_ffi
 from fi_ffi.abi.tensor import DTYPES
 from fi_ffi.cli.cases import bound, case_of
-from fi_ffi.ops.states.gdn import Kernel, least_states, row_of
+from fi_ffi.ops.states.gdn import GdnKernel, least_states, row_of
 
 from tests.helpers.calls import called, of_bound, padded
 
@@ -23,7 +23,7 @@ _OF_REQUESTS = ("q", "k", "v", "a", "b", "output", "initial_state_indices", "out
                 "intermediate_states_buffer")  # fmt: skip
 
 
-def module_of(kernel: Kernel) -> str:
+def module_of(kernel: GdnKernel) -> str:
     """The module of a kernel on an H100."""
     return kernel.names((9, 0), 132)[0]
 
@@ -100,13 +100,13 @@ class DecodeCall:
         )
 
     @property
-    def kernel(self) -> Kernel:
+    def kernel(self) -> GdnKernel:
         arrays, options = self.arrays, self.options
         b, t, h, _ = arrays["q"].shape
         hv = arrays["v"].shape[2]
         index = arrays.get("initial_state_indices")
         names = {name: fi_ffi.as_desc(array).dtype.name for name, array in arrays.items()}
-        return Kernel(
+        return GdnKernel(
             h, hv, t, least_states(b, hv, 132, options["state_layout"]), names["state"],
             names["dt_bias"], (names["a"], names["b"]),
             "int32" if index is None else names["initial_state_indices"],

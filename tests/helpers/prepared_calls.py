@@ -138,7 +138,7 @@ def frame_of(call: Any) -> tuple[bytes, dict[str, Any], list[int]]:
     frame = call.take()
     words = frame.words.tobytes()
     call.give(frame)
-    return words, dict(call.given), [id(owner) for owner in call.owners]
+    return words, dict(call.arguments), [id(owner) for owner in call.owners]
 
 
 def tensors(row: Row) -> list[Tensor]:

@@ -173,7 +173,7 @@ CALLS = {
     "cudaEventQuery": lambda: made_event().is_done(),
     "event": lambda: made_event().record(0),
     "cudaEventSynchronize": lambda: made_event().wait(),
-    "cudaStreamWaitEvent": lambda: made_event().hold(0),
+    "cudaStreamWaitEvent": lambda: made_event().make_wait(0),
     "cudaMemcpyAsync": lambda: cuda.copy_to_device(64, 64, 4, 0),
     "stream": lambda: cuda.is_capturing(0),
     "cudaSetDevice": lambda: machine.make_current(1),

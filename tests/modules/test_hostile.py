@@ -15,9 +15,11 @@ import pytest
 import fi_ffi
 from fi_ffi import ArgumentError, ArgumentTypeError
 from fi_ffi.abi.function import Entry, global_function, make_array, probe
-from fi_ffi.abi.objects import CallArena, Function, Object, String, Tensor
+from fi_ffi.abi.objects import CallArena, Function, Object, Tensor
 from fi_ffi.modules.entry import HandleGuard
 from fi_ffi.modules.packing import call
+
+from tests.helpers.heap_text import heap_string
 
 MANY = 100_000
 
@@ -136,7 +138,7 @@ OWNERS = {
     "Array": lambda every: make_array([1]),
     "Entry": lambda every: global_function("ffi.ArraySize"),
     "Function": lambda every: global_function("ffi.ArraySize").owner,
-    "String": lambda every: String.create("long enough for the heap"),
+    "String": lambda every: heap_string(),
     "Tensor": lambda every: tensor_of(X),
     "CallArena": lambda every: CallArena("call"),
     "HandleGuard": lambda every: HandleGuard(None),

@@ -188,9 +188,9 @@ def test_what_has_no_statistics(monkeypatch):
 
     assert of(np.zeros((0, 4), np.float16)) == "no elements"
     assert of(np.full((2, 2), np.nan, np.float32)) == "no finite element, 4 NaN, 0 Inf"
-    monkeypatch.setattr(module, "MOST_BYTES", 15)
+    monkeypatch.setattr(module, "MAX_BYTES", 15)
     assert of(np.zeros(8, np.float16)) == "no statistics: 16 bytes, more than 15"
-    monkeypatch.setattr(module, "MOST_BYTES", 16)
+    monkeypatch.setattr(module, "MAX_BYTES", 16)
     assert of(np.zeros(8, np.float16)).startswith("min 0,")
 
 

@@ -113,7 +113,7 @@ def test_sizes_are_not_remembered():
 
 def test_variants_are_bounded(mine, monkeypatch):
     """Kinds without end (devices, dtypes, read-only memory): no more are kept than that."""
-    monkeypatch.setattr(compiled, "_MOST_VARIANTS", 3)
+    monkeypatch.setattr(compiled, "_MAX_VARIANTS", 3)
     read_only = [array.view() for array in (mine.x, mine.w)]
     for array in read_only:
         array.flags.writeable = False
@@ -267,7 +267,7 @@ def test_names_in_compiled_code(op):
     for row in op.rows:
         own = {arg.name for arg in row.given}
         form = CompiledRow(row)
-        for function in (form.call, form.pack, form.check, form.bind, form.update):
+        for function in (form.call, form.pack, form.check, form.arguments, form.update):
             code = function.__code__
             assert not unknown(function)
             assert len({*code.co_varnames}) == len(code.co_varnames)

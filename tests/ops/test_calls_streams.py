@@ -173,7 +173,7 @@ def test_scratch_of_each_stream(gpu, monkeypatch):
     monkeypatch.setattr(memory, "_owned", {})
     op, values, _kept = given_on_gpu("gdn_prefill", without=("workspace_buffer",))
     calls = [op.prepare(**values, stream=stream) for stream in (0x51, 0x51, None)]
-    assert len({call.given["workspace_buffer"].ptr for call in calls}) == 3
+    assert len({call.arguments["workspace_buffer"].ptr for call in calls}) == 3
     for call in calls[:2]:
         call()
     handles = {0x51: 0, 0x61: 0}
@@ -281,7 +281,7 @@ def test_a_stream_that_is_known_for_one_gpu_is_refused_for_the_other(gpu, monkey
 
 
 def test_more_streams_than_are_remembered(gpu, mine, monkeypatch):
-    monkeypatch.setattr(launch, "_MOST_HANDLES", 10)
+    monkeypatch.setattr(launch, "_MAX_HANDLES", 10)
     calls = Calls(mine)
     for handle in [*range(100), *range(100)]:
         gpu.seen.clear()

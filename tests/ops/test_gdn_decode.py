@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import fi_ffi
-from fi_ffi.ops.states.gdn import Kernel, least_states, row_of
+from fi_ffi.ops.states.gdn import GdnKernel, least_states, row_of
 
 from tests.attention.machines import Cpu
 from tests.helpers.calls import refused
@@ -425,7 +425,7 @@ NAMES = [
 def test_rows_of_a_block(t, steps):
     """Of bfloat16 states, as FlashInfer's own choice on 132 multiprocessors is."""
     for states in range(1, 1100):
-        kernel = Kernel(1, 1, t, least_states(states, 1, 132))
+        kernel = GdnKernel(1, 1, t, least_states(states, 1, 132))
         tile = steps[max(step for step in steps if step <= states)]
         wide = states >= (512 if t == 1 else 128)
         assert f"_m1_tm1_{tile}_" in module_of(kernel), states
@@ -434,15 +434,15 @@ def test_rows_of_a_block(t, steps):
 
 @pytest.mark.parametrize(("compiled", "b", "name"), NAMES, ids=lambda given: "")
 def test_modules_are_called_as_flashinfer_calls_them(compiled, b, name):
-    kernel = Kernel(16, 32, states=least_states(b, 32, 132), **compiled)
+    kernel = GdnKernel(16, 32, states=least_states(b, 32, 132), **compiled)
     assert module_of(kernel) == name
     symbol = kernel.names((9, 0), 132)[1]
     assert symbol == name.replace("_sm90a_cute_dsl", "")
 
 
 def test_names_that_are_too_long_are_cut():
-    kernel = Kernel(16, 32, t=2, state_dtype="float32", scale=0.123456789012345678901)
-    long = Kernel(10**30, 10**31, t=10**9, state_dtype="float32", scale=1.5e-05)
+    kernel = GdnKernel(16, 32, t=2, state_dtype="float32", scale=0.123456789012345678901)
+    long = GdnKernel(10**30, 10**31, t=10**9, state_dtype="float32", scale=1.5e-05)
     assert "_h" not in module_of(kernel)
     head, _, digest = module_of(long).rpartition("_h")
     assert len(digest) == 16 and len(head) == len("gdn_decode_mtp_sm90a_cute_dsl_") + 180
@@ -452,5 +452,5 @@ def test_a_row_is_shared_by_batches_of_one_kernel():
     """Rows are compiled: a batch's size is no key."""
     of = [least_states(b, 32, 132) for b in range(1, 600)]
     assert len({*of}) <= 9
-    kinds = {row_of(Kernel(2, 4, t=t, state_dtype=s)).variant for t in (1, 2) for s in STATES}
+    kinds = {row_of(GdnKernel(2, 4, t=t, state_dtype=s)).variant for t in (1, 2) for s in STATES}
     assert kinds == {"", "_float32", "_float32_tokens"} and PAD < 0

@@ -11,7 +11,7 @@ import pytest
 import fi_ffi
 from fi_ffi.catalogue.requests import parse_request
 from fi_ffi.cli.cases import bound, case_of
-from fi_ffi.ops.states.kda import Kernel, row_of
+from fi_ffi.ops.states.kda import KdaKernel, row_of
 from fi_ffi_build.questions import question_of
 
 from tests.helpers.calls import called, of_bound, refused
@@ -93,9 +93,9 @@ class Call:
             self.options["num_spec_tokens"] = t - 1
 
     @property
-    def kernel(self) -> Kernel:
+    def kernel(self) -> KdaKernel:
         arrays, options = self.arrays, self.options
-        return Kernel(
+        return KdaKernel(
             self.size, self.is_gated, "dt_bias" in arrays, "lower_bound" in options,
             options.get("use_qk_l2norm_in_kernel", True), options.get("beta_is_logit", False),
             self.t == 1 and "ssm_state_indices" in arrays, self.t, *self._heads,
@@ -440,5 +440,5 @@ def test_supports():
 
 def test_a_function_is_called_like_its_module():
     for capability, arch in (((9, 0), "sm90a"), ((10, 0), "sm100a")):
-        name, symbol = Kernel().names(capability)
+        name, symbol = KdaKernel().names(capability)
         assert symbol == name.replace(f"_{arch}_cute_dsl", "")

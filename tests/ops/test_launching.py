@@ -45,7 +45,7 @@ CALLS = [name for name in sorted(fi_ffi.__all__) if name not in NO_CALLS and lau
 
 
 def test_every_call_tells_where_it_works_and_is_prepared():
-    """One that has neither gets them from `ops.call.keyword_call`, and a line in the matrix."""
+    """One that has neither gets them from `ops.steps.keyword_call`, and a line in the matrix."""
     for name in CALLS:
         value = getattr(fi_ffi, name)
         assert hasattr(value, "supports"), f"fi_ffi.{name} has no supports()"

@@ -26,6 +26,7 @@ from fi_ffi.ops.functions import OPS
 from tests.helpers.calls import having
 from tests.helpers.cases import default_dtypes, make_case
 from tests.helpers.inputs import inputs_of
+from tests.helpers.limits import limits
 from tests.helpers.prepared_calls import same_error
 
 
@@ -64,7 +65,7 @@ def is_bound(row: Row, axis: str) -> bool:
         for arg in row.tensors
         if bases & {name for other in arg.axis_names for name in parse_axis(other).names}
     ]
-    return axis.isdigit() or axis in row.limits("in") or len(having) > 1
+    return axis.isdigit() or axis in limits(row, "in") or len(having) > 1
 
 
 def may_lie_apart(arg: Tensor) -> bool:
@@ -195,18 +196,18 @@ def test_some_row_has_each_limit():
     assert any(row.offset_limit < 2**63 and any(map(may_lie_apart, row.tensors)) for row in rows)
 
 
-@having(lambda row: row.limits("in"))
+@having(lambda row: limits(row, "in"))
 def test_sizes_the_kernel_was_not_compiled_for(op, dtypes):
-    for axis, sizes in op.row.limits("in").items():
+    for axis, sizes in limits(op.row, "in").items():
         case = a_case(op.row, dtypes, **{axis: 2 * max(sizes)})
         error = call_refused(op, case, described(case), None)
         assert f"{axis} of {' or '.join(map(str, sizes))}" in str(error)
 
 
-@having(lambda row: row.limits(">="))
+@having(lambda row: limits(row, ">="))
 def test_sizes_that_are_too_small(op, dtypes):
     # Empty tensors need no memory; nothing is looked at before the sizes.
-    small = {axis: least for axis, (least,) in op.row.limits(">=").items()}
+    small = {axis: least for axis, (least,) in limits(op.row, ">=").items()}
     for axis in small:
         least = dict.fromkeys(axes_of(op.row), 0) | small
         sizes = {**least, **inputs_of(op.row).small, axis: 0}

@@ -25,6 +25,7 @@ from tests.helpers.every_op import check_on, check_replayed, needs
 from tests.helpers.inputs import inputs_of
 from tests.helpers.inputs.page import page_tables
 from tests.helpers.inputs.sampling import probabilities
+from tests.helpers.limits import limits
 from tests.helpers.rope_calls import ANGLES, APPLY, COS_SIN, LLAMA_31, QUANTISE
 from tests.helpers.sampling_calls import ARRAYS, DRAWING, SAMPLERS, SEEDS, run
 
@@ -439,7 +440,7 @@ def known(op: Op, options: Options) -> dict[str, Any]:
 
 def is_within(op: Op, sizes: Mapping[str, int], options: Options) -> bool:
     """Whether the row of the kernels in use has the size."""
-    most = op.row.limits("<=")
+    most = limits(op.row, "<=")
     of_sizes = [rule for rule in op.row.rules if {*rule.names} <= sizes.keys()]
     return all(size <= most.get(axis, (size,))[0] for axis, size in sizes.items()) and all(
         eval(rule.condition, {**FUNCTIONS, **rule.using}, dict(sizes)) for rule in of_sizes

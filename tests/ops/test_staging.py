@@ -11,6 +11,7 @@ import fi_ffi
 from fi_ffi.loader import machine
 from fi_ffi.ops.call import cuda, memory, staging
 from fi_ffi.ops.call.staging import StagePool
+from fi_ffi.ops.steps import memory as tables
 
 GPU, CPU = fi_ffi.parse_device("cuda:0"), fi_ffi.parse_device("cpu")
 
@@ -39,8 +40,9 @@ def pretended(monkeypatch):
     monkeypatch.setattr(cuda, "allocate_page_locked", lambda count, device: cuda._host(count))
 
 
-def test_pieces_that_are_read_are_left_alone_up_to_a_number_of_them():
-    pool = StagePool(GPU, most=3)
+def test_pieces_that_are_read_are_left_alone_up_to_a_number_of_them(monkeypatch):
+    monkeypatch.setattr(staging, "MAX_STAGES", 3)
+    pool = StagePool(GPU)
     stages = []
     for i in range(3):
         stages.append(pool.take(64))
@@ -92,7 +94,7 @@ class Copies:
         monkeypatch.setattr(cuda, "is_capturing", lambda stream: self.capturing)
         monkeypatch.setattr(cuda, "copy_to_device", self.copy)
         monkeypatch.setattr(cuda, "allocate", lambda count, device: cuda._host(count))
-        monkeypatch.setattr(staging, "stream_key", self.key)
+        monkeypatch.setattr(tables, "stream_key", self.key)
         monkeypatch.setattr(memory, "_owned", {})
 
     def key(self, device: int, stream: int) -> tuple[int, int]:
@@ -104,7 +106,7 @@ class Copies:
 
     def staged(self, stream: int, data: bytes = b"table") -> tuple[int, int]:
         """Where a table was brought, and where it was copied from."""
-        with staging.staged(GPU, stream, memoryview(data), 64) as place:
+        with tables.staged(GPU, stream, memoryview(data), 64) as place:
             got = bytes(cuda.ffi.buffer(cuda.pointer(place.address), len(data)))
             assert got == data and place.scratch >= place.address + len(data)
             assert place.scratch % 256 == 0 and place.scratch_bytes == 64

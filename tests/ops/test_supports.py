@@ -11,9 +11,9 @@ import pytest
 import fi_ffi
 from fi_ffi.capability import judgement
 from fi_ffi.capability.attention import SAMPLES
-from fi_ffi.capability.judgement import Query, capability_of, judge
+from fi_ffi.capability.judgement import Query, capability_of, entry_row, judge
 from fi_ffi.capability.known_issues import KNOWN_ISSUES
-from fi_ffi.capability.matrix import SMS, entry_row, lines
+from fi_ffi.capability.matrix import SMS, lines
 from fi_ffi.catalogue.ahead_of_time import compiles_for, in_wheel, is_recorded, listed_in
 from fi_ffi.errors import ArgumentError, KernelNotFoundError
 from fi_ffi.loader import machine, search

@@ -70,7 +70,7 @@ def test_first_calls(op, dtypes, more):
 
 def test_many_sizes_while_variants_are_forgotten(mine, monkeypatch):
     """Variants that fill up, and are dropped, under calls that are being made."""
-    monkeypatch.setattr(compiled, "_MOST_VARIANTS", 2)
+    monkeypatch.setattr(compiled, "_MAX_VARIANTS", 2)
     ended = []
 
     def work(number: int) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 import fi_ffi
 from fi_ffi import comm
-from fi_ffi.catalogue.api_map import Row, release, rows
+from fi_ffi.catalogue.api_map import ApiName, release, rows
 from tools.entries import entries_of
 
 OF_VLLM = "vLLM: "
@@ -24,7 +24,7 @@ GROUPS = {
 }  # fmt: skip
 
 
-def label(row: Row) -> str:
+def label(row: ApiName) -> str:
     return f"{row.section}.{row.name}"
 
 
@@ -68,10 +68,10 @@ def test_every_operator_of_vllms_has_a_row():
 ])  # fmt: skip
 def test_what_is_no_row(text):
     with pytest.raises(ValueError, match="is none of the forms"):
-        Row.read("flashinfer.norm", "rmsnorm", text)
+        ApiName.read("flashinfer.norm", "rmsnorm", text)
 
 
 def test_a_row_may_have_both():
-    row = Row.read("a", "b", "fi_ffi: c, d entry: e.f, g.h | a remark")
+    row = ApiName.read("a", "b", "fi_ffi: c, d entry: e.f, g.h | a remark")
     assert (row.ops, row.entries, row.remark) == (("c", "d"), ("e.f", "g.h"), "a remark")
-    assert Row.read("a", "b", "none: a reason | more").reason == "a reason"
+    assert ApiName.read("a", "b", "none: a reason | more").reason == "a reason"

@@ -169,7 +169,7 @@ _DECODE = [
 
 
 def row_of(compiled: dict[str, Any]) -> Row:
-    kernel = gdn.Kernel(16, 32, **compiled)
+    kernel = gdn.GdnKernel(16, 32, **compiled)
     return gdn.row_of(kernel, kernel.names((9, 0), 132)[1])
 
 
@@ -202,9 +202,9 @@ _KDA = [
     pytest.param(release, kernel, function, id=f"{release}-{function}-{kernel.is_packed:d}")
     for release in RELEASES
     for kernel, function in (
-        (kda.Kernel(), "recurrent_kda_launch"),
-        (kda.Kernel(is_packed=True), "recurrent_kda_launch"),
-        (kda.Kernel(t=3), "_grouped_kda_host"),
+        (kda.KdaKernel(), "recurrent_kda_launch"),
+        (kda.KdaKernel(is_packed=True), "recurrent_kda_launch"),
+        (kda.KdaKernel(t=3), "_grouped_kda_host"),
     )
     if fits(kda.row_of(kernel), release)
 ]

@@ -12,18 +12,19 @@ from typing import Any
 
 import pytest
 
+from fi_ffi import reference
 from fi_ffi.ops import on_host
 from fi_ffi.ops.attention.backends import FP8_WINDOWS, decode_groups
 from fi_ffi.ops.attention.rows import UNIFORM
 from fi_ffi.ops.attention.run import OWN_STRIDES
 from fi_ffi.ops.attention.sizes import BY_QUERY
-from fi_ffi.ops.call import providers
 from fi_ffi.ops.call.releases import GUARDED, fits, is_in
 from fi_ffi.ops.call.row import KV_LAYOUTS, Row
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.matmul.rows import RUN_GEMM
 from fi_ffi.ops.table import renorm, rope, sampling, topk
 
+from tests.helpers.limits import limits
 from tests.releases.bindings import RELEASES
 
 each_release = pytest.mark.parametrize("release", RELEASES)
@@ -237,20 +238,20 @@ def test_pages(release, sources, flat):
     text = flat(release, "include/flashinfer/page.cuh")
     append = text[text.index("cudaError_t AppendPagedKVCache(") :]
     kv, mla = (row_of(f"append_paged_{of}kv_cache", release) for of in ("", "mla_"))
-    assert dispatched(sources, release) == kv.limits("in")["head_dim"]
+    assert dispatched(sources, release) == limits(kv, "in")["head_dim"]
     width = f"std::max({kv.vector.bytes} / sizeof(DType), HEAD_DIM / {kv.vector.threads})"
     threads = "uint32_t bdx = HEAD_DIM / vec_size; uint32_t bdy = num_heads;"
     assert f"vec_size = {width}; {threads}" in append and kv.block == ("num_kv_heads",)
     for of in ("ckv", "kpe"):
-        assert f"HEAD_{of.upper()}_DIM = {mla.limits('in')[f'head_dim_{of}'][0]};" in append
+        assert f"HEAD_{of.upper()}_DIM = {limits(mla, 'in')[f'head_dim_{of}'][0]};" in append
     # Two elements, or 16 bytes: the row asks for 16 bytes of both.
     later = "std::max(uint32_t(16 / sizeof(DType)), uint32_t(HEAD_CKV_DIM / 128));"
     assert ("vec_size = 2;" in append) != (f"vec_size = {later}" in append)
     assert mla.vector.bytes == 16
     strides = re.findall(r"(\w+) stride_(?:page|n|h|page_ckv|page_kpe|n_ckv|n_kpe);", text)
     assert set(strides) == {"uint32_t"} and len(strides) == 7
-    limits = {arg.stride_limit for row in (kv, mla) for arg in row.tensors if arg.writes}
-    assert limits == {2**32}
+    strides = {arg.stride_limit for row in (kv, mla) for arg in row.tensors if arg.writes}
+    assert strides == {2**32}
     codes = re.findall(r"k(NHD|HND) = (\d)U", sources(release, "include/flashinfer/layout.cuh"))
     assert {name: int(code) for name, code in codes} == KV_LAYOUTS
 
@@ -265,9 +266,9 @@ def test_norms_clamp_as_the_row_says(release, sources):
 @pytest.mark.parametrize(("release", "row"), rows_with("fused_qk_rmsnorm_rope"))
 def test_norms_with_rope(release, row, sources):
     text = sources(release, "include/flashinfer/norm/fused_qk_rmsnorm_rope.cuh")
-    assert "int MAX_HEADS = 32" in text and row.limits("<=")["num_heads_q"] == (32,)
+    assert "int MAX_HEADS = 32" in text and limits(row, "<=")["num_heads_q"] == (32,)
     sizes = [size for size in (32, 64, 128, 256, 512) if f"case {size}:" in text]
-    assert (*sizes,) == row.limits("in")["head_dim"]
+    assert (*sizes,) == limits(row, "in")["head_dim"]
 
 
 NAME = "fused_dit_gate_residual_layernorm_gamma_beta"
@@ -304,7 +305,8 @@ def test_rope(release, sources, flat):
 def test_the_gated_delta_rule(release, row, flat):
     """Sizes and limits; checkpoints are kept as the helper counts them."""
     delta = flat(release, DELTA)
-    assert row.limits("in") == {"head_size": (128,)} and "total_seq_len >= num_seqs" in row.requires
+    assert limits(row, "in") == {"head_size": (128,)}
+    assert "total_seq_len >= num_seqs" in row.requires
     states = [arg for arg in row.tensors if arg.name in ("input_state", "output_state")]
     assert [arg.offset_limit for arg in states] == [2**31] * 2
     assert [arg.bytes_per_multiprocessor for arg in row.tensors if "workspace" in arg.name] == [128]
@@ -318,7 +320,7 @@ def test_the_gated_delta_rule(release, row, flat):
 
 @each_release
 def test_block_scaled_products(release, flat, interface):
-    assert RUN_GEMM.limits("<=")["k128"] == (20480 // 128,)
+    assert limits(RUN_GEMM, "<=")["k128"] == (20480 // 128,)
     text = flat(release, f"{_BLOCKSCALE}.cu")
     assert text.count("max_shape_m_4_align_ * shape_k * sizeof(__nv_fp8_e4m3)") >= 2
     init = interface(release).of(RUN_GEMM.source, "", "init").signature
@@ -330,7 +332,7 @@ def test_block_scaled_products(release, flat, interface):
     for name in ("mxfp8_quantize", "fp4_quantize"):
         assert all(major >= 10 for major in row_of(name, release).capabilities)
     if row := row_of("nvfp4_kv_dequant", release):
-        assert row.limits("<=")["blocks"] == (48 * 1024 - 4,) and row.offset_limit == 2**31
+        assert limits(row, "<=")["blocks"] == (48 * 1024 - 4,) and row.offset_limit == 2**31
 
 
 ROUTERS = ("mm_M1_16_K7168_N256", "mm_M1_16_K7168_N128", "mm_M1_16_K6144_N256")
@@ -362,7 +364,7 @@ def test_activations(release, flat):
     launcher, row = flat(release, "jit/activation.py"), row_of("silu_and_mul", release)
     needs_vectors = "uint32_t vec_size = 16 / sizeof(c_type);" in launcher
     assert needs_vectors != ("if (d % max_vec_size == 0)" in launcher)
-    assert row.limits("%") == ({"d": (16 // 2,)} if needs_vectors else {})
+    assert limits(row, "%") == ({"d": (16 // 2,)} if needs_vectors else {})
     assert row.vector.bytes == 16
 
 
@@ -378,7 +380,7 @@ def test_states(release, flat, sources):
     assert large.index("dim3 nblks(seq_len, num_heads);") < large.index("uint32_t bdy = num_heads;")
     has_5e4 = "constexpr float inf = 5e4;" in sources(release, "include/flashinfer/math.cuh")
     assert has_5e4 == (row_of("merge_states", release).variant == "")
-    assert has_5e4 != is_in(release, providers._HAVE_INFINITY)
+    assert has_5e4 != is_in(release, reference._HAVE_INFINITY)
 
 
 @each_release
@@ -406,10 +408,10 @@ def test_keys_put_together_and_bits(release, sources):
     names = {"MLA_NUM_LOCAL_HEADS": "num_heads", "MLA_QK_NOPE_HEAD_DIM": "nope_dim",
              "MLA_QK_ROPE_HEAD_DIM": "rope_dim"}  # fmt: skip
     for name, axis in names.items():
-        assert f"constexpr int {name} = {row.limits('in')[axis][0]};" in text
+        assert f"constexpr int {name} = {limits(row, 'in')[axis][0]};" in text
     has_fp8 = "FP16_FP8(" in sources(release, "csrc/concat_mla.cu")
     assert has_fp8 == ("float8_e4m3fn" in row.dtypes["T"])
-    assert row_of("packbits", release).limits("<=") == {"n": ((2**31 - 1) * 256 * 8,)}
+    assert limits(row_of("packbits", release), "<=") == {"n": ((2**31 - 1) * 256 * 8,)}
 
 
 @each_release
@@ -472,7 +474,7 @@ def test_the_workspace_of_top_p_renorm(release, row, sources):
     """As FlashInfer's Python function makes it."""
     text = sources(release, "include/flashinfer/air_top_p.cuh")
     assert "BITS_PER_PASS = 11;" in text and renorm._BUCKETS == 2**11
-    assert "dim3 grid(blockNum, batch_size);" in text and row.limits("<=")["n"] == (2**16 - 1,)
+    assert "dim3 grid(blockNum, batch_size);" in text and limits(row, "<=")["n"] == (2**16 - 1,)
     assert "probs[batchId * vocabSize + i]" in text and row.offset_limit == 2**31
     python = sources(release, "sampling.py")
     body = re.search(r"align256 = lambda.*?ws_size = \(.*?\n    \)\n", python, re.DOTALL)

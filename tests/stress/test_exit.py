@@ -14,7 +14,8 @@ ALIVE = """
     import os, sys, threading, time
     import numpy as np, pytest
     import fi_ffi
-    from fi_ffi.abi.objects import String, Tensor
+    from fi_ffi.abi.objects import Tensor
+    from tests.helpers.heap_text import heap_string
     from fi_ffi import graphs
     from fi_ffi.ops.call import cuda
     from tests.attention.pretend import Pretend
@@ -44,7 +45,7 @@ ALIVE = """
         module.entry("fail")(1)
     except fi_ffi.KernelError as raised:
         error = raised
-    text = String.create("a string that is an object")
+    text = heap_string()
     tensor = Tensor.from_desc(fi_ffi.as_desc(memory[0]))
     log = fi_ffi.call_log(3, os.devnull)
     dog = fi_ffi.watchdog(60)

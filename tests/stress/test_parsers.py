@@ -15,10 +15,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fi_ffi.abi.signature import parse_signature, parse_type
+from fi_ffi.abi.signature import parse_signature
 from fi_ffi.errors import AbiError, ArtifactError, LoaderError
 from fi_ffi.loader import lock
 from fi_ffi.loader.wheel import parse_record
+from fi_ffi.modules.types import parse_type
 
 from tests.helpers.stress_strength import scaled
 from tests.stress.parsers import PARSERS, InMemory, feed, seeds_of

@@ -27,6 +27,7 @@ from fi_ffi.ops.attention.run import BoundRow, Values, compiled_row
 from fi_ffi.ops.attention.sizes import Need, aligned
 from fi_ffi.ops.attention.workspace import Workspace
 from fi_ffi.ops.call import cuda, hooks, memory
+from fi_ffi.ops.call.arguments import Refusal
 from fi_ffi.ops.call.forms import in_force
 from fi_ffi.ops.call.launch import launch
 from fi_ffi.ops.call.notation import parse_axis
@@ -600,7 +601,7 @@ class Plan:
         if frame.has_objects:
             frame.place_objects()
         if memory.recording() is not None:
-            memory.hold(workspace, self._info)
+            memory.keep_for_graph(workspace, self._info)
         if hooks.watcher is None:
             launch(frame, stream)
         else:
@@ -643,7 +644,7 @@ class PreparedRun(PackedCall):
         if stream is not None:  # refuse what is no stream now, not at the first call
             handle_for(stream, plan.device, plan.op)
         self._version: object = None
-        self.hold(self._packed(given))
+        self.own_frame(self._packed(given))
 
     @property
     def op(self) -> str:
@@ -686,7 +687,7 @@ class PreparedRun(PackedCall):
             if name not in known or not isinstance(given[name], (TensorDesc, NoneType)):
                 expected = f"one of {', '.join(known)}; prepare another call for other options"
                 raise plan._refuse("update", name, expected)
-            given[name] = tensor_like(plan._refuse, plan.op, name, given[name], value)
+            given[name] = tensor_like(Refusal(plan.op), name, given[name], value)
         self.renew(lambda: self._packed(given))
         self._given = given
 

@@ -13,7 +13,7 @@ from fi_ffi.abi.interop import as_desc
 from fi_ffi.abi.tensor import Device, TensorDesc
 from fi_ffi.errors import ArgumentError, ArgumentTypeError
 from fi_ffi.ops.attention.rows import FP4
-from fi_ffi.ops.call import keyword_call
+from fi_ffi.ops.call import values as values_
 from fi_ffi.ops.call.arguments import check_number, shown
 from fi_ffi.ops.call.compiled import CompiledRow, Variant
 from fi_ffi.ops.call.row import Row, Scalar, Tensor
@@ -51,12 +51,12 @@ def compiled_row(
     row: Row, module: str, dtypes: Mapping[str, str], op: str, device: Device | None = None,
     **how: Any,
 ) -> CompiledRow:  # fmt: skip
-    """Compile a row for a module of these dtypes: see `fi_ffi.ops.call.keyword_call`."""
+    """Compile a row for a module of these dtypes: see `fi_ffi.ops.call.values`."""
     types = {name: FP4 if dtype in FP4 else (dtype,) for name, dtype in dtypes.items()}
-    return keyword_call.compiled_row(row, module, types, op, device, names=CALLER_NAMES, **how)
+    return values_.compiled_row(row, module, types, op, device, names=CALLER_NAMES, **how)
 
 
-class Values(keyword_call.Values):
+class Values(values_.Values):
     """The arguments of an entry of attention; `others` are the rows of the other backends."""
 
     __slots__ = ("backend", "others")

@@ -131,10 +131,10 @@ class Workspace:
                 with cuda.current(self.device):
                     event = cuda.Event()
                 event.record(before)
-                event.hold(stream)
+                event.make_wait(stream)
         for other, event in self._elsewhere.items():
             if other != key:
-                event.hold(stream)
+                event.make_wait(stream)
         self._elsewhere.clear()
         self._copied_on, self._stream = (stream, key), None
 
@@ -156,7 +156,7 @@ class Workspace:
         if event is None:
             ready = self._stages.last.done
             if ready is not None:
-                ready.hold(stream)
+                ready.make_wait(stream)
             with cuda.current(self.device):
                 event = self._elsewhere.setdefault(key, cuda.Event())
         return event

@@ -1,18 +1,12 @@
-"""Checks of arguments that no row describes: numbers, flags, words, and host arrays of integers."""
+"""Checks of arguments that no row describes: numbers, flags and words."""
 
 from __future__ import annotations
 
 import math
 import numbers
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any
 
 from fi_ffi.errors import ArgumentError, ArgumentTypeError, printed
-
-if TYPE_CHECKING:
-    import numpy
-
-    Integers = numpy.ndarray[Any, numpy.dtype[numpy.int64]]
 
 INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
 
@@ -80,52 +74,3 @@ def check_choice(op: str, argument: str, value: object, allowed: Collection[str]
         expected = " or ".join(map(repr, allowed))
         raise kind(op, argument, got=printed(value), expected=expected)
     return value
-
-
-def check_int_array(op: str, argument: str, value: object) -> Integers:
-    """Return a one-dimensional array of integers from 0 to the largest int32."""
-    import numpy as np
-
-    expected = "a one-dimensional host array of integers"
-    if isinstance(value, (list, tuple)):
-        wrong = [v for v in value if not isinstance(v, numbers.Integral) or isinstance(v, bool)]
-        if wrong:
-            raise ArgumentTypeError(op, argument, got=shown(wrong[0]), expected=expected)
-        # dtype object: numpy would turn an empty list, and large ints, into floats.
-        array = np.array([int(v) for v in value], dtype=object)
-    else:
-        try:
-            array = np.asarray(value)
-        except Exception as error:  # any error of the exporter, such as a GPU array's
-            got = f"a {type(value).__qualname__} that refused: {error}"
-            raise ArgumentTypeError(op, argument, got=got, expected=expected) from error
-        if array.dtype.kind not in "iu":
-            got = f"{type(value).__qualname__} of {array.dtype}"
-            raise ArgumentTypeError(op, argument, got=got, expected=expected)
-    if array.ndim != 1:
-        raise ArgumentError(op, argument, got=f"shape {array.shape}", expected=expected)
-    fits = (array >= 0) & (array <= INT32_MAX)
-    check_each(op, argument, array, fits.astype(bool), f"0 to {INT32_MAX}")
-    return array.astype(np.int64)
-
-
-def check_indptr(op: str, argument: str, value: object) -> Integers:
-    """Return where each request starts, and the end; refuse arrays that do not start at 0 or
-    decrease."""
-    starts = check_int_array(op, argument, value)
-    if not starts.size or starts[0] != 0:
-        got = f"a first element of {starts[0]}" if starts.size else "no element"
-        raise ArgumentError(op, argument, got=got, expected="0 and an end for each request")
-    rising = starts[1:] >= starts[:-1]
-    check_each(op, argument, starts[1:], rising, "elements that do not decrease", 1)
-    return starts
-
-
-def check_each(
-    op: str, argument: str, array: Any, right: Any, expected: str, offset: int = 0
-) -> None:
-    """Raise for the first element that is not `right`."""
-    if not right.all():
-        at = int(right.argmin())
-        got = f"{array[at]} at {at + offset}"
-        raise ArgumentError(op, argument, got=got, expected=expected)

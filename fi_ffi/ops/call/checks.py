@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fi_ffi.abi.function import FrameLayout
-from fi_ffi.abi.tensor import DTYPES
+from fi_ffi.abi.tensor import DTYPES, TensorKind
+from fi_ffi.ops.call.arguments import INT64_MAX
 from fi_ffi.ops.call.notation import Axis, names_in, parse_axis, replaced
 from fi_ffi.ops.call.refuse import PLANNED, unlimited
 from fi_ffi.ops.call.row import (
@@ -21,7 +22,6 @@ from fi_ffi.ops.call.row import (
     REQUIRED,
     SHARED_MEMORY,
     Absent,
-    Arg,
     KvLayout,
     Row,
     Scalar,
@@ -31,7 +31,6 @@ from fi_ffi.ops.call.row import (
     defaults,
 )
 
-_INT64 = 2**63
 _FAR = 2**62  # no tensor reaches this limit
 
 
@@ -51,45 +50,33 @@ def call_text(row: Row) -> str:
 
 def frame_layout(row: Row, last: frozenset[str] = frozenset()) -> FrameLayout:
     """Return where a row's arguments are in a frame; the shapes of those in `last` come last."""
-    ranks = [
-        arg.entry_rank
-        if isinstance(arg, Tensor)
-        else len(arg.shape)
-        if isinstance(arg, Absent) and arg.abi_type == "DLTensor*"
-        else None
-        for arg in row.slots
-    ]
+    ranks = [arg.entry_rank if isinstance(arg, (Tensor, Absent)) else None for arg in row.slots]
     places = [i for i, arg in enumerate(row.slots) if arg.name in last]
     return FrameLayout(ranks, places, len(row.args))
 
 
-def is_number(arg: Arg) -> bool:
-    """Whether an absent argument is a number or a bool."""
-    return isinstance(arg, Absent) and arg.abi_type in ("int", "bool", "float")
-
-
 @dataclass(frozen=True)
 class CompileOptions:
-    """How a function is compiled from a row.
+    """How functions are compiled from a row.
 
-    `bound` are arguments that are already in the frame (a plan's own), and `known` axes whose sizes
-    the plan has fixed.
+    `bound` are arguments that are already in the frame (a plan's own), with their kinds, or None
+    for a missing tensor; `known` are axes whose sizes the plan has fixed. Errors name `op`, and
+    arguments by `names`.
     """
 
     row: Row
-    bound: frozenset[str] = frozenset()
-    known: tuple[str, ...] = ()
-    # Parameters of `pack` that come before the others.
-    first: tuple[str, ...] = ()
-    # Names of the op and its arguments in errors.
     op: str = ""
     names: Mapping[str, str] = field(default_factory=dict)
+    known: tuple[str, ...] = ()
+    bound: Mapping[str, TensorKind | None] = field(default_factory=dict)
+    # Parameters of `pack` that come before the others.
+    first: tuple[str, ...] = ()
 
     @property
     def last(self) -> frozenset[str]:
         """The arguments whose shapes calls do not write with the others: bound ones, and
         scratch."""
-        return self.bound | {arg.name for arg in self.row.tensors if arg.is_scratch}
+        return frozenset((*self.bound, *(arg.name for arg in self.row.tensors if arg.is_scratch)))
 
     @property
     def packed_names(self) -> list[str]:
@@ -120,8 +107,7 @@ class Checks:
         self.fixed_by: dict[str, str] = {}
         self.maybe: set[str] = set()  # axes that only optional tensors have
         self.dims: dict[str, list[str]] = {}
-        self.steps: dict[tuple[str, str], str] = {}
-        self.masks: dict[str, str] = {}
+        self.named: dict[str, dict[str, str]] = {}
         if is_packing:
             self.memo = "memo_of_pack"
 
@@ -134,11 +120,13 @@ class Checks:
             if arg.or_zeros:
                 first = self.tensors[0][1]
                 lines.append(f"if {name} is None: {name} = zeros({first.name}.device, {arg.axes})")
-            there = f"{name} is not None and " if self._may_be_none(arg) else ""
-            told = f"describe({name}, {self.options.op!r}, {self.options.names.get(name, name)!r})"
-            lines.append(f"if {there}type({name}) is not TensorDesc: {name} = {told}")
+            present = f"{name} is not None and " if self._may_be_none(arg) else ""
+            refusal = (
+                f"describe({name}, {self.options.op!r}, {self.options.names.get(name, name)!r})"
+            )
+            lines.append(f"if {present}type({name}) is not TensorDesc: {name} = {refusal}")
             if arg.is_loose:
-                lines.append(f"if {there}{name}.kind.rank != 1: {name} = as_vector({name})")
+                lines.append(f"if {present}{name}.kind.rank != 1: {name} = as_vector({name})")
         return lines
 
     @staticmethod
@@ -150,7 +138,7 @@ class Checks:
         layout = next((arg for _, arg in self.given if isinstance(arg, KvLayout)), None)
         if layout is not None:
             wrong = f"type({layout.name}) is not str or {layout.name} not in KV_LAYOUTS"
-            lines.append(f"if {wrong}: refuse.kv_layout({layout.name!r}, {layout.name})")
+            lines.append(f"if {wrong}: refuse.word({layout.name!r}, {layout.name}, KV_LAYOUTS)")
             key.append(layout.name)
         for _, arg in self.tensors:
             kind = f"{arg.name}.kind"
@@ -199,13 +187,12 @@ class Checks:
         return lines
 
     def _shape(self, arg: Tensor, waiting: list[tuple[Tensor, str, str]]) -> list[str]:
-        targets, later, fresh = [], [], []
+        targets, later = [], []
         for k, text in enumerate(arg.axis_names):
             is_new = text.isidentifier() and text not in self.sizes
             if is_new:
                 self.sizes[text], self.fixed_by[text] = f"size__{text}", arg.name
                 targets.append(f"size__{text}")
-                fresh.append(text)
                 continue
             targets.append(f"{arg.name}__d{k}")
             later.append((text, targets[-1]))
@@ -243,21 +230,21 @@ class Checks:
             fixed = "" if fixed == arg.name else fixed
             if any(name in self.options.known for name in axis.names):
                 fixed = PLANNED
-            told = f"refuse.size({arg.name!r}, {arg.name}, {text!r}, {wanted}, {fixed!r})"
-            return [f"if {size} != {wanted}: {told}"]
+            refusal = f"refuse.size({arg.name!r}, {arg.name}, {text!r}, {wanted}, {fixed!r})"
+            return [f"if {size} != {wanted}: {refusal}"]
         ((name, times),) = unknown
-        found, rest = f"size__{name}", self._expression(axis, without=name)
-        self.sizes[name], self.fixed_by[name] = found, arg.name
+        solved, rest = f"size__{name}", self._expression(axis, without=name)
+        self.sizes[name], self.fixed_by[name] = solved, arg.name
         if axis.over > 1:  # several values in each element
             assert (len(axis.terms), times, axis.more) == (1, 1, 0), f"{self.row.name}: {text}"
-            return [f"{found} = {size} * {axis.over}"]
+            return [f"{solved} = {size} * {axis.over}"]
         minus = "" if rest == "0" else f" - ({rest})"
         unsolved = f"refuse.unsolved({arg.name!r}, {arg.name}, {text!r}, {size}, {rest}, {times})"
         if times == 1:
-            return [f"{found} = {size}{minus}", f"if {found} < 0: {unsolved}"]
+            return [f"{solved} = {size}{minus}", f"if {solved} < 0: {unsolved}"]
         return [
-            f"{found}, rest = divmod({size}{minus}, {times})",
-            f"if {found} < 0 or rest: {unsolved}",
+            f"{solved}, rest = divmod({size}{minus}, {times})",
+            f"if {solved} < 0 or rest: {unsolved}",
         ]
 
     def _optional_shape(self, arg: Tensor) -> list[str]:
@@ -274,10 +261,10 @@ class Checks:
                 continue
             assert axis.names == (text,), f"{self.row.name}: {name} alone has {text}"
             if text in self.maybe:
-                told = f"{name!r}, {name}, {text!r}, size__{text}, {self.fixed_by[text]!r}"
+                refusal = f"{name!r}, {name}, {text!r}, size__{text}, {self.fixed_by[text]!r}"
                 inside += [
                     f"if size__{text} is None: size__{text} = {size}",
-                    f"elif {size} != size__{text}: refuse.size({told})",
+                    f"elif {size} != size__{text}: refuse.size({refusal})",
                 ]
                 continue
             before.append(f"size__{text} = None")
@@ -285,12 +272,11 @@ class Checks:
             self.sizes[text], self.fixed_by[text] = f"size__{text}", name
             self.maybe.add(text)
         # A missing tensor has a first size of 0, like one without elements.
-        absent = [f"{name}__d{k}" for k in range(len(targets))]
-        absent += [f"{name}__s{k}" for k in range(len(targets))]
-        values = ["0", *("1" for _ in absent[1:])]
+        absent = [*targets, *(f"{name}__s{k}" for k in range(len(targets)))]
+        values = 0, *([1] * (len(absent) - 1))
         return [
             *before,
-            f"if {name} is None: {', '.join(absent)}, = {', '.join(values)},",
+            f"if {name} is None: {', '.join(absent)}, = {values}",
             "else:",
             *(f"    {line}" for line in inside),
         ]
@@ -315,11 +301,11 @@ class Checks:
                 if arg.size_of:
                     size = self.sizes[arg.size_of]
                     other = f"{name} > {size}" if arg.or_less else f"{name} != {size}"
-                    told = f"refuse.size_of({name!r}, {name}, {size})"
-                    lines += [f"if {name} is None: {name} = {size}", f"elif {other}: {told}"]
+                    refusal = f"refuse.size_of({name!r}, {name}, {size})"
+                    lines += [f"if {name} is None: {name} = {size}", f"elif {other}: {refusal}"]
             elif isinstance(arg, Text):
                 unknown = f"type({name}) is not str or {name} not in texts{i}"
-                lines.append(f"if {unknown}: refuse.text({name!r}, {name})")
+                lines.append(f"if {unknown}: refuse.word({name!r}, {name}, texts{i})")
         return lines
 
     # Scratch memory, whose size may depend on other tensors' sizes.
@@ -330,32 +316,27 @@ class Checks:
         asks = asks or any(arg.is_scratch for _, arg in self.tensors)
         if asks and not self.is_packing:
             # Refuse a missing stream before asking for a GPU, which may not exist.
-            checked = "check_stream(stream, variant.device, refuse.op)"
+            checked = "handle_for(stream, variant.device, refuse.op)"
             lines.append(f"if variant.entry is None: {checked}")
         for i, arg in self.tensors:
             if not arg.is_scratch:
                 continue
-            name, need = arg.name, f"variant.scratch[{i}]"
-            if arg.bytes_for:
+            name, need = arg.name, f"variant.scratch[{arg.name!r}]"
+            if arg.bytes_for is not None:
                 known = self.sizes | {given: given for given in arg.bytes_given}
                 sizes = ", ".join(f"{axis!r}: {size}" for axis, size in known.items())
-                need = f"{need} + variant.bytes_for[{i}]({{{sizes}}})"
-            own = f"variant.take_scratch({i}, need, stream, {self.is_packing})"
+                need = f"{need} + scratch{i}.bytes_for({{{sizes}}})"
             (axis,) = arg.axis_names
-            self.dims[name] = [f"{name}__d0"]
-            item = DTYPES[arg.dtype].itemsize
-            have = f"{name}__d0 * {item}"
-            lines += [
-                f"need = {need}",
-                f"if {name} is None: {name} = {own}",
-                *self._read(arg, [f"{name}__d0"]),
-                *(
-                    []
-                    if arg.any_size
-                    else [f"if {have} < need: refuse.scratch({name!r}, {have}, need)"]
-                ),
-            ]
-            self.sizes.setdefault(axis, f"{name}__d0")
+            size = f"{name}__d0"
+            self.dims[name] = [size]
+            have = f"{size} * {DTYPES[arg.dtype].itemsize}"
+            asked = f"scratch{i}, variant.device, need, stream, {self.is_packing}"
+            lines.append(f"need = {need}")
+            lines.append(f"if {name} is None: {name} = scratch_for(refuse, {asked})")
+            lines += self._read(arg, [size])
+            if not arg.any_size:
+                lines.append(f"if {have} < need: refuse.scratch({name!r}, {have}, need)")
+            self.sizes.setdefault(axis, size)
         return lines
 
     # Conditions on sizes.
@@ -365,16 +346,19 @@ class Checks:
         lines = []
         for condition in self.row.conditions:
             names = names_in(condition.text)
-            first = self._first_with(condition.axis)
+            axis = condition.axis
+            first = self.fixed_by.get(axis) or next(
+                (arg.name for _, arg in self.tensors if axis in arg.axis_variables), None
+            )
             if first is None or not {*names} <= self.sizes.keys():
                 continue
-            holds = replaced(condition.text, self.sizes)
+            test = replaced(condition.text, self.sizes)
             for divisor in condition.divisors:
-                holds = f"{self.sizes[divisor]} and {holds}"
+                test = f"{self.sizes[divisor]} and {test}"
             maybe = [f"{self.sizes[name]} is None" for name in names if name in self.maybe]
             expected = condition.expected(self._shown, self._braced)
-            told = f"refuse.limit({first!r}, {first}, f{expected!r})"
-            lines.append(f"if not ({' or '.join([*maybe, holds])}): {told}")
+            refusal = f"refuse.limit({first!r}, {first}, f{expected!r})"
+            lines.append(f"if not ({' or '.join([*maybe, test])}): {refusal}")
         return lines
 
     def _braced(self, text: str) -> str:
@@ -385,16 +369,6 @@ class Checks:
         if axis in self.options.known:
             return f"{self._braced(axis)}, as planned"
         return f"{axis} = {self._braced(axis)}"
-
-    def _first_with(self, axis: str) -> str | None:
-        """Return the first tensor in whose axes an axis appears."""
-        fixed = self.fixed_by.get(axis)
-        if fixed is not None:
-            return fixed
-        for _, arg in self.tensors:
-            if any(axis in parse_axis(text).names for text in arg.axis_names):
-                return arg.name
-        return None
 
     def _block(self) -> list[str]:
         """Check what one thread block covers."""
@@ -419,12 +393,12 @@ class Checks:
     def _together(self) -> list[str]:
         if not self.row.together:
             return []
-        there = []
+        present = []
         for _, arg in self.given:
             if arg.name in self.row.together:
                 test = f"{arg.name} is not None" if isinstance(arg, Tensor) else arg.name
-                there.append(f"({arg.name!r} if {test} else '')")
-        return [f"refuse.together([name for name in ({', '.join(there)}) if name])"]
+                present.append(f"({arg.name!r} if {test} else '')")
+        return [f"refuse.together([name for name in ({', '.join(present)}) if name])"]
 
     # Strides.
 
@@ -432,46 +406,38 @@ class Checks:
         """Return the axis along which several elements are loaded at a time."""
         if arg.broadcast or not arg.in_vectors:
             return None
-        named = (parse_axis(text).names for text in arg.axis_names)
-        return next((n for names in named for n in names if n in self.row.vector.axes), None)
+        return next((n for n in arg.axis_variables if n in self.row.vector.axes), None)
 
-    def _itemsizes(self, dtype: str) -> set[int]:
-        return {DTYPES[name].itemsize for name in self.row.dtypes.get(dtype, (dtype,))}
-
-    def _itemsize(self, arg: Tensor) -> str:
-        """Return the itemsize: a number if all dtypes have the same, otherwise the kind's."""
-        sizes = self._itemsizes(arg.dtype)
-        return str(*sizes) if len(sizes) == 1 else f"variant.item[{arg.name!r}]"
+    def _itemsize(self, dtype: str) -> str:
+        """Return the itemsize: a number if all dtypes have the same, otherwise the variant's."""
+        sizes = {DTYPES[name].itemsize for name in self.row.dtypes.get(dtype, (dtype,))}
+        return str(*sizes) if len(sizes) == 1 else f"variant.itemsizes[{dtype!r}]"
 
     def _width(self, arg: Tensor) -> str:
         """Return the elements of a vector load."""
         vector = self.row.vector
-        dtype = vector.dtype or arg.dtype
-        sizes = self._itemsizes(dtype)
-        if len(sizes) == 1:
-            return str(vector.bytes // sizes.pop())
-        return f"({vector.bytes} // variant.itemsizes[{dtype!r}])"
+        item = self._itemsize(vector.dtype or arg.dtype)
+        is_fixed = item.isdigit()
+        return str(vector.bytes // int(item)) if is_fixed else f"({vector.bytes} // {item})"
+
+    def _named(self, prefix: str, value: str) -> tuple[list[str], str]:
+        """Return lines that compute a value, and its variable, which equal values share."""
+        if value.isdigit():
+            return [], value
+        names = self.named.setdefault(prefix, {})
+        is_new = value not in names
+        name = names.setdefault(value, f"{prefix}__{len(names)}")
+        return [f"{name} = {value}"] * is_new, name
 
     def _step(self, arg: Tensor) -> tuple[list[str], str]:
         """Return lines that compute the elements loaded at a time, and the variable."""
         axis = self._vector_axis(arg)
-        if axis is None:
-            return [], "1"
-        key = self._width(arg), self.sizes[axis]
-        if key in self.steps:
-            return [], self.steps[key]
-        step = self.steps[key] = f"step__{len(self.steps)}"
-        return [f"{step} = gcd({key[0]}, {key[1]})"], step
+        value = "1" if axis is None else f"gcd({self._width(arg)}, {self.sizes[axis]})"
+        return self._named("step", value)
 
     def _loaded(self, arg: Tensor) -> tuple[list[str], str]:
         """Return lines that compute the bits that an address must not have, and the variable."""
-        mask = self._mask(arg)
-        if mask.isdigit():
-            return [], mask
-        if mask in self.masks:
-            return [], self.masks[mask]
-        name = self.masks[mask] = f"mask__{len(self.masks)}"
-        return [f"{name} = {mask}"], name
+        return self._named("mask", self._mask(arg))
 
     def _strides(self, is_scratch: bool) -> list[str]:
         lines = []
@@ -482,19 +448,20 @@ class Checks:
             lines += first
             lines.append(f"{arg.name}__span = {self._span(arg)}")
             wrong = self._wrong_strides(arg, step)
-            there = f"{arg.name} is not None and " if arg.optional else ""
+            present = f"{arg.name} is not None and " if arg.optional else ""
             if wrong:
-                told = f"refuse.strides({arg.name!r}, {arg.name}, {step})"
-                lines.append(f"if {there}({' or '.join(wrong)}): {told}")
-            if self._itemsize(arg) != "1":  # convert to bytes
-                lines.append(f"{arg.name}__span *= {self._itemsize(arg)}")
+                refusal = f"refuse.strides({arg.name!r}, {arg.name}, {step})"
+                lines.append(f"if {present}({' or '.join(wrong)}): {refusal}")
+            item = self._itemsize(arg.dtype)
+            if item != "1":  # convert to bytes
+                lines.append(f"{arg.name}__span *= {item}")
         if is_scratch:
             return lines
         same = [arg for _, arg in self.tensors if arg.name in self.row.same_strides]
         for arg in same[1:]:
             first_name = same[0].name
-            told = f"refuse.same_strides({arg.name!r}, {arg.name}, {first_name!r}, {first_name})"
-            lines.append(f"if {arg.name}.strides != {first_name}.strides: {told}")
+            refusal = f"refuse.same_strides({arg.name!r}, {arg.name}, {first_name!r}, {first_name})"
+            lines.append(f"if {arg.name}.strides != {first_name}.strides: {refusal}")
         return lines
 
     def _masks(self) -> list[str]:
@@ -558,8 +525,8 @@ class Checks:
             if (IN_PLACE in rule.names) is not of_memory:
                 continue
             values = {name: self._value(name) for name in rule.names}
-            told = f"refuse.rule({number}, ({', '.join(values.values())},))"
-            lines.append(f"if not ({replaced(rule.condition, values)}): {told}")
+            refusal = f"refuse.rule({number}, ({', '.join(values.values())},))"
+            lines.append(f"if not ({replaced(rule.condition, values)}): {refusal}")
         return lines
 
     def _value(self, name: str) -> str:
@@ -587,31 +554,29 @@ class Checks:
         for _, arg in self.tensors:
             name, mask = arg.name, self._loaded(arg)[1]
             start, end = f"{name}__p = {name}.ptr", f"{name}__end = {name}__p + {name}__span"
-            told = f"refuse.address({name!r}, {name}, {mask} + 1)"
+            refusal = f"refuse.address({name!r}, {name}, {mask} + 1)"
             if arg.optional:
                 test = f"{name}__p & {mask} or not {name}__p"
                 lines.append(f"if {name} is None: {name}__p = {name}__end = 0")
                 lines += ["else:", *(f"    {line}" for line in (start, end))]
-                lines.append(f"    if {test}: {told}")
+                lines.append(f"    if {test}: {refusal}")
             else:
                 lines += [start, end]
-                required.setdefault(mask, []).append((f"{name}__p", told))
+                required.setdefault(mask, []).append((f"{name}__p", refusal))
         for mask, those in required.items():
             each = [p for p, _ in those]
             lines.append(f"if ({' | '.join(each)}) & {mask} or not ({' and '.join(each)}):")
-            lines += (f"    if {p} & {mask} or not {p}: {told}" for p, told in those)
+            lines += (f"    if {p} & {mask} or not {p}: {refusal}" for p, refusal in those)
         return lines
 
     def _mask(self, arg: Tensor) -> str:
         """Return the bits that an address must not have; the width of a load is a power of 2."""
-        axis = self._vector_axis(arg)
-        if axis is None:
-            return (
-                str(math.lcm(int(self._itemsize(arg)), arg.alignment) - 1)
-                if len(self._itemsizes(arg.dtype)) == 1
-                else f"(max({self._itemsize(arg)}, {arg.alignment}) - 1)"
-            )
-        loaded = f"{self._step(arg)[1]} * {self._itemsize(arg)}"
+        item = self._itemsize(arg.dtype)
+        if self._vector_axis(arg) is None:
+            if item.isdigit():
+                return str(math.lcm(int(item), arg.alignment) - 1)
+            return f"(max({item}, {arg.alignment}) - 1)"
+        loaded = f"{self._step(arg)[1]} * {item}"
         if arg.alignment > 1:
             loaded = f"max({loaded}, {arg.alignment})"
         return f"({loaded} - 1)"
@@ -649,8 +614,10 @@ class Checks:
             for _, arg in self.tensors:
                 p, end = f"{arg.name}__p", f"{arg.name}__end"
                 test = f"{p} < end0 and start0 < {end} or {p} < end1 and start1 < {end}"
-                told = f"refuse.overlaps_workspace({arg.name!r}, {arg.name}, bound_row.memory[:4])"
-                lines.append(f"if {p} < last and first < {end} and ({test}): {told}")
+                refusal = (
+                    f"refuse.overlaps_workspace({arg.name!r}, {arg.name}, bound_row.memory[:4])"
+                )
+                lines.append(f"if {p} < last and first < {end} and ({test}): {refusal}")
         return lines
 
 
@@ -662,8 +629,8 @@ def _wrong_numbers(arg: Scalar) -> list[str]:
         high = "< inf" if arg.high is None else f"<= {float(arg.high)!r}"
         wrong.append(f"not {low} {name} {high}")
     elif arg.type is int:
-        high = f"< {_INT64}" if arg.high is None else f"<= {int(arg.high)}"
-        wrong.append(f"not {-_INT64 if arg.low is None else int(arg.low)} <= {name} {high}")
+        least = -INT64_MAX - 1 if arg.low is None else int(arg.low)
+        wrong.append(f"not {least} <= {name} <= {INT64_MAX if arg.high is None else int(arg.high)}")
     if arg.multiple_of > 1:
         wrong.append(f"{name} % {arg.multiple_of}")
     return wrong

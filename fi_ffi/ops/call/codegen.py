@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from fi_ffi.abi.library import TypeIndex
+from fi_ffi.ops.call.arguments import INT64_MAX
 from fi_ffi.ops.call.checks import Checks, CompileOptions, parameters
 from fi_ffi.ops.call.notation import replaced
 from fi_ffi.ops.call.row import (
@@ -24,7 +25,6 @@ from fi_ffi.ops.call.row import (
     Text,
 )
 
-_INT64 = 2**63
 # Local variables that checks of shapes and strides set.
 _LOCALS = re.compile(r"\b(?:size__\w+|\w+__[ds]\d+|\w+__span|mask__\d+|step__\d+)\b")
 
@@ -42,14 +42,10 @@ def pack_source(options: CompileOptions) -> str:
     It returns the variant, a frame (None if there is nothing to do), the scratch memory taken, and
     the bits that new addresses must not have; with bound arguments, only the first two.
     """
-    row, writer = options.row, _Writer(options, is_packing=True)
-    name = _identifier(row.name)
+    writer, given = _Writer(options, is_packing=True), parameters(options.row)
     if options.bound:
-        names = options.packed_names
-        header = f"def {name}(bound_row, {', '.join(names)}):"
-    else:
-        header = f"def {name}({parameters(row)}):"
-    return _function(header, writer.lines(lambda: [writer.packed("frame")]))
+        given = f"bound_row, {', '.join(options.packed_names)}"
+    return _function(f"def pack({given}):", writer.lines(lambda: [writer.packed("frame")]))
 
 
 def check_source(options: CompileOptions) -> str:
@@ -63,14 +59,14 @@ def check_source(options: CompileOptions) -> str:
         sizes = ", ".join(f"{axis!r}: {size}" for axis, size in writer.sizes.items())
         return [f"return {{{tensors}}}, {{{sizes}}}"]
 
-    header = f"def {_identifier(row.name)}({parameters(row)}):"
+    header = f"def check({parameters(row)}):"
     return _function(header, writer.lines(end, is_checking=True))
 
 
-def bind_source(options: CompileOptions) -> str:
+def arguments_source(options: CompileOptions) -> str:
     """Return a function of the same parameters that returns them by name, and the stream."""
     names = ", ".join(f"{arg.name!r}: {arg.name}" for arg in options.row.given)
-    header = f"def {_identifier(options.row.name)}({parameters(options.row)}):"
+    header = f"def arguments({parameters(options.row)}):"
     return _function(header, [f"return {{{names}}}, stream"])
 
 
@@ -82,10 +78,6 @@ def update_source(options: CompileOptions) -> str:
 
 def _function(header: str, lines: Sequence[str]) -> str:
     return "\n".join([header, *(f"    {line}" for line in lines)])
-
-
-def _identifier(name: str) -> str:
-    return name.replace(".", "_")
 
 
 class _Writer(Checks):
@@ -174,7 +166,7 @@ class _Writer(Checks):
             elif isinstance(arg, Scalar):
                 value = arg.name
                 if arg.library:
-                    value = f"{value} or variant.library_handle({arg.library!r})"
+                    value = f"{value} or own_handle({arg.library!r}, variant.device)"
                 if arg.zero:
                     value = f"{value} or {replaced(arg.zero, self.sizes)}"
                 view = "frame.floats" if arg.type is float else words
@@ -267,11 +259,13 @@ class _Writer(Checks):
         if row.allocates or any(arg.optional or arg.is_scratch for arg in row.tensors):
             return header, change
         words = [self.layout.value(i) for i, arg in enumerate(row.slots) if isinstance(arg, Tensor)]
+        places = [*zip(names, words, strict=True)]
         now = [
-            f"{name}__p = {name} if {name} is not KEEP else addresses[{word}]"
-            for name, word in zip(names, words, strict=True)
+            f"{name}__p = {name} if {name} is not KEEP else addresses[{w}]" for name, w in places
         ]
-        tests = [f"type({name}__p) is int and 0 < {name}__p < {_INT64}" for name in names]
+        then = [f"addresses[{word}] = {name}__p" for name, word in places]
+        then += [f"if {name} is not KEEP: self.owners[{k}] = None" for k, name in enumerate(names)]
+        tests = [f"type({name}__p) is int and 0 < {name}__p <= {INT64_MAX}" for name in names]
         tests += [f"not {name}__p & masks[{k}]" for k, name in enumerate(names)]
         tests += [f"{name} is KEEP" for name in fixed]
         for a, b in itertools.combinations(range(len(names)), 2):
@@ -288,15 +282,7 @@ class _Writer(Checks):
             "        addresses, masks, spans = frame.addresses, self.masks, self.spans",
             *(f"        {line}" for line in now),
             f"        if {' and '.join(tests)}:",
-            *(
-                f"            addresses[{word}] = {name}__p"
-                for name, word in zip(names, words, strict=True)
-            ),
-            *(
-                f"            if {name} is not KEEP: self.owners[{k}] = None"
-                for k, name in enumerate(names)
-            ),
-            "            return",
+            *(f"            {line}" for line in (*then, "return")),
             "finally:",
             "    self.give(frame)",
             *change,

@@ -12,6 +12,7 @@ from typing import Any
 
 from fi_ffi.abi.function import ARRAY, Entry, Frame, Slot, c_text
 from fi_ffi.abi.interop import as_desc
+from fi_ffi.abi.streams import handle_for
 from fi_ffi.abi.tensor import (
     DTYPES,
     Device,
@@ -23,9 +24,9 @@ from fi_ffi.abi.tensor import (
 )
 from fi_ffi.loader import generation, machine
 from fi_ffi.ops.call import cuda, memory
-from fi_ffi.ops.call.checks import CompileOptions, call_text, frame_layout, is_number
+from fi_ffi.ops.call.checks import CompileOptions, call_text, frame_layout
 from fi_ffi.ops.call.codegen import (
-    bind_source,
+    arguments_source,
     call_source,
     check_source,
     pack_source,
@@ -38,7 +39,9 @@ from fi_ffi.ops.call.refuse import Refusals
 from fi_ffi.ops.call.releases import GUARDED
 from fi_ffi.ops.call.row import (
     KV_LAYOUTS,
+    MULTIPROCESSORS,
     REQUIRED,
+    SHARED_MEMORY,
     Absent,
     Arg,
     KvLayout,
@@ -54,7 +57,9 @@ from fi_ffi.ops.call.row import (
 # The file name of compiled code in tracebacks, inside the package.
 _FILE = __file__.removesuffix("compiled.py") + "<{}>"
 _CPU = parse_device("cpu")
-_MOST_VARIANTS = 4096
+_NUMBERS: dict[str, Slot] = {"int": int, "bool": bool, "float": float}
+_OF_GPU = (MULTIPROCESSORS, SHARED_MEMORY, "scratch")
+_MAX_VARIANTS = 4096
 
 
 class _Keep:
@@ -65,80 +70,36 @@ class _Keep:
 KEEP: Any = _Keep()  # an argument of an update that stays as it is
 
 
-class _Scratch(dict[int, int]):
-    """The bytes that scratch arguments need independent of sizes, computed on first use."""
-
-    def __init__(self, variant: Variant) -> None:
-        self._variant = variant
-
-    def __missing__(self, i: int) -> int:
-        variant = self._variant
-        arg = variant.compiled.row.args[i]
-        need = self[i] = memory.scratch_bytes(arg, variant.device)  # type: ignore[arg-type]
-        return need
-
-
 class Variant:
     """A row's calls with tensors of these kinds: everything that does not depend on sizes."""
 
-    __slots__ = (
-        "_slots",
-        "_values",
-        "bytes_for",
-        "compiled",
-        "device",
-        "dtypes",
-        "entry",
-        "frames",
-        "is_nhd",
-        "item",
-        "itemsizes",
-        "kinds",
-        "memo",
-        "memo_of_check",
-        "memo_of_pack",
-        "multiprocessors",
-        "scratch",
-        "shared_memory",
-        "target",
-    )
-
-    def __init__(self, compiled: CompiledRow, descs: Sequence[TensorDesc | None], layout: str):
+    def __init__(
+        self, compiled: CompiledRow, passed: Mapping[str, TensorDesc | None], layout: str
+    ) -> None:
         row = compiled.row
         self.compiled, self.is_nhd = compiled, layout == "NHD"
-        given = {arg.name: desc for arg, desc in zip(compiled.tensors, descs, strict=True)}
-        self.kinds = {name: None if desc is None else desc.kind for name, desc in given.items()}
-        found = compiled.refuse.devices([given.get(arg.name) for arg in row.tensors])
-        self.device: Device = found or compiled.device or _CPU
-        self.dtypes = {
-            arg.dtype: desc.dtype.name
-            for arg in row.tensors
-            if (desc := given.get(arg.name)) is not None
-        } | compiled.bound_dtypes
+        self.kinds = {name: None if desc is None else desc.kind for name, desc in passed.items()}
+        device = compiled.refuse.devices([passed.get(arg.name) for arg in row.tensors])
+        self.device: Device = device or compiled.device or _CPU
+        # Of the tensors that are not missing; bound ones come last.
+        kinds = {**self.kinds, **compiled.options.bound}
+        dtypes = {arg.name: arg.dtype for arg in row.tensors}
+        self.dtypes = {dtypes[name]: kind.dtype.name for name, kind in kinds.items() if kind}
         # Missing tensors get any allowed dtype.
         some = {name: names[0] for name, names in row.dtypes.items() if names} | self.dtypes
         self.itemsizes = {name: DTYPES[dtype].itemsize for name, dtype in some.items()}
-        self.scratch = _Scratch(self)
-        self.bytes_for: dict[int, Callable[[Mapping[str, int]], int]] = {}
-        for i, arg in enumerate(row.slots):
-            if isinstance(arg, Tensor) and arg.is_scratch:
-                self.kinds[arg.name] = tensor_kind(DTYPES[arg.dtype], self.device, 1)
-                self.bytes_for[i] = arg.bytes_for
-        # The itemsize of each tensor.
-        self.item = {name: kind.itemsize if kind else 1 for name, kind in self.kinds.items()}
+        for tensor in row.tensors:
+            if tensor.is_scratch:
+                self.kinds[tensor.name] = tensor_kind(DTYPES[tensor.dtype], self.device, 1)
         self._slots = [self._slot(arg) for arg in row.slots]
         # Words that calls do not write: index in the frame, and value.
         place = compiled.layout.value
-        self._values = [
-            (place(i), 0 if arg.strided else KV_LAYOUTS[layout])
-            for i, arg in enumerate(row.args)
-            if isinstance(arg, KvLayout)
-        ]
-        self._values += [
-            (place(i), arg.value)
-            for i, arg in enumerate(row.args)
-            if isinstance(arg, Absent) and is_number(arg)
-        ]
+        self._values = list[tuple[int, int]]()
+        for i, arg in enumerate(row.args):
+            if isinstance(arg, KvLayout):
+                self._values.append((place(i), 0 if arg.strided else KV_LAYOUTS[layout]))
+            elif isinstance(arg, Absent) and arg.abi_type in _NUMBERS:
+                self._values.append((place(i), arg.value))
         # The layouts of the last call that passed, and what was computed from them.
         self.memo: tuple[Any, ...] = (None,)
         self.memo_of_pack: tuple[Any, ...] = (None,)
@@ -149,15 +110,22 @@ class Variant:
         # Free frames. list.pop and append are atomic, so concurrent calls get different frames.
         self.frames: list[Frame] = []
 
-    def __getattr__(self, name: str) -> int:
-        """Query what rules ask of the GPU, on first use: errors in arguments come before a missing
-        GPU. On the CPU the values are unlimited."""
-        ask = {"multiprocessors": machine.multiprocessors, "shared_memory": machine.shared_memory}
-        if name not in ask:
+    def __getattr__(self, name: str) -> Any:
+        """Query what checks ask of the GPU, on first use: errors in arguments come before a missing
+        GPU. On the CPU, rules find no limits."""
+        if name not in _OF_GPU:
             raise AttributeError(name)
-        found = ask[name](self.device.index) if self.device.is_cuda else sys.maxsize
-        setattr(self, name, found)
-        return found
+        answer: Any = sys.maxsize
+        if name == "scratch":  # the bytes that scratch arguments need independent of sizes
+            answer = {
+                arg.name: memory.scratch_bytes(arg, self.device)
+                for arg in self.compiled.row.tensors
+                if arg.is_scratch
+            }
+        elif self.device.is_cuda:
+            answer = getattr(machine, name)(self.device.index)
+        setattr(self, name, answer)
+        return answer
 
     def _slot(self, arg: Arg) -> Slot:
         if isinstance(arg, Tensor):
@@ -168,8 +136,7 @@ class Variant:
         if isinstance(arg, Absent):
             if arg.abi_type == "None" or arg.abi_type.startswith("Optional<"):
                 return None
-            numbers: dict[str, Slot] = {"int": int, "bool": bool, "float": float}
-            return numbers.get(arg.abi_type) or self._null_tensor(arg)
+            return _NUMBERS.get(arg.abi_type) or self._null_tensor(arg)
         if isinstance(arg, TensorArray):
             slots = self.compiled.row.slots
             first = slots.index(arg.items[0])
@@ -182,7 +149,7 @@ class Variant:
 
     def kind_of(self, arg: Tensor) -> TensorKind | None:
         """Return the kind of a tensor argument as the entry gets it; None if it is missing."""
-        kind = self.kinds.get(arg.name) or self.compiled.bound_kinds.get(arg.name)
+        kind = self.kinds.get(arg.name) or self.compiled.options.bound.get(arg.name)
         if kind is None or not arg.view:
             return kind
         return tensor_kind(kind.dtype, kind.device, arg.entry_rank, kind.readonly)
@@ -198,8 +165,8 @@ class Variant:
             if compiled.find_entry is not None:
                 entry = compiled.find_entry(row, self.device)
             elif row.compiled_for is not None and self.device.is_cuda:
-                there = {name: kind.dtype.name for name, kind in self.kinds.items() if kind}
-                entry = entry_for(row.compiled_for(row, there), self.device)
+                dtypes = {name: kind.dtype.name for name, kind in self.kinds.items() if kind}
+                entry = entry_for(row.compiled_for(row, dtypes), self.device)
             else:
                 entry = entry_for(row, self.device, compiled.module)
             self.target = LaunchTarget(self.device, compiled.refuse.op, row.source in GUARDED)
@@ -208,7 +175,7 @@ class Variant:
     def new_frame(self, *stream: object) -> Frame:
         """Make a frame; a missing `stream` is refused before the entry is looked up."""
         if stream:
-            memory.check_stream(stream[0], self.device, self.compiled.refuse.op)
+            handle_for(stream[0], self.device, self.compiled.refuse.op)
         self.start()
         assert self.entry is not None
         frame = Frame(self.compiled.layout, self._slots, self.entry)
@@ -234,23 +201,13 @@ class Variant:
         else:
             self.frames.append(frame)
 
-    def take_scratch(self, i: int, need: int, stream: object, is_own: bool) -> TensorDesc:
-        """Return scratch memory of the stream, or with `is_own` of the call."""
-        arg, refuse = self.compiled.row.slots[i], self.compiled.refuse
-        assert isinstance(arg, Tensor)
-        return memory.scratch_for(refuse, arg, self.device, need, stream, is_own)
-
-    def library_handle(self, library: str) -> int:
-        return cuda.own_handle(library, self.device)
-
 
 class CompiledRow:
     """A row with the functions compiled from it.
 
-    A plan passes the `module` for its row's family, the kinds of its own `bound` arguments, and the
-    axes whose sizes are `known`. Errors name `op`, and arguments by `names`. `find_entry` finds an
-    entry in an object of the caller's. A row `follows` the kernels in use, unless its owner keeps
-    those that it was made with, as plans do.
+    `module` is another of its family's, `options` are those of `CompileOptions`, and `device` is
+    that of a plan's memory. `find_entry` finds an entry in an object of the caller's. A row
+    `follows` the kernels in use, unless its owner keeps those that it was made with, as plans do.
     """
 
     def __init__(
@@ -259,33 +216,18 @@ class CompiledRow:
         module: str | None = None,
         *,
         op: str = "",
-        names: Mapping[str, str] | None = None,
-        known: Sequence[str] = (),
-        bound: Mapping[str, Any] | None = None,
         device: Device | None = None,
-        first: Sequence[str] = (),
         find_entry: Callable[[Row, Device], Entry] | None = None,
         follows: bool = True,
+        **options: Any,
     ) -> None:
         self.row, self.module = row, module or row.module
         self.device, self.find_entry = device, find_entry
-        self.bound_kinds = {name: kind for name, kind in (bound or {}).items() if kind is not None}
-        self.bound_dtypes = {
-            arg.dtype: self.bound_kinds[arg.name].dtype.name
-            for arg in row.tensors
-            if arg.name in self.bound_kinds
-        }
-        self.options = CompileOptions(
-            row,
-            frozenset(bound or ()),
-            tuple(known),
-            tuple(first),
-            op or row.name,
-            dict(names or {}),
-        )
+        self.options = CompileOptions(row, op or row.name, **options)
+        bound, names = self.options.bound, self.options.names
         self.layout = frame_layout(row, self.options.last)
-        self.refuse = Refusals(row, op or row.name, names or {}, device if bound else None)
-        self.tensors = [arg for arg in row.tensors if arg.name not in self.options.bound]
+        self.refuse = Refusals(row, self.options.op, names, device if bound else None)
+        self.tensors = [arg for arg in row.tensors if arg.name not in bound]
         self.variants: dict[object, Variant] = {}
         if follows:
             generation.follow(self)
@@ -293,79 +235,81 @@ class CompiledRow:
     @functools.cached_property
     def call(self) -> Callable[..., Any]:
         """A method for ops, with the op's parameters, that launches."""
-        made = self._compile(call_source(self.options), "call")
-        made.__name__ = self.row.name
-        return made
+        return self._compile("call", call_source)
 
     @functools.cached_property
     def pack(self) -> Callable[..., Any]:
         """A function that packs the same call without launching it: see `pack_source`."""
-        return self._compile(pack_source(self.options), self.row.name.replace(".", "_"))
+        return self._compile("pack", pack_source)
 
     @functools.cached_property
     def check(self) -> Callable[..., tuple[dict[str, Any], dict[str, int]]]:
         """A function that only checks a call; it returns the tensors by name (None for missing
         ones) and the axes' sizes."""
-        return self._compile(check_source(self.options), self.row.name.replace(".", "_"))
+        return self._compile("check", check_source)
 
     @functools.cached_property
-    def bind(self) -> Callable[..., tuple[dict[str, Any], object]]:
+    def arguments(self) -> Callable[..., tuple[dict[str, Any], object]]:
         """A function that returns the arguments of a call by name, and its stream."""
-        return self._compile(bind_source(self.options), self.row.name.replace(".", "_"))
+        return self._compile("arguments", arguments_source)
 
     @functools.cached_property
     def update(self) -> Callable[..., None]:
         """The `update` of prepared calls."""
-        return self._compile(update_source(self.options), "update")
+        return self._compile("update", update_source)
 
-    def _compile(self, source: str, name: str) -> Callable[..., Any]:
-        row = self.row
+    def _compile(self, name: str, write: Callable[[CompileOptions], str]) -> Callable[..., Any]:
+        row, source = self.row, write(self.options)
         namespace: dict[str, Any] = {
             "KEEP": KEEP,
             "KV_LAYOUTS": KV_LAYOUTS,
             "TensorDesc": TensorDesc,
             "gcd": math.gcd,
+            "handle_for": handle_for,
             "add_variant": self._add_variant,
             "as_vector": as_vector,
-            "check_stream": memory.check_stream,
             "describe": as_desc,
             "exchanged": exchanged,
             "inf": math.inf,
             "launch": launch,
+            "own_handle": cuda.own_handle,
             "refuse": self.refuse,
+            "scratch_for": memory.scratch_for,
             "variants": self.variants,
             repr(REQUIRED): Required(call_text(row)),
             "zeros": memory.zeros,
         }
         namespace |= FUNCTIONS
         for rule in row.rules:
-            for own, function in rule.using.items():
-                assert namespace.setdefault(own, function) is function, f"{row.name}: {own}"
+            for own, helper in rule.using.items():
+                assert namespace.setdefault(own, helper) is helper, f"{row.name}: {own}"
         for i, arg in enumerate(row.slots):
             if isinstance(arg, Text):
                 namespace[f"texts{i}"] = {word: c_text(word) for word in arg.words}
+            elif isinstance(arg, Tensor) and arg.is_scratch:
+                namespace[f"scratch{i}"] = arg
         count = self.layout.last_dims - self.layout.first_dims
         namespace["pack_dims"] = struct.Struct(f"{count}q").pack
         file = _FILE.format(f"{row.name}, {name}, {id(self):#x}")
         # Lets tracebacks show the source line.
         linecache.cache[file] = len(source), None, source.splitlines(keepends=True), file
         exec(compile(source, file, "exec"), namespace)
-        made: Callable[..., Any] = namespace[name]
-        # Python's own TypeError for missing and unknown arguments begins with this name.
-        made.__qualname__ = f"{call_text(row)}: {self.refuse.op}"
-        return made
+        function: Callable[..., Any] = namespace[name]
+        # Python's own TypeError for missing and unknown arguments begins with the second.
+        function.__name__, function.__qualname__ = row.name, f"{call_text(row)}: {self.refuse.op}"
+        return function
 
     def _add_variant(self, descs: Sequence[TensorDesc | None], layout: str) -> Variant:
         """Make the variant for tensors of these kinds; raise if the row does not allow them."""
-        given = {arg.name: desc for arg, desc in zip(self.tensors, descs, strict=True)}
-        self.refuse.kinds([given.get(arg.name) for arg in self.row.tensors], layout)
-        made = Variant(self, descs, layout)
-        if len(self.variants) >= _MOST_VARIANTS:
+        passed = {arg.name: desc for arg, desc in zip(self.tensors, descs, strict=True)}
+        self.refuse.kinds([passed.get(arg.name) for arg in self.row.tensors], layout)
+        variant = Variant(self, passed, layout)
+        if len(self.variants) >= _MAX_VARIANTS:
             self.variants.clear()
         has_layout = any(isinstance(arg, KvLayout) for arg in self.row.args)
         kinds = [None if desc is None else desc.kind for desc in descs]
         key = (layout, *kinds) if has_layout else tuple(kinds)
-        return self.variants.setdefault(key, made)
+        return self.variants.setdefault(key, variant)
 
     def forget(self) -> None:
         """Drop what earlier calls cached, after the source of kernels changed."""

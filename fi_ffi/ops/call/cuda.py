@@ -14,18 +14,17 @@ from typing import Any
 from fi_ffi.abi import export
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.allocator import HOST, Allocator, MemoryPool
+from fi_ffi.abi.library import address_of
 from fi_ffi.abi.streams import PER_THREAD
-from fi_ffi.abi.tensor import DTYPES, Device, TensorDesc, parse_device
+from fi_ffi.abi.tensor import Device, TensorDesc, parse_device
 from fi_ffi.errors import DeviceError, KernelError
 from fi_ffi.loader import cuda_errors, machine
 
 _HOST_TO_DEVICE = 1  # cudaMemcpyHostToDevice
-_WITHIN_DEVICE = 3  # cudaMemcpyDeviceToDevice
 _NO_TIMING = 2  # cudaEventDisableTiming
 _CPU = parse_device("cpu")
 _NOT_READY = 600  # cudaErrorNotReady
 _WITHOUT_GPU = (35, 100)  # cudaErrorInsufficientDriver, cudaErrorNoDevice
-_NON_BLOCKING = 1  # cudaStreamNonBlocking
 _handles_lock = threading.Lock()
 # Handles of CUDA libraries, by library and device. They are never destroyed: at exit the device's
 # context may be gone first. Threads share them: a call does not change a cuBLASLt handle.
@@ -120,28 +119,6 @@ def copy_to_device(target: int, source: int, count: int, stream: int) -> None:
     check(code, "cudaMemcpyAsync")
 
 
-def copy(target: int, source: int, count: int, device: Device, stream: int) -> None:
-    """Queue a copy within a device's memory; on the CPU, copy at once."""
-    if not device.is_cuda:
-        ffi.memmove(pointer(target), pointer(source), count)
-        return
-    runtime = machine.load_cudart()[0]
-    code = runtime.cudaMemcpyAsync(
-        pointer(target), pointer(source), count, _WITHIN_DEVICE, pointer(stream)
-    )
-    check(code, "cudaMemcpyAsync")
-
-
-def zero(address: int, count: int, device: Device, stream: int) -> None:
-    """Queue the zeroing of some bytes; on the CPU, zero them at once."""
-    if not count:
-        return
-    if device.is_cuda:
-        clear(address, count, count, 1, stream)
-    else:
-        ffi.buffer(pointer(address), count)[:] = bytes(count)
-
-
 def copy_now(target: int, source: int, count: int, device: Device) -> None:
     """Copy from host memory and wait for the copy, which is allowed during a capture."""
     if not device.is_cuda:
@@ -159,25 +136,11 @@ def synchronize(device: Device) -> None:
         check(machine.load_cudart()[0].cudaDeviceSynchronize(), "cudaDeviceSynchronize")
 
 
-def clear(address: int, pitch: int, width: int, rows: int, stream: int) -> None:
-    """Queue the zeroing of `width` bytes in each of `rows` rows, which are `pitch` bytes apart."""
-    runtime = machine.load_cudart()[0]
-    code = runtime.cudaMemset2DAsync(pointer(address), pitch, 0, width, rows, pointer(stream))
-    check(code, "cudaMemset2DAsync")
-
-
 def is_capturing(stream: int) -> bool:
     """Whether a stream is recording a graph."""
     status = ffi.new("int *")
     check(machine.load_cudart()[0].cudaStreamIsCapturing(pointer(stream), status), "stream")
     return bool(status[0] != 0)
-
-
-def waits_for_default(stream: int) -> bool:
-    """Whether a stream and the legacy default stream wait for each other."""
-    flags = ffi.new("unsigned int *")
-    check(machine.load_cudart()[0].cudaStreamGetFlags(pointer(stream), flags), "stream")
-    return not flags[0] & _NON_BLOCKING
 
 
 class Event:
@@ -217,7 +180,7 @@ class Event:
         )
         return float(found[0])
 
-    def hold(self, stream: int) -> None:
+    def make_wait(self, stream: int) -> None:
         """Make a stream's further work wait for the event."""
         code = machine.load_cudart()[0].cudaStreamWaitEvent(pointer(stream), self._handle, 0)
         check(code, "cudaStreamWaitEvent")
@@ -228,7 +191,7 @@ def _order(device: Device, before: int, after: int) -> None:
     with current(device):
         done = Event()
         done.record(before)
-        done.hold(after)
+        done.make_wait(after)
 
 
 export.order = _order
@@ -242,10 +205,6 @@ class Memory:
     def __init__(self, desc: TensorDesc, free: Callable[..., object], *arguments: object) -> None:
         self.desc = desc
         weakref.finalize(self, free, *arguments)
-
-
-def _bytes(address: int, count: int, device: Device) -> TensorDesc:
-    return TensorDesc(address, (count,), DTYPES["uint8"], device=device)
 
 
 def allocate(count: int, device: Device, zeroed: bool = False) -> Memory:
@@ -274,15 +233,16 @@ def allocate_page_locked(count: int, device: Device) -> Memory:
 
 
 def _owned(place: Any, count: int, device: Device, free: Callable[[Any], int]) -> Memory:
-    desc = _bytes(int(ffi.cast("uintptr_t", place)), count, device)
+    desc = TensorDesc(address_of(place), (count,), "uint8", device=device)
     return Memory(desc, unless_cut_off, free, place)
 
 
 def _host(count: int) -> Memory:
     # 256 bytes more, to align the start as device memory is.
     buffer = ffi.new("char[]", count + 256)
-    address = -(-int(ffi.cast("uintptr_t", buffer)) // 256) * 256
-    return Memory(_bytes(address, count, _CPU), lambda _: None, buffer)
+    address = -(-address_of(buffer) // 256) * 256
+    desc = TensorDesc(address, (count,), "uint8", device=_CPU)
+    return Memory(desc, lambda _: None, buffer)
 
 
 @functools.cache
@@ -300,7 +260,7 @@ def _take_in_order(count: int, device: Device, stream: int) -> int:
     if code:
         forget(code, "cudaMallocAsync")
         raise MemoryError(f"cudaMallocAsync of {count} bytes on {device}: CUDA error {code}")
-    return int(ffi.cast("uintptr_t", slot[0]))
+    return address_of(slot[0])
 
 
 def _free_in_order(address: int, device: Device, stream: int) -> None:
@@ -319,23 +279,17 @@ def own_handle(library: str, device: Device) -> int:
     """
     if not device.is_cuda:
         return 0
-    key = (library, device)
-    with _handles_lock:
-        if key not in _handles:
-            _handles[key] = _HANDLE_MAKERS[library](device)
-        return _handles[key]
-
-
-def _make_cublas_lt(device: Device) -> int:
     from fi_ffi.loader import libraries  # imported late: few programs need it
 
-    cublas, slot = libraries.load(f"libcublasLt.so.{machine.cuda_major()}")[0], ffi.new("void **")
-    with current(device), relaxed():
-        status = cublas.cublasLtCreate(slot)
-    if status:
-        words = f"cuBLAS status {status} on {device}"
-        raise machine.root_cause(KernelError("cublasLtCreate", "RuntimeError", words))
-    return int(ffi.cast("uintptr_t", slot[0]))
-
-
-_HANDLE_MAKERS = {"cublasLt": _make_cublas_lt}
+    key, create = (library, device), f"{library}Create"
+    with _handles_lock:
+        if key not in _handles:
+            functions = libraries.load(f"lib{library}.so.{machine.cuda_major()}")[0]
+            slot = ffi.new("void **")
+            with current(device), relaxed():
+                status = getattr(functions, create)(slot)
+            if status:
+                words = f"status {status} on {device}"
+                raise machine.root_cause(KernelError(create, "RuntimeError", words))
+            _handles[key] = address_of(slot[0])
+        return _handles[key]

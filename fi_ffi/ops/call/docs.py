@@ -7,11 +7,13 @@ import textwrap
 from fi_ffi.ops.call.row import (
     Absent,
     Arg,
+    IntArray,
     KvLayout,
     PlanInfo,
     Row,
     Scalar,
     Tensor,
+    TensorArray,
     Text,
     default_of,
 )
@@ -20,26 +22,32 @@ _WIDTH = 96
 
 
 def _argument(arg: Arg) -> str:
-    assert not isinstance(arg, Absent)
-    if isinstance(arg, PlanInfo):
-        return f"{arg.name}: the result of the plan."
-    if isinstance(arg, KvLayout):
-        return f"{arg.name} (str = {arg.default!r}): {arg.doc}."
-    if isinstance(arg, Text):
-        default = "" if arg.default is None else f" = {arg.default!r}"
-        return f"{arg.name} (str{default}): {arg.doc}: {' or '.join(map(repr, arg.words))}."
-    if isinstance(arg, Scalar):
-        low = "" if arg.low is None else f", {arg.low} or more"
-        low += "" if arg.high is None else f", {arg.high} or less"
-        low += f", a multiple of {arg.multiple_of}" if arg.multiple_of > 1 else ""
-        default = "" if arg.default is None else f" = {arg.default!r}"
-        if arg.size_of:
-            default, least = " or None = None", "up to " * arg.or_less
-            low += f", {least}the size of {arg.size_of}"
-        low += f"; ignored if {arg.instead} is given" if arg.instead else ""
-        return f"{arg.name} ({arg.type.__name__}{default}{low}): {arg.doc}."
-    if not isinstance(arg, Tensor):
-        return f"{arg.name}: an Array object."
+    assert not isinstance(arg, (Absent, TensorArray))
+    if isinstance(arg, IntArray):
+        what = "the result of the plan" if isinstance(arg, PlanInfo) else "an Array object"
+        return f"{arg.name}: {what}."
+    words = f": {' or '.join(map(repr, arg.words))}" if isinstance(arg, Text) else ""
+    return f"{arg.name} ({_kind_of(arg)}): {arg.doc}{words}."
+
+
+def _kind_of(arg: Tensor | Scalar | Text | KvLayout) -> str:
+    """Describe an argument's type, its default, and its limits."""
+    if isinstance(arg, Tensor):
+        return _kind_of_tensor(arg)
+    default = "" if arg.default is None else f" = {arg.default!r}"
+    if not isinstance(arg, Scalar):
+        return f"str{default}"
+    limits = "" if arg.low is None else f", {arg.low} or more"
+    limits += "" if arg.high is None else f", {arg.high} or less"
+    limits += f", a multiple of {arg.multiple_of}" if arg.multiple_of > 1 else ""
+    if arg.size_of:
+        default = " or None = None"
+        limits += f", {'up to ' * arg.or_less}the size of {arg.size_of}"
+    limits += f"; ignored if {arg.instead} is given" if arg.instead else ""
+    return f"{arg.type.__name__}{default}{limits}"
+
+
+def _kind_of_tensor(arg: Tensor) -> str:
     how = ["contiguous"] if arg.contiguous else []
     how += ["written"] if arg.writes else []
     how += ["or None"] if default_of(arg) else []
@@ -50,7 +58,7 @@ def _argument(arg: Arg) -> str:
     how += [f"aligned to {arg.alignment} bytes"] if arg.alignment > 1 else []
     shape = ", ".join(arg.axis_names)
     shape = f"[{shape}] or [{shape}, 1]" if arg.column else f"[{shape}]"
-    return f"{arg.name} ({'; '.join([f'{shape} {arg.dtype}', *how])}): {arg.doc}."
+    return "; ".join([f"{shape} {arg.dtype}", *how])
 
 
 def _indented(text: str) -> str:
@@ -71,7 +79,8 @@ def _limits(row: Row) -> str:
         said.append(f"Strides of {names} stay below {limit} elements.")
     if row.same_strides:
         said.append(f"{' and '.join(row.same_strides)} have the same strides.")
-    said += [f"{rule.argument} is {rule.expected}." for rule in row.rules]
+    worded = [rule for rule in row.rules if isinstance(rule.expected, str)]
+    said += [f"{rule.argument} is {rule.expected}." for rule in worded]
     for lacking in row.lacks:
         told = " with ".join(f"{name} of {dtype}" for name, dtype in lacking.items())
         said.append(f"Not supported: {told}.")

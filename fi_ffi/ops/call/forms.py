@@ -12,25 +12,17 @@ from typing import Protocol, TypeVar
 from fi_ffi.abi.tensor import Device
 from fi_ffi.errors import KernelNotFoundError
 from fi_ffi.ops.call.providers import release_in_force
-from fi_ffi.ops.call.releases import is_in, span_of
+from fi_ffi.ops.call.releases import HasReleases, of_release, span_of
 
 
-class Form(Protocol):
-    """One form; `releases` is a version specifier, empty if every release has the form."""
+class Form(HasReleases, Protocol):
+    """One form of an entry, with the name that errors use."""
 
     @property
     def name(self) -> str: ...
-    @property
-    def releases(self) -> str: ...
 
 
 _Form = TypeVar("_Form", bound=Form)
-
-
-def of_release(forms: Sequence[_Form], release: str) -> _Form | None:
-    """Return the form of a release, or None if no form has it."""
-    fitting = (form for form in forms if not form.releases or is_in(release, form.releases))
-    return next(fitting, None)
 
 
 def in_force(forms: Sequence[_Form], device: Device | None = None) -> _Form:

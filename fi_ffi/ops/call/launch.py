@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import threading
+from collections import defaultdict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -19,20 +20,15 @@ from fi_ffi.ops.call import cuda, hooks
 if TYPE_CHECKING:
     from fi_ffi.abi.streams import stream as Scope
 
-_MOST_HANDLES = 64
+_MAX_HANDLES = 64
 _scope = streams.scope_var.get
-
-
-class _Pointers(dict[int, dict[int, Any]]):
-    def __missing__(self, device: int) -> dict[int, Any]:
-        return self.setdefault(device, {})
 
 
 class _Thread(threading.local):
     def __init__(self) -> None:
         # For each GPU, C pointers of its streams on which this thread has launched, by handle. The
         # thread has the GPU's context then, and the streams are known to be the GPU's.
-        self.pointers = _Pointers()
+        self.pointers = defaultdict[int, dict[int, Any]](dict)
 
 
 _thread = _Thread()
@@ -106,7 +102,7 @@ def _launch_in_scope(frame: Frame, target: LaunchTarget) -> None:
     """Make the first call in a scope, or a call on another thread than the scope's."""
     scope: Scope = streams.open_scope(target.device, target.op)
     pointer = _pointer(target, scope.handle)
-    if not scope.bind(target.device):
+    if not scope.make_current(target.device):
         _call_on(frame, target, pointer)
     elif frame.invoke():
         raise _error_of(frame)
@@ -138,7 +134,7 @@ def _pointer(target: LaunchTarget, handle: int) -> Any:
     with cuda.current(target.device):  # of an entry that has a guard it need not be current before
         pass
     pointers = _thread.pointers[target.index]
-    if len(pointers) >= _MOST_HANDLES:
+    if len(pointers) >= _MAX_HANDLES:
         pointers.clear()
     return pointers.setdefault(handle, ffi.cast("void *", handle))
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.library import renew_after_fork
 from fi_ffi.abi.streams import PER_THREAD, handle_for
-from fi_ffi.abi.tensor import DTYPES, Device, TensorDesc, frozen, parse_device
+from fi_ffi.abi.tensor import DTYPES, Device, TensorDesc, parse_device
 from fi_ffi.loader import machine
 from fi_ffi.ops.call import cuda
 from fi_ffi.ops.call.row import Tensor
@@ -25,7 +25,6 @@ StreamKey = tuple[int, int]
 HOST: StreamKey = -1, 0  # the key of the CPU
 # The least bytes of a stream's scratch memory. It seldom grows, which a capture would forbid.
 _LEAST = 1 << 20
-_LEAST_NUMBERS = 1024
 
 _lock = threading.Lock()
 renew_after_fork(globals(), "_lock", threading.Lock)
@@ -72,23 +71,18 @@ recording_var: ContextVar[list[object] | None] = ContextVar("fi_ffi.recording", 
 recording: Callable[[], list[object] | None] = recording_var.get
 
 
-def hold(*things: object) -> bool:
+def keep_for_graph(*things: object) -> bool:
     """Make the graph that is being recorded keep these objects; return False without one."""
-    held = recording()
-    if held is None:
+    objects = recording()
+    if objects is None:
         return False
-    held += (thing for thing in things if not any(thing is other for other in held))
+    objects += (thing for thing in things if not any(thing is other for other in objects))
     return True
 
 
 def keep(something: object) -> None:
     """Keep an object until the process ends."""
     _kept[id(something)] = something
-
-
-def check_stream(stream: object, device: Device, op: str) -> None:
-    """Raise if a call has no stream, or one of another device."""
-    handle_for(stream, device, op)
 
 
 def scratch_bytes(arg: Tensor, device: Device, sizes: Mapping[str, int] | None = None) -> int:
@@ -105,7 +99,7 @@ def scratch_for(
     own."""
     if is_own:
         memory = cuda.allocate(need, device, arg.zeroed)
-        return _typed(arg, memory, memory)
+        return _typed(memory, arg.dtype, memory)
     handle, is_captured = handle_for(stream, device, refuse.op), False
     key: StreamKey | None = HOST
     if device.is_cuda:
@@ -126,9 +120,9 @@ def scratch_for(
             if own is not None:
                 keep(own)
             own = mine[name] = cuda.allocate(max(need, 2 * have, _LEAST), device, arg.zeroed)
-        if not hold(own) and is_captured:
+        if not keep_for_graph(own) and is_captured:
             keep(own)  # another library's graph uses it
-        return _typed(arg, own)
+        return _typed(own, arg.dtype)
 
 
 @functools.cache
@@ -136,27 +130,11 @@ def zeros(device: Device, count: int) -> TensorDesc:
     """Return `count` float32 zeros, which kernels read in place of an absent tensor."""
     of = device if device.is_cuda else parse_device("cpu")
     memory = cuda.allocate(4 * count, of, zeroed=True)
-    return TensorDesc(memory.desc.ptr, (count,), "float32", device=of).at(memory.desc.ptr, memory)
+    return _typed(memory, "float32", memory)
 
 
-def counting(device: Device, count: int, step: int = 1) -> TensorDesc:
-    """Return `count` int32 numbers from 0 on, in steps of `step`, which kernels read in place of an
-    absent tensor."""
-    numbers = _numbers(device, max(1 << (count - 1).bit_length(), _LEAST_NUMBERS), step)
-    return frozen(numbers.ptr, (count,), (1,), numbers.kind, numbers.owner)
-
-
-@functools.cache
-def _numbers(device: Device, count: int, step: int) -> TensorDesc:
-    of = device if device.is_cuda else parse_device("cpu")
-    memory = cuda.allocate(4 * count, of)
-    numbers = ffi.new("int32_t[]", [i * step for i in range(count)])
-    cuda.copy_now(memory.desc.ptr, int(ffi.cast("uintptr_t", numbers)), 4 * count, of)
-    return TensorDesc(memory.desc.ptr, (count,), "int32", device=of).at(memory.desc.ptr, memory)
-
-
-def _typed(arg: Tensor, memory: cuda.Memory, owner: object = None) -> TensorDesc:
-    """View memory as the argument's dtype."""
-    dtype, device = DTYPES[arg.dtype], memory.desc.device
-    count = memory.desc.numel // dtype.itemsize
-    return TensorDesc(memory.desc.ptr, (count,), dtype, device=device).at(memory.desc.ptr, owner)
+def _typed(memory: cuda.Memory, dtype: str, owner: object = None) -> TensorDesc:
+    """View memory as elements of this dtype."""
+    ptr, device = memory.desc.ptr, memory.desc.device
+    count = memory.desc.numel // DTYPES[dtype].itemsize
+    return TensorDesc(ptr, (count,), dtype, device=device).at(ptr, owner)

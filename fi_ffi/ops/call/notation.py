@@ -49,7 +49,8 @@ _WORDS = frozenset({"and", "or", "not", "in", "if", "else", "is", "None", "True"
 # Matches names, but not functions; skips quoted text and the e of a number.
 _NAME = re.compile(r"'[^']*'|(?<![\w.])([A-Za-z_]\w*)(?![\w(])")
 _CONDITION = re.compile(r"(?:(\w+) == 0 or )?(.+?) (>=|<=|in|==) (.+)")
-_MULTIPLE, _EXTREME = re.compile(r"(\w+) % (\w+)"), re.compile(r"(max|min)\((\w+), (\w+)\)")
+_MULTIPLE = re.compile(r"(\w+) % (\w+) == 0")
+_EXTREME = re.compile(r"(max|min)\(\w+, \w+\)$")
 
 
 def ceil_div(size: int, step: int) -> int:
@@ -79,7 +80,11 @@ def replaced(text: str, values: Mapping[str, str]) -> str:
 
 @dataclass(frozen=True)
 class Condition:
-    """A condition on sizes; the words of its error follow from its form."""
+    """A condition on sizes; the words of its error follow from its form.
+
+    `operator` is ">=", "<=" or "in", "%" for a size that is a multiple of `right`, or "max" or
+    "min" for one that is the greater or the less of two.
+    """
 
     text: str
     guard: str  # the condition holds if this size is 0
@@ -91,11 +96,16 @@ class Condition:
     @functools.cache
     def of(cls, text: str) -> Condition:
         match = _CONDITION.fullmatch(text)
-        told = f"{text!r} is no condition that has words"
-        assert match is not None, told
-        made = cls(text, match[1] or "", *match.groups()[1:])
-        assert made.operator != "==" or made.divides or made.extreme, told
-        return made
+        assert match is not None, f"{text!r} is no condition that has words"
+        guard, left, operator, right = match.groups("")
+        if operator == "==":
+            multiple, extreme = _MULTIPLE.fullmatch(f"{left} == {right}"), _EXTREME.match(right)
+            if multiple is not None:
+                left, operator, right = multiple[1], "%", multiple[2]
+            else:
+                assert extreme is not None, f"{text!r} is no condition that has words"
+                operator = extreme[1]
+        return cls(text, guard, left, operator, right)
 
     @property
     def axis(self) -> str:
@@ -103,74 +113,39 @@ class Condition:
         return names_in(self.left)[0]
 
     @property
-    def limit(self) -> tuple[str, str, tuple[int, ...]] | None:
-        """For a condition that compares one size with numbers: the operator (">=", "<=", "in" or
-        "%"), the size and the numbers."""
-        multiple = _MULTIPLE.fullmatch(self.left)
-        kind, axis, told = self.operator, self.left, self.right
-        if multiple:
-            kind, axis, told = "%", multiple[1], multiple[2]
-        numbers = re.fullmatch(r"\(?\d+(, \d+)*,?\)?", told)
-        if self.guard or numbers is None or not axis.isidentifier():
-            return None
-        return kind, axis, tuple(map(int, re.findall(r"\d+", told)))
-
-    @property
-    def extreme(self) -> tuple[str, str, str] | None:
-        """For a size that is a maximum or minimum of two: the function and the two sizes."""
-        match = _EXTREME.fullmatch(self.right)
-        return match and (match[1], match[2], match[3])
-
-    @property
-    def divides(self) -> bool:
-        """Whether the condition says that a size is a multiple of something."""
-        return _MULTIPLE.fullmatch(self.left) is not None and self.right == "0"
-
-    @property
     def divisors(self) -> tuple[str, ...]:
         """The sizes that the condition divides by; none of them may be 0."""
-        multiple = _MULTIPLE.fullmatch(self.left)
-        return (multiple[2],) if multiple and multiple[2].isidentifier() else ()
+        return (self.right,) if self.operator == "%" and self.right.isidentifier() else ()
 
     def expected(self, shown: Callable[[str], str], value: Callable[[str], str]) -> str:
         """Return what must hold, as the text of an f-string.
 
         `shown` renders a size with its value, and `value` the value of an expression.
         """
-        words = self._words(shown, value)
-        return f"{words}, for {shown(self.guard)}" if self.guard else words
-
-    def _words(self, shown: Callable[[str], str], value: Callable[[str], str]) -> str:
         left, right = self.left, self.right
-        is_named = right.isidentifier()
-        multiple, extreme = _MULTIPLE.fullmatch(left), _EXTREME.fullmatch(right)
-        if multiple:
-            of = shown(multiple[2]) if multiple[2].isidentifier() else multiple[2]
-            return f"{multiple[1]} = {value(multiple[1])} to be a multiple of {of}"
-        if extreme:
-            of = " and ".join(map(shown, extreme.groups()[1:]))
-            return f"{left} = {value(right)}, the {extreme[1]} of {of}"
-        if self.operator == "in":
-            return f"{left} of {_either(right)}"
-        if self.operator == ">=":
-            return f"{left} of at least {shown(right) if is_named else right}"
-        most = shown(right) if is_named else right
-        return f"{left} = {value(left)} of at most {most}, as far as the kernel counts"
+        limit = shown(right) if right.isidentifier() else right
+        words = {
+            "%": f"{left} = {value(left)} to be a multiple of {limit}",
+            "in": f"{left} of {_either(right)}",
+            ">=": f"{left} of at least {limit}",
+            "<=": f"{left} = {value(left)} of at most {limit}, as far as the kernel counts",
+        }
+        of = " and ".join(map(shown, names_in(right)))
+        told = words.get(self.operator) or f"{left} = {value(right)}, the {self.operator} of {of}"
+        return f"{told}, for {shown(self.guard)}" if self.guard else told
 
     @property
     def sentence(self) -> str:
         """What must hold, as a sentence for documentation."""
-        multiple, extreme = _MULTIPLE.fullmatch(self.left), _EXTREME.fullmatch(self.right)
-        if multiple:
-            said = f"{multiple[1]} is a multiple of {multiple[2]}"
-        elif extreme:
-            said = f"{self.left} is the {extreme[1]} of {extreme[2]} and {extreme[3]}"
-        elif self.operator == "in":
-            said = f"{self.left} is {_either(self.right)}"
-        else:
-            how = {">=": "at least", "<=": "at most"}[self.operator]
-            said = f"{self.left} is {how} {self.right}"
-        return f"{said}, unless {self.guard} is 0." if self.guard else f"{said}."
+        words = {
+            "%": f"a multiple of {self.right}",
+            "in": _either(self.right),
+            ">=": f"at least {self.right}",
+            "<=": f"at most {self.right}",
+        }
+        of = " and ".join(names_in(self.right))
+        told = f"{self.left} is {words.get(self.operator) or f'the {self.operator} of {of}'}"
+        return f"{told}, unless {self.guard} is 0." if self.guard else f"{told}."
 
 
 def _either(numbers: str) -> str:

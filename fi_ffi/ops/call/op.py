@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from fi_ffi.loader import generation
@@ -31,10 +30,10 @@ class Op:
     need none.
     """
 
-    def __init__(self, *rows: Row, op: str = "", names: Mapping[str, str] | None = None) -> None:
+    def __init__(self, *rows: Row, op: str = "") -> None:
         self.rows = rows
         self.__name__ = self.__qualname__ = rows[0].name
-        self._compiled = [CompiledRow(row, op=op, names=names, follows=False) for row in rows]
+        self._compiled = [CompiledRow(row, op=op, follows=False) for row in rows]
         self._in_force: CompiledRow | None = None
         # A class for each op, so that its `__call__` can be the function compiled from its row.
         self.__class__ = type(f"_{rows[0].name}", (Op,), {"__doc__": Op.__dict__["__doc__"]})
@@ -58,7 +57,7 @@ class Op:
     def __signature__(self) -> inspect.Signature:
         import inspect
 
-        return inspect.signature(self.compiled.bind)
+        return inspect.signature(self.compiled.arguments)
 
     def __repr__(self) -> str:
         return f"<fi_ffi op {self.__name__}({parameters(self.row)})>"
@@ -84,7 +83,7 @@ class Op:
         call itself would raise.
         """
         compiled = self.compiled
-        return prepare_call(compiled, compiled.bind(*args, **kwargs)[0], stream)
+        return prepare_call(compiled, compiled.arguments(*args, **kwargs)[0], stream)
 
     def supports(
         self,
@@ -108,9 +107,9 @@ class Op:
     def select_release(self, release: str) -> CompiledRow:
         """Put the row of this release in force; the first row if none has this release."""
         fitting = (one for one in self._compiled if fits(one.row, release))
-        found = self._in_force = next(fitting, self._compiled[0])
-        type(self).__call__ = found.call  # type: ignore[method-assign]
-        return found
+        in_force = self._in_force = next(fitting, self._compiled[0])
+        type(self).__call__ = in_force.call  # type: ignore[method-assign]
+        return in_force
 
     def forget(self) -> None:
         """Drop what earlier calls cached, after the source of kernels changed."""

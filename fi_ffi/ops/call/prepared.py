@@ -12,7 +12,8 @@ from fi_ffi.abi.function import Frame
 from fi_ffi.abi.interop import as_desc
 from fi_ffi.abi.streams import handle_for
 from fi_ffi.abi.tensor import TensorDesc
-from fi_ffi.errors import ArgumentError, printed
+from fi_ffi.errors import printed
+from fi_ffi.ops.call.arguments import Refusal
 from fi_ffi.ops.call.compiled import KEEP, CompiledRow, Variant
 from fi_ffi.ops.call.launch import launch
 from fi_ffi.ops.call.memory import keep
@@ -28,7 +29,6 @@ class PackedCall:
     It has one frame, or None if there is nothing to launch.
     """
 
-    __slots__ = ("frame", "give", "take")
     frame: Any
 
     @property
@@ -36,7 +36,7 @@ class PackedCall:
         """The name of the prepared function, as the caller knows it."""
         raise NotImplementedError
 
-    def hold(self, frame: Frame | None) -> None:
+    def own_frame(self, frame: Frame | None) -> None:
         """Take over a packed frame."""
         self.frame = frame
         free = [frame]
@@ -55,7 +55,7 @@ class PackedCall:
         except BaseException:
             self.give(taken)
             raise
-        self.hold(frame)
+        self.own_frame(frame)
         return taken
 
     def reclaim(self) -> Any:
@@ -74,36 +74,25 @@ class PackedCall:
         except IndexError:
             expected = "one call of it at a time: prepare one for each thread"
             got = "a prepared call that is in use, by another thread or by this one"
-            raise ArgumentError(self.op, "self", got=got, expected=expected) from None
-
-    def __copy__(self) -> NoReturn:
-        raise TypeError("a prepared call has packed arguments of its own and cannot be copied")
+            raise Refusal(self.op)("self", got, expected) from None
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise TypeError("a prepared call is of this process and cannot be copied or pickled")
 
 
 def tensor_like(
-    error: Callable[[str, object, object], ArgumentError],
-    op: str,
-    name: str,
-    before: TensorDesc | None,
-    value: Any,
-    called: str = "",
+    refuse: Refusal, name: str, before: TensorDesc | None, value: Any
 ) -> TensorDesc | None:
-    """Describe the replacement of a tensor: an address, or a tensor of the same layout.
-
-    `called` is the caller's name for the tensor, if `error` expects the row's name.
-    """
+    """Describe the replacement of a tensor: an address, or a tensor of the same layout."""
     if before is None:
         if value is None:
             return None
-        raise error(name, "a tensor", "None, as it was prepared; prepare another call")
+        raise refuse(name, "a tensor", "None, as it was prepared; prepare another call")
     if type(value) is int:
         if not 0 <= value < 2**64 - before.span_bytes:
-            raise error(name, hex(value), f"an address with room for {before.layout}")
+            raise refuse(name, hex(value), f"an address with room for {before.layout}")
         return before.at(value)
-    desc = as_desc(value, op, called or name)
+    desc = as_desc(value, refuse.op, name)
     is_like = (
         desc.shape == before.shape
         and desc.strides == before.strides
@@ -111,7 +100,8 @@ def tensor_like(
         and desc.device is before.device
     )
     if not is_like:
-        raise error(name, desc.layout, f"{before.layout}, as it was prepared; prepare another call")
+        expected = f"{before.layout}, as it was prepared; prepare another call"
+        raise refuse(name, desc.layout, expected)
     return desc
 
 
@@ -125,21 +115,11 @@ class Prepared(PackedCall):
     Threads may use it in turns, but not at the same time (`ArgumentError`).
     """
 
-    __slots__ = (
-        "_is_plain",
-        "compiled",
-        "given",
-        "masks",
-        "owners",
-        "spans",
-        "stream",
-        "variant",
-    )
     variant: Variant
 
-    def __init__(self, compiled: CompiledRow, given: dict[str, Any], stream: object) -> None:
+    def __init__(self, compiled: CompiledRow, arguments: dict[str, Any], stream: object) -> None:
         self.compiled, self.stream = compiled, stream
-        self.hold(self._pack(given))
+        self.own_frame(self._pack(arguments))
         if stream is not None:  # refuse what is no stream now, not at the first call
             handle_for(stream, self.variant.device, compiled.refuse.op)
         self.variant.start()
@@ -148,21 +128,21 @@ class Prepared(PackedCall):
     def op(self) -> str:
         return self.compiled.refuse.op
 
-    def _pack(self, given: dict[str, Any]) -> Frame | None:
+    def _pack(self, arguments: dict[str, Any]) -> Frame | None:
         """Pack the call with these arguments; None if there is nothing to launch."""
         row = self.compiled.row
         # `masks` are the bits that new addresses must not have, for the alignment of loads.
-        variant, frame, scratch, masks = self.compiled.pack(**given)
+        variant, frame, scratch, masks = self.compiled.pack(**arguments)
         names = [arg.name for arg in row.tensors if arg.is_scratch]
-        given |= dict(zip(names, scratch, strict=False))
-        descs = [given.get(arg.name) for arg in row.tensors]
+        arguments |= dict(zip(names, scratch, strict=False))
+        descs = [arguments.get(arg.name) for arg in row.tensors]
         # Descriptors without owners: the owners are kept apart, so that an update can drop them.
-        given |= {
+        arguments |= {
             arg.name: desc.at(desc.ptr)
             for arg, desc in zip(row.tensors, descs, strict=True)
             if desc is not None
         }
-        self.variant, self.given, self.masks = variant, given, masks
+        self.variant, self.arguments, self.masks = variant, arguments, masks
         self.owners = descs
         self.spans = tuple(desc.span_bytes if desc else 0 for desc in descs)
         is_more = row.allocates or row.result != "void"
@@ -186,7 +166,7 @@ class Prepared(PackedCall):
             self.give(frame)
         if not self._is_plain and frame is not None and frame.is_referred_to:
             keep(frame)  # the callee kept one of the frame's Tensor objects
-            self.hold(self._pack(self._given_now()))
+            self.own_frame(self._pack(self._given_now()))
         return result
 
     def update(self, /, *args: Any, **kwargs: Any) -> None:
@@ -199,52 +179,46 @@ class Prepared(PackedCall):
 
     def change(self, changes: dict[str, Any]) -> None:
         """Update in full: pack the call anew, with its other arguments as before."""
-        refuse, given = self.compiled.refuse, self._given_now()
+        refuse, arguments = self.compiled.refuse, self._given_now()
         for arg in self.compiled.row.given:
             value = changes.get(arg.name, KEEP)
             if value is KEEP:
                 continue
             if isinstance(arg, Tensor):
-                given[arg.name] = tensor_like(
-                    refuse.error,
-                    refuse.op,
-                    arg.name,
-                    given[arg.name],
-                    value,
-                    refuse.name(arg.name),
-                )
+                name, before = refuse.name(arg.name), arguments[arg.name]
+                arguments[arg.name] = tensor_like(refuse, name, before, value)
             elif isinstance(arg, Scalar):
-                given[arg.name] = value
+                arguments[arg.name] = value
             else:
                 expected = "what it was prepared with; prepare another call"
                 raise refuse.error(arg.name, printed(value), expected)
         variant = self.variant
-        before = self.renew(lambda: self._pack(given))
-        if before is not None:
-            variant.frames.append(before)
+        frame = self.renew(lambda: self._pack(arguments))
+        if frame is not None:
+            variant.frames.append(frame)
 
     def _given_now(self) -> dict[str, Any]:
         """Return the arguments, with the addresses that updates have written."""
-        given, frame = dict(self.given), self.frame
+        arguments, frame = dict(self.arguments), self.frame
         if frame is None:
             names = [arg.name for arg in self.compiled.row.tensors]
-            return given | dict(zip(names, self.owners, strict=True))
+            return arguments | dict(zip(names, self.owners, strict=True))
         place, owners = self.compiled.layout.tensors, iter(self.owners)
         for i, arg in enumerate(self.compiled.row.args):
             if not isinstance(arg, Tensor):
                 continue
-            owner, desc = next(owners), given.get(arg.name)
+            owner, desc = next(owners), arguments.get(arg.name)
             if desc is not None:
-                given[arg.name] = owner or desc.at(frame.addresses[place[i]])
-        return given
+                arguments[arg.name] = owner or desc.at(frame.addresses[place[i]])
+        return arguments
 
     def __repr__(self) -> str:
-        given = self._given_now()
+        arguments = self._given_now()
         parts = []
         for arg in self.compiled.row.args:
             if isinstance(arg, Absent):
                 continue
-            value = given.get(arg.name)
+            value = arguments.get(arg.name)
             if isinstance(arg, Tensor):
                 parts.append(f"{arg.name}={value.ptr if value else 0:#x}")
             else:
@@ -254,50 +228,41 @@ class Prepared(PackedCall):
 
 
 @functools.cache
-def _class_of(compiled: CompiledRow) -> type[Prepared]:
-    """Return the class of a row's prepared calls, with the row's compiled update."""
-    own = {"__slots__": (), "update": compiled.update}
+def _class_of(compiled: CompiledRow, by_caller: bool) -> type[Prepared]:
+    """Return the class of a row's prepared calls, with an update of the row's own."""
+    update = _update_by_caller(compiled) if by_caller else compiled.update
+    own = {"update": update}
     return type(f"Prepared_{compiled.row.name}", (Prepared,), own)
 
 
-def prepare_call(compiled: CompiledRow, arguments: dict[str, Any], stream: object) -> Prepared:
-    """Prepare a call of a row with these arguments, by name."""
-    refuse, given = compiled.refuse, dict(arguments)
+def prepare_call(
+    compiled: CompiledRow, arguments: dict[str, Any], stream: object, by_caller: bool = False
+) -> Prepared:
+    """Prepare a call of a row with these arguments, by name. With `by_caller`, its update takes the
+    caller's names, and tensors only."""
+    refuse, arguments = compiled.refuse, dict(arguments)
     for arg in compiled.row.given:
-        value = given.get(arg.name)
+        value = arguments.get(arg.name)
         if isinstance(arg, Tensor) and value is not None:
-            given[arg.name] = as_desc(value, refuse.op, refuse.name(arg.name))
+            arguments[arg.name] = as_desc(value, refuse.op, refuse.name(arg.name))
         elif isinstance(arg, KvLayout):
-            given.setdefault(arg.name, arg.default)
-    return _class_of(compiled)(compiled, given, stream)
+            arguments.setdefault(arg.name, arg.default)
+    return _class_of(compiled, by_caller)(compiled, arguments, stream)
 
 
-def _named_by_caller(kind: type[Any]) -> type[Prepared]:
-    """Return a class of prepared calls whose `update` takes the caller's names."""
+def _update_by_caller(compiled: CompiledRow) -> Callable[..., None]:
+    refuse, change = compiled.refuse, compiled.update
+    names = {refuse.name(arg.name): arg.name for arg in compiled.row.tensors}
 
     def update(self: Prepared, **tensors: Any) -> None:
         """Change tensors by the function's names, to addresses or to tensors of the same layout.
 
         Raises `ArgumentError` and `ArgumentTypeError`; the call is unchanged then.
         """
-        refuse = self.compiled.refuse
-        names = {refuse.name(arg.name): arg.name for arg in self.compiled.row.tensors}
-        unknown = next((name for name in tensors if name not in names), None)
-        if unknown is not None:
-            expected = f"one of {', '.join(names)}; prepare another call for other options"
-            raise ArgumentError(refuse.op, "update", got=unknown, expected=expected)
-        kind.update(self, **{names[name]: value for name, value in tensors.items()})
+        for name in tensors:
+            if name not in names:
+                expected = f"one of {', '.join(names)}; prepare another call for other options"
+                raise refuse("update", name, expected)
+        change(self, **{names[name]: value for name, value in tensors.items()})
 
-    return type(kind.__name__, (kind,), {"__slots__": (), "update": update})
-
-
-def prepared_by_caller(made: Prepared) -> Prepared:
-    """Make a prepared call take the caller's names for tensors."""
-    named: Any = made
-    kind: Any = type(made)
-    found = _named.get(kind) or _named.setdefault(kind, _named_by_caller(kind))
-    named.__class__ = found
-    return made
-
-
-_named: dict[Any, Any] = {}
+    return update

@@ -7,8 +7,8 @@ from typing import Any
 from fi_ffi.abi.function import Entry
 from fi_ffi.abi.tensor import Device
 from fi_ffi.errors import ArchitectureError, KernelNotFoundError, LoaderError
-from fi_ffi.loader import generation, machine
-from fi_ffi.ops.call.releases import FIRST, fits, is_in
+from fi_ffi.loader import machine
+from fi_ffi.ops.call.releases import FIRST, fits
 from fi_ffi.ops.call.row import Absent, Row
 
 
@@ -45,13 +45,13 @@ def entry_for(row: Row, device: Device, module: str | None = None) -> Entry:
             return method_entry(name, row.factory, row.signature, row.releases, device.index)
         return runtime.kernel_entry(name, row.signature, row.releases, device.index)
     names = ["" if isinstance(arg, Absent) else arg.name for arg in row.args]
-    # Of the other families there is one module, named as they are.
-    compiled = () if module in (None, row.module) else _compiled(module)
     kernels: Any = reference()
-    found: Entry = kernels.entry(
+    # Of most families there is one module, named as they are.
+    compiled = () if module in (None, row.module) else kernels.compiled_for(module)
+    entry: Entry = kernels.entry(
         row.module, row.signature, row.reference, compiled, row.formula, names
     )
-    return found
+    return entry
 
 
 def reference() -> Any:
@@ -79,24 +79,3 @@ def check_available(row: Row, device: Device) -> None:
         raise KernelNotFoundError(
             f"{row.name} is in FlashInfer {row.releases}; the kernels in use are of {release}"
         )
-
-
-# What a module was compiled for that changes results and is no argument of its entries.
-_IN_NAMES = ("pos_encoding_mode", "use_sliding_window", "use_logits_soft_cap")
-
-
-# Releases whose math.cuh has IEEE's infinity in place of 5e4.
-_HAVE_INFINITY = ">=0.7.0"
-
-
-@generation.cached
-def _compiled(module: str) -> tuple[tuple[str, object], ...]:
-    """Return what a module of a family was compiled for, from its name and the release in force."""
-    from fi_ffi.loader import uris  # imported late: starting up needs no module names
-
-    release = release_in_force()
-    parsed = uris.parse(module)
-    if parsed is None:
-        return ()
-    found = tuple((name, parsed.params[name]) for name in _IN_NAMES if name in parsed.params)
-    return (*found, ("has_infinity", True)) if is_in(release, _HAVE_INFINITY) else found

@@ -7,18 +7,18 @@ is never used). Methods that "judge" look again, and return if nothing is wrong.
 from __future__ import annotations
 
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from fi_ffi.abi.tensor import TensorDesc, c_strides, is_row_major
 from fi_ffi.errors import ArgumentError, ArgumentTypeError, printed
-from fi_ffi.ops.call.row import KV_LAYOUTS, Required, Row, Scalar, Tensor, Text
+from fi_ffi.ops.call.arguments import INT64_MAX, Refusal
+from fi_ffi.ops.call.row import Required, Row, Scalar, Tensor
 
 if TYPE_CHECKING:
     from fi_ffi.abi.tensor import Device
 
-_INT64 = 2**63
 PLANNED = "what was planned"  # a plan fixed the size, not an argument
 _BLOCK_THREADS = 1024  # CUDA's limit, on every GPU
 DEVICE_TYPES = ("cpu", "cuda")
@@ -44,7 +44,7 @@ def check_scalar(op: str, name: str, arg: Scalar, value: Any) -> Any:
         except OverflowError:
             raise ArgumentError(op, name, got=value, expected="a finite number") from None
     expected = ""
-    if arg.type is int and not -_INT64 <= value < _INT64:
+    if arg.type is int and not -INT64_MAX - 1 <= value <= INT64_MAX:
         expected = "an int64"
     elif arg.type is float and not abs(value) < float("inf"):
         expected = "a finite number"
@@ -64,7 +64,7 @@ def unlimited(arg: Scalar) -> Scalar:
     return replace(arg, low=None, high=None, multiple_of=1)
 
 
-class Refusals:
+class Refusals(Refusal):
     """Errors that name the op and its arguments as the caller knows them.
 
     A plan, which has memory of its own, passes the `device` on which all tensors must be.
@@ -73,9 +73,9 @@ class Refusals:
     def __init__(
         self, row: Row, op: str, names: Mapping[str, str], device: Device | None = None
     ) -> None:
-        self.row, self.op, self._names, self._device = row, op, names, device
+        super().__init__(op)
+        self.row, self._names, self._device = row, names, device
         self._scalars = {arg.name: arg for arg in row.args if isinstance(arg, Scalar)}
-        self._texts = {arg.name: arg for arg in row.args if isinstance(arg, Text)}
         self._tensors = {arg.name: arg for arg in row.tensors}
 
     def name(self, argument: str) -> str:
@@ -83,7 +83,8 @@ class Refusals:
         return self._names.get(argument, argument)
 
     def error(self, argument: str, got: object, expected: object) -> ArgumentError:
-        return ArgumentError(self.op, self.name(argument), got=got, expected=expected)
+        """Make the error for an argument by the row's name."""
+        return self(self.name(argument), got, expected)
 
     def size(
         self, argument: str, desc: TensorDesc, axis: str, size: int, fixed_by: str = ""
@@ -121,12 +122,8 @@ class Refusals:
             raise value.missing(self.op, self.name(name))
         return check_scalar(self.op, self.name(name), unlimited(arg) if is_free else arg, value)
 
-    def text(self, name: str, value: object) -> NoReturn:
-        expected = " or ".join(map(repr, self._texts[name].words))
-        raise self.error(name, printed(value), expected)
-
-    def kv_layout(self, name: str, value: object) -> NoReturn:
-        raise self.error(name, printed(value), " or ".join(map(repr, KV_LAYOUTS)))
+    def word(self, name: str, value: object, words: Iterable[str]) -> NoReturn:
+        raise self.error(name, printed(value), " or ".join(map(repr, words)))
 
     def size_of(self, name: str, value: int, size: int) -> NoReturn:
         arg = self._scalars[name]
@@ -136,10 +133,10 @@ class Refusals:
     def rule(self, number: int, values: Sequence[object]) -> NoReturn:
         rule = self.row.rules[number]
         expected = rule.expected if isinstance(rule.expected, str) else rule.expected(*values)
-        given = dict(zip(rule.names, values, strict=True))
-        told = {True: "a tensor", False: "none"}
-        words = {name: told[bool(given[name])] for name in self._tensors.keys() & given.keys()}
-        got = ", ".join(f"{self.name(name)} = {words.get(name, given[name])}" for name in given)
+        words = dict(zip(rule.names, values, strict=True))
+        for name in self._tensors.keys() & words.keys():
+            words[name] = "a tensor" if words[name] else "none"
+        got = ", ".join(f"{self.name(name)} = {word}" for name, word in words.items())
         raise self.error(rule.argument, got, expected)
 
     def scratch(self, name: str, have: int, need: int) -> NoReturn:
@@ -160,8 +157,6 @@ class Refusals:
         if expected:
             got = f"{desc.dtype}{list(desc.shape)} with strides {desc.strides}"
             raise self.error(name, got, expected)
-        if tensor.parts > 1:
-            self._check_part(name, desc, tensor.parts)
 
     def _wrong_strides(
         self, tensor: Tensor, shape: tuple[int, ...], strides: tuple[int, ...], step: int, how: str
@@ -196,14 +191,10 @@ class Refusals:
                 if stride <= reach:
                     return "elements that do not overlap, because they are written"
                 reach += stride * (size - 1)
+        whole = c_strides((*shape[:-1], shape[-1] * tensor.parts)) if tensor.parts > 1 else strides
+        if any(n > 1 and a != b for n, a, b in zip(shape, strides, whole, strict=True)):
+            return f"{whole}, as one of {tensor.parts} parts of a contiguous tensor has them"
         return ""
-
-    def _check_part(self, name: str, desc: TensorDesc, parts: int) -> None:
-        strides = c_strides((*desc.shape[:-1], desc.shape[-1] * parts))
-        both = zip(desc.shape, desc.strides, strides, strict=True)
-        if any(n > 1 and stride != wanted for n, stride, wanted in both):
-            expected = f"{strides}, as one of {parts} parts of a contiguous tensor has them"
-            raise self.error(name, f"strides {desc.strides}", expected)
 
     def same_strides(self, name: str, desc: TensorDesc, first: str, other: TensorDesc) -> NoReturn:
         expected = f"{other.strides}, those of `{self.name(first)}`"
@@ -228,21 +219,16 @@ class Refusals:
                 if same and desc.ptr == before.ptr and _axes_of(desc) == _axes_of(before):
                     continue
                 # The error names the written tensor; of two written ones, the later.
-                at_fault, beside = (arg, before) if arg.writes else (other, desc)
-                span = f"{beside.ptr:#x} to {beside.ptr + beside.span_bytes:#x}"
-                whose = self.name((other if arg.writes else arg).name)
-                got = f"memory that overlaps `{whose}` ({span})"
+                first, second = (arg, other) if arg.writes else (other, arg)
+                beside = before if arg.writes else desc
                 expected = "the very same memory, or memory apart" if same else "memory apart"
-                raise self.error(at_fault.name, got, expected)
+                raise self.error(first.name, self.overlaps(second.name, beside), expected)
             earlier.append((arg, desc))
 
-    def apart(self, name: str, desc: TensorDesc, others: Mapping[str, TensorDesc | None]) -> None:
-        """Refuse written memory outside the row if it overlaps one of these tensors."""
-        for other, held in others.items():
-            if desc.numel and held is not None and held.numel and may_overlap(desc, held):
-                span = f"{held.ptr:#x} to {held.ptr + held.span_bytes:#x}"
-                got = f"memory that overlaps `{self.name(other)}` ({span})"
-                raise self.error(name, got, "memory apart")
+    def overlaps(self, other: str, desc: TensorDesc) -> str:
+        """Return words for memory that overlaps this argument's."""
+        span = f"{desc.ptr:#x} to {desc.ptr + desc.span_bytes:#x}"
+        return f"memory that overlaps `{self.name(other)}` ({span})"
 
     def overlaps_workspace(self, name: str, desc: TensorDesc, memory: Sequence[int]) -> None:
         """Judge whether a tensor shares memory with a plan's workspaces."""

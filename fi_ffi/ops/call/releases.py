@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from fi_ffi.ops.call.row import Arg, Ranged, Row, Tensor
 
@@ -69,15 +69,25 @@ def fits(row: Row, release: str) -> bool:
     return is_in(release, row.releases)
 
 
+class HasReleases(Protocol):
+    """One form of an entry; `releases` is a version specifier, "" for every release."""
+
+    @property
+    def releases(self) -> str: ...
+
+
+_Form = TypeVar("_Form", bound=HasReleases)
+
+
+def of_release(forms: Iterable[_Form], release: str) -> _Form | None:
+    """Return the form of a release, or None if no form has it."""
+    fitting = (form for form in forms if not form.releases or is_in(release, form.releases))
+    return next(fitting, None)
+
+
 def _number(release: str) -> tuple[int, ...]:
     """Return a sort key of a release: a post release comes after it and before the next one."""
     return tuple(int(part.removeprefix("post")) for part in release.split("."))
-
-
-def _bounds(releases: str) -> tuple[str, str]:
-    """Return the first release of ">=a" or ">=a,<b", and the first one after the range."""
-    since, _, until = releases.partition(",<")
-    return since.removeprefix(">=") or OLDEST, until
 
 
 def _has(item: Ranged, release: str) -> bool:
@@ -98,7 +108,9 @@ def forms_of(row: Row, later: Mapping[str, Mapping[str, Any]] | None = None) -> 
     from a release on.
     """
     later = later or {}
-    begin, end = _bounds(row.releases)
+    span = _SPAN.fullmatch(row.releases)
+    assert span is not None, row.releases
+    begin, end = span.groups("")
     items = (*row.args, *row.rules)
     named = {*later, *(item.since for item in items), *(item.until for item in items)} - {""}
     inner = {release for release in named if _number(release) > _number(begin)}
@@ -129,8 +141,8 @@ def forms_of(row: Row, later: Mapping[str, Mapping[str, Any]] | None = None) -> 
 
 def span_of(forms: Sequence[Any]) -> str:
     """Return the releases of all the forms as one specifier, with adjacent ranges joined."""
-    found = [_SPAN.fullmatch(form.releases) for form in forms]
-    bounds = [match.groups("") for match in found if match]
+    matches = [_SPAN.fullmatch(form.releases) for form in forms]
+    bounds = [match.groups("") for match in matches if match]
     if len(bounds) < len(forms):
         return " or ".join(form.releases for form in forms)
     spans: list[list[str]] = []

@@ -14,7 +14,7 @@ from typing import Any
 from fi_ffi.abi.signature import Signature
 from fi_ffi.abi.tensor import TensorDesc, frozen
 from fi_ffi.errors import ArgumentTypeError
-from fi_ffi.ops.call.notation import Condition, names_in
+from fi_ffi.ops.call.notation import Condition, names_in, parse_axis
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +106,11 @@ class Tensor(Ranged):
     @property
     def axis_names(self) -> tuple[str, ...]:
         return tuple(self.axes.split())
+
+    @property
+    def axis_variables(self) -> list[str]:
+        """The names of sizes in the axes."""
+        return [name for text in self.axis_names for name in parse_axis(text).names]
 
     def axes_in(self, kv_layout: str) -> tuple[str, ...]:
         """Return the axes in the order of a tensor of this layout."""
@@ -244,6 +249,11 @@ class Absent(Ranged):
     dtype: str = "uint8"
     shape: tuple[int, ...] = (0,)
     of: str = ""
+
+    @property
+    def entry_rank(self) -> int | None:
+        """The rank of a null tensor; None for any other value."""
+        return len(self.shape) if self.abi_type == "DLTensor*" else None
 
 
 Arg = Tensor | Scalar | Text | KvLayout | IntArray | TensorArray | Absent
@@ -411,11 +421,6 @@ class Row:
         """Whether the kernel is written in Python (CuTe DSL), so that nothing in csrc exports
         it."""
         return self.source.startswith("flashinfer/")
-
-    def limits(self, kind: str) -> dict[str, tuple[int, ...]]:
-        """Return the numbers with which ">=", "<=", "in" or "%" compares sizes, by size."""
-        found = (condition.limit for condition in self.conditions)
-        return {limit[1]: limit[2] for limit in found if limit and limit[0] == kind}
 
     @property
     def rules(self) -> tuple[Rule, ...]:

@@ -1,21 +1,14 @@
-"""Page-locked memory for copies to a device, and tables that are copied with a launch."""
+"""Page-locked memory for copies to a device."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.abi.library import renew_after_fork
 from fi_ffi.abi.tensor import Device, TensorDesc
 from fi_ffi.ops.call import cuda
-from fi_ffi.ops.call.memory import HOST, hold, keep, owned, stream_key
 
-MOST_STAGES = 4
-_ALIGNMENT = 256
-_LEAST = 1 << 14
+MAX_STAGES = 4
 
 
 class Stage:
@@ -44,19 +37,13 @@ class Stage:
 class StagePool:
     """Pieces of page-locked memory, each for one copy at a time, on any stream.
 
-    It allocates up to `most` pieces of at least `least` bytes, or uses the given `pieces` and
+    It allocates up to `MAX_STAGES` pieces of at least `least` bytes, or uses the given `pieces` and
     allocates none. Its owner locks it.
     """
 
-    def __init__(
-        self,
-        device: Device,
-        most: int = MOST_STAGES,
-        least: int = 0,
-        pieces: Sequence[TensorDesc] = (),
-    ) -> None:
+    def __init__(self, device: Device, least: int = 0, pieces: Sequence[TensorDesc] = ()) -> None:
         self._device, self._least = device, least
-        self._most = 0 if pieces else most
+        self._most = 0 if pieces else MAX_STAGES
         # Ordered by last use: the first is the oldest.
         self._stages = [Stage(piece, device) for piece in pieces]
 
@@ -93,70 +80,3 @@ class StagePool:
         self._put_last(stage, instead_of=stage)
         if stage.done is not None:
             stage.done.record(stream)
-
-
-@dataclass(frozen=True)
-class Staged:
-    """The device addresses of a call's tables, and of the stream's scratch behind them."""
-
-    address: int
-    scratch: int
-    scratch_bytes: int
-
-
-class _StreamTables:
-    """A stream's device memory for tables, which its calls use one after another."""
-
-    def __init__(self, device: Device) -> None:
-        self.device, self.lock = device, threading.Lock()
-        self.stages = StagePool(device, least=_LEAST)
-        self.memory: cuda.Memory | None = None
-
-    def room(self, count: int) -> int:
-        """Return the address of this many bytes of device memory."""
-        if self.memory is None or self.memory.desc.numel < count:
-            if self.memory is not None:
-                keep(self.memory)  # a kernel or a graph may still use it
-            self.memory = cuda.allocate(max(2 * count, _LEAST), self.device)
-        return self.memory.desc.ptr
-
-
-_lock = threading.Lock()
-renew_after_fork(globals(), "_lock", threading.Lock)
-
-
-def _tables_of(device: Device, stream: int) -> _StreamTables:
-    key = stream_key(device.index, stream) if device.is_cuda else HOST
-    with _lock:
-        mine = owned(key)
-        found: _StreamTables = mine.get("tables") or mine.setdefault(
-            "tables", _StreamTables(device)
-        )
-        return found
-
-
-@contextmanager
-def staged(device: Device, stream: int, table: memoryview, scratch_bytes: int) -> Iterator[Staged]:
-    """Copy `table` to the device on a stream, for a kernel launched on it inside the block.
-
-    The device is current. A call that is being captured gets memory of its own, which fi_ffi's
-    graph holds; if another library captures, the memory is kept until the process ends.
-    """
-    is_captured = device.is_cuda and cuda.is_capturing(stream)
-    tables = _StreamTables(device) if is_captured else _tables_of(device, stream)
-    if is_captured and not hold(tables):
-        keep(tables)
-    size = len(table)
-    start = -(-size // _ALIGNMENT) * _ALIGNMENT
-    # The lock keeps another thread's copy on this stream from coming between copy and launch.
-    with tables.lock:
-        stage, target = tables.stages.take(size), tables.room(start + scratch_bytes)
-        source = stage.desc.ptr
-        ffi.memmove(cuda.pointer(source), table, size)
-        if device.is_cuda:
-            cuda.copy_to_device(target, source, size, stream)
-            if not is_captured:
-                tables.stages.record(stage, stream)
-        else:
-            ffi.memmove(cuda.pointer(target), table, size)
-        yield Staged(target, target + start, scratch_bytes)

@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from fi_ffi.errors import LoaderError
 
@@ -59,19 +59,14 @@ class Support:
         return f"{self.op}: {WORDS[self.status]}: {self.reason}.{advice}"
 
 
-class Judge(Protocol):
-    """Judges whether an op, a function or a plan can be called."""
-
-    def __call__(self, op: str, asked: Mapping[str, Any], rows: Sequence[Row]) -> Support:
-        """Answer for the one of this name; `rows` are an op's forms, and empty for all others."""
-
-
 def no_judge(op: str, asked: Mapping[str, Any], rows: Sequence[Row]) -> Support:
     """Raise `LoaderError`: there is nothing here that judges."""
     raise LoaderError(f"{op}.supports: the judge is missing; it is the package fi_ffi.capability")
 
 
-judge: Judge = no_judge
+# Answers for an op, a function or a plan by its name; `rows` are an op's forms, and empty for all
+# others.
+judge: Callable[[str, Mapping[str, Any], Sequence[Row]], Support] = no_judge
 
 
 def supports(op: str, rows: Sequence[Row] = (), /, **asked: Any) -> Support:

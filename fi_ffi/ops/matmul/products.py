@@ -20,11 +20,10 @@ from fi_ffi.abi.interop import TensorLike, as_desc
 from fi_ffi.abi.signature import Signature
 from fi_ffi.abi.streams import handle_for
 from fi_ffi.abi.tensor import Device, TensorDesc, frozen, parse_dtype
-from fi_ffi.errors import ArgumentError, LoaderError
+from fi_ffi.errors import LoaderError
 from fi_ffi.loader import machine
-from fi_ffi.ops.call.arguments import INT64_MAX, check_int
+from fi_ffi.ops.call.arguments import INT64_MAX, Refusal, check_int
 from fi_ffi.ops.call.compiled import CompiledRow
-from fi_ffi.ops.call.keyword_call import Launch, PreparedSteps, keyword_function, prepare_row
 from fi_ffi.ops.call.memory import scratch_for
 from fi_ffi.ops.call.notation import round_up
 from fi_ffi.ops.call.op import Op
@@ -33,6 +32,8 @@ from fi_ffi.ops.call.row import Row, Tensor, form_on
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.matmul import rows
 from fi_ffi.ops.matmul.rows import E4M3
+from fi_ffi.ops.steps.keyword_call import Launch, PreparedSteps, keyword_function, prepare_row
+from fi_ffi.ops.steps.memory import check_apart
 
 if TYPE_CHECKING:
     from fi_ffi.loader.methods import AttestedObject
@@ -41,14 +42,21 @@ if TYPE_CHECKING:
 GET_ALGOS, RUN_WITH_ALGO = Op(*rows.GET_ALGOS), Op(*rows.RUN_WITH_ALGO)
 _BLOCK_SCALE = "fp8_blockscale_gemm_sm90"
 RUN_GEMM = CompiledRow(
-    rows.RUN_GEMM, op=_BLOCK_SCALE,
+    rows.RUN_GEMM,
+    op=_BLOCK_SCALE,
     names={"output": "out", "scales_a": "input_scale", "scales_b": "weight_scale"},
-)  # fmt: skip
+)
 CONFIGURE = CompiledRow(rows.CONFIGURE, op=_BLOCK_SCALE)
+# The functions' names for the entries' arguments.
 _NAMES = {
-    "A": "a", "B": "b", "SFA": "a_scale", "SFB": "b_scale", "C": "out", "D": "out",
+    "A": "a",
+    "B": "b",
+    "SFA": "a_scale",
+    "SFB": "b_scale",
+    "C": "out",
+    "D": "out",
     "float_workspace_buffer": "workspace_buffer",
-}  # fmt: skip
+}
 GROUPWISE, GROUP_GROUPWISE = (
     {row: CompiledRow(row, names=_NAMES) for row in forms}
     for forms in (rows.GROUPWISE, rows.GROUP_GROUPWISE)
@@ -62,11 +70,12 @@ def tinygemm_row(row: Row) -> CompiledRow:
 
 
 def _prepare_tinygemm(
-    input: TensorLike, out: TensorLike, bias: TensorLike | None, stream: object, **given: Any
-) -> Prepared:  # fmt: skip
+    input: TensorLike, out: TensorLike, bias: TensorLike | None, stream: object, **others: Any
+) -> Prepared:
     op = OPS["tinygemm2_nobias" if bias is None else "tinygemm2"]
-    more = {} if bias is None else {"bias": bias}
-    return prepare_row(tinygemm_row(op.row), stream, input=input, output=out, **more, **given)
+    if bias is not None:
+        others["bias"] = bias
+    return prepare_row(tinygemm_row(op.row), stream, input=input, output=out, **others)
 
 
 @keyword_function(_prepare_tinygemm)
@@ -102,17 +111,16 @@ def tinygemm_bf16(
 
 def _with_handle(op: Op, cublas_handle: int, **values: Any) -> dict[str, Any]:
     """Add the handle to the arguments, if the row in force takes one."""
-    name, handle = op.row.name, cublas_handle
-    values["A"] = as_desc(values["A"], name, "A")
+    values["A"] = as_desc(values["A"], op.row.name, "A")
     if any(arg.name == "cublas_handle" for arg in op.row.args):
-        values["cublas_handle"] = handle
-    elif handle:  # from FlashInfer 0.7 on, the kernels make their own handle
-        raise ArgumentError(name, "cublas_handle", got=handle, expected="0")
+        values["cublas_handle"] = cublas_handle
+    elif cublas_handle:  # from FlashInfer 0.7 on, the kernels make their own handle
+        raise Refusal(op.row.name)("cublas_handle", cublas_handle, "0")
     return values
 
 
-def _prepare_algos(op: Op, stream: object, **given: Any) -> Prepared:
-    return op.prepare(**_with_handle(op, **given), stream=stream)
+def _prepare_algos(op: Op, **values: Any) -> Prepared:
+    return op.prepare(**_with_handle(op, **values))
 
 
 @keyword_function(functools.partial(_prepare_algos, GET_ALGOS))
@@ -137,11 +145,7 @@ def bmm_fp8_get_algos(
 
     The algorithms are for this shape, these dtypes and this GPU.
     """
-    values = _with_handle(
-        GET_ALGOS, cublas_handle, A=A, B=B, D=D, A_scale=A_scale, B_scale=B_scale,
-        algo_buffer=algo_buffer, workspace_buffer=workspace_buffer,
-    )  # fmt: skip
-    count: int = GET_ALGOS(**values, stream=stream)
+    count: int = GET_ALGOS(**_with_handle(GET_ALGOS, **locals()))
     return count
 
 
@@ -168,11 +172,7 @@ def bmm_fp8_run_with_algo(
 
     cuBLASLt refuses an algorithm of another shape or GPU with a `KernelError`.
     """
-    values = _with_handle(
-        RUN_WITH_ALGO, cublas_handle, A=A, B=B, D=D, A_scale=A_scale, B_scale=B_scale,
-        algo_buffer=algo_buffer, workspace_buffer=workspace_buffer, algo_idx=algo_idx,
-    )  # fmt: skip
-    RUN_WITH_ALGO(**values, stream=stream)
+    RUN_WITH_ALGO(**_with_handle(RUN_WITH_ALGO, **locals()))
 
 
 # Block scales, SM90.
@@ -192,12 +192,12 @@ def _announce(device: Device, m: int, n: int, k: int) -> int:
     from fi_ffi.loader import methods
 
     row = rows.RUN_GEMM
-    made = methods.made_by(row.module, row.factory, row.releases, device.index)
-    made.entry(_SIZE)(m, n, k)
-    known, most = _rows.get(device.index, (made, 0))
+    gemm = methods.made_by(row.module, row.factory, row.releases, device.index)
+    gemm.entry(_SIZE)(m, n, k)
+    known, most = _rows.get(device.index, (gemm, 0))
     # Other kernels than before have another object, which starts at 0 rows.
-    most = max(most if known is made else 0, round_up(m, 4))
-    _rows[device.index] = made, most
+    most = max(most if known is gemm else 0, round_up(m, 4))
+    _rows[device.index] = gemm, most
     return most
 
 
@@ -244,9 +244,13 @@ def fp8_blockscale_gemm_sm90(
 
 
 def _checked_gemm(
-    input: TensorLike, weight: TensorLike, input_scale: TensorLike | None,
-    weight_scale: TensorLike | None, out: TensorLike | None, workspace_buffer: TensorLike | None,
-) -> Launch:  # fmt: skip
+    input: TensorLike,
+    weight: TensorLike,
+    input_scale: TensorLike | None,
+    weight_scale: TensorLike | None,
+    out: TensorLike | None,
+    workspace_buffer: TensorLike | None,
+) -> Launch:
     """Check a product; return the function that launches it on a stream."""
     if input_scale is not None:
         input_scale = _with_all_columns(as_desc(input_scale, _BLOCK_SCALE, "input_scale"))
@@ -259,14 +263,14 @@ def _checked_gemm(
     if not m:
         return lambda stream: None
     left, right = descs["input"], descs["weight"]
-    given = None
+    own = None  # the caller's scratch
     if workspace_buffer is not None:
-        given = as_desc(workspace_buffer, _BLOCK_SCALE, _ROOM.name)
-        CONFIGURE.check(given)
-        if given.device is not device:
+        own = as_desc(workspace_buffer, _BLOCK_SCALE, _ROOM.name)
+        CONFIGURE.check(own)
+        if own.device is not device:
             expected = f"{device}, the device of `input`"
-            raise RUN_GEMM.refuse.error(_ROOM.name, given.device, expected)
-        RUN_GEMM.refuse.apart(_ROOM.name, given, descs)
+            raise RUN_GEMM.refuse.error(_ROOM.name, own.device, expected)
+        check_apart(RUN_GEMM.refuse, _ROOM.name, own, descs)
 
     def launch(stream: object) -> None:
         handle_for(stream, device, _BLOCK_SCALE)  # refuse a missing stream before loading
@@ -274,12 +278,12 @@ def _checked_gemm(
         with _lock:
             most = _announce(device, m, n, depth * _BLOCK)
             need = _bytes(most, left.dtype.name, right.dtype.name, n, depth * _BLOCK)
-            room = given
-            if room is None:
-                room = scratch_for(RUN_GEMM.refuse, _ROOM, device, need, stream, False)
-            elif room.numel < need:
-                RUN_GEMM.refuse.scratch(_ROOM.name, room.numel, need)
-            CONFIGURE.call(None, room, stream=stream)
+            memory = own
+            if memory is None:
+                memory = scratch_for(RUN_GEMM.refuse, _ROOM, device, need, stream, False)
+            elif memory.numel < need:
+                RUN_GEMM.refuse.scratch(_ROOM.name, memory.numel, need)
+            CONFIGURE.call(None, memory, stream=stream)
             RUN_GEMM.call(None, *descs.values(), stream=stream)
 
     return launch
@@ -332,33 +336,34 @@ def _granularity(op: str, value: Sequence[int]) -> tuple[int, ...]:
             if tuple(value) == sizes:
                 return sizes
     expected = " or ".join(map(str, known))
-    raise ArgumentError(op, "scale_granularity_mnk", got=value, expected=expected)
+    raise Refusal(op)("scale_granularity_mnk", value, expected)
 
 
-def _form(forms: dict[Row, CompiledRow], a: TensorDesc, mma_sm: int) -> tuple[CompiledRow, Any]:
-    """Return the form for the GPU that `a` is on, and the arguments that only SM100 takes."""
+def _groupwise(
+    forms: dict[Row, CompiledRow], arguments: dict[str, Any]
+) -> tuple[CompiledRow, list[Any]]:
+    """Return the form for the GPU that `a` is on, and its arguments in order."""
+    op = next(iter(forms)).name
+    sizes = _granularity(op, arguments["scale_granularity_mnk"])
+    a = as_desc(arguments["a"], op, "a")
     capability = None
     if a.device.is_cuda:
         # Without a GPU the call raises later, after the checks of its arguments.
         with contextlib.suppress(LoaderError):
             capability = machine.capability(a.device.index)
     row = form_on([*forms], capability)
-    check_int(row.name, "mma_sm", mma_sm, 1, 2)
-    return forms[row], (mma_sm,) if any(arg.name == "mma_sm" for arg in row.args) else ()
+    check_int(op, "mma_sm", arguments["mma_sm"], 1, 2)  # also where kernels do not take it
+    granularity = {f"scale_granularity_{axis}": n for axis, n in zip("mnk", sizes, strict=True)}
+    values = {**arguments, "a": a, **granularity}
+    return forms[row], [values.get(_NAMES.get(arg.name, arg.name)) for arg in row.args]
 
 
-def _prepare_groupwise(
-    stream: object, scale_granularity_mnk: Sequence[int], scale_major_mode: str, mma_sm: int,
-    **given: Any,
-) -> Prepared:  # fmt: skip
-    sizes = _granularity("gemm_fp8_nt_groupwise", scale_granularity_mnk)
-    given["a"] = as_desc(given["a"], "gemm_fp8_nt_groupwise", "a")
-    form, more = _form(GROUPWISE, given["a"], mma_sm)
-    tensors = (given[name] for name in ("workspace_buffer", "a", "b", "a_scale", "b_scale", "out"))
-    return prepare_row(form, stream, *tensors, *sizes, scale_major_mode, *more)
+def _prepare_groupwise(forms: dict[Row, CompiledRow], stream: object, **arguments: Any) -> Prepared:
+    form, values = _groupwise(forms, arguments)
+    return prepare_row(form, stream, *values)
 
 
-@keyword_function(_prepare_groupwise)
+@keyword_function(functools.partial(_prepare_groupwise, GROUPWISE))
 def gemm_fp8_nt_groupwise(
     a: TensorLike,
     b: TensorLike,
@@ -394,29 +399,11 @@ def gemm_fp8_nt_groupwise(
     Upstream: flashinfer/gemm/gemm_base.py, csrc/gemm_groupwise_sm100.cu,
     csrc/gemm_groupwise_sm120.cu.
     """
-    granularity = _granularity("gemm_fp8_nt_groupwise", scale_granularity_mnk)
-    left = as_desc(a, "gemm_fp8_nt_groupwise", "a")
-    form, more = _form(GROUPWISE, left, mma_sm)
-    form.call(
-        None, workspace_buffer, left, b, a_scale, b_scale, out, *granularity, scale_major_mode,
-        *more, stream=stream,
-    )  # fmt: skip
+    form, values = _groupwise(GROUPWISE, locals())
+    form.call(None, *values, stream=stream)
 
 
-def _prepare_grouped(
-    stream: object, scale_granularity_mnk: Sequence[int], scale_major_mode: str, mma_sm: int,
-    **given: Any,
-) -> Prepared:  # fmt: skip
-    sizes = _granularity("group_gemm_fp8_nt_groupwise", scale_granularity_mnk)
-    given["a"] = as_desc(given["a"], "group_gemm_fp8_nt_groupwise", "a")
-    form, more = _form(GROUP_GROUPWISE, given["a"], mma_sm)
-    tensors = (given[name] for name in ("a", "b", "a_scale", "b_scale", "out", "m_indptr"))
-    return prepare_row(
-        form, stream, None, None, *tensors, None, None, *sizes, scale_major_mode, *more
-    )
-
-
-@keyword_function(_prepare_grouped)
+@keyword_function(functools.partial(_prepare_groupwise, GROUP_GROUPWISE))
 def group_gemm_fp8_nt_groupwise(
     a: TensorLike,
     b: TensorLike,
@@ -450,10 +437,5 @@ def group_gemm_fp8_nt_groupwise(
     Upstream: flashinfer/gemm/gemm_base.py, csrc/group_gemm_fp8_groupwise_sm100.cu,
     csrc/group_gemm_fp8_groupwise_sm120.cu.
     """
-    granularity = _granularity("group_gemm_fp8_nt_groupwise", scale_granularity_mnk)
-    left = as_desc(a, "group_gemm_fp8_nt_groupwise", "a")
-    form, more = _form(GROUP_GROUPWISE, left, mma_sm)
-    form.call(
-        None, None, None, left, b, a_scale, b_scale, out, m_indptr, None, None, *granularity,
-        scale_major_mode, *more, stream=stream,
-    )  # fmt: skip
+    form, values = _groupwise(GROUP_GROUPWISE, locals())
+    form.call(None, *values, stream=stream)

@@ -6,34 +6,30 @@ the segments' lengths must be, and copied in order with the launch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.interop import TensorLike, as_desc
 from fi_ffi.abi.streams import handle_for
 from fi_ffi.abi.tensor import TensorDesc
-from fi_ffi.errors import ArgumentError
 from fi_ffi.loader import machine
 from fi_ffi.ops.call import cuda
-from fi_ffi.ops.call.arguments import (
-    check_choice,
-    check_each,
-    check_indptr,
-    check_int_array,
-)
+from fi_ffi.ops.call.arguments import Refusal, check_choice
 from fi_ffi.ops.call.compiled import CompiledRow
-from fi_ffi.ops.call.keyword_call import Launch, PreparedSteps, keyword_function
-from fi_ffi.ops.call.staging import Staged, staged
 from fi_ffi.ops.matmul import rows
+from fi_ffi.ops.on_host import check_each, check_indptr, check_int_array
+from fi_ffi.ops.steps.keyword_call import Launch, PreparedSteps, keyword_function
+from fi_ffi.ops.steps.memory import Staged, staged, zero
 from fi_ffi.ops.table.gemm import FP8
 
 if TYPE_CHECKING:
     import numpy
 
-    from fi_ffi.ops.call.arguments import Integers
+    from fi_ffi.ops.on_host import Integers
 
 _OP = "segment_gemm"
+_refuse = Refusal(_OP)
 _BACKENDS = ("auto", "sm80", "sm90")
 SM80, SM90 = (CompiledRow(row, op=_OP) for row in (rows.SEGMENT_SM80, rows.SEGMENT_SM90))
 # The checks, by whether inputs are fp8 and whether weights are column-major.
@@ -62,21 +58,19 @@ class _CheckedCall:
         return self.out.shape[1], self.x.shape[1]
 
 
-def _refuse(argument: str, got: object, expected: str) -> ArgumentError:
-    return ArgumentError(_OP, argument, got=got, expected=expected)
-
-
-def _starts(seg_lens: Any, seg_indptr: Any, batch_size: Any, rows: int) -> Integers:
+def _starts(arguments: Mapping[str, Any], rows: int) -> Integers:
     """Return where each segment starts, and the end."""
     import numpy as np
 
-    if seg_indptr is not None:
-        name, starts = "seg_indptr", check_indptr(_OP, "seg_indptr", seg_indptr)
-    elif seg_lens is not None:
-        name, lengths = "seg_lens", check_int_array(_OP, "seg_lens", seg_lens)
-        starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-    else:
+    name = "seg_lens" if arguments["seg_indptr"] is None else "seg_indptr"
+    if arguments[name] is None:
         raise _refuse("seg_indptr", None, "seg_indptr or seg_lens")
+    if name == "seg_indptr":
+        starts = check_indptr(_OP, name, arguments[name])
+    else:
+        lengths = check_int_array(_OP, name, arguments[name])
+        starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+    batch_size = arguments["batch_size"]
     if type(batch_size) is not int or batch_size != len(starts) - 1:
         expected = f"{len(starts) - 1}, as many segments as `{name}` has"
         raise _refuse("batch_size", batch_size, expected)
@@ -101,22 +95,21 @@ def _indices(weight_indices: Any, segments: int, weights: int) -> Integers:
     return indices
 
 
-def _checked(
-    x: Any, weights: Any, out: Any, column_major: Any, segments: tuple[Any, Any, Any], chosen: Any
-) -> _CheckedCall:
-    left = as_desc(x, _OP, "x")
+def _checked(arguments: Mapping[str, Any]) -> _CheckedCall:
+    left = as_desc(arguments["x"], _OP, "x")
+    column_major = arguments["weight_column_major"]
     if type(column_major) is not bool:
         raise _refuse("weight_column_major", column_major, "True or False")
     compiled = _CHECKS.get((left.dtype.name in FP8, column_major))
     if compiled is None:
         raise _refuse("weight_column_major", False, "True for fp8: there are no other kernels")
-    descs, sizes = compiled.check(left, weights, out)
+    descs, sizes = compiled.check(left, arguments["weights"], arguments["out"])
     tensors = descs["x"], descs["weights"], descs["out"]
     for name, desc in zip(descs, tensors, strict=True):
         if _row_stride(desc) < desc.shape[-1]:
             raise _refuse(name, f"strides {desc.strides}", "rows that do not overlap")
-    starts = _starts(*segments, sizes["n"])
-    indices = _indices(chosen, len(starts) - 1, sizes["num_weights"])
+    starts = _starts(arguments, sizes["n"])
+    indices = _indices(arguments["weight_indices"], len(starts) - 1, sizes["num_weights"])
     return _CheckedCall(*tensors, column_major, starts, indices)
 
 
@@ -161,9 +154,9 @@ def _row_stride(desc: TensorDesc) -> int:
 
 def _prepare_segments(
     x: Any, weights: Any, out: Any, stream: object, **others: Any
-) -> PreparedSteps:  # fmt: skip
+) -> PreparedSteps:
     def check(**tensors: Any) -> Launch:
-        return _checked_launch(**tensors, **others)
+        return _checked_launch({**tensors, **others})
 
     return PreparedSteps(_OP, {"x": x, "weights": weights, "out": out}, check, stream)
 
@@ -206,20 +199,13 @@ def segment_gemm(
     Upstream: flashinfer/gemm/gemm_base.py (SegmentGEMMWrapper), csrc/group_gemm_sm90.cu,
     csrc/group_gemm.cu.
     """
-    _checked_launch(
-        x, weights, batch_size, weight_column_major, out, seg_lens, seg_indptr, weight_indices,
-        backend,
-    )(stream)  # fmt: skip
+    _checked_launch(locals())(stream)
 
 
-def _checked_launch(
-    x: Any, weights: Any, batch_size: Any, weight_column_major: Any, out: Any, seg_lens: Any,
-    seg_indptr: Any, weight_indices: Any, backend: Any,
-) -> Launch:  # fmt: skip
+def _checked_launch(arguments: Mapping[str, Any]) -> Launch:
     """Check a call; return the function that launches it on a stream."""
-    segments = (seg_lens, seg_indptr, batch_size)
-    call = _checked(x, weights, out, weight_column_major, segments, weight_indices)
-    chosen, device = _backend(backend, call), call.x.device
+    call = _checked(arguments)
+    backend, device = _backend(arguments["backend"], call), call.x.device
     tables: list[numpy.ndarray[Any, Any]] = []
 
     def launch(stream: object) -> None:
@@ -229,12 +215,13 @@ def _checked_launch(
         count = machine.multiprocessors(device.index) if device.is_cuda else 1
         if not tables:
             tables.append(_tables(call))
-        with cuda.current(device), staged(
-            device, handle, tables[0].data.cast("B"), _SCRATCH * count
-        ) as place:  # fmt: skip
-            if chosen == "sm80":
+        with (
+            cuda.current(device),
+            staged(device, handle, tables[0].data.cast("B"), _SCRATCH * count) as place,
+        ):
+            if backend == "sm80":
                 _zero(call.out, handle)
-            _launch(chosen, call, place, tables[0].shape[1], stream)
+            _launch(backend, call, place, tables[0].shape[1], stream)
 
     return launch
 
@@ -262,8 +249,4 @@ def _zero(out: TensorDesc, stream: int) -> None:
     """Zero the output, because the SM80 kernels add to it."""
     rows, width = out.shape[0], out.shape[1] * out.dtype.itemsize
     pitch = out.strides[0] * out.dtype.itemsize if rows > 1 else width
-    if out.device.is_cuda:
-        cuda.clear(out.ptr, pitch, width, rows, stream)
-        return
-    for i in range(rows):
-        ffi.memmove(cuda.pointer(out.ptr + i * pitch), bytes(width), width)
+    zero(out.ptr, width, out.device, stream, rows, pitch)

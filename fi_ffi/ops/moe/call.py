@@ -12,12 +12,12 @@ from fi_ffi.abi.tensor import TensorDesc
 from fi_ffi.errors import KernelError, KernelNotFoundError
 from fi_ffi.ops.call.arguments import Refusal, check_flag
 from fi_ffi.ops.call.compiled import CompiledRow
-from fi_ffi.ops.call.keyword_call import prepare_row
 from fi_ffi.ops.call.prepared import Prepared
 from fi_ffi.ops.moe.activations import GATED, activation_name, with_limits
 from fi_ffi.ops.moe.interface import MODULE
 from fi_ffi.ops.moe.kernels import Kernels
 from fi_ffi.ops.moe.tactics import array_of
+from fi_ffi.ops.steps.keyword_call import prepare_row
 
 # Arguments of `cutlass_fused_moe` by name; others among them are ignored.
 Arguments = Mapping[str, Any]

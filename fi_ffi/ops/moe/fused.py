@@ -11,7 +11,6 @@ from fi_ffi.abi.tensor import Device, parse_device, parse_dtype
 from fi_ffi.errors import KernelNotFoundError
 from fi_ffi.loader import generation
 from fi_ffi.ops.call.arguments import Refusal, check_flag, check_int
-from fi_ffi.ops.call.keyword_call import arguments_by_name, keyword_function
 from fi_ffi.ops.call.support import Support, supports
 from fi_ffi.ops.moe.activations import activation_name
 from fi_ffi.ops.moe.call import MoeCall
@@ -19,6 +18,7 @@ from fi_ffi.ops.moe.interface import FLAGS, MODULE
 from fi_ffi.ops.moe.kernels import Kernels, Tactics
 from fi_ffi.ops.moe.modes import Mode, mode_of
 from fi_ffi.ops.moe.tactics import Profile, Profiler
+from fi_ffi.ops.steps.keyword_call import arguments_by_name, keyword_function
 
 if TYPE_CHECKING:
     from fi_ffi.ops.call.prepared import Prepared

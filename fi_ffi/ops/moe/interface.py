@@ -16,7 +16,7 @@ from typing import Any
 
 from fi_ffi.abi.signature import Signature
 from fi_ffi.errors import KernelNotFoundError
-from fi_ffi.ops.call import forms
+from fi_ffi.ops.call import releases
 from fi_ffi.ops.call.row import Absent
 
 MODULE = "fused_moe_90"
@@ -42,16 +42,16 @@ _TYPES = {
 
 
 @dataclass(frozen=True)
-class Function:
+class NamedSignature:
     """A function or method: its signature, and the names of its parameters."""
 
     signature: Signature
     names: tuple[str, ...]
 
-    def values(self, given: dict[str, Any]) -> list[Any]:
+    def values(self, arguments: dict[str, Any]) -> list[Any]:
         """Return the arguments in order, from values by name."""
         named = zip(self.names, self.signature.params, strict=True)
-        values = ((given.get(name, _DEFAULTS.get(name, 0)), kind) for name, kind in named)
+        values = ((arguments.get(name, _DEFAULTS.get(name, 0)), kind) for name, kind in named)
         return [bool(value) if kind == "bool" else value for value, kind in values]
 
     def absent(self, name: str) -> Absent:
@@ -60,7 +60,7 @@ class Function:
         return Absent(name, kind, _DEFAULTS.get(name, 0))
 
     @classmethod
-    def read(cls, name: str, text: str, result: str = "void") -> Function:
+    def read(cls, name: str, text: str, result: str = "void") -> NamedSignature:
         """Parse text such as "tensor output, int tp_size tp_rank"."""
         pairs = [pair for part in text.split(",") for pair in _named(part)]
         types = tuple(_TYPES.get(kind, kind) for kind, _ in pairs)
@@ -77,8 +77,8 @@ class Interface:
     """The interface of a range of releases."""
 
     releases: str
-    init: Function
-    methods: dict[str, Function]
+    init: NamedSignature
+    methods: dict[str, NamedSignature]
     # Whether GEMM2's tactics in `profile_ids` are numbered after GEMM1's; otherwise from 0.
     absolute_ids: bool
     name: str = MODULE
@@ -87,7 +87,7 @@ class Interface:
 _INIT = """dtype activation_dtype weight_dtype output_dtype, bool use_deepseek_fp8_block_scale
     use_w4_group_scaling use_mxfp8_act_scaling use_packed_weights"""
 # The flags of `init` that select a quantisation.
-FLAGS = Function.read("init", _INIT).names[3:]
+FLAGS = NamedSignature.read("init", _INIT).names[3:]
 _FUSED_FINALIZE = _INIT + " use_fused_finalize"
 _HUMMING = _FUSED_FINALIZE + " use_wfp4afp8_humming"
 
@@ -124,10 +124,12 @@ def _interface(
     run = re.sub(r"\bSITU\b", _SITU, _RUN)
     for name in lacking.split():
         run = re.sub(rf"\b{name}\b", "", run)
-    given = {"run_moe": (run, "void"), "run_gemm_profile": (_PROFILE, "void")}
-    given |= dict.fromkeys(_COUNTS, ("", "int")) | more
-    methods = {name: Function.read(name, *about) for name, about in given.items()}
-    return Interface(releases, Function.read("init", init, "ffi.Module"), methods, absolute_ids)
+    signatures = {"run_moe": (run, "void"), "run_gemm_profile": (_PROFILE, "void")}
+    signatures |= dict.fromkeys(_COUNTS, ("", "int")) | more
+    methods = {name: NamedSignature.read(name, *about) for name, about in signatures.items()}
+    return Interface(
+        releases, NamedSignature.read("init", init, "ffi.Module"), methods, absolute_ids
+    )
 
 
 _NEITHER = f"{_SITU} workspace_buffer"
@@ -149,10 +151,10 @@ INTERFACES = (
 # of 64 rows and 128 columns into a block. The order of MXFP4 weights differs as well.
 W4_RELEASES = ">=0.6.10,!=0.6.16,!=0.6.16.post1,!=0.6.16.post2,<0.6.18"
 FOLDED_RELEASES = ">=0.6.16,!=0.6.16.post3,!=0.6.16.post4,!=0.6.17.*"
-INTERLEAVE = Function.read(
+INTERLEAVE = NamedSignature.read(
     "interleave_moe_weights_for_sm90_mixed_gemm", "tensor weight weight_interleaved, int quant_type"
 )
-SET_INCLUDE_DIRS = Function(
+SET_INCLUDE_DIRS = NamedSignature(
     Signature("set_deepgemm_jit_include_dirs", ("Array<str>",)), ("include_dirs",)
 )
 
@@ -160,7 +162,7 @@ SET_INCLUDE_DIRS = Function(
 @functools.cache
 def of_release(release: str | None) -> Interface:
     """Return the interface of a release; the default release's if the release is unknown (None)."""
-    interface = INTERFACES[0] if release is None else forms.of_release(INTERFACES, release)
+    interface = INTERFACES[0] if release is None else releases.of_release(INTERFACES, release)
     if interface is None:
         known = "; ".join(one.releases for one in INTERFACES)
         raise KernelNotFoundError(

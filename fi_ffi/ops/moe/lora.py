@@ -8,29 +8,31 @@ call's are made to wait for each other.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from fi_ffi.abi.interop import TensorLike, as_desc
 from fi_ffi.abi.streams import handle_for
 from fi_ffi.abi.tensor import TensorDesc
-from fi_ffi.errors import ArgumentError, ArgumentTypeError, printed
+from fi_ffi.errors import ArgumentTypeError, printed
 from fi_ffi.ops.call import cuda
+from fi_ffi.ops.call.arguments import INT32_MAX, Refusal
 from fi_ffi.ops.call.compiled import CompiledRow
-from fi_ffi.ops.call.keyword_call import Launch, PreparedSteps, keyword_function
 from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.call.providers import check_available
 from fi_ffi.ops.call.releases import forms_of
 from fi_ffi.ops.call.row import Absent, Row, Scalar, Tensor, Vector
-from fi_ffi.ops.call.staging import staged
+from fi_ffi.ops.steps.keyword_call import Launch, PreparedSteps, keyword_function
+from fi_ffi.ops.steps.memory import check_apart, staged, zero
 
 if TYPE_CHECKING:
     from fi_ffi.abi.tensor import Device
 
 _OP = "bgmv_moe"
+_refuse = Refusal(_OP)
 _F16 = ("float16", "bfloat16")
-_INT = 2**31 - 1
 # The sizes that kernels were compiled for (`csrc/bgmv_moe/moe_bgmv_config.h`).
 RANKS = (8, 16, 32, 64)
 WIDTHS = (
@@ -39,10 +41,15 @@ WIDTHS = (
 )  # fmt: skip
 _PLAIN: dict[str, Any] = {"doc": "", "contiguous": True}
 _FIELDS: dict[str, Any] = {
-    "module": "bgmv_moe", "source": "csrc/bgmv_moe/moe_bgmv_binding.cu", "doc": "",
-    "dtypes": {"T": _F16}, "releases": ">=0.6.13", "vector": Vector(("h", "rank")),
-    "offset_limit": 2**63, "capabilities": (9, 10, 11, 12),
-}  # fmt: skip
+    "module": "bgmv_moe",
+    "source": "csrc/bgmv_moe/moe_bgmv_binding.cu",
+    "doc": "",
+    "dtypes": {"T": _F16},
+    "releases": ">=0.6.13",
+    "vector": Vector(("h", "rank")),
+    "offset_limit": 2**63,
+    "capabilities": (9, 10, 11, 12),
+}
 _X = Tensor("x", "n h", "T", **_PLAIN)
 _PAIRS = (
     Tensor("sorted_token_ids", "pairs", "int64", **_PLAIN),
@@ -54,41 +61,65 @@ _TABLE = Tensor("w_ptr", "slices experts", "int64", **_PLAIN)
 _STRIDE = Scalar("lora_stride", int, None, "")
 # The caller's arguments except the lists of weights.
 CHECKS = Row(
-    _OP, symbol="", args=(
-        _X, *_PAIRS, _ADAPTERS, _WEIGHTS,
+    _OP,
+    symbol="",
+    args=(
+        _X,
+        *_PAIRS,
+        _ADAPTERS,
+        _WEIGHTS,
         Tensor("out", "n total", "float32", writes=True, reads=False, **_PLAIN),
     ),
-    requires=(f"h in {WIDTHS}", f"pairs <= {_INT}", f"n <= {_INT}"), **_FIELDS,
-)  # fmt: skip
+    requires=(f"h in {WIDTHS}", f"pairs <= {INT32_MAX}", f"n <= {INT32_MAX}"),
+    **_FIELDS,
+)
 # From this release on, each pair may have its own row of x and its own result: not used here.
 _LATER = "0.6.16"
-SHRINK = forms_of(Row(
-    "bgmv_moe_shrink", symbol="bgmv_moe_shrink", args=(
-        Tensor("y", "slices pairs rank", "T", writes=True, **_PLAIN), _X, _TABLE, *_PAIRS,
-        _ADAPTERS, _STRIDE, Absent("per_pair_input", "bool", since=_LATER),
-    ),
-    **_FIELDS,
-))  # fmt: skip
-EXPAND = forms_of(Row(
-    "bgmv_moe_expand", symbol="bgmv_moe_expand", args=(
-        Tensor("y", "n total", "float32", writes=True, **_PLAIN),
-        Tensor("x", "slices pairs rank", "T", **_PLAIN), _TABLE, *_PAIRS, _WEIGHTS, _ADAPTERS,
-        Tensor("slice_start_loc", "slices", "int64", **_PLAIN),
-        Scalar("first_feat_out", int, None, ""), _STRIDE,
-        Absent("finalize", "bool", value=1, since=_LATER),
-    ),
-    **_FIELDS,
-))  # fmt: skip
+SHRINK = forms_of(
+    Row(
+        "bgmv_moe_shrink",
+        symbol="bgmv_moe_shrink",
+        args=(
+            Tensor("y", "slices pairs rank", "T", writes=True, **_PLAIN),
+            _X,
+            _TABLE,
+            *_PAIRS,
+            _ADAPTERS,
+            _STRIDE,
+            Absent("per_pair_input", "bool", since=_LATER),
+        ),
+        **_FIELDS,
+    )
+)
+EXPAND = forms_of(
+    Row(
+        "bgmv_moe_expand",
+        symbol="bgmv_moe_expand",
+        args=(
+            Tensor("y", "n total", "float32", writes=True, **_PLAIN),
+            Tensor("x", "slices pairs rank", "T", **_PLAIN),
+            _TABLE,
+            *_PAIRS,
+            _WEIGHTS,
+            _ADAPTERS,
+            Tensor("slice_start_loc", "slices", "int64", **_PLAIN),
+            Scalar("first_feat_out", int, None, ""),
+            _STRIDE,
+            Absent("finalize", "bool", value=1, since=_LATER),
+        ),
+        **_FIELDS,
+    )
+)
 ROWS = (*SHRINK, *EXPAND)
 _checks = CompiledRow(CHECKS, op=_OP)
 _shrink, _expand = (Op(*forms, op=_OP) for forms in (SHRINK, EXPAND))
 
 
-def _listed(name: str, given: Any, x: TensorDesc, num_experts: int | None) -> list[TensorDesc]:
+def _listed(name: str, tensors: Any, x: TensorDesc, num_experts: int | None) -> list[TensorDesc]:
     """Describe the matrices of adapters and experts; refuse lists of several layouts."""
-    if not isinstance(given, (list, tuple)) or not given:
-        raise ArgumentTypeError(_OP, name, got=printed(given), expected="a list of tensors")
-    descs = [as_desc(tensor, _OP, f"{name}[{i}]") for i, tensor in enumerate(given)]
+    if not isinstance(tensors, (list, tuple)) or not tensors:
+        raise ArgumentTypeError(_OP, name, got=printed(tensors), expected="a list of tensors")
+    descs = [as_desc(tensor, _OP, f"{name}[{i}]") for i, tensor in enumerate(tensors)]
     first = descs[0]
     for i, desc in enumerate(descs):
         argument, is_in_rows = f"{name}[{i}]", False
@@ -107,8 +138,7 @@ def _listed(name: str, given: Any, x: TensorDesc, num_experts: int | None) -> li
         elif desc.ptr % 16:
             expected = "an address that is a multiple of 16 bytes"
         if expected:
-            got = f"{desc.layout} with strides {desc.strides}"
-            raise ArgumentError(_OP, argument, got=got, expected=expected)
+            raise _refuse(argument, f"{desc.layout} with strides {desc.strides}", expected)
     return descs
 
 
@@ -116,35 +146,30 @@ def _checked_weights(
     a: list[TensorDesc], b: list[TensorDesc], wide: int, total: int
 ) -> tuple[int, int]:
     """Return the rank, and the columns of the output in a slice."""
-
-    def wrong(argument: str, desc: TensorDesc, expected: str) -> ArgumentError:
-        return ArgumentError(_OP, argument, got=desc.layout, expected=expected)
-
     adapters, experts, rank, columns = a[0].shape
     if columns != wide or rank not in RANKS:
         expected = f"[adapters, experts, rank, {wide}], and a rank of {', '.join(map(str, RANKS))}"
-        raise wrong("lora_a_weights[0]", a[0], expected)
+        raise _refuse("lora_a_weights[0]", a[0].layout, expected)
     if len(b) != len(a):
-        raise ArgumentError(
-            _OP, "lora_b_weights", got=f"{len(b)} tensors", expected=f"{len(a)}, as lora_a_weights"
-        )
+        raise _refuse("lora_b_weights", f"{len(b)} tensors", f"{len(a)}, as lora_a_weights")
     feat = b[0].shape[2]
     if b[0].shape != (adapters, experts, feat, rank) or feat not in WIDTHS:
         sizes = ", ".join(map(str, WIDTHS))
         expected = f"[{adapters}, {experts}, columns, {rank}], and columns of {sizes}"
-        raise wrong("lora_b_weights[0]", b[0], expected)
+        raise _refuse("lora_b_weights[0]", b[0].layout, expected)
     if total < feat * len(b):
-        raise ArgumentError(
-            _OP, "out", got=f"{total} columns", expected=f"{feat * len(b)} columns or more"
-        )
+        raise _refuse("out", f"{total} columns", f"{feat * len(b)} columns or more")
     return rank, feat
 
 
-def _prepare(
-    lora_a_weights: Any, lora_b_weights: Any, num_experts: Any, stream: object, **tensors: Any
-) -> PreparedSteps:
+_LISTS = ("lora_a_weights", "lora_b_weights")
+
+
+def _prepare(stream: object, **arguments: Any) -> PreparedSteps:
+    tensors = {arg.name: arguments[arg.name] for arg in CHECKS.given}
+
     def check(**tensors: Any) -> Launch:
-        return _checked(lora_a_weights, lora_b_weights, num_experts, **tensors)
+        return _checked({**arguments, **tensors})
 
     return PreparedSteps(_OP, tensors, check, stream)
 
@@ -191,32 +216,18 @@ def bgmv_moe(
     `ArchitectureError` on GPUs before SM90.
     Upstream: flashinfer/fused_moe/bgmv_moe.py, csrc/bgmv_moe/moe_bgmv_ops.cu.
     """
-    _checked(
-        lora_a_weights, lora_b_weights, num_experts, x, sorted_token_ids, expert_ids, lora_indices,
-        topk_weights, out,
-    )(stream)  # fmt: skip
+    _checked(locals())(stream)
 
 
-def _checked(
-    lora_a_weights: Sequence[TensorLike], lora_b_weights: Sequence[TensorLike],
-    num_experts: int | None, x: TensorLike, sorted_token_ids: TensorLike, expert_ids: TensorLike,
-    lora_indices: TensorLike, topk_weights: TensorLike, out: TensorLike,
-) -> Launch:  # fmt: skip
+def _checked(arguments: Mapping[str, Any]) -> Launch:
     """Check a call; return the function that launches it on a stream."""
-    given = (x, sorted_token_ids, expert_ids, lora_indices, topk_weights, out)
-    descs, sizes = _checks.check(*given)
-    left, output, device = descs["x"], descs["out"], descs["x"].device
-    a, b = (
-        _listed(name, weights, left, num_experts)
-        for name, weights in (
-            ("lora_a_weights", lora_a_weights),
-            ("lora_b_weights", lora_b_weights),
-        )
-    )
+    descs, sizes = _checks.check(*(arguments[arg.name] for arg in CHECKS.given))
+    x, device = descs["x"], descs["x"].device
+    a, b = (_listed(name, arguments[name], x, arguments["num_experts"]) for name in _LISTS)
     rank, feat = _checked_weights(a, b, sizes["h"], sizes["total"])
-    for name, weights in (("lora_a_weights", a), ("lora_b_weights", b)):
+    for name, weights in zip(_LISTS, (a, b), strict=True):
         own = {f"{name}[{i}]": desc for i, desc in enumerate(weights)}
-        _checks.refuse.apart("out", output, own)
+        check_apart(_checks.refuse, "out", descs["out"], own)
 
     def launch(stream: object) -> None:
         handle = handle_for(stream, device, _OP)
@@ -224,44 +235,50 @@ def _checked(
             check_available(CHECKS, device)
             if cuda.is_capturing(handle):
                 expected = "a stream that records no graph: the kernels run on the default stream"
-                raise ArgumentError(_OP, "stream", got=f"{handle:#x}", expected=expected)
-        if not sizes["n"]:
-            return
-        shape = len(a), sizes["pairs"], rank
-        count = shape[0] * shape[1] * rank * left.dtype.itemsize
-        tables = _tables(a, b, feat)
-        with cuda.current(device), staged(device, handle, tables.data.cast("B"), count) as place:
-            cuda.zero(output.ptr, output.numel * 4, device, handle)
-            if not sizes["pairs"]:
-                return
-            cuda.zero(place.scratch, count, device, handle)
-            of_a, of_b, starts = _placed(place.address, len(a), a[0].shape[1], device)
-            middle = TensorDesc(place.scratch, shape, left.dtype.name, device=device)
-            pairs = descs["sorted_token_ids"], descs["expert_ids"]
-            adapters, weights = descs["lora_indices"], descs["topk_weights"]
-            with _on_default_stream(device, handle):
-                _shrink(middle, left, of_a, *pairs, adapters, a[0].strides[0], stream=stream)
-                _expand(
-                    output, middle, of_b, *pairs, weights, adapters, starts, feat,
-                    b[0].strides[0], stream=stream,
-                )  # fmt: skip
+                raise _refuse("stream", f"{handle:#x}", expected)
+        if sizes["n"]:
+            _launch(descs, (a, b), (sizes["pairs"], rank, feat), handle)
 
     return launch
+
+
+def _launch(
+    descs: Mapping[str, TensorDesc],
+    weights: tuple[list[TensorDesc], list[TensorDesc]],
+    sizes: tuple[int, int, int],
+    stream: int,
+) -> None:
+    x, out, device = descs["x"], descs["out"], descs["x"].device
+    (a, b), (pairs, rank, feat) = weights, sizes
+    shape = len(a), pairs, rank
+    count = math.prod(shape) * x.dtype.itemsize
+    tables = _tables(a, b, feat)
+    with cuda.current(device), staged(device, stream, tables.data.cast("B"), count) as place:
+        zero(out.ptr, out.numel * 4, device, stream)
+        if not pairs:
+            return
+        zero(place.scratch, count, device, stream)
+        of_a, of_b, starts = _placed(place.address, len(a), a[0].shape[1], device)
+        middle = TensorDesc(place.scratch, shape, x.dtype.name, device=device)
+        indices = {arg.name: descs[arg.name] for arg in (*_PAIRS, _ADAPTERS)}
+        step_a, step_b = a[0].strides[0], b[0].strides[0]
+        summed: dict[str, Any] = {"topk_weights": descs["topk_weights"], "slice_start_loc": starts}
+        summed |= {"first_feat_out": feat, "lora_stride": step_b}
+        with _on_default_stream(device, stream):
+            _shrink(middle, x, of_a, **indices, lora_stride=step_a, stream=stream)
+            _expand(out, middle, of_b, **indices, **summed, stream=stream)
 
 
 def _tables(a: list[TensorDesc], b: list[TensorDesc], feat: int) -> Any:
     """Return the addresses of each slice's and expert's matrices, and each slice's columns."""
     import numpy as np
 
-    experts, found = a[0].shape[1], []
+    experts, columns = np.arange(a[0].shape[1], dtype=np.uint64), np.arange(len(a), dtype=np.uint64)
+    rows = []
     for weights in (a, b):
         step = weights[0].strides[1] * weights[0].dtype.itemsize
-        for desc in weights:
-            found.append(
-                np.uint64(desc.ptr) + np.arange(experts, dtype=np.uint64) * np.uint64(step)
-            )
-    table = np.concatenate([*found, np.arange(len(a), dtype=np.uint64) * np.uint64(feat)])
-    return table.view(np.int64)
+        rows += [np.uint64(desc.ptr) + experts * np.uint64(step) for desc in weights]
+    return np.concatenate([*rows, columns * np.uint64(feat)]).view(np.int64)
 
 
 def _placed(
@@ -282,12 +299,12 @@ def _on_default_stream(device: Device, stream: int) -> Iterator[None]:
         return
     before, after = cuda.Event(), cuda.Event()
     before.record(stream)
-    before.hold(0)
+    before.make_wait(0)
     try:
         yield
     finally:
         after.record(0)
-        after.hold(stream)
+        after.make_wait(stream)
 
 
 _DEFAULT = (0, 1)  # also cudaStreamLegacy

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fi_ffi.abi.tensor import TensorDesc
-from fi_ffi.ops.call import forms
 from fi_ffi.ops.call.arguments import Refusal
 from fi_ffi.ops.call.notation import round_up
+from fi_ffi.ops.call.providers import release_in_force
+from fi_ffi.ops.call.releases import of_release
 from fi_ffi.ops.moe.interface import FOLDED_RELEASES, W4_RELEASES
 
 HALF = ("float16", "bfloat16")
@@ -354,7 +355,7 @@ def mode_of(
         if output not in outputs:
             raise refuse(names[2], output, f"{' or '.join(outputs)}, with {mode.about}")
     if fitting:
-        return forms.in_force(fitting)
+        return of_release(fitting, release_in_force()) or fitting[0]
     taking = [mode for mode in MODES if activation in mode.activations]
     if not taking:
         known = dict.fromkeys(name for mode in MODES for name in mode.activations)

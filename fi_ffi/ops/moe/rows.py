@@ -25,7 +25,7 @@ from fi_ffi.ops.call.row import (
     Vector,
 )
 from fi_ffi.ops.moe.activations import SWIGLU
-from fi_ffi.ops.moe.interface import MODULE, MODULES, SOURCE, Function, Interface
+from fi_ffi.ops.moe.interface import MODULE, MODULES, SOURCE, Interface, NamedSignature
 from fi_ffi.ops.moe.modes import INT4, INT4_GROUP, Blocks, Mode, ScaleShape, int4_interleave
 
 _WIDE, _WORD = 16, 4  # bytes that a kernel loads at once
@@ -114,7 +114,7 @@ def _limits(mode: Mode, is_gated: bool, counted: str) -> Iterator[str]:
 
 
 def _run_rules(
-    function: Function, mode: Mode, is_gated: bool, shapes: tuple[int, ...]
+    function: NamedSignature, mode: Mode, is_gated: bool, shapes: tuple[int, ...]
 ) -> Iterator[Rule]:
     """Yield the rules of `run_moe` for scales."""
     if mode is INT4:

@@ -13,7 +13,6 @@ from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.function import Frame, make_array
 from fi_ffi.abi.interop import as_desc
 from fi_ffi.abi.objects import Array
-from fi_ffi.abi.streams import stream_context
 from fi_ffi.errors import KernelError, KernelNotFoundError
 from fi_ffi.ops.call import cuda
 from fi_ffi.ops.call.arguments import Refusal, check_int
@@ -22,6 +21,7 @@ from fi_ffi.ops.call.releases import is_in
 from fi_ffi.ops.call.row import Scalar
 from fi_ffi.ops.moe.activations import GATED, activation_name
 from fi_ffi.ops.moe.kernels import Kernels, Runner
+from fi_ffi.ops.steps.stream import stream_context
 
 _METHOD, _OCCUPANCY = "run_gemm_profile", "get_tactic_occupancy"
 _DEFAULT = -1  # the kernels' own choice

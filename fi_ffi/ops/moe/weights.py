@@ -8,7 +8,6 @@ from typing import Any
 from fi_ffi.abi.interop import TensorLike, as_desc
 from fi_ffi.ops.call.arguments import INT32_MAX, Refusal, check_choice, check_int
 from fi_ffi.ops.call.compiled import CompiledRow
-from fi_ffi.ops.call.keyword_call import keyword_function
 from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.call.prepared import Prepared
 from fi_ffi.ops.call.row import Row, Rule, Scalar, Tensor, Vector
@@ -19,6 +18,7 @@ from fi_ffi.ops.moe.interface import (
     SOURCE,
     W4_RELEASES,
 )
+from fi_ffi.ops.steps.keyword_call import keyword_function
 
 _QUANT_TYPES = {"int4": 0, "fp4": 1}
 _ANY: dict[str, Any] = {"offset_limit": 2**63, "vector": Vector(())}

@@ -68,7 +68,7 @@ class _Prefills(BatchPrefillPlan):
         """Let a run's stream wait for the plan; return the event to record after the run."""
         workspace = self._check_current()
         if memory.recording() is not None:
-            memory.hold(workspace, self._info)
+            memory.keep_for_graph(workspace, self._info)
         return None if handle in (None, workspace._stream) else workspace._join(handle)
 
 

@@ -6,9 +6,11 @@ from array import array
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.function import Frame
 from fi_ffi.abi.interop import TensorLike
 from fi_ffi.abi.tensor import TensorDesc
+from fi_ffi.loader import machine
 from fi_ffi.ops.attention.arrays import int32_array
 from fi_ffi.ops.attention.backends import NON_CAUSAL, module_name
 from fi_ffi.ops.attention.masks import check_causal, packed_mask
@@ -22,6 +24,7 @@ from fi_ffi.ops.plans.arguments import PodKeywords, check_keywords, described
 from fi_ffi.ops.plans.rows import POD
 from fi_ffi.ops.plans.single import check_tmp, prefill_bytes
 
+_NON_BLOCKING = 1  # cudaStreamNonBlocking
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
@@ -217,7 +220,7 @@ class PodPlan(BatchPrefillPlan):
         with cuda.current(self.device):
             if cuda.is_capturing(handle):
                 raise self._refuse("stream", "one that is capturing a graph", "no capture")
-            if not cuda.waits_for_default(handle):
+            if not _waits_for_default(handle):
                 expected = "one that waits for the legacy default stream, where a counter is reset"
                 raise self._refuse("stream", "one made with cudaStreamNonBlocking", expected)
 
@@ -251,3 +254,11 @@ class PodPlan(BatchPrefillPlan):
             use_sliding_window_p=window_left_p >= 0,
             use_sliding_window_d=chosen.window_left >= 0,
         )
+
+
+def _waits_for_default(stream: int) -> bool:
+    """Whether a stream and the legacy default stream wait for each other."""
+    flags = ffi.new("unsigned int *")
+    code = machine.load_cudart()[0].cudaStreamGetFlags(cuda.pointer(stream), flags)
+    cuda.check(code, "cudaStreamGetFlags")
+    return not flags[0] & _NON_BLOCKING

@@ -13,11 +13,11 @@ from fi_ffi.ops.attention.rows import FORMS
 from fi_ffi.ops.attention.run import Values, compiled_row
 from fi_ffi.ops.call.arguments import Refusal, check_choice, check_int, check_number, shown
 from fi_ffi.ops.call.forms import in_force
-from fi_ffi.ops.call.keyword_call import KeywordCall
 from fi_ffi.ops.call.releases import is_in
 from fi_ffi.ops.call.row import KV_LAYOUTS, as_nhd
 from fi_ffi.ops.plans.arguments import described
 from fi_ffi.ops.plans.rows import XQA, XQA_MLA, XQA_ROWS, XQA_SPEC_DEC, query_blocks
+from fi_ffi.ops.steps.keyword_call import KeywordCall
 
 _OP, _MLA = "xqa", "xqa_mla"
 _refuse, _refuse_mla = Refusal(_OP), Refusal(_MLA)

@@ -2,7 +2,7 @@
 
 The kernels are written in CuTe DSL (`flashinfer/gdn_kernels/`). A module's name has what it is
 compiled for: numbers of heads and tokens, the scale, and more. Which kernel serves a call depends
-also on the number of states. `Kernel` chooses and names modules as FlashInfer does. The rows'
+also on the number of states. `GdnKernel` chooses and names modules as FlashInfer does. The rows'
 requirements follow the kernels: the alignment of loads, and the bits of counters.
 """
 
@@ -19,24 +19,30 @@ from typing import Any
 
 from fi_ffi.abi.interop import TensorLike, as_desc
 from fi_ffi.abi.tensor import Device, TensorDesc, remember
-from fi_ffi.errors import ArgumentError
 from fi_ffi.loader import generation, machine
-from fi_ffi.ops.call import memory
-from fi_ffi.ops.call.arguments import check_choice, check_flag, check_number
-from fi_ffi.ops.call.keyword_call import KeywordCall, Values, compiled_row
+from fi_ffi.ops.call.arguments import (
+    INT32_MAX,
+    Refusal,
+    check_choice,
+    check_flag,
+    check_number,
+)
 from fi_ffi.ops.call.row import Absent, Arg, Row, Scalar, Tensor, Vector
+from fi_ffi.ops.call.values import Values, compiled_row
+from fi_ffi.ops.steps import memory
+from fi_ffi.ops.steps.keyword_call import KeywordCall
 
 _OP = FAMILY = "gdn_decode"
+_refuse = Refusal(_OP)
 _RELEASES = ">=0.7.2"
 _SIZE = 128  # of a head's keys, and of its values
-_INT = 2**31
 LAYOUTS = ("VK", "KV")
 # The GPU for which calls are judged on a machine without one: a Hopper.
 CAPABILITY, MULTIPROCESSORS = (9, 0), 132
 
 
 @dataclass(frozen=True)
-class Kernel:
+class GdnKernel:
     """The parameters that a module is compiled for."""
 
     h: int  # heads of q and k
@@ -86,8 +92,8 @@ class Kernel:
         if self.slot_stride:
             pool = (self.slots, (self.slot_stride, _SIZE * _SIZE, _SIZE, 1))
         before = (self.t, self.h, self.hv, _SIZE, _SIZE, *pool, tile)
-        after = (is_off, self.keeps_each, self.use_qk_l2norm, self.scale, 1.0, 20.0, is_packed,
-                 self.is_same_pool)  # fmt: skip
+        updates = (is_off, self.keeps_each, self.use_qk_l2norm)
+        after = (*updates, self.scale, 1.0, 20.0, is_packed, self.is_same_pool)
         dtypes = ("float32", self.dt_bias_dtype, self.index_dtype)
         if not wide:
             parts: tuple[object, ...] = ("mtp_ilp4", arch, "mtp_bf16_dynB", *before, 4, *after)
@@ -135,9 +141,9 @@ class Kernel:
         layouts = tuple((axis,) for axis in (0, 2, 0, 3, 3, 3, 2, 3, 0, 0))
         dtypes_of = ("float32", self.dt_bias_dtype, self.index_dtype, layouts)
         kernel = "inline" if self.states <= 128 else "warp"
-        parts = (kernel, arch, *sizes, self.t, self.disable_state_update, False, None, self.scale,
-                 self.use_qk_l2norm, tile, 4, dtypes_of, rows, is_shared, is_packed, False,
-                 False)  # fmt: skip
+        before = (kernel, arch, *sizes, self.t, self.disable_state_update, False, None)
+        compiled = (self.scale, self.use_qk_l2norm, tile, 4, dtypes_of)
+        parts = (*before, *compiled, rows, is_shared, is_packed, False, False)
         return "gdn_decode_mtp", parts
 
     def _rows(self) -> tuple[int, int, bool]:
@@ -193,98 +199,114 @@ def _part(value: object) -> str:
     return re.sub(r"\W", "_", str(value))
 
 
-def row_of(kernel: Kernel, symbol: str = "") -> Row:
+_FLOATS = ("bfloat16", "float16", "float32")
+# What is compiled into modules, and the CPU's reference takes as arguments.
+_CONSTANTS = (
+    Scalar("scale", float, None, ""),
+    Scalar("use_qk_l2norm", bool, None, ""),
+    Scalar("disable_state_update", bool, None, ""),
+)
+_SOURCES = {
+    "bfloat16": "gdn_decode_bf16_state",
+    "bfloat16_tokens": "gdn_decode_bf16_state",
+    "float32": "gdn_decode_pretranspose",
+    "float32_tokens": "gdn_decode_mtp",
+    "float32_keys": "gdn_decode_nontranspose",
+}
+
+
+def row_of(kernel: GdnKernel, symbol: str = "") -> Row:
     """Return the row of a kernel's function; without a `symbol`, that of the CPU's reference, which
     takes the compiled-in values as arguments."""
-    kind, t, one = kernel.kind, "t", kernel.t == 1
-    if one:
-        t = "1"
+    kind = kernel.kind
+    # FlashInfer accepts int64 with bfloat16 states too, but its kernel then fails to compile.
+    indices = ("int32", "int64") if kind == "float32_tokens" else ("int32",)
+    gates = _FLOATS if kind in ("float32", "float32_keys") else ("bfloat16",)
+    args = _order(kernel, _arguments(kernel, bool(symbol)))
+    return Row(
+        _OP,
+        FAMILY,
+        symbol or _OP,
+        f"flashinfer/gdn_kernels/{_SOURCES[kind]}.py",
+        "",
+        args if symbol else (*args, *_CONSTANTS),
+        {"GA": gates, "GB": gates, "D": ("float32", "bfloat16"), "I": indices},
+        _RELEASES,
+        variant="" if kernel.state_dtype == "bfloat16" else f"_{kind}",
+        vector=Vector(("size",)),
+        offset_limit=2**63,
+        requires=("size in (128,)", "H >= 1", "HV % H == 0", f"b <= {INT32_MAX}"),
+        nothing_axis="b",
+        capabilities=(9, 10, 12),
+    )
+
+
+def _arguments(kernel: GdnKernel, is_native: bool) -> dict[str, Arg]:
+    """Return the arguments by name; `is_native`: those of a kernel, not of the CPU's reference."""
+    kind, t = kernel.kind, "1" if kernel.t == 1 else "t"
     is_bf16 = kernel.state_dtype == "bfloat16"
     has_slots = kernel.is_indexed and kind != "float32_keys"
     # numpy aligns CPU memory to 16 bytes only.
-    at: dict[str, Any] = {"alignment": 32 if is_bf16 and symbol else 16, "in_vectors": False}
-    of_state: dict[str, Any] = {"dtype": kernel.state_dtype, "contiguous": True, **at}
+    at: dict[str, Any] = {"alignment": 32 if is_bf16 and is_native else 16, "in_vectors": False}
+    flat: dict[str, Any] = {"doc": "", "contiguous": True, **at}
+    of_state: dict[str, Any] = {"dtype": kernel.state_dtype, "writes": True, **flat}
     if kernel.slot_stride or (kind == "float32" and has_slots):  # slots may have a stride
         # Modules for bfloat16 slots that lie apart are compiled for how far, and load accordingly.
         of_state |= {"contiguous": False, "packed": 3, "in_vectors": not is_bf16}
     elif not is_bf16:
         of_state["view"] = ((0, 1), (2,), (3,))
     if kind == "float32_tokens":
-        of_state["offset_limit"] = _INT
+        of_state["offset_limit"] = 2**31
+    of_each: dict[str, Any] = {**flat, "writes": True, "reads": False, "offset_limit": 2**31}
+    slots = "slots" if has_slots else "b"
     args: dict[str, Arg] = {
-        "state": Tensor("state", f"{'slots' if has_slots else 'b'} HV 128 size", doc="",
-                        writes=True, **of_state),
-        "A_log": Tensor("A_log", "HV", "float32", "", contiguous=True, **at),
+        "state": Tensor("state", f"{slots} HV 128 size", **of_state),
+        "A_log": Tensor("A_log", "HV", "float32", **flat),
         "a": Tensor("a", f"b {t} HV", "GA", "", in_vectors=False),
-        "dt_bias": Tensor("dt_bias", "HV", "D", "", contiguous=True, **at),
+        "dt_bias": Tensor("dt_bias", "HV", "D", **flat),
         "q": Tensor("q", f"b {t} H 128", "bfloat16", "", **at),
         "k": Tensor("k", f"b {t} H 128", "bfloat16", "", **at),
         "v": Tensor("v", f"b {t} HV 128", "bfloat16", "", **at),
         "b": Tensor("b", f"b {t} HV", "GB", "", in_vectors=False),
         "output": Tensor("output", f"b {t} HV 128", "bfloat16", "", writes=True, reads=False, **at),
-    }  # fmt: skip
+    }
     for name in ("initial_state_indices", "output_state_indices"):
         if kind == "float32" and not has_slots:
             args[name] = Absent(name, dtype="int32")
         else:
-            args[name] = Tensor(name, "b", "I", "", contiguous=True, **at)
+            args[name] = Tensor(name, "b", "I", **flat)
+    name, dtype = "intermediate_states_buffer", kernel.state_dtype
+    shape = (1, 1, 1, _SIZE) if is_bf16 else (0, _SIZE, _SIZE)
+    args["each"] = Absent(name, dtype=dtype, shape=shape)
     if kernel.keeps_each:
-        args["each"] = Tensor(
-            "intermediate_states_buffer", f"b {t} HV 128 128", kernel.state_dtype, "", writes=True,
-            reads=False, contiguous=True, view=((0, 1, 2), (3,), (4,)), offset_limit=_INT, **at
-        )  # fmt: skip
-    else:
-        shape = (1, 1, 1, _SIZE) if is_bf16 else (0, _SIZE, _SIZE)
-        args["each"] = Absent("intermediate_states_buffer", dtype=kernel.state_dtype, shape=shape)
-    order = _order(kernel, args)
-    if not symbol:
-        order += (
-            Scalar("scale", float, None, ""), Scalar("use_qk_l2norm", bool, None, ""),
-            Scalar("disable_state_update", bool, None, ""),
-        )  # fmt: skip
-    floats = ("bfloat16", "float16", "float32")
-    gates = floats if kind in ("float32", "float32_keys") else ("bfloat16",)
-    return Row(
-        _OP, FAMILY, symbol or _OP, f"flashinfer/gdn_kernels/{_SOURCES[kind]}.py", "", order,
-        {"GA": gates, "GB": gates, "D": ("float32", "bfloat16"),
-         # FlashInfer accepts int64 with bfloat16 states too, but its kernel then fails to compile.
-         "I": ("int32", "int64") if kind == "float32_tokens" else ("int32",)},
-        _RELEASES, variant="" if is_bf16 else f"_{kind}",
-        vector=Vector(("size",)), offset_limit=2**63,
-        requires=("size in (128,)", "H >= 1", "HV % H == 0", f"b <= {_INT - 1}"),
-        nothing_axis="b", capabilities=(9, 10, 12),
-    )  # fmt: skip
+        view = ((0, 1, 2), (3,), (4,))
+        args["each"] = Tensor(name, f"b {t} HV 128 128", dtype, view=view, **of_each)
+    return args
 
 
-_SOURCES = {
-    "bfloat16": "gdn_decode_bf16_state", "bfloat16_tokens": "gdn_decode_bf16_state",
-    "float32": "gdn_decode_pretranspose", "float32_tokens": "gdn_decode_mtp",
-    "float32_keys": "gdn_decode_nontranspose",
-}  # fmt: skip
-
-
-def _order(kernel: Kernel, args: dict[str, Arg]) -> tuple[Arg, ...]:
+def _order(kernel: GdnKernel, args: dict[str, Arg]) -> tuple[Arg, ...]:
     """Return the arguments in the order of the kernel's function."""
     indices = (args["initial_state_indices"], args["output_state_indices"])
     gated = tuple(args[name] for name in ("A_log", "a", "dt_bias", "q", "k", "v", "b", "output"))
     starts = Absent("cu_seqlens", dtype="int32")
     if kernel.kind == "float32_keys":
-        names = ("q", "k", "v", "a", "b", "A_log", "dt_bias", "state", "initial_state_indices",
-                 "output")  # fmt: skip
+        first = ("q", "k", "v", "a", "b", "A_log", "dt_bias")
+        names = (*first, "state", "initial_state_indices", "output")
         return starts, *(args[name] for name in names)
     if kernel.kind == "float32":
         return args["state"], *gated, *indices, starts
     both = (args["state"], args["each"], *gated, *indices)
     places = Absent("ssm_state_indices", dtype="int32", shape=(0, kernel.t))
     if kernel.kind == "float32_tokens":
-        window, of_head = {"dtype": "bfloat16", "shape": (0, 0, 0, 0)}, (kernel.hv,)
+        window = (0, 0, 0, 0)
         return (
-            *both, starts, places, Absent("replayssm_rawv", **window),  # type: ignore[arg-type]
-            Absent("replayssm_rawk", **window),  # type: ignore[arg-type]
-            Absent("replayssm_g", dtype="float32", shape=of_head),
-            Absent("replayssm_beta", dtype="float32", shape=of_head),
+            *(*both, starts, places),
+            Absent("replayssm_rawv", dtype="bfloat16", shape=window),
+            Absent("replayssm_rawk", dtype="bfloat16", shape=window),
+            Absent("replayssm_g", dtype="float32", shape=(kernel.hv,)),
+            Absent("replayssm_beta", dtype="float32", shape=(kernel.hv,)),
             Scalar("cache_intermediate_states", bool, None, ""),
-        )  # fmt: skip
+        )
     if kernel.t == 1 and kernel.is_wide:
         return both
     return *both, Absent("accepted_steps", dtype="int32"), places
@@ -295,7 +317,7 @@ def _multiprocessors(device: Device) -> int:
 
 
 @generation.cached
-def _values_of(kernel: Kernel, device: Device) -> Values:
+def _values_of(kernel: GdnKernel, device: Device) -> Values:
     """Return the values that all calls of a kernel share."""
     module, symbol = FAMILY, ""
     if device.is_cuda:
@@ -304,9 +326,11 @@ def _values_of(kernel: Kernel, device: Device) -> Values:
     found = compiled_row(_row_of(kernel, symbol), module, {}, _OP, device)
     values = Values(_OP, found)
     values.put(
-        cache_intermediate_states=kernel.keeps_each, scale=kernel.scale,
-        use_qk_l2norm=kernel.use_qk_l2norm, disable_state_update=kernel.disable_state_update,
-    )  # fmt: skip
+        cache_intermediate_states=kernel.keeps_each,
+        scale=kernel.scale,
+        use_qk_l2norm=kernel.use_qk_l2norm,
+        disable_state_update=kernel.disable_state_update,
+    )
     return values
 
 
@@ -375,8 +399,9 @@ def gdn_decode(
     Upstream: flashinfer/gdn_decode.py, flashinfer/gdn_kernels/.
     """
     for name, value in (
-        ("use_qk_l2norm", use_qk_l2norm), ("disable_state_update", disable_state_update)
-    ):  # fmt: skip
+        ("use_qk_l2norm", use_qk_l2norm),
+        ("disable_state_update", disable_state_update),
+    ):
         if type(value) is not bool:
             check_flag(_OP, name, value)
     q, v, state = as_desc(q, _OP, "q"), as_desc(v, _OP, "v"), as_desc(state, _OP, "state")
@@ -387,25 +412,22 @@ def gdn_decode(
         of_index = index.kind
     buffer = intermediate_states_buffer
     options = (disable_state_update, use_qk_l2norm, state_layout, scale)
+    target = index if output_state_indices is None else output_state_indices
+    tensors = (q, k, v, state, A_log, a, dt_bias, b, output, index, target, buffer)
     key: object = (
-        q.kind, q.shape[1:], v.shape[1:], state.kind, dt_bias.kind, a.kind, b.kind, of_index,
-        output_state_indices is None, buffer is None, options, type(scale), _apart(state),
-        generation.number,
-    )  # fmt: skip
+        (q.kind, state.kind, dt_bias.kind, a.kind, b.kind, of_index),
+        (q.shape[1:], v.shape[1:], output_state_indices is None, buffer is None),
+        (options, type(scale), _apart(state), generation.number),
+    )
     try:
         kernels = _kernels.get(key)
     except TypeError:  # an option without a hash
         key = kernels = None
     if kernels is None:
-        kernels = _kernels_of(
-            q, v, state, dt_bias, a, b, index, output_state_indices, buffer, *options
-        )
+        kernels = _kernels_of(tensors, output_state_indices, *options)
         if key is not None:
             remember(_kernels, key, kernels, 4096)
-    return kernels.values(
-        q, k, v, state, A_log, a, dt_bias, b, output, index,
-        index if output_state_indices is None else output_state_indices, buffer,
-    )  # fmt: skip
+    return kernels.values(tensors)
 
 
 def _apart(state: TensorDesc) -> tuple[int, int]:
@@ -425,14 +447,14 @@ class _Kernels:
 
     __slots__ = ("_device", "_found", "_hv", "_kernel", "_steps")
 
-    def __init__(self, kernel: Kernel, device: Device) -> None:
+    def __init__(self, kernel: GdnKernel, device: Device) -> None:
         self._kernel, self._device, self._hv = kernel, device, kernel.hv
         self._steps = _steps(kernel.hv, _multiprocessors(device), kernel.state_layout)
         self._found: list[_Found | None] = [None] * len(self._steps)
 
-    def values(self, *given: Any) -> Values:
-        """Return a call's values, from the arguments in the order of `_GIVEN`."""
-        q, state, index, buffer = given[0], given[3], given[9], given[11]
+    def values(self, tensors: tuple[Any, ...]) -> Values:
+        """Return a call's values, from the arguments in the order of `_TENSORS`."""
+        q, state, index, buffer = tensors[0], tensors[3], tensors[9], tensors[11]
         requests = q.shape[0]
         if index is None:
             _check_first("state", state, requests)
@@ -440,59 +462,73 @@ class _Kernels:
             name = "intermediate_states_buffer"
             _check_first(name, as_desc(buffer, _OP, name), requests, self._kernel.t)
         i = bisect(self._steps, requests * self._hv) - 1 if requests else 0
-        found = self._found[i]
-        if found is None:
+        cached = self._found[i]
+        if cached is None:
             kernel = replace(self._kernel, states=self._steps[i])
             alike = _values_of(kernel, self._device)
-            places = {name: n for n, name in enumerate((*alike.index, *_GIVEN))}
-            found = alike, operator.itemgetter(*(places[name] for name in alike.index))
-            self._found[i] = found
-        alike, pick = found
+            places = {name: n for n, name in enumerate((*alike.index, *_TENSORS))}
+            cached = alike, operator.itemgetter(*(places[name] for name in alike.index))
+            self._found[i] = cached
+        alike, pick = cached
         if index is None and "initial_state_indices" in alike.index:
             index = memory.counting(self._device, requests)
-            given = (*given[:9], index, index, buffer)
-        return alike.of(list(pick((*alike.values, *given))))
+            tensors = (*tensors[:9], index, index, buffer)
+        return alike.of(list(pick((*alike.values, *tensors))))
 
 
-# A call's arguments, by the binding's names.
-_GIVEN = (
-    "q", "k", "v", "state", "A_log", "a", "dt_bias", "b", "output", "initial_state_indices",
-    "output_state_indices", "intermediate_states_buffer",
-)  # fmt: skip
+# A call's tensors, by the binding's names.
+_TENSORS = (
+    *("q", "k", "v", "state", "A_log", "a", "dt_bias", "b", "output"),
+    *("initial_state_indices", "output_state_indices", "intermediate_states_buffer"),
+)
 _Found = tuple[Values, Callable[[tuple[object, ...]], tuple[object, ...]]]
 _kernels: dict[object, _Kernels] = {}
 
 
 def _kernels_of(
-    q: TensorDesc, v: TensorDesc, state: TensorDesc, dt_bias: TensorDesc, a: TensorDesc,
-    b: TensorDesc, initial_state_indices: TensorDesc | None,
-    output_state_indices: TensorLike | None, buffer: TensorLike | None,
-    disable_state_update: bool, use_qk_l2norm: bool, state_layout: str, scale: float | None,
-) -> _Kernels:  # fmt: skip
+    tensors: tuple[Any, ...],
+    output_state_indices: TensorLike | None,
+    disable_state_update: bool,
+    use_qk_l2norm: bool,
+    state_layout: str,
+    scale: float | None,
+) -> _Kernels:
     """Check that a call's options are compatible, and return its kernels."""
+    q, _, v, state, _, a, dt_bias, b, _, index, _, buffer = tensors
     if len(q.shape) != 4 or len(v.shape) != 4:
         name, desc = ("v", v) if len(q.shape) == 4 else ("q", q)
-        raise ArgumentError(_OP, name, got=desc.layout, expected="rank 4 (b t heads 128)")
-    _, tokens, heads, _ = q.shape
-    state_dtype = state.dtype.name
+        raise _refuse(name, desc.layout, "rank 4 (b t heads 128)")
+    state_dtype, is_one, is_indexed = state.dtype.name, q.shape[1] == 1, index is not None
     if state_dtype not in ("bfloat16", "float32"):
-        raise ArgumentError(_OP, "state", got=state.dtype, expected="bfloat16 or float32")
-    index_dtype = "int32"
-    if initial_state_indices is not None:
-        index_dtype = initial_state_indices.dtype.name
-    is_one, is_indexed = tokens == 1, initial_state_indices is not None
+        raise _refuse("state", state.dtype, "bfloat16 or float32")
     if state_layout != "VK":
-        _check_keys_first(state_layout, state_dtype, is_one, is_indexed)
-    if is_one and (disable_state_update or buffer is not None):
-        _refuse_of_one(disable_state_update, buffer)
-    if not is_indexed and (output_state_indices is not None or not (is_one or _bf16(state_dtype))):
-        _refuse_unindexed(output_state_indices)
-    kernel = Kernel(
-        heads, v.shape[2], tokens, 1, state_dtype, dt_bias.dtype.name,
-        (a.dtype.name, b.dtype.name), index_dtype, state_layout, is_indexed,
-        output_state_indices is None, buffer is not None, disable_state_update, use_qk_l2norm,
-        _SIZE**-0.5 if scale is None else check_number(_OP, "scale", scale), *_apart(state),
-    )  # fmt: skip
+        check_choice(_OP, "state_layout", state_layout, LAYOUTS)
+        if state_dtype != "float32" or not is_one or is_indexed:
+            expected = "'VK', or float32 states, one token and no initial_state_indices"
+            raise _refuse("state_layout", state_layout, expected)
+    if is_one:
+        _check_one_token(disable_state_update, buffer)
+    if not is_indexed:
+        _check_unindexed(output_state_indices, is_one or state_dtype == "bfloat16")
+    slots, slot_stride = _apart(state)
+    kernel = GdnKernel(
+        h=q.shape[2],
+        hv=v.shape[2],
+        t=q.shape[1],
+        state_dtype=state_dtype,
+        dt_bias_dtype=dt_bias.dtype.name,
+        gate_dtypes=(a.dtype.name, b.dtype.name),
+        index_dtype=index.dtype.name if is_indexed else "int32",
+        state_layout=state_layout,
+        is_indexed=is_indexed,
+        is_same_pool=output_state_indices is None,
+        keeps_each=buffer is not None,
+        disable_state_update=disable_state_update,
+        use_qk_l2norm=use_qk_l2norm,
+        scale=_SIZE**-0.5 if scale is None else check_number(_OP, "scale", scale),
+        slots=slots,
+        slot_stride=slot_stride,
+    )
     return _Kernels(kernel, q.device)
 
 
@@ -500,32 +536,24 @@ def _check_first(name: str, desc: TensorDesc, *sizes: int) -> None:
     """Check that a tensor's first axes are those of `q`: requests, and tokens of each."""
     if desc.shape[: len(sizes)] != sizes:
         expected = f"[{', '.join(map(str, sizes))}, ...], as q has requests and tokens"
-        raise ArgumentError(_OP, name, got=desc.layout, expected=expected)
+        raise _refuse(name, desc.layout, expected)
 
 
-def _bf16(dtype: str) -> bool:
-    return dtype == "bfloat16"
-
-
-def _check_keys_first(layout: object, state_dtype: str, is_one: bool, is_indexed: bool) -> None:
-    check_choice(_OP, "state_layout", layout, LAYOUTS)
-    if state_dtype != "float32" or not is_one or is_indexed:
-        expected = "'VK', or float32 states, one token and no initial_state_indices"
-        raise ArgumentError(_OP, "state_layout", got=layout, expected=expected)
-
-
-def _refuse_of_one(disable_state_update: bool, buffer: object) -> None:
+def _check_one_token(disable_state_update: bool, buffer: object) -> None:
+    """Refuse what only calls with several tokens of each request have."""
     expected = "with several tokens: q is of one"
     if disable_state_update:
-        raise ArgumentError(_OP, "disable_state_update", got=True, expected=f"True {expected}")
-    got = as_desc(buffer, _OP, "intermediate_states_buffer").layout
-    raise ArgumentError(_OP, "intermediate_states_buffer", got=got, expected=f"None but {expected}")
+        raise _refuse("disable_state_update", True, f"True {expected}")
+    if buffer is not None:
+        got = as_desc(buffer, _OP, "intermediate_states_buffer").layout
+        raise _refuse("intermediate_states_buffer", got, f"None but {expected}")
 
 
-def _refuse_unindexed(output_state_indices: object) -> None:
+def _check_unindexed(output_state_indices: object, may_lack_indices: bool) -> None:
+    """Check a call without `initial_state_indices`."""
     if output_state_indices is not None:
         got = as_desc(output_state_indices, _OP, "output_state_indices").layout
-        expected = "None without initial_state_indices"
-        raise ArgumentError(_OP, "output_state_indices", got=got, expected=expected)
-    expected = "indices, with float32 states and several tokens"
-    raise ArgumentError(_OP, "initial_state_indices", got=None, expected=expected)
+        raise _refuse("output_state_indices", got, "None without initial_state_indices")
+    if not may_lack_indices:
+        expected = "indices, with float32 states and several tokens"
+        raise _refuse("initial_state_indices", None, expected)

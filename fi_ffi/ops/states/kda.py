@@ -18,14 +18,22 @@ from fi_ffi.abi.interop import TensorLike, as_desc
 from fi_ffi.abi.tensor import Device, TensorDesc, viewed
 from fi_ffi.errors import ArgumentError
 from fi_ffi.loader import generation, machine
-from fi_ffi.ops.call import memory
-from fi_ffi.ops.call.arguments import check_flag, check_int, check_number, shown
-from fi_ffi.ops.call.keyword_call import KeywordCall, Values, compiled_row
+from fi_ffi.ops.call.arguments import (
+    INT32_MAX,
+    Refusal,
+    check_flag,
+    check_int,
+    check_number,
+    shown,
+)
 from fi_ffi.ops.call.row import Absent, Arg, Row, Scalar, Tensor, Vector
+from fi_ffi.ops.call.values import Values, compiled_row
+from fi_ffi.ops.steps import memory
+from fi_ffi.ops.steps.keyword_call import KeywordCall
 
 _OP = FAMILY = "recurrent_kda"
+_refuse = Refusal(_OP)
 SIZES = (64, 128)  # sizes of a head of keys and values
-_INT = 2**31
 _GRID = 2**16 - 1  # blocks along a grid's second dimension
 # The requests and heads for which `fi-ffi build kda_decode` compiles by default.
 _REQUESTS, _HEADS = 64, 16
@@ -33,7 +41,7 @@ CAPABILITY = (9, 0)  # the GPU for which calls are judged on a machine without o
 
 
 @dataclass(frozen=True)
-class Kernel:
+class KdaKernel:
     """The parameters that a module is compiled for."""
 
     head_size: int = 128
@@ -61,71 +69,88 @@ class Kernel:
             parts.append(f"g{self.hv // max(self.h, 1)}")
         parts += [f"d{self.head_size}", "gate" if self.use_gate_in_kernel else "nogate"]
         flags = {
-            "nobias": self.use_gate_in_kernel and not self.has_bias, "bound": self.has_bound,
-            "nonorm": not self.use_qk_l2norm_in_kernel, "logit": self.beta_is_logit,
+            "nobias": self.use_gate_in_kernel and not self.has_bias,
+            "bound": self.has_bound,
+            "nonorm": not self.use_qk_l2norm_in_kernel,
+            "logit": self.beta_is_logit,
             "packed": self.is_packed,
-        }  # fmt: skip
+        }
         launch = "grouped_kda_host" if self.is_grouped else "recurrent_kda_launch"
         kernel = "_".join((launch, *parts, *(name for name, is_on in flags.items() if is_on)))
         return f"{FAMILY}_sm{major}{minor}a_cute_dsl_{kernel}", f"{FAMILY}_{kernel}"
 
 
+# What is compiled into modules, and the CPU's reference takes as arguments.
+_CONSTANTS = ("use_qk_l2norm_in_kernel", "has_bound", "beta_is_logit")
+
+
 @functools.cache
-def row_of(kernel: Kernel, symbol: str = "") -> Row:
+def row_of(kernel: KdaKernel, symbol: str = "") -> Row:
     """Return the row of the kernel's function; without a `symbol`, that of the CPU's reference,
     which takes the compiled-in values as arguments."""
     size, grouped = kernel.head_size, kernel.is_grouped
     is_packed = grouped or kernel.is_packed
+    count = "n" if is_packed else "b"
+    most_blocks = size // 8  # of a state
     # Bytes of the widest load. numpy aligns CPU memory to 16 bytes only.
     width = 32 if symbol and not grouped else 16
-    of: dict[str, Any] = {"contiguous": True, "alignment": width, "in_vectors": False}
-    of_g: dict[str, Any] = {"alignment": width, "packed": 2, "in_vectors": not grouped}
-    of_state: dict[str, Any] = {"packed": 3, "writes": True}
-    tokens = "1 tokens" if is_packed else "b 1"
-
-    def half(name: str, axes: str, **more: Any) -> Tensor:
-        return Tensor(name, axes, "bfloat16", "", **(more if "packed" in more else of | more))
-
-    def gate(name: str, axes: str, there: bool) -> Arg:
-        return Tensor(name, axes, "float32", "", **of) if there else Absent(name, dtype="float32")
-
-    def places(name: str, axes: str, there: bool) -> Arg:
-        return Tensor(name, axes, "int32", "", **of) if there else Absent(name, dtype="int32")
-
-    state = f"{'slots' if is_packed else 'b'} HV {size} D"
-    has_bias = kernel.use_gate_in_kernel and kernel.has_bias
-    args: dict[str, Arg] = {arg.name: arg for arg in (
-        half("q", f"{tokens} H {size}"), half("k", f"{tokens} H {size}"),
-        half("v", f"{tokens} HV {size}"), half("g", f"{tokens} HV D", **of_g),
-        half("beta", f"{tokens} HV"), half("initial_state", state, **of_state),
-        half("initial_state_source", state, **of_state | {"writes": False}),
-        half("output", f"{tokens} HV {size}", writes=True, reads=False),
-        gate("A_log", "H", kernel.use_gate_in_kernel), gate("dt_bias", f"{size}*H", has_bias),
-        places("cu_seqlens", "n+1", is_packed),
-        places("ssm_state_indices", f"n {kernel.t}" if grouped else "n", is_packed),
-        places("num_accepted_tokens", "n", grouped),
-        *(Scalar(name, float, None, "") for name in ("scale", "eps", "lower_bound")),
-    )}  # fmt: skip
-    order = tuple(_grouped(args) if grouped else _one_token(args))
+    order = (_grouped if grouped else _one_token)(_arguments(kernel, width))
     if not symbol:
-        order += tuple(Scalar(name, bool, None, "") for name in _CONSTANTS)
-    blocks = size // 8  # the most blocks of a state
-    count = "n" if is_packed else "b"
+        order += [Scalar(name, bool, None, "") for name in _CONSTANTS]
     return Row(
-        _OP, FAMILY, symbol or _OP, "flashinfer/kda_kernels/recurrent_kda.py", "", order, {},
-        ">=0.7.2", variant="_tokens" if grouped else "_packed" if is_packed else "",
-        vector=Vector(("D",), width), offset_limit=_INT if grouped else 2**63,
-        nothing_axis="tokens" if is_packed else "b", capabilities=(9, 10),
+        _OP,
+        FAMILY,
+        symbol or _OP,
+        "flashinfer/kda_kernels/recurrent_kda.py",
+        "",
+        tuple(order),
+        {},
+        ">=0.7.2",
+        variant="_tokens" if grouped else "_packed" if is_packed else "",
+        vector=Vector(("D",), width),
+        offset_limit=2**31 if grouped else 2**63,
+        nothing_axis="tokens" if is_packed else "b",
+        capabilities=(9, 10),
         in_place=(("initial_state", "initial_state_source"),),
         requires=(
-            "H >= 1", "HV % H == 0", f"D in ({size},)", *(("n >= 1",) if is_packed else ()),
-            f"n <= {_GRID}" if grouped else f"{count} * HV <= {(_INT - 1) // blocks}",
+            *("H >= 1", "HV % H == 0", f"D in ({size},)"),
+            *(("n >= 1",) if is_packed else ()),
+            f"n <= {_GRID}" if grouped else f"{count} * HV <= {INT32_MAX // most_blocks}",
         ),
-    )  # fmt: skip
+    )
 
 
-# What is compiled into modules, and the CPU's reference is told.
-_CONSTANTS = ("use_qk_l2norm_in_kernel", "has_bound", "beta_is_logit")
+def _arguments(kernel: KdaKernel, width: int) -> dict[str, Arg]:
+    """Return the arguments by name, for loads of up to `width` bytes."""
+    size, grouped = kernel.head_size, kernel.is_grouped
+    is_packed = grouped or kernel.is_packed
+    tokens, slots = ("1 tokens", "slots") if is_packed else ("b 1", "b")
+    flat: dict[str, Any] = {"doc": "", "contiguous": True, "alignment": width, "in_vectors": False}
+    half: dict[str, Any] = {"dtype": "bfloat16", **flat}
+    of_g: dict[str, Any] = {"alignment": width, "packed": 2, "in_vectors": not grouped}
+    of_state: dict[str, Any] = {"dtype": "bfloat16", "doc": "", "packed": 3}
+    state = f"{slots} HV {size} D"
+
+    def required(name: str, axes: str, dtype: str, is_required: bool) -> Arg:
+        return Tensor(name, axes, dtype, **flat) if is_required else Absent(name, dtype=dtype)
+
+    args = (
+        Tensor("q", f"{tokens} H {size}", **half),
+        Tensor("k", f"{tokens} H {size}", **half),
+        Tensor("v", f"{tokens} HV {size}", **half),
+        Tensor("g", f"{tokens} HV D", "bfloat16", "", **of_g),
+        Tensor("beta", f"{tokens} HV", **half),
+        Tensor("initial_state", state, writes=True, **of_state),
+        Tensor("initial_state_source", state, **of_state),
+        Tensor("output", f"{tokens} HV {size}", writes=True, reads=False, **half),
+        required("A_log", "H", "float32", kernel.use_gate_in_kernel),
+        required("dt_bias", f"{size}*H", "float32", kernel.use_gate_in_kernel and kernel.has_bias),
+        required("cu_seqlens", "n+1", "int32", is_packed),
+        required("ssm_state_indices", f"n {kernel.t}" if grouped else "n", "int32", is_packed),
+        required("num_accepted_tokens", "n", "int32", grouped),
+        *(Scalar(name, float, None, "") for name in ("scale", "eps", "lower_bound")),
+    )
+    return {arg.name: arg for arg in args}
 
 
 def _one_token(args: dict[str, Arg]) -> list[Arg]:
@@ -137,20 +162,27 @@ def _one_token(args: dict[str, Arg]) -> list[Arg]:
 def _grouped(args: dict[str, Arg]) -> list[Arg]:
     """Return the arguments of the kernel for several tokens, which takes strides as numbers."""
     names = (
-        "q", "k", "v", "g", "beta", "A_log", "dt_bias", "cu_seqlens", "ssm_state_indices",
-        "num_accepted_tokens", "initial_state", "initial_state_source",
-    )  # fmt: skip
+        *("q", "k", "v", "g", "beta", "A_log", "dt_bias"),
+        *("cu_seqlens", "ssm_state_indices", "num_accepted_tokens"),
+        *("initial_state", "initial_state_source"),
+    )
     return [
-        *(args[name] for name in names), Absent("initial_state_indices", dtype="int32"),
-        args["output"], Absent("n_seq", "int", of="n"), Absent("q_total", "int", of="tokens"),
-        Scalar("g_stride_q", int, None, ""), Scalar("state_stride0", int, None, ""),
-        Scalar("src_stride0", int, None, ""), Absent("src_idx_stride", "int", 1),
-        args["scale"], args["lower_bound"],
-    ]  # fmt: skip
+        *(args[name] for name in names),
+        Absent("initial_state_indices", dtype="int32"),
+        args["output"],
+        Absent("n_seq", "int", of="n"),
+        Absent("q_total", "int", of="tokens"),
+        Scalar("g_stride_q", int, None, ""),
+        Scalar("state_stride0", int, None, ""),
+        Scalar("src_stride0", int, None, ""),
+        Absent("src_idx_stride", "int", 1),
+        args["scale"],
+        args["lower_bound"],
+    ]
 
 
 @generation.cached
-def _values_of(kernel: Kernel, device: Device) -> Values:
+def _values_of(kernel: KdaKernel, device: Device) -> Values:
     """Return the values that all calls of a kernel share."""
     module, symbol = FAMILY, ""
     if device.is_cuda:
@@ -163,7 +195,7 @@ def _values_of(kernel: Kernel, device: Device) -> Values:
 
 def _only(name: str, value: object, expected: str) -> ArgumentError:
     """Make the error for an argument that only other calls have."""
-    return ArgumentError(_OP, name, got=shown(value), expected=f"None but {expected}")
+    return _refuse(name, shown(value), f"None but {expected}")
 
 
 def _check_gate(
@@ -172,8 +204,7 @@ def _check_gate(
     """Check the arguments of a computed gate; return its bound."""
     if is_gated:
         if A_log is None:
-            expected = "a tensor with use_gate_in_kernel=True"
-            raise ArgumentError(_OP, "A_log", got=None, expected=expected)
+            raise _refuse("A_log", None, "a tensor with use_gate_in_kernel=True")
     else:
         for name, value in (("A_log", A_log), ("dt_bias", dt_bias), ("lower_bound", lower_bound)):
             if value is not None:
@@ -182,36 +213,37 @@ def _check_gate(
         return None
     bound = check_number(_OP, "lower_bound", lower_bound)
     if bound >= 0:
-        raise ArgumentError(_OP, "lower_bound", got=bound, expected="a number below 0")
+        raise _refuse("lower_bound", bound, "a number below 0")
     return bound
 
 
 def _requests(
-    q: TensorDesc, t: int, cu_seqlens: TensorLike | None, ssm_state_indices: TensorLike | None,
+    q: TensorDesc,
+    t: int,
+    cu_seqlens: TensorLike | None,
+    ssm_state_indices: TensorLike | None,
     state: TensorDesc,
-) -> dict[str, TensorDesc]:  # fmt: skip
+) -> dict[str, TensorDesc]:
     """Return where requests of packed tokens start, and their slots."""
     b, each = q.shape[:2]
     if cu_seqlens is None:
         if each != t:
             expected = f"{t} token{'s' * (t > 1)} of each request, without cu_seqlens"
-            raise ArgumentError(_OP, "q", got=q.layout, expected=expected)
+            raise _refuse("q", q.layout, expected)
         starts = memory.counting(q.device, b + 1, step=t)
     else:
         if b != 1:
-            expected = "[1, tokens, ...] with cu_seqlens"
-            raise ArgumentError(_OP, "q", got=q.layout, expected=expected)
+            raise _refuse("q", q.layout, "[1, tokens, ...] with cu_seqlens")
         starts = as_desc(cu_seqlens, _OP, "cu_seqlens")
         if len(starts.shape) != 1 or not starts.shape[0]:
-            expected = "rank 1 with an element or more"
-            raise ArgumentError(_OP, "cu_seqlens", got=starts.layout, expected=expected)
+            raise _refuse("cu_seqlens", starts.layout, "rank 1 with an element or more")
     count = starts.shape[0] - 1
     if ssm_state_indices is not None:
         slots = as_desc(ssm_state_indices, _OP, "ssm_state_indices")
     else:
         if state.shape[:1] < (count * t,):
             expected = f"{count * t} states or more, one for each token, without ssm_state_indices"
-            raise ArgumentError(_OP, "initial_state", got=state.layout, expected=expected)
+            raise _refuse("initial_state", state.layout, expected)
         slots = memory.counting(q.device, count * t)
         slots = slots if t == 1 else viewed(slots, (count, t), (t, 1))
     return {"cu_seqlens": starts, "ssm_state_indices": slots}
@@ -222,18 +254,19 @@ def _side_by_side(name: str, tensor: TensorLike, b: int, t: int) -> TensorDesc:
     desc = as_desc(tensor, _OP, name)
     if desc.shape[:2] != (b, t) or len(desc.shape) < 3:
         expected = f"[{b}, {t}, ...], as q has requests and tokens"
-        raise ArgumentError(_OP, name, got=desc.layout, expected=expected)
+        raise _refuse(name, desc.layout, expected)
     of_request, of_token = desc.strides[:2]
     step = of_request if t == 1 else of_token
     if b > 1 and t > 1 and of_request != t * of_token:
-        got = f"strides {desc.strides}"
-        raise ArgumentError(_OP, name, got=got, expected="tokens at equal distances")
+        raise _refuse(name, f"strides {desc.strides}", "tokens at equal distances")
     return viewed(desc, (1, b * t, *desc.shape[2:]), (b * t * step, step, *desc.strides[2:]))
 
 
-def _step(state: TensorDesc) -> int:
-    """Return the elements from one slot to the next; of a single one, as if slots were adjacent."""
-    return state.strides[0] if state.shape[:1] > (1,) else math.prod(state.shape[1:])
+def _strides(g: TensorDesc, state: TensorDesc) -> dict[str, int]:
+    """Return the strides that the kernel for several tokens takes as numbers."""
+    # A single state has the stride of adjacent ones.
+    step = state.strides[0] if state.shape[:1] > (1,) else math.prod(state.shape[1:])
+    return {"g_stride_q": g.strides[1], "state_stride0": step, "src_stride0": step}
 
 
 @KeywordCall
@@ -304,12 +337,12 @@ def recurrent_kda(
     """
     first = as_desc(q, _OP, "q")
     if len(first.shape) != 4 or first.shape[3] not in SIZES:
-        expected = "[b, t, heads, 64] or [b, t, heads, 128]"
-        raise ArgumentError(_OP, "q", got=first.layout, expected=expected)
+        raise _refuse("q", first.layout, "[b, t, heads, 64] or [b, t, heads, 128]")
     flags = {
         "use_qk_l2norm_in_kernel": use_qk_l2norm_in_kernel,
-        "use_gate_in_kernel": use_gate_in_kernel, "beta_is_logit": beta_is_logit,
-    }  # fmt: skip
+        "use_gate_in_kernel": use_gate_in_kernel,
+        "beta_is_logit": beta_is_logit,
+    }
     flags = {name: check_flag(_OP, name, value) for name, value in flags.items()}
     bound = _check_gate(use_gate_in_kernel, A_log, dt_bias, lower_bound)
     t = 1
@@ -317,29 +350,27 @@ def recurrent_kda(
         t += check_int(_OP, "num_spec_tokens", num_spec_tokens, 1)
     elif num_accepted_tokens is not None:
         raise _only("num_accepted_tokens", num_accepted_tokens, "with num_spec_tokens")
-    kernel = Kernel(
+    kernel = KdaKernel(
         first.shape[3], has_bias=dt_bias is not None, has_bound=bound is not None, t=t, **flags
     )
-    given: dict[str, Any] = {"q": first, "k": k, "v": v, "g": g, "beta": beta, "output": output}
+    tensors: dict[str, Any] = {"q": first, "k": k, "v": v, "g": g, "beta": beta, "output": output}
     if t > 1 or cu_seqlens is not None or ssm_state_indices is not None:
         state = as_desc(initial_state, _OP, "initial_state")
         of_requests = _requests(first, t, cu_seqlens, ssm_state_indices, state)
         b, each = first.shape[:2]
-        given = {name: _side_by_side(name, tensor, b, each) for name, tensor in given.items()}
+        tensors = {name: _side_by_side(name, tensor, b, each) for name, tensor in tensors.items()}
         kernel = replace(kernel, is_packed=t == 1)
         if t > 1:
-            kernel = replace(kernel, h=first.shape[2], hv=given["v"].shape[2])
-            step, count = _step(state), of_requests["cu_seqlens"].shape[0] - 1
-            given |= {"g_stride_q": given["g"].strides[1], "state_stride0": step}
-            given |= {"src_stride0": step, "num_accepted_tokens": num_accepted_tokens}
+            kernel = replace(kernel, h=first.shape[2], hv=tensors["v"].shape[2])
+            tensors |= _strides(tensors["g"], state)
             if num_accepted_tokens is None:
-                given["num_accepted_tokens"] = memory.counting(first.device, count, step=0)
-        given |= of_requests
+                count = of_requests["cu_seqlens"].shape[0] - 1
+                num_accepted_tokens = memory.counting(first.device, count, step=0)
+            tensors["num_accepted_tokens"] = num_accepted_tokens
+        tensors |= of_requests
     values = _values_of(kernel, first.device).fresh()
-    values.put(
-        **given, A_log=A_log, dt_bias=dt_bias, initial_state=initial_state,
-        initial_state_source=initial_state,
-    )  # fmt: skip
+    values.put(**tensors, A_log=A_log, dt_bias=dt_bias)
+    values.put(initial_state=initial_state, initial_state_source=initial_state)
     if bound is not None:
         values.put(lower_bound=bound)
     if scale is not None:

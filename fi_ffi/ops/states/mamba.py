@@ -19,12 +19,13 @@ from fi_ffi.abi.tensor import Device, TensorDesc, viewed
 from fi_ffi.errors import ArgumentError
 from fi_ffi.loader import machine
 from fi_ffi.ops.attention.backends import module_name
-from fi_ffi.ops.call.arguments import check_choice, check_flag, check_int
-from fi_ffi.ops.call.keyword_call import KeywordCall, Values, compiled_row
+from fi_ffi.ops.call.arguments import INT32_MAX, Refusal, check_choice, check_flag, check_int
 from fi_ffi.ops.call.row import Absent, Arg, Row, Rule, Scalar, Tensor, Vector
+from fi_ffi.ops.call.values import Values, compiled_row
+from fi_ffi.ops.steps.keyword_call import KeywordCall
 
 _OP = FAMILY = "selective_state_update"
-_INT = 2**31 - 1
+_refuse = Refusal(_OP)
 _FLOATS = ("float32", "bfloat16", "float16")
 _INTS = ("int32", "int64")
 # Kinds of states: int16 with scales, and float16 with stochastic rounding.
@@ -45,12 +46,18 @@ def _scale_rules(kind: str) -> Iterator[str | Rule]:
     """Rules of the kernels for int16 states."""
     if kind == "one":
         yield "dstate % 64 == 0"
-        yield Rule("state", "dstate <= 256 or dstate % 256 == 0",
-                   "a dstate of at most 256, or a multiple of it, with int16")  # fmt: skip
+        yield Rule(
+            "state",
+            "dstate <= 256 or dstate % 256 == 0",
+            "a dstate of at most 256, or a multiple of it, with int16",
+        )
         return
     of = "intermediate_state_scales"
-    yield Rule(of, f"not {of} or intermediate_state_indices or not state_batch_indices",
-               "intermediate_state_indices: it has b entries, not one for each state")  # fmt: skip
+    yield Rule(
+        of,
+        f"not {of} or intermediate_state_indices or not state_batch_indices",
+        "intermediate_state_indices: it has b entries, not one for each state",
+    )
 
 
 def _rules(kind: str, read: int, written: int) -> Iterator[Rule]:
@@ -66,40 +73,81 @@ def _rules(kind: str, read: int, written: int) -> Iterator[Rule]:
     if written == 2:
         yield _rule(f"dst_{state}", "depth", most, "an index for each token")
     yield _rule("num_accepted_tokens", "accepted", "b", "a number for each request")
-    yield Rule("B", f"ngroups and nheads // ngroups in {RATIOS}",
-               f"groups of {', '.join(map(str, RATIOS))} heads each")  # fmt: skip
+    yield Rule(
+        "B",
+        f"ngroups and nheads // ngroups in {RATIOS}",
+        f"groups of {', '.join(map(str, RATIOS))} heads each",
+    )
     yield Rule(
         "cache_steps", f"not {states} or cache_steps == steps", f"the second size of {states}"
     )
     if kind == "steps":
-        yield Rule("cache_steps", f"not {states} or cache_steps >= t",
-                   "as many as x has tokens for each request, or more")  # fmt: skip
+        yield Rule(
+            "cache_steps",
+            f"not {states} or cache_steps >= t",
+            "as many as x has tokens for each request, or more",
+        )
     # Without those indices, states are kept at their slots of `state`.
-    yield Rule(states, f"not {states} or intermediate_state_indices or entries >= slots",
-               "an entry for each state, without intermediate_state_indices")  # fmt: skip
+    yield Rule(
+        states,
+        f"not {states} or intermediate_state_indices or entries >= slots",
+        "an entry for each state, without intermediate_state_indices",
+    )
 
 
 @functools.cache
 def row_of(kind: str, read: int, written: int, states: str = "") -> Row:
     """Return the row for these ranks of `state_batch_indices` and `dst_state_batch_indices`, and
     for states of kind `INT16`, `RANDOM` or ""."""
+    of_states = {"": _FLOATS, INT16: ("int16",), RANDOM: ("float16",)}[states]
+    buffers = ("intermediate_states_buffer", "intermediate_state_scales")
+    return Row(
+        _OP,
+        FAMILY,
+        _OP,
+        "csrc/flashinfer_mamba_binding.cu",
+        "",
+        _arguments(kind, read, written, states),
+        dict.fromkeys("STWA", _FLOATS) | dict.fromkeys("ILN", _INTS) | {"S": of_states},
+        ">=0.6.12" if states else ">=0.6.7",
+        vector=Vector(("dim", "dstate")),
+        offset_limit=2**63,
+        together=buffers if states == INT16 and kind != "one" else (),
+        requires=(
+            *("nheads >= 1", "nheads <= 65535", "dim >= 16", "dim % 16 == 0"),
+            *("dstate >= 32", "dstate % 8 == 0", "nheads % ngroups == 0"),
+            *(f"slots <= {INT32_MAX}", f"b <= {INT32_MAX}", "slots >= b"),
+            f"nheads * dim * dstate <= {INT32_MAX}",
+            *_rules(kind, read, written),
+            *(_scale_rules(kind) if states == INT16 else ()),
+        ),
+        nothing_axis="tokens" if kind == "sequences" else "b",
+    )
+
+
+def _arguments(kind: str, read: int, written: int, states: str) -> tuple[Arg, ...]:
     tokens = _TOKENS[kind]
     of_heads, of_groups = f"{tokens} nheads dim", f"{tokens} ngroups dstate"
+    reads = " ".join(("indices", "width")[:read])
+    writes = " ".join(("targets", "depth")[:written])
     of_token: dict[str, Any] = {"packed": 2, "offset_limit": 2**63}
+    out: dict[str, Any] = {**of_token, "writes": True, "reads": False, "contiguous": kind == "one"}
+    of_state: dict[str, Any] = {"writes": True, "offset_limit": 2**63}
     maybe: dict[str, Any] = {"doc": "", "optional": True}
+    kept: dict[str, Any] = {**maybe, "writes": True, "contiguous": True}
+    # The number of sequences is on no other tensor.
+    starts: dict[str, Any] = {"optional": kind != "sequences", "entry_optional": True}
     scale: Arg = Absent("state_scale", "Optional<DLTensor*>")
     scales: Arg = Absent("intermediate_state_scales", "Optional<DLTensor*>")
     seed: Arg = Absent("rand_seed", "Optional<DLTensor*>")
     if states == INT16:
-        scale = Tensor("state_scale", "slots nheads dim", "float32", "", writes=True, packed=2,
-                       offset_limit=2**63, entry_optional=True)  # fmt: skip
-        scales = Tensor("intermediate_state_scales", "b steps nheads dim", "float32", writes=True,
-                        contiguous=True, **maybe)  # fmt: skip
+        of_scale = {**of_state, "packed": 2, "entry_optional": True}
+        scale = Tensor("state_scale", "slots nheads dim", "float32", "", **of_scale)
+        scales = Tensor("intermediate_state_scales", "b steps nheads dim", "float32", **kept)
     elif states == RANDOM:
         seed = Tensor("rand_seed", "1", "int64", "", entry_optional=True)
-    args: tuple[Arg, ...] = (
-        Tensor("state", "slots nheads dim dstate", "S", "", writes=True, packed=3,
-               offset_limit=2**63),
+    return (
+        Tensor("state", "slots nheads dim dstate", "S", "", packed=3, **of_state),
         Tensor("x", of_heads, "T", "", **of_token),
         Tensor("dt", of_heads, "W", "", broadcast=1),
         Tensor("A", "nheads dim dstate", "A", "", broadcast=2),
@@ -109,40 +157,21 @@ def row_of(kind: str, read: int, written: int, states: str = "") -> Row:
         Tensor("z", of_heads, "T", **maybe, **of_token),
         Tensor("dt_bias", "nheads dim", "W", broadcast=1, **maybe),
         Scalar("dt_softplus", bool, False, ""),
-        Tensor("state_batch_indices", " ".join(("indices", "width")[:read]), "I", **maybe),
-        Tensor("dst_state_batch_indices", " ".join(("targets", "depth")[:written]), "I", **maybe),
-        Scalar("pad_slot_id", int, -1, "", low=-(2**31), high=_INT),
+        Tensor("state_batch_indices", reads, "I", **maybe),
+        Tensor("dst_state_batch_indices", writes, "I", **maybe),
+        Scalar("pad_slot_id", int, -1, "", low=-INT32_MAX - 1, high=INT32_MAX),
         scale,
-        Tensor("out", of_heads, "T", "", writes=True, reads=False, contiguous=kind == "one",
-               **of_token),
+        Tensor("out", of_heads, "T", "", **out),
         Scalar("disable_state_update", bool, False, ""),
-        Tensor("intermediate_states_buffer", "entries steps nheads dim dstate", "S", writes=True,
-               contiguous=True, **maybe),
+        Tensor("intermediate_states_buffer", "entries steps nheads dim dstate", "S", **kept),
         Tensor("intermediate_state_indices", "b", "I", contiguous=True, **maybe),
         scales,
         seed,
-        Scalar("cache_steps", int, 0, "", low=0, high=_INT),
-        # The number of sequences is on no other tensor.
-        Tensor("cu_seqlens", "b+1", "L", "", optional=kind != "sequences", entry_optional=True,
-               contiguous=True),
+        Scalar("cache_steps", int, 0, "", low=0, high=INT32_MAX),
+        Tensor("cu_seqlens", "b+1", "L", "", contiguous=True, **starts),
         Tensor("num_accepted_tokens", "accepted", "N", contiguous=True, **maybe),
         Scalar("algorithm", int, 0, ""),
-    )  # fmt: skip
-    of_states = {"": _FLOATS, INT16: ("int16",), RANDOM: ("float16",)}[states]
-    dtypes = dict.fromkeys("STWA", _FLOATS) | dict.fromkeys("ILN", _INTS) | {"S": of_states}
-    buffers = ("intermediate_states_buffer", "intermediate_state_scales")
-    return Row(
-        _OP, FAMILY, _OP, "csrc/flashinfer_mamba_binding.cu", "", args, dtypes,
-        ">=0.6.12" if states else ">=0.6.7", vector=Vector(("dim", "dstate")), offset_limit=2**63,
-        together=buffers if states == INT16 and kind != "one" else (),
-        requires=(
-            "nheads >= 1", "nheads <= 65535", "dim >= 16", "dim % 16 == 0", "dstate >= 32",
-            "dstate % 8 == 0", "nheads % ngroups == 0", f"slots <= {_INT}", f"b <= {_INT}",
-            "slots >= b", f"nheads * dim * dstate <= {_INT}", *_rules(kind, read, written),
-            *(_scale_rules(kind) if states == INT16 else ()),
-        ),
-        nothing_axis="tokens" if kind == "sequences" else "b",
-    )  # fmt: skip
+    )
 
 
 def module_of(device: Device | None, release: str | None = None, **compiled: Any) -> str:
@@ -162,9 +191,13 @@ def _arch(major: int) -> str:
 
 # What FlashInfer compiles for if a call lacks the tensor, or `supports` the option.
 DEFAULTS: dict[str, Any] = {
-    "stateIndex_dtype": "int32", "cu_seqlens_dtype": "int32", "num_accepted_tokens_dtype": "int32",
-    "ntokens_mtp": 1, "state_scale_dtype": None, "philox_rounds": 0,
-}  # fmt: skip
+    "stateIndex_dtype": "int32",
+    "cu_seqlens_dtype": "int32",
+    "num_accepted_tokens_dtype": "int32",
+    "ntokens_mtp": 1,
+    "state_scale_dtype": None,
+    "philox_rounds": 0,
+}
 
 
 def _spread(desc: TensorDesc, sizes: tuple[int, ...]) -> TensorDesc:
@@ -262,24 +295,28 @@ def selective_state_update(
     Upstream: flashinfer/mamba/selective_state_update.py, csrc/selective_state_update.cu.
     """
     check_choice(_OP, "algorithm", algorithm, tuple(ALGORITHMS))
-    given = _described(state, x, dt, A, B, C, D, z, dt_bias, out)
-    states = _kind_of_states(given, state_scale, rand_seed, algorithm)
+    tensors = _described(state, x, dt, A, B, C, D, z, dt_bias, out)
+    states = _kind_of_states(tensors, state_scale, rand_seed, algorithm)
     is_padded = states == INT16 and algorithm == "auto" and state_batch_indices is not None
-    call = _Call(given, cu_seqlens, cache_steps, states, is_padded)
+    call = _Call(tensors, cu_seqlens, cache_steps, states, is_padded)
     if is_padded and call.is_one and check_flag(_OP, "disable_state_update", disable_state_update):
         dst_state_batch_indices = None  # otherwise those kernels would still write there
     call.optional(
-        state_batch_indices=state_batch_indices, dst_state_batch_indices=dst_state_batch_indices,
+        state_batch_indices=state_batch_indices,
+        dst_state_batch_indices=dst_state_batch_indices,
         intermediate_states_buffer=intermediate_states_buffer,
         intermediate_state_indices=intermediate_state_indices,
         num_accepted_tokens=num_accepted_tokens,
         intermediate_state_scales=intermediate_state_scales,
-    )  # fmt: skip
-    values = call.values(check_int(_OP, "philox_rounds", philox_rounds, 1, _MOST_ROUNDS))
+    )
+    values = call.values(check_int(_OP, "philox_rounds", philox_rounds, 1, _MAX_ROUNDS))
     values.put(
-        dt_softplus=dt_softplus, pad_slot_id=pad_slot_id, cache_steps=call.cache_steps,
-        disable_state_update=disable_state_update, algorithm=ALGORITHMS[algorithm],
-    )  # fmt: skip
+        dt_softplus=dt_softplus,
+        pad_slot_id=pad_slot_id,
+        cache_steps=call.cache_steps,
+        disable_state_update=disable_state_update,
+        algorithm=ALGORITHMS[algorithm],
+    )
     return values
 
 
@@ -294,26 +331,24 @@ def _described(*tensors: TensorLike | None) -> dict[str, TensorDesc | None]:
 
 
 def _kind_of_states(
-    given: dict[str, TensorDesc | None], scale: Any, seed: Any, algorithm: str
+    tensors: dict[str, TensorDesc | None], scale: Any, seed: Any, algorithm: str
 ) -> str:
     """Return the kind of the states; add their scales and the seed to the tensors."""
-    state = given["state"]
+    state = tensors["state"]
     assert state is not None
     is_int16, dtype = state.dtype.name == "int16", state.dtype.name
     if is_int16 and scale is None:
-        raise ArgumentError(_OP, "state_scale", got=None, expected="scales, with int16 states")
+        raise _refuse("state_scale", None, "scales, with int16 states")
     if is_int16 and algorithm == "horizontal":
-        expected = "another algorithm: these kernels take no scales"
-        raise ArgumentError(_OP, "algorithm", got=algorithm, expected=expected)
-    for name, tensor, wanted in (("state_scale", scale, "int16"), ("rand_seed", seed, "float16")):
+        raise _refuse("algorithm", algorithm, "another algorithm: these kernels take no scales")
+    for name, tensor, required in (("state_scale", scale, "int16"), ("rand_seed", seed, "float16")):
         if tensor is not None:
-            given[name] = desc = as_desc(tensor, _OP, name)
-            if dtype != wanted:
-                expected = f"None: only states of {wanted} have it"
-                raise ArgumentError(_OP, name, got=desc.layout, expected=expected)
-    wide = given.get("state_scale")
+            tensors[name] = desc = as_desc(tensor, _OP, name)
+            if dtype != required:
+                raise _refuse(name, desc.layout, f"None: only states of {required} have it")
+    wide = tensors.get("state_scale")
     if wide is not None and len(wide.shape) == 4 and wide.shape[3] == 1:
-        given["state_scale"] = viewed(wide, wide.shape[:3], wide.strides[:3])
+        tensors["state_scale"] = viewed(wide, wide.shape[:3], wide.strides[:3])
     return INT16 if is_int16 else RANDOM if seed is not None else ""
 
 
@@ -321,70 +356,73 @@ class _Call:
     """A call's tensors as the kernels take them, and what its module is compiled for."""
 
     def __init__(
-        self, given: dict[str, TensorDesc | None], cu_seqlens: Any, cache_steps: Any,
-        states: str = "", is_padded: bool = False,
-    ) -> None:  # fmt: skip
-        self.given, self.states = given, states
-        self.cache_steps = check_int(_OP, "cache_steps", cache_steps, 0, _INT)
-        state, x = self._there("state"), self._there("x")
+        self,
+        tensors: dict[str, TensorDesc | None],
+        cu_seqlens: Any,
+        cache_steps: Any,
+        states: str = "",
+        is_padded: bool = False,
+    ) -> None:
+        self.tensors, self.states = tensors, states
+        self.cache_steps = check_int(_OP, "cache_steps", cache_steps, 0, INT32_MAX)
+        state, x = self._required("state"), self._required("x")
         if len(state.shape) != 4:
-            expected = "rank 4 (slots nheads dim dstate)"
-            raise ArgumentError(_OP, "state", got=state.layout, expected=expected)
+            raise _refuse("state", state.layout, "rank 4 (slots nheads dim dstate)")
         self.device, (_, _, self.dim, self.dstate) = x.device, state.shape
         self.kind, rank = "steps", len(x.shape)
         if cu_seqlens is not None:
             self.kind = "sequences"
-            given["cu_seqlens"] = as_desc(cu_seqlens, _OP, "cu_seqlens")
+            tensors["cu_seqlens"] = as_desc(cu_seqlens, _OP, "cu_seqlens")
             if not self.cache_steps:
-                expected = "the most tokens of a sequence, with cu_seqlens"
-                raise ArgumentError(_OP, "cache_steps", got=0, expected=expected)
+                raise _refuse("cache_steps", 0, "the most tokens of a sequence, with cu_seqlens")
         self.is_one = rank == 3 and not self.cache_steps
         if self.is_one and not is_padded:
             self.kind = "one"
-        for name, rank_of, sizes in (
-            ("dt", rank, (self.dim,)), ("A", 3, (self.dim, self.dstate)), ("D", 2, (self.dim,)),
-            ("dt_bias", 2, (self.dim,)),
-        ):  # fmt: skip
-            desc = given[name]
+        self._widen(rank)
+
+    def _widen(self, rank: int) -> None:
+        """View tensors with the axes that the kernels expect; `rank` is that of x."""
+        tensors, head = self.tensors, (self.dim,)
+        wide = (("dt", rank, head), ("A", 3, (self.dim, self.dstate)), ("D", 2, head))
+        for name, rank_of, sizes in (*wide, ("dt_bias", 2, head)):
+            desc = tensors[name]
             if desc is not None and len(desc.shape) == rank_of - len(sizes):
-                given[name] = _spread(desc, sizes)
+                tensors[name] = _spread(desc, sizes)
         if self.kind == "steps" and rank == 3:  # the kernels of several tokens, with one
             for name in ("x", "dt", "B", "C", "z", "out"):
-                desc = given[name]
+                desc = tensors[name]
                 if desc is not None and len(desc.shape) == 3:
-                    given[name] = _with_steps(desc)
+                    tensors[name] = _with_steps(desc)
 
-    def _there(self, name: str) -> TensorDesc:
-        desc = self.given[name]
+    def _required(self, name: str) -> TensorDesc:
+        desc = self.tensors[name]
         assert desc is not None
         return desc
 
-    def optional(self, **tensors: TensorLike | None) -> None:
+    def optional(self, **optional: TensorLike | None) -> None:
         """Add the optional tensors, and check their combinations."""
-        for name, tensor in tensors.items():
-            self.given[name] = None if tensor is None else as_desc(tensor, _OP, name)
+        tensors = self.tensors
+        for name, tensor in optional.items():
+            tensors[name] = None if tensor is None else as_desc(tensor, _OP, name)
             if self.is_one and tensor is not None and name not in _OF_ONE:
                 raise self._not_none(name, "with one token for each request and no cache_steps")
-        given = self.given
-        if given["intermediate_state_scales"] and self.states != INT16:
+        if tensors["intermediate_state_scales"] and self.states != INT16:
             raise self._not_none("intermediate_state_scales", "only states of int16 have it")
-        if given["intermediate_states_buffer"] and given["dst_state_batch_indices"]:
+        if tensors["intermediate_states_buffer"] and tensors["dst_state_batch_indices"]:
             raise self._not_none("dst_state_batch_indices", "with intermediate_states_buffer")
-        if given["num_accepted_tokens"] and not given["state_batch_indices"]:
-            expected = "indices, with num_accepted_tokens"
-            raise ArgumentError(_OP, "state_batch_indices", got=None, expected=expected)
+        if tensors["num_accepted_tokens"] and not tensors["state_batch_indices"]:
+            raise _refuse("state_batch_indices", None, "indices, with num_accepted_tokens")
 
     def _not_none(self, name: str, why: str) -> ArgumentError:
-        return ArgumentError(_OP, name, got=self._there(name).layout, expected=f"None: {why}")
+        return _refuse(name, self._required(name).layout, f"None: {why}")
 
     def _rank(self, name: str) -> int:
         """Return the rank of an optional tensor of one or two axes."""
-        desc = self.given[name]
+        desc = self.tensors[name]
         if desc is None:
             return 1
         if len(desc.shape) not in (1, 2):
-            expected = "rank 1 (b) or 2 (b tokens)"
-            raise ArgumentError(_OP, name, got=desc.layout, expected=expected)
+            raise _refuse(name, desc.layout, "rank 1 (b) or 2 (b tokens)")
         return len(desc.shape)
 
     def values(self, philox_rounds: int) -> Values:
@@ -398,34 +436,38 @@ class _Call:
         elif self.states == RANDOM:
             compiled["philox_rounds"] = philox_rounds
         for arg in row.tensors:
-            desc = self.given.get(arg.name)
+            desc = self.tensors.get(arg.name)
             if desc is None or arg.dtype in dtypes or arg.dtype not in row.dtypes:
                 continue
             name, allowed = desc.dtype.name, row.dtypes[arg.dtype]
             if name not in allowed:
-                raise ArgumentError(_OP, arg.name, got=name, expected=" or ".join(allowed))
+                raise _refuse(arg.name, name, " or ".join(allowed))
             dtypes[arg.dtype] = compiled[_COMPILED[arg.dtype]] = name
         if self.kind == "sequences":
             compiled["ntokens_mtp"] = self.cache_steps
         elif self.kind == "steps":
-            x = self._there("x")
+            x = self._required("x")
             if len(x.shape) == 4:
                 compiled["ntokens_mtp"] = x.shape[1]
         types = {name: (dtypes.get(name, allowed[0]),) for name, allowed in row.dtypes.items()}
         module = FAMILY
-        if all(type(size) is str or 0 < size < _MOST for size in compiled.values()):
+        if all(type(size) is str or 0 < size < _MAX_SIZE for size in compiled.values()):
             module = module_of(self.device, **compiled)
         # The row's checks refuse sizes that no module has.
-        found = compiled_row(row, module, types, _OP, self.device)
-        values = Values(_OP, found)
-        values.put(**self.given)
+        values = Values(_OP, compiled_row(row, module, types, _OP, self.device))
+        values.put(**self.tensors)
         return values
 
 
 _OF_ONE = ("state_batch_indices", "dst_state_batch_indices")
-_MOST, _MOST_ROUNDS = 10**9, 1000
+_MAX_SIZE, _MAX_ROUNDS = 10**9, 1000
 # The module's dtype parameter for each variable.
 _COMPILED = {
-    "S": "state_dtype", "T": "input_dtype", "W": "weight_dtype", "A": "matrixA_dtype",
-    "I": "stateIndex_dtype", "L": "cu_seqlens_dtype", "N": "num_accepted_tokens_dtype",
-}  # fmt: skip
+    "S": "state_dtype",
+    "T": "input_dtype",
+    "W": "weight_dtype",
+    "A": "matrixA_dtype",
+    "I": "stateIndex_dtype",
+    "L": "cu_seqlens_dtype",
+    "N": "num_accepted_tokens_dtype",
+}

@@ -36,7 +36,7 @@ from fi_ffi_build.build import (
 )
 from fi_ffi_build.environment import Missing, Progress, Toolkit, Workshop, missing_part
 from fi_ffi_build.questions import question_of
-from fi_ffi_build.wheel_writer import KernelWheel, write_wheel
+from fi_ffi_build.wheel_writer import WheelContents, write_wheel
 
 from tests.helpers import sampling
 
@@ -496,7 +496,7 @@ def test_a_build_adds_to_the_wheel_that_is_there(tmp_path: Path, keep: bool) -> 
         file.write_bytes(name.encode())
     tags = (DEFAULT_RELEASE, "13.0", ("sm87",), f"linux_{platform.machine()}")
     there = write_wheel(
-        KernelWheel(*tags, dict.fromkeys(("older", "both"), files["older"])), tmp_path
+        WheelContents(*tags, dict.fromkeys(("older", "both"), files["older"])), tmp_path
     )
     workshop = SimpleNamespace(
         cpu=None, toolkit=Toolkit(tmp_path, "13.0"), environment=SimpleNamespace(licenses=dict),

@@ -14,30 +14,32 @@ from pathlib import Path
 import pytest
 from packaging.utils import parse_wheel_filename
 
-from fi_ffi_build.wheel_writer import KernelWheel, write_wheel
+from fi_ffi_build.wheel_writer import WheelContents, write_wheel
 
 
 @pytest.fixture
-def wheel(tmp_path: Path) -> KernelWheel:
+def wheel(tmp_path: Path) -> WheelContents:
     modules = {}
     for name in ("page", "norm"):
         modules[name] = tmp_path / f"{name}.so"
         modules[name].write_bytes(b"\x7fELF " + name.encode() * 1000)
     licence = tmp_path / "LICENSE"
     licence.write_text("the licence")
-    return KernelWheel(
+    return WheelContents(
         "0.6.13", "13.0", ("sm90a",), "linux_x86_64", modules, "abc", {"LICENSE": licence}
     )
 
 
-def test_name_tells_release_cuda_gpu_and_platform(wheel: KernelWheel) -> None:
+def test_name_tells_release_cuda_gpu_and_platform(wheel: WheelContents) -> None:
     assert wheel.filename == "flashinfer_jit_cache-0.6.13+cu130.sm90a-cp39-abi3-linux_x86_64.whl"
     name, version, _, tags = parse_wheel_filename(wheel.filename)
     assert (name, str(version)) == ("flashinfer-jit-cache", "0.6.13+cu130.sm90a")
     assert {tag.platform for tag in tags} == {"linux_x86_64"}
 
 
-def test_record_has_every_member_with_its_hash_and_size(wheel: KernelWheel, tmp_path: Path) -> None:
+def test_record_has_every_member_with_its_hash_and_size(
+    wheel: WheelContents, tmp_path: Path
+) -> None:
     with zipfile.ZipFile(write_wheel(wheel, tmp_path / "new" / "folder")) as archive:
         own, package = f"{wheel.dist_info}/RECORD", "flashinfer_jit_cache"
         rows = list(csv.reader(io.StringIO(archive.read(own).decode())))
@@ -54,7 +56,7 @@ def test_record_has_every_member_with_its_hash_and_size(wheel: KernelWheel, tmp_
             assert int(size) == len(content)
 
 
-def test_equal_input_gives_equal_bytes(wheel: KernelWheel, tmp_path: Path) -> None:
+def test_equal_input_gives_equal_bytes(wheel: WheelContents, tmp_path: Path) -> None:
     first = write_wheel(wheel, tmp_path / "a").read_bytes()
     for path in wheel.modules.values():
         path.touch()
@@ -64,7 +66,9 @@ def test_equal_input_gives_equal_bytes(wheel: KernelWheel, tmp_path: Path) -> No
         assert {info.date_time for info in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
 
 
-def test_failure_leaves_the_older_wheel_and_no_rubbish(wheel: KernelWheel, tmp_path: Path) -> None:
+def test_failure_leaves_the_older_wheel_and_no_rubbish(
+    wheel: WheelContents, tmp_path: Path
+) -> None:
     output = tmp_path / "out"
     path = write_wheel(wheel, output)
     before = path.read_bytes()
@@ -75,7 +79,9 @@ def test_failure_leaves_the_older_wheel_and_no_rubbish(wheel: KernelWheel, tmp_p
     assert list(output.iterdir()) == [path]
 
 
-def test_pip_installs_it_and_flashinfer_would_accept_it(wheel: KernelWheel, tmp_path: Path) -> None:
+def test_pip_installs_it_and_flashinfer_would_accept_it(
+    wheel: WheelContents, tmp_path: Path
+) -> None:
     path, target = write_wheel(wheel, tmp_path), tmp_path / "target"
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
     if subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True).returncode:

@@ -4,109 +4,21 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar, cast
+from collections.abc import Callable
+from typing import Any, Generic, ParamSpec, Protocol, TypeVar, cast
 
 from fi_ffi.abi.interop import as_desc
 from fi_ffi.abi.streams import handle_for
-from fi_ffi.abi.tensor import Device, TensorDesc, TensorKind
-from fi_ffi.errors import ArgumentError
-from fi_ffi.loader import generation
+from fi_ffi.abi.tensor import TensorDesc
+from fi_ffi.ops.call.arguments import Refusal
 from fi_ffi.ops.call.compiled import CompiledRow
-from fi_ffi.ops.call.prepared import Prepared, prepare_call, prepared_by_caller, tensor_like
-from fi_ffi.ops.call.row import Row, Scalar
+from fi_ffi.ops.call.prepared import Prepared, prepare_call, tensor_like
 from fi_ffi.ops.call.support import Support, supports
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from fi_ffi.ops.call.values import Values
 
 _P = ParamSpec("_P")
 _Result = TypeVar("_Result", covariant=True)
 Launch = Callable[[object], None]
-
-
-_compiled_rows: dict[tuple[object, ...], CompiledRow] = {}
-
-
-def compiled_row(
-    row: Row,
-    module: str,
-    dtypes: Mapping[str, tuple[str, ...]],
-    op: str,
-    device: Device | None = None,
-    *,
-    names: Mapping[str, str] | None = None,
-    bound: Mapping[str, TensorKind | None] | None = None,
-    known: tuple[str, ...] = (),
-    not_less: tuple[tuple[str, str], ...] = (),
-    first: tuple[str, ...] = (),
-) -> CompiledRow:
-    """Compile a row for a module of these dtypes; all calls of a generation of kernels with the
-    same arguments share the result."""
-    kinds = tuple((bound or {}).items())
-    key = (row, module, op, device, kinds, known, not_less, first, generation.number)
-    found = _compiled_rows.get(key)
-    if found is None:
-        own = {name: types for name, types in dtypes.items() if name in row.dtypes}
-        pairs = (f"{more} >= {less}" for more, less in not_less)
-        form = replace(row, dtypes={**row.dtypes, **own}, requires=(*row.requires, *pairs))
-        made = CompiledRow(
-            form,
-            module,
-            op=op,
-            names=names,
-            known=known,
-            bound=bound,
-            device=device,
-            first=first,
-            follows=False,
-        )
-        found = _compiled_rows.setdefault(key, made)
-    return found
-
-
-class Values:
-    """The arguments of a row's call: a list in the ABI's order, filled by name.
-
-    Scalars have their value in `neutral` until they are set; all else is None.
-    """
-
-    __slots__ = ("compiled", "index", "op", "values")
-
-    def __init__(
-        self, op: str, compiled: CompiledRow, neutral: Mapping[str, object] | None = None
-    ) -> None:
-        self.op, self.compiled = op, compiled
-        scalars = {arg.name for arg in compiled.row.given if isinstance(arg, Scalar)}
-        names = compiled.options.packed_names
-        start = {} if neutral is None else {name: neutral.get(name) for name in scalars}
-        self.index = {name: i for i, name in enumerate(names)}
-        self.values: list[Any] = [start.get(name) for name in names]
-
-    def fresh(self) -> Self:
-        """Copy the values, to fill the copy for one call."""
-        return self.of(self.values.copy())
-
-    def of(self, values: list[Any]) -> Self:
-        """Return an object for the same row with these values."""
-        copy: Self = object.__new__(type(self))
-        copy.op, copy.compiled, copy.index, copy.values = self.op, self.compiled, self.index, values
-        return copy
-
-    def call(self, stream: object) -> None:
-        """Call the row's entry with the values."""
-        self.compiled.call(None, *self.values, stream=stream)
-
-    def prepare(self, stream: object) -> Prepared:
-        """Prepare a call of the row's entry with the values."""
-        return prepare_call(self.compiled, dict(zip(self.index, self.values, strict=True)), stream)
-
-    def put(self, **values: object) -> None:
-        """Set arguments by the binding's names; ignore names that the row lacks."""
-        for name, value in values.items():
-            if name in self.index:
-                self.values[self.index[name]] = value
 
 
 class KeywordCall(Generic[_P]):
@@ -121,8 +33,7 @@ class KeywordCall(Generic[_P]):
 
     def prepare(self, *args: _P.args, **kwargs: _P.kwargs) -> Prepared:
         """Pack the same call without launching it."""
-        made = self._fill(*args, **kwargs).prepare(kwargs.get("stream"))
-        return prepared_by_caller(made)
+        return self._fill(*args, **kwargs).prepare(kwargs.get("stream"))
 
     def supports(self, sm: Any = None, **asked: Any) -> Support:
         """Ask whether the function can be called on a GPU (`sm=90`), with kernels of a `release`
@@ -189,8 +100,8 @@ def arguments_by_name(
 
 def prepare_row(compiled: CompiledRow, stream: object, *args: Any, **kwargs: Any) -> Prepared:
     """Prepare a call of a row; its update uses the caller's names for tensors."""
-    values, _ = compiled.bind(*args, **kwargs)
-    return prepared_by_caller(prepare_call(compiled, values, stream))
+    values, _ = compiled.arguments(*args, **kwargs)
+    return prepare_call(compiled, values, stream, by_caller=True)
 
 
 class PreparedSteps:
@@ -205,7 +116,7 @@ class PreparedSteps:
     def __init__(
         self, op: str, tensors: dict[str, Any], check: Callable[..., Launch], stream: object
     ) -> None:
-        self.op, self._check, self._stream = op, check, stream
+        self.refuse, self._check, self._stream = Refusal(op), check, stream
         # With the lock, a Ctrl-C between the steps of an update leaves the call unchanged.
         self._lock = threading.Lock()
         self._tensors: dict[str, TensorDesc | None] = {
@@ -231,15 +142,12 @@ class PreparedSteps:
             for name, value in tensors.items():
                 if name not in changed:
                     expected = f"one of {', '.join(changed)}; prepare another call for others"
-                    raise self._error("update", name, expected)
-                changed[name] = tensor_like(self._error, self.op, name, changed[name], value)
+                    raise self.refuse("update", name, expected)
+                changed[name] = tensor_like(self.refuse, name, changed[name], value)
             self._launch, self._tensors = self._check(**changed), changed
-
-    def _error(self, argument: str, got: object, expected: object) -> ArgumentError:
-        return ArgumentError(self.op, argument, got=got, expected=str(expected))
 
     def __repr__(self) -> str:
         given = (f"{name}={desc.ptr:#x}" for name, desc in self._tensors.items() if desc)
-        return f"<prepared {self.op}({', '.join(given)})>"
+        return f"<prepared {self.refuse.op}({', '.join(given)})>"
 
-    __copy__, __reduce_ex__ = Prepared.__copy__, Prepared.__reduce_ex__
+    __reduce_ex__ = Prepared.__reduce_ex__

@@ -1,0 +1,1 @@
+"""What functions share that do more than call one entry."""
