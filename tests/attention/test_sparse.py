@@ -100,6 +100,23 @@ def test_options_that_depend_on_places():
                 make(**{option: 1})
 
 
+def test_a_refused_replan_keeps_the_sizes():
+    plan = variable()
+    assert (plan.qo_len, plan.kv_len) == (7, 18)
+    with pytest.raises(TypeError):
+        plan.replan(np.ones((2, 2, 3), bool), [[8, 8]] * 2, [[5, 6, 9]] * 2, stream="no stream")
+    assert (plan.qo_len, plan.kv_len) == (7, 18)
+
+
+def test_options_that_the_signature_lacks():
+    """A plan takes the options in its signature, and no other of a prefill's."""
+    for make in (blocks, variable, cascade, prefix):
+        with pytest.raises(TypeError, match=r"Plan\(\) got .*'num_colocated_ctas'"):
+            make(num_colocated_ctas=1)
+        with pytest.raises(TypeError, match=r"Plan\(\) got .*'q_data_typ'.*q_data_type"):
+            make(q_data_typ="float16")
+
+
 @pytest.mark.parametrize("plan", [blocks, variable])
 def test_runs_of_other_kinds_are_not_there(plan):
     made = plan()

@@ -9,7 +9,7 @@ from fi_ffi.abi.interop import TensorLike, as_desc
 from fi_ffi.abi.tensor import TensorDesc
 from fi_ffi.errors import nearest
 from fi_ffi.ops.attention.workspace import Workspace
-from fi_ffi.ops.call.arguments import Refusal
+from fi_ffi.ops.call.arguments import Refusal, check_int
 
 
 class _Heads(TypedDict):
@@ -18,7 +18,7 @@ class _Heads(TypedDict):
 
 
 class _Options(TypedDict, total=False):
-    """Options of `BatchPrefillPlan` that all plans built on it have, and where they are made."""
+    """Options of `BatchPrefillPlan` that all plans built on it have; the device and the stream."""
 
     q_data_type: object
     kv_data_type: object
@@ -80,6 +80,16 @@ def check_keywords(op: str, keywords: Any, options: Iterable[str]) -> None:
 def described(op: str, **tensors: TensorLike) -> dict[str, TensorDesc]:
     """Describe a call's tensors, by their names."""
     return {name: as_desc(tensor, op, name) for name, tensor in tensors.items()}
+
+
+def check_heads(op: str, num_qo_heads: int, num_kv_heads: int) -> int:
+    """Return how many query heads share a key head."""
+    check_int(op, "num_kv_heads", num_kv_heads, 1)
+    if check_int(op, "num_qo_heads", num_qo_heads, 1) % num_kv_heads:
+        raise Refusal(op)(
+            "num_qo_heads", num_qo_heads, f"a multiple of num_kv_heads = {num_kv_heads}"
+        )
+    return num_qo_heads // num_kv_heads
 
 
 def workspace_for_each(

@@ -24,10 +24,10 @@ from fi_ffi.ops.plans.arguments import PodKeywords, check_keywords, described
 from fi_ffi.ops.plans.rows import POD
 from fi_ffi.ops.plans.single import check_tmp, prefill_bytes
 
-_NON_BLOCKING = 1  # cudaStreamNonBlocking
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+_NON_BLOCKING = 1  # cudaStreamNonBlocking
 # The decode half is compiled for tiles of 16 rows, and the planner has to choose the same tile.
 _MAX_GROUP = 16
 # The kind of run: its row follows those of a prefill plan.

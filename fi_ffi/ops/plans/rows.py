@@ -108,9 +108,8 @@ BATCH_ATTENTION_FP4 = (
 )
 
 # xqa, decode attention for queries that share keys.  The kernels turn the caches' strides into
-# heads, read those of the keys for both, and count heads in 32 bits.  A request's pieces meet in
-# `scratch`, where their sum is found by whoever is last to count up its semaphore, which is 0
-# again then.
+# heads, read those of the keys for both, and count heads in 32 bits.  The block that is last
+# to count up a request's semaphore adds the request's pieces in `scratch`, and resets it to 0.
 
 _ONE: dict[str, Any] = {"optional": True, "contiguous": True}
 _CACHE = "num_pages page_size num_kv_heads head_dim"

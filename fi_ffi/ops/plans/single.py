@@ -22,7 +22,7 @@ from fi_ffi.ops.attention.run import Values, block_scales, compiled_row, softmax
 from fi_ffi.ops.call.arguments import Refusal, check_choice, check_flag, check_int
 from fi_ffi.ops.call.forms import in_force
 from fi_ffi.ops.call.row import KV_LAYOUTS
-from fi_ffi.ops.plans.arguments import described
+from fi_ffi.ops.plans.arguments import check_heads, described
 from fi_ffi.ops.plans.rows import SINGLE_DECODE, SINGLE_PREFILL
 from fi_ffi.ops.steps.keyword_call import KeywordCall
 
@@ -80,8 +80,6 @@ def single_decode_workspace_size(
 
 
 def _decode_bytes(kv_len: int, qo_heads: int, kv_heads: int, head_dim: int, sms: int) -> int:
-    if kv_len <= _MIN_CHUNK:
-        return 0
     return _partial_bytes(_DECODE_BLOCKS * sms, kv_heads, kv_len, qo_heads, head_dim)
 
 
@@ -104,10 +102,7 @@ def single_prefill_workspace_size(
 def _check_sizes(op: str, num_qo_heads: int, num_kv_heads: int, **others: int) -> None:
     for name, value in others.items():
         check_int(op, name, value, 0)
-    check_int(op, "num_kv_heads", num_kv_heads, 1)
-    if check_int(op, "num_qo_heads", num_qo_heads, 1) % num_kv_heads:
-        expected = f"a multiple of num_kv_heads = {num_kv_heads}"
-        raise Refusal(op)("num_qo_heads", num_qo_heads, expected)
+    check_heads(op, num_qo_heads, num_kv_heads)
 
 
 def prefill_bytes(

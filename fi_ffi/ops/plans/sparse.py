@@ -17,7 +17,7 @@ from fi_ffi.ops.attention.masks import pack_custom_mask
 from fi_ffi.ops.attention.prefill import BatchPrefillPlan
 from fi_ffi.ops.attention.run import NotOf
 from fi_ffi.ops.call.arguments import INT32_MAX, Refusal, check_int
-from fi_ffi.ops.plans.arguments import SparseKeywords, check_keywords, described
+from fi_ffi.ops.plans.arguments import SparseKeywords, check_heads, check_keywords, described
 
 if TYPE_CHECKING:
     import numpy
@@ -111,7 +111,7 @@ class BlockSparseAttentionPlan(BatchPrefillPlan):
         rows = -(-self.M // self.R)
         return {
             "qo_indptr": host_ints([*range(0, self.M, self.R), self.M]),
-            "paged_kv_indptr": Indptr(self.op, "indptr", indptr, rows + 1).view,
+            "paged_kv_indptr": indptr,
             "paged_kv_indices": indices,
             "paged_kv_last_page_len": host_ints([self.C] * rows),
         }
@@ -196,25 +196,24 @@ class VariableBlockSparseAttentionPlan(BatchPrefillPlan):
         head_dim: int,
         **options: Unpack[SparseKeywords],
     ) -> None:
-        check_int(self.op, "num_kv_heads", num_kv_heads, 1)
-        if check_int(self.op, "num_qo_heads", num_qo_heads, 1) % num_kv_heads:
-            expected = f"a multiple of num_kv_heads = {num_kv_heads}"
-            raise self._refuse("num_qo_heads", num_qo_heads, expected)
-        self.num_kv_heads, self.group = num_kv_heads, num_qo_heads // num_kv_heads
+        self.group = check_heads(self.op, num_qo_heads, num_kv_heads)
+        self.num_kv_heads = num_kv_heads
         check_keywords(self.op, SparseKeywords, options)
+        arrays, lens = self._arrays(block_mask_map, block_row_sz, block_col_sz)
         # Each key head becomes MB requests with one key head and `group` query heads.
         super().__init__(
-            **self._arrays(block_mask_map, block_row_sz, block_col_sz),
+            **arrays,
             page_size=1,
             num_qo_heads=self.group,
             num_kv_heads=1,
             head_dim_qk=head_dim,
             **options,
         )
+        self.qo_len, self.kv_len = lens
 
-    def _arrays(self, mask: Any, rows: Any, columns: Any) -> dict[str, Any]:
-        """Describe the mask as a batch: a request for each row of blocks of each head, pages of one
-        key."""
+    def _arrays(self, mask: Any, rows: Any, columns: Any) -> tuple[dict[str, Any], tuple[int, int]]:
+        """Describe the mask as a batch, a request for each row of blocks of each head and pages of
+        one key; return each head's numbers of queries and of keys, too."""
         import numpy as np
 
         heads = self.num_kv_heads
@@ -226,7 +225,6 @@ class VariableBlockSparseAttentionPlan(BatchPrefillPlan):
             if each.min() < 0 or totals.min() != totals.max() or totals[0] * heads > INT32_MAX:
                 expected = "sizes of 0 or more that add up to the same for every head, below 2**31"
                 raise self._refuse(name, f"sums {totals.tolist()}", expected)
-        self.qo_len, self.kv_len = int(row_sizes[0].sum()), int(sizes[0].sum())
         ends = np.cumsum(sizes, axis=None)
         starts = (ends - sizes.ravel()).reshape(sizes.shape)
         chosen = np.nonzero(blocks)
@@ -236,12 +234,13 @@ class VariableBlockSparseAttentionPlan(BatchPrefillPlan):
         indices = indices + np.arange(len(indices))
         counts = (blocks * sizes[:, None]).sum(axis=2, dtype=np.int64).ravel()
         each_start = np.concatenate(([0], np.cumsum(row_sizes, axis=None)))
-        return {
+        arrays = {
             "qo_indptr": each_start.astype(np.int32),
             "paged_kv_indptr": np.concatenate(([0], np.cumsum(counts))).astype(np.int32),
             "paged_kv_indices": indices.astype(np.int32),
             "paged_kv_last_page_len": np.ones(len(counts), np.int32),
         }
+        return arrays, (int(row_sizes[0].sum()), int(sizes[0].sum()))
 
     def replan(  # type: ignore[override]
         self,
@@ -252,8 +251,9 @@ class VariableBlockSparseAttentionPlan(BatchPrefillPlan):
         stream: object = None,
     ) -> None:
         """Plan other blocks with the same options, in the same workspace."""
-        arrays = self._arrays(block_mask_map, block_row_sz, block_col_sz)
+        arrays, lens = self._arrays(block_mask_map, block_row_sz, block_col_sz)
         super().replan(**arrays, stream=stream)
+        self.qo_len, self.kv_len = lens
 
     def run(
         self,
