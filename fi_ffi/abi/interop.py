@@ -183,18 +183,9 @@ def _torch_adapter(kind: type, torch: Any) -> Adapter:
 
     def described(tensor: Any, op: str, argument: str) -> TensorKind:
         """Return the kind of a tensor seen for the first time; raise if no kernel can read it."""
-        what = ""
-        if not is_plain_type:
-            what = f"a {kind.__module__}.{kind.__qualname__}, which stands for a tensor"
-        elif tensor.layout is not strided:
-            what = f"a {str(tensor.layout).removeprefix('torch.')} tensor"
-        elif tensor.is_quantized:
-            what = "a quantised tensor"
-        elif tensor.device.type == "meta":
-            what = "a meta tensor, which has no memory"
-        elif tensor.is_conj() or tensor.is_neg():
-            view, to = ("conjugate", "conj") if tensor.is_conj() else ("negative", "neg")
-            what = f"a {view} view, whose memory has other values: see torch.resolve_{to}"
+        what = f"a {kind.__module__}.{kind.__qualname__}, which stands for a tensor"
+        if is_plain_type:
+            what = _unreadable(tensor, strided)
         if what:
             raise ArgumentError(op, argument, got=what, expected=_PLAIN)
         dtype = DTYPES.get(str(tensor.dtype).removeprefix("torch."))
@@ -211,6 +202,20 @@ def _torch_adapter(kind: type, torch: Any) -> Adapter:
         return remember(kinds, (tensor.dtype, named, tensor.dim()), made, _MAX_TYPES)
 
     return read
+
+
+def _unreadable(tensor: Any, strided: object) -> str:
+    """Say what a torch tensor is whose memory no kernel can read; "" for all others."""
+    if tensor.layout is not strided:
+        return f"a {str(tensor.layout).removeprefix('torch.')} tensor"
+    if tensor.is_quantized:
+        return "a quantised tensor"
+    if tensor.device.type == "meta":
+        return "a meta tensor, which has no memory"
+    if tensor.is_conj() or tensor.is_neg():
+        view, to = ("conjugate", "conj") if tensor.is_conj() else ("negative", "neg")
+        return f"a {view} view, whose memory has other values: see torch.resolve_{to}"
+    return ""
 
 
 def _cupy_adapter(kind: type, library: Any) -> Adapter:
@@ -313,15 +318,12 @@ def _check_device(device: Device, type_code: int, index: int, op: str, argument:
 
     Exporters differ in how they classify host memory and managed GPU memory; such differences pass.
     """
-    there = device_from_code(type_code, index)
-    if there is not None:
-        kinds = {device.type, there.type}
-        if kinds <= {"cpu", "cuda_host"}:
-            return
-        if kinds == {"cuda", "cuda_managed"} and device.index == there.index:
-            return
-    got = f"a capsule of device {type_code}:{index}"
-    raise ArgumentError(op, argument, got=got, expected=f"{device}, as its exporter reported")
+    actual = device_from_code(type_code, index)
+    types = {device.type, actual.type} if actual is not None else {"unknown"}
+    is_managed = types == {"cuda", "cuda_managed"} and device.index == index
+    if not is_managed and not types <= {"cpu", "cuda_host"}:
+        got = f"a capsule of device {type_code}:{index}"
+        raise ArgumentError(op, argument, got=got, expected=f"{device}, as its exporter reported")
 
 
 def _export(value: Any, no_sync: dict[str, int]) -> object:

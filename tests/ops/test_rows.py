@@ -51,6 +51,7 @@ def test_docstring_tells_everything(row):
     for names in row.dtypes.values():
         assert all(name in doc for name in names)
     assert max(map(len, doc.splitlines())) <= 100
+    assert "<function" not in doc  # the words of a rule that computes them
 
 
 def test_a_new_row_and_its_formula_are_a_function_at_once(monkeypatch):
