@@ -21,7 +21,6 @@ from fi_ffi.abi.signature import Signature, parse_signature
 from fi_ffi.errors import AbiError, KernelNotFoundError, LoaderError
 from fi_ffi.loader import (
     cache,
-    cubins,
     cuda_errors,
     cute_runtime,
     generation,
@@ -32,6 +31,7 @@ from fi_ffi.loader import (
     machine,
     per_device,
     search,
+    services,
     tvm_ffi,
 )
 from fi_ffi.loader.elf import FUNCTION_PREFIX, inspect_elf
@@ -54,6 +54,8 @@ class Loaded:
     handle: Any
     # The module object that libtvm_ffi created for a library with embedded modules.
     root: Object | None = None
+    # Answers a library that has no device code of its own.
+    server: services.DeviceCodeServer | None = None
 
 
 _locks: dict[str | Path, threading.RLock] = {}  # by module name, or by path
@@ -125,7 +127,7 @@ def load(module: str, device: int | None = None) -> Loaded:
             else:
                 machine.load_cudart()
             _prepare(facts)
-            _modules[key] = Loaded(source, file, facts, *_opened(file, facts))
+            _modules[key] = _opened(source, file, facts)
         return _modules[key]
 
 
@@ -156,7 +158,7 @@ def _check_gpu(codes: Sequence[CudaCode]) -> None:
     )
 
 
-def _opened(file: ModuleFile, facts: Facts) -> tuple[Any, Object | None]:
+def _opened(source: KernelSource, file: ModuleFile, facts: Facts) -> Loaded:
     """Load the very file that was hashed, and fill in its variables."""
     found = ensure_tvm_ffi()
     # One at a time: the descriptor that a library was first opened by must stay open.
@@ -175,10 +177,12 @@ def _opened(file: ModuleFile, facts: Facts) -> tuple[Any, Object | None]:
             check_processor(file.path, inspect_elf(opened.name).machine)
             raise linking.explained(failed, file.path, found)
         opened.keep(in_place=in_place)
-        cubins.serve(handle, str(file.path))
+        server = None
+        if all(library.find_symbol(handle, name) for name in services.CUBIN_EXPORTS):
+            server = services.device_code.get()(handle, str(file.path))
         name = str(file.path) if in_place else opened.name
         root = imports.fill_in(handle, str(file.path), name, facts.context)
-    return handle, root
+    return Loaded(source, file, facts, handle, root, server)
 
 
 def kernel_entry(
@@ -254,7 +258,8 @@ def exported(loaded: Loaded, symbol: str) -> Entry:
         )
     entry = Entry(symbol, address, owner=loaded.handle)
     call = per_device.on_each_gpu(loaded.file, loaded.handle, symbol, entry.address)
-    call = cubins.raising_failures(loaded.handle, f"{loaded.file.module}.{symbol}", call)
+    if loaded.server is not None:
+        call = loaded.server.raising_failures(f"{loaded.file.module}.{symbol}", call)
     entry.address = cuda_errors.guard_abort(symbol, call, lambda: machine.load_cudart()[0])
     return entry
 
@@ -282,7 +287,7 @@ def load_file(path: str | os.PathLike[str]) -> Loaded:
                 machine.check_cuda(cuda, str(where))
                 machine.use_cuda(cuda, str(where))
             _prepare(facts)
-            _files[key] = Loaded(source, file, facts, *_opened(file, facts))
+            _files[key] = _opened(source, file, facts)
         return _files[key]
 
 

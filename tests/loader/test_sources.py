@@ -15,6 +15,7 @@ import fi_ffi
 from fi_ffi.capability.judgement import Query
 from fi_ffi.errors import ArtifactError, KernelNotFoundError, LoaderError
 from fi_ffi.loader import lock, machine, runtime, search
+from fi_ffi.loader.fetch import pinned_wheels
 from fi_ffi.loader.kernels import LAYOUT, KernelDirectory, KernelWheel, open_source, release_of
 
 from tests.loader.server import make_wheel, sha256
@@ -357,9 +358,9 @@ def test_the_pin_is_chosen_by_the_machine(driver, forced, cuda, tmp_path, monkey
         monkeypatch.setenv(search.CUDA, forced)
     if cuda is None:
         with pytest.raises(LoaderError, match="pins no kernels of FlashInfer 0.6.13"):
-            search.pinned("0.6.13")
+            pinned_wheels.pinned("0.6.13")
     else:
-        assert search.pinned("0.6.13").cuda == cuda
+        assert pinned_wheels.pinned("0.6.13").cuda == cuda
 
 
 @pytest.mark.parametrize(
@@ -387,10 +388,10 @@ def test_of_two_cudas_that_of_the_process(driver, here, cuda, tmp_path, monkeypa
     if here is not None:
         monkeypatch.setattr(machine, "runtimes_in_process", lambda: {here: f"libcudart.so.{here}"})
     if cuda is not None:
-        assert search.pinned("0.6.13").cuda == cuda
+        assert pinned_wheels.pinned("0.6.13").cuda == cuda
         return
     with pytest.raises(LoaderError, match=r"CUDA 12\.6, no GPU, libcudart\.so\.13 in this process"):
-        search.pinned("0.6.13")
+        pinned_wheels.pinned("0.6.13")
 
 
 def test_the_pin_for_a_gpu_that_is_not_here(tmp_path, monkeypatch, no_runtime):
@@ -409,16 +410,16 @@ def test_the_pin_for_a_gpu_that_is_not_here(tmp_path, monkeypatch, no_runtime):
     def chosen(*gpus):
         monkeypatch.setattr(machine, "device_count", lambda: len(gpus))
         monkeypatch.setattr(machine, "capability", lambda device: gpus[device])
-        return " ".join(place.sm for place in search._remote("0.7.1"))
+        return " ".join(place.sm for place in pinned_wheels.published("0.7.1"))
 
     for count in (0, 1):
         monkeypatch.setattr(machine, "device_count", lambda count=count: count)
         monkeypatch.setattr(machine, "capability", lambda device: (10, 0))
-        assert search.pinned("0.7.1", (9, 0)).sm == "sm90a"
-        assert search.pinned("0.7.1", (10, 0)).sm == "sm100a"
+        assert pinned_wheels.pinned("0.7.1", (9, 0)).sm == "sm90a"
+        assert pinned_wheels.pinned("0.7.1", (10, 0)).sm == "sm100a"
         with pytest.raises(LoaderError, match=r"pins no kernels of FlashInfer 0\.7\.1"):
-            search.pinned("0.7.1", (8, 0))
-    assert search.pinned("0.7.1").sm == "sm100a"
+            pinned_wheels.pinned("0.7.1", (8, 0))
+    assert pinned_wheels.pinned("0.7.1").sm == "sm100a"
     # The nearest of those that it runs, and each kind of GPU's own.
     assert chosen((10, 0)) == "sm100a"
     assert chosen((10, 3)) == "sm103a"
@@ -436,7 +437,7 @@ def test_a_release_that_is_none(monkeypatch):
 def test_a_release_that_is_not_pinned_names_those_that_are():
     says = r"pins no kernels of FlashInfer 9\.9\.9, so none are fetched; it has those of .*0\.6\.13"
     with pytest.raises(LoaderError, match=says):
-        search.pinned("9.9.9")
+        pinned_wheels.pinned("9.9.9")
 
 
 @pytest.mark.parametrize("capability", [(8, 7), (9, 0), (10, 0)])

@@ -14,8 +14,7 @@ import pytest
 
 import fi_ffi
 from fi_ffi.errors import ArtifactError, KernelError, KernelNotFoundError
-from fi_ffi.loader import fetch, permission
-from fi_ffi.loader.fetch import http
+from fi_ffi.loader.fetch import cooldown, cubins, http
 
 from tests.helpers import compiler
 from tests.helpers.children import done, start
@@ -206,7 +205,7 @@ def test_servers_that_have_another_file_or_none(module, web, fault, words):
 def test_a_server_that_is_not_reached_is_not_asked_at_every_call(module, web, monkeypatch):
     """Not for that file, nor for another; later, and at another address, it is."""
     monkeypatch.setattr(http.time, "sleep", lambda seconds: None)
-    monkeypatch.setattr(fetch, "_cooldowns", {})
+    monkeypatch.setattr(cubins, "_cooldowns", {})
     web.always = reset
     refused(module, KernelNotFoundError, "gave up after")
     asked = len(web.seen)
@@ -218,7 +217,7 @@ def test_a_server_that_is_not_reached_is_not_asked_at_every_call(module, web, mo
     monkeypatch.setenv("FLASHINFER_CUBINS_REPOSITORY", web.url("/base"))
     assert module.get(NAME, SHA256) == CONTENT
     monkeypatch.setenv("FLASHINFER_CUBINS_REPOSITORY", web.url("/base/"))
-    monkeypatch.setattr(permission, "UNREACHABLE", 0.0)
+    monkeypatch.setattr(cooldown, "UNREACHABLE", 0.0)
     assert module.get(NAME, SHA256) == CONTENT
 
 

@@ -1,6 +1,6 @@
 """`supports`: what it answers, and the slot of whoever answers.
 
-`fi_ffi` puts `fi_ffi.capability` there when the first question comes. Nothing below imports it.
+`fi_ffi` fills it with `fi_ffi.capability`. Nothing below imports it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fi_ffi.errors import LoaderError
+from fi_ffi.loader.services import Slot
 
 if TYPE_CHECKING:
     from fi_ffi.ops.call.row import Row
@@ -71,9 +72,9 @@ def no_judge(op: str, asked: Mapping[str, Any], rows: Sequence[Row]) -> Support:
     raise LoaderError(f"{op}.supports: the judge is missing; it is the package fi_ffi.capability")
 
 
-judge: Judge = no_judge
+judge: Slot[Judge] = Slot(no_judge)
 
 
 def supports(op: str, rows: Sequence[Row] = (), /, **asked: Any) -> Support:
     """Ask the judge about an op: see `fi_ffi.ops.call.op.Op.supports`."""
-    return judge(op, asked, rows)
+    return judge.get()(op, asked, rows)
