@@ -90,20 +90,9 @@ def ensure_tvm_ffi() -> tvm_ffi.Found:
         with _linking:
             if _tvm_ffi is None:
                 found = tvm_ffi.find()
-                _tvm_ffi_version = _attach(found)
+                _tvm_ffi_version = found.load(library.attach)
                 _tvm_ffi = found
     return _tvm_ffi
-
-
-def _attach(found: tvm_ffi.Found) -> tuple[int, int, int]:
-    if found.sha256 is None:
-        return library.attach(found.path)
-    with held.checked(Path(found.path), found.sha256, found.state) as opened:
-        try:
-            return library.attach(found.path, opened.name)
-        finally:
-            # A refused library may stay loaded under this name.
-            opened.keep()
 
 
 def tvm_ffi_version() -> tuple[int, int, int]:
@@ -118,26 +107,26 @@ def load(module: str, device: int | None = None) -> Loaded:
         key = module, device, generation.number
         if key not in _modules:
             source, file, facts = search.find_module(module, device)
-            cuda = cuda_of(facts)
-            if cuda is not None:  # refuse it before anything is loaded
-                machine.check_cuda(cuda, str(file.path))
-                if device is not None:
-                    machine.check_driver(cuda, str(file.path))
-                machine.use_cuda(cuda, str(file.path))
-            else:
+            if cuda_of(facts) is None:
                 machine.load_cudart()
-            _prepare(facts)
-            _modules[key] = _opened(source, file, facts)
+            _modules[key] = _loaded(source, file, facts, device)
         return _modules[key]
 
 
-def _prepare(facts: Facts) -> None:
-    """Load the libraries that a module needs; `LoaderError` if one is missing."""
+def _loaded(source: KernelSource, file: ModuleFile, facts: Facts, device: int | None) -> Loaded:
+    """Load a file after what it needs; refuse it before anything is loaded if that is missing."""
+    cuda, path = cuda_of(facts), str(file.path)
+    if cuda is not None:
+        machine.check_cuda(cuda, path)
+        if device is not None:
+            machine.check_driver(cuda, path)
+        machine.use_cuda(cuda, path)
     if GPU_AT_LOAD_EXPORT in facts.functions:
         _check_gpu(facts.codes)
     libraries.prepare(facts.functions, facts.needed)
     if cute_runtime.FILE in facts.needed:
         cute_runtime.load()
+    return _opened(source, file, facts)
 
 
 def _check_gpu(codes: Sequence[CudaCode]) -> None:
@@ -281,13 +270,7 @@ def load_file(path: str | os.PathLike[str]) -> Loaded:
         if key not in _files:
             source = KernelFile(where)
             file = source.file()
-            facts = facts_of(file)
-            cuda = cuda_of(facts)
-            if cuda is not None:
-                machine.check_cuda(cuda, str(where))
-                machine.use_cuda(cuda, str(where))
-            _prepare(facts)
-            _files[key] = _opened(source, file, facts)
+            _files[key] = _loaded(source, file, facts_of(file), None)
         return _files[key]
 
 
