@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import os
 import re
-import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,12 +171,7 @@ def _hashed(module: str, path: Path) -> ModuleFile:
     """Hash a file that no other user can change."""
     try:
         trust.check_user_path(path)
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        with open(fd, "rb") as file:
-            before = os.fstat(fd)
-            if not stat.S_ISREG(before.st_mode):
-                raise ArtifactError(f"{path} is no regular file: remove it")
-            return ModuleFile(module, path, cache.hash_of(file), cache.state_of(before))
+        return ModuleFile(module, path, *cache.hashed(path))
     except OSError as error:  # a file of /proc can be opened but not read
         raise ArtifactError(f"{path} cannot be read: {error.strerror}") from error
 

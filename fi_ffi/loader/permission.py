@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
 from fi_ffi.errors import FetchError
-from fi_ffi.loader.cache import cache_root
 
 _fetching: ContextVar[bool] = ContextVar("fi_ffi.fetching", default=True)
 
@@ -35,17 +33,3 @@ def may_fetch() -> bool:
 def is_withheld(error: Exception) -> bool:
     """Return whether an error, or its cause, is that a `fetching` block forbids fetching."""
     return isinstance(error, FetchNotAllowed) or isinstance(error.__cause__, FetchNotAllowed)
-
-
-def check_permission(what: str) -> None:
-    """Raise `FetchError` if fetching is not allowed; `what` is what would have been fetched."""
-    # First: being asked would not help.
-    if os.environ.get("FI_FFI_OFFLINE") == "1":
-        raise FetchError(
-            f"FI_FFI_OFFLINE=1, and {what} is not in the cache at {cache_root()}: fetch it once "
-            "where there is a network, or copy a cache that has it"
-        )
-    if not may_fetch():
-        raise FetchNotAllowed(
-            f"{what} is not in the cache at {cache_root()}, and nothing is fetched unasked"
-        )

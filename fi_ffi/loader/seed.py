@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import stat
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from fi_ffi.abi import library
 from fi_ffi.errors import ArtifactError, LoaderError
@@ -23,7 +21,6 @@ from fi_ffi.loader import cache, trust
 ENVIRONMENT = "FI_FFI_SEED_CACHE"
 
 _CHUNK = 1 << 20
-_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW
 # Files that this process has hashed, with their state at that time.
 _hashed: dict[Path, tuple[cache.State, str]] = {}
 library.renew_after_fork(globals(), "_hashed", dict)
@@ -63,7 +60,7 @@ def find(sha256: str, name: str) -> Stored | None:
     if root is None:
         return None
     path = root / cache.object_path(sha256, name).relative_to(cache.cache_root())
-    with contextlib.suppress(OSError), _opened(path) as file:
+    with contextlib.suppress(OSError), open(trust.open_regular(path, follow=False), "rb") as file:
         before = cache.state_of(os.fstat(file.fileno()))
         if cache.is_paranoid() or _hashed.get(path) != (before, sha256):
             if cache.hash_of(file) != sha256:
@@ -84,15 +81,6 @@ def read_note(path: Path, form: int) -> Any:
     if root is None:
         return note
     return cache.read_note(root / path.relative_to(cache.cache_root()), form, root)
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
-    fd = os.open(path, _READ)
-    with open(fd, "rb") as file:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise FileNotFoundError(path)
-        yield file
 
 
 def _is_safe(root: Path, path: Path) -> bool:

@@ -49,6 +49,9 @@ class Adviser(Protocol):
     def build_advice(self, module: str, release: str | None, arch: str | None) -> str:
         """Return a sentence that says how to get a module built."""
 
+    def linking_advice(self, message: str) -> str:
+        """Return advice about the dynamic linker's message, or ""."""
+
 
 class PlainAdviser:
     """Says what was found, without the catalogue."""
@@ -60,6 +63,9 @@ class PlainAdviser:
         return f"{source.location} has no module {module}"
 
     def build_advice(self, module: str, release: str | None, arch: str | None) -> str:
+        return ""
+
+    def linking_advice(self, message: str) -> str:
         return ""
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal, Protocol, cast
 
 from fi_ffi.errors import ArtifactError, FiFfiError
-from fi_ffi.loader import cache
+from fi_ffi.loader import cache, trust
 from fi_ffi.loader.seed import Stored
 
 # "record-pinned": RECORD has the sha256 pinned in the lock, which covers every member.
@@ -243,9 +243,7 @@ def safe_name(member: str, origin: str) -> str:
 def verify_file(path: Path, sha256: str) -> cache.State:
     """Raise `ArtifactError` unless the file has that sha256; return its state."""
     try:
-        with path.open("rb") as file:
-            state = cache.state_of(os.fstat(file.fileno()))
-            found = cache.hash_of(file)
+        found, state = cache.hashed(path)
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read: {error}") from error
     if found != sha256:
@@ -255,7 +253,7 @@ def verify_file(path: Path, sha256: str) -> cache.State:
 
 def open_same(path: Path, state: cache.State | None) -> BinaryIO:
     """Open a file; raise if its state changed since it was verified (None: not verified)."""
-    file = path.open("rb")
+    file = os.fdopen(trust.open_regular(path), "rb")
     if state not in (None, cache.state_of(os.fstat(file.fileno()))):
         file.close()
         raise ArtifactError(f"{path} was replaced or written to after it was verified: try again")

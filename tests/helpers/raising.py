@@ -31,12 +31,12 @@ from fi_ffi.loader import (
     libraries,
     lock,
     machine,
-    permission,
     runtime,
     search,
     trust,
     tvm_ffi,
 )
+from fi_ffi.loader.fetch import asking
 from fi_ffi.loader.kernels import KernelFile, open_source
 from fi_ffi.ops.call import cuda, providers
 from fi_ffi.ops.call.op import Op
@@ -331,7 +331,7 @@ RAISED: list[HERE] = [
     (DAMAGED, errors.ArtifactError,
      of_file(b"no library", lambda file: held.facts_of(KernelFile(file).file()))),
     ("Offline", errors.FetchError,
-     in_environment("FI_FFI_OFFLINE", "1", lambda: permission.check_permission("norm.so"))),
+     in_environment("FI_FFI_OFFLINE", "1", lambda: asking.check_permission("norm.so"))),
     ("No GPU", errors.LoaderError,
      lambda: machine._attribute.__wrapped__(machine.device_count(), 75)),
     ("libcudart is missing", errors.LoaderError, no_cudart),

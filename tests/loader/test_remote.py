@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fi_ffi.errors import ArtifactError, FetchError, LoaderError
-from fi_ffi.loader.fetch import cooldown, pinned_wheels
+from fi_ffi.loader.fetch import asking, pinned_wheels
 from fi_ffi.loader.fetch.http import Client
 from fi_ffi.loader.fetch.remote import RemoteWheel
 from fi_ffi.loader.lock import PinnedWheel
@@ -383,5 +383,5 @@ def test_a_server_that_refused_is_not_waited_for_again_and_again(web, monkeypatc
         said.append((str(caught.value), len(web.seen)))
     assert said[0] == said[1] and said[0][1]
     web.always = faults.good
-    monkeypatch.setattr(cooldown, "UNREACHABLE", 0.0)
+    monkeypatch.setattr(asking, "UNREACHABLE", 0.0)
     assert "norm" in source.modules()

@@ -14,7 +14,8 @@ import pytest
 
 import fi_ffi
 from fi_ffi.errors import ArtifactError, KernelError, KernelNotFoundError
-from fi_ffi.loader.fetch import cooldown, cubins, http
+from fi_ffi.loader.fetch import asking as cooling
+from fi_ffi.loader.fetch import cubins, http
 
 from tests.helpers import compiler
 from tests.helpers.children import done, start
@@ -217,7 +218,7 @@ def test_a_server_that_is_not_reached_is_not_asked_at_every_call(module, web, mo
     monkeypatch.setenv("FLASHINFER_CUBINS_REPOSITORY", web.url("/base"))
     assert module.get(NAME, SHA256) == CONTENT
     monkeypatch.setenv("FLASHINFER_CUBINS_REPOSITORY", web.url("/base/"))
-    monkeypatch.setattr(cooldown, "UNREACHABLE", 0.0)
+    monkeypatch.setattr(cooling, "UNREACHABLE", 0.0)
     assert module.get(NAME, SHA256) == CONTENT
 
 

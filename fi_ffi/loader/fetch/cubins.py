@@ -43,7 +43,7 @@ from fi_ffi.errors import (
     LoaderError,
 )
 from fi_ffi.loader import search
-from fi_ffi.loader.fetch.cooldown import Cooldown
+from fi_ffi.loader.fetch.asking import Cooldown
 from fi_ffi.loader.services import CUBIN_EXPORTS
 
 FOLDER = "FLASHINFER_CUBIN_DIR"

@@ -18,7 +18,7 @@ from fi_ffi.abi import library
 from fi_ffi.errors import ArgumentError, LoaderError
 from fi_ffi.loader import machine, search, seed
 from fi_ffi.loader.fatbin import sass_named
-from fi_ffi.loader.fetch.cooldown import Cooldown
+from fi_ffi.loader.fetch.asking import Cooldown
 from fi_ffi.loader.fetch.index import stored_record
 from fi_ffi.loader.kernels import KernelWheel, ModuleFile, modules_of, stored
 from fi_ffi.loader.lock import PinnedWheel, the_lock, this_platform, wanted_release

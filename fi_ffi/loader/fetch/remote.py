@@ -24,13 +24,13 @@ from fi_ffi.abi import library
 from fi_ffi.errors import ArtifactError
 from fi_ffi.loader import cache, seed
 from fi_ffi.loader.cache import State
+from fi_ffi.loader.fetch.asking import check_permission
 from fi_ffi.loader.fetch.download import Reporter, fetch_file
 from fi_ffi.loader.fetch.http import Client
 from fi_ffi.loader.fetch.index import Index
 from fi_ffi.loader.fetch.ranges import Changed, NoRanges, RangeFile, RemotePieces
 from fi_ffi.loader.fetch.urls import is_file_url, redact
 from fi_ffi.loader.lock import PinnedWheel
-from fi_ffi.loader.permission import check_permission
 from fi_ffi.loader.wheel import SLACK, ReadableZip, WheelReader, open_same, verify_file
 
 # "full": if RECORD is not pinned, the whole file must have its pinned sha256. "record": an unpinned
