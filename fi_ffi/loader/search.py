@@ -42,7 +42,13 @@ from fi_ffi.loader.kernels import (
     open_source,
     release_of,
 )
-from fi_ffi.loader.lock import RELEASE, named_release, the_lock, wanted_release
+from fi_ffi.loader.lock import (
+    RELEASE,
+    default_release,
+    lock_path,
+    named_release,
+    wanted_release,
+)
 from fi_ffi.loader.permission import FetchNotAllowed, fetching, is_withheld
 from fi_ffi.loader.wheel import Wheel, hex_of
 
@@ -432,7 +438,7 @@ def decided() -> tuple[str, str]:
             "local": "a wheel",
         }[place.kind]
         return release_of(place.source) or "", f"{what}: {place.source.location}"
-    return the_lock().default_release, f"the default of {the_lock().path}"
+    return default_release(), f"the default of {lock_path()}"
 
 
 def find_module(module: str, device: int | None = None) -> tuple[KernelSource, ModuleFile, Facts]:

@@ -29,14 +29,13 @@ from fi_ffi.loader import (
     cute_runtime,
     held,
     libraries,
-    lock,
     machine,
     runtime,
     search,
     trust,
     tvm_ffi,
 )
-from fi_ffi.loader.fetch import asking
+from fi_ffi.loader.fetch import asking, wheels_lock
 from fi_ffi.loader.kernels import KernelFile, open_source
 from fi_ffi.ops.call import cuda, providers
 from fi_ffi.ops.call.op import Op
@@ -352,7 +351,7 @@ RAISED: list[HERE] = [
     (DISK, errors.LoaderError, lambda: disk(errno.ENOSPC)),
     (DISK, errors.LoaderError, lambda: disk(errno.EROFS)),
     ("Unreadable lock", errors.LoaderError,
-     of_file(b"no = 1", lock.read_lock)),
+     of_file(b"no = 1", wheels_lock.read_lock)),
     ("KernelError", errors.KernelError, fails_without_words),
     ("KernelError", errors.KernelError, lambda: cuda.check(1, "cudaMemcpyAsync")),
     ("DeviceError", errors.DeviceError, lambda: cuda.check(700, "cudaEventRecord")),

@@ -19,7 +19,7 @@ from fi_ffi.errors import ArtifactError, FetchError, LoaderError
 from fi_ffi.loader.fetch import asking, pinned_wheels
 from fi_ffi.loader.fetch.http import Client
 from fi_ffi.loader.fetch.remote import RemoteWheel
-from fi_ffi.loader.lock import PinnedWheel
+from fi_ffi.loader.fetch.wheels_lock import PinnedWheel
 
 from tests.loader import server as faults
 from tests.loader.server import (

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from fi_ffi.cli import main
-from fi_ffi.loader.lock import the_lock
+from fi_ffi.loader.fetch.wheels_lock import the_lock
 from tools.entries import entries_of
 
 from tests.helpers.compiler import why_not_build

@@ -20,8 +20,9 @@ from fi_ffi.loader import machine, search, seed
 from fi_ffi.loader.fatbin import sass_named
 from fi_ffi.loader.fetch.asking import Cooldown
 from fi_ffi.loader.fetch.index import stored_record
+from fi_ffi.loader.fetch.wheels_lock import PinnedWheel, the_lock, this_platform
 from fi_ffi.loader.kernels import KernelWheel, ModuleFile, modules_of, stored
-from fi_ffi.loader.lock import PinnedWheel, the_lock, this_platform, wanted_release
+from fi_ffi.loader.lock import wanted_release
 from fi_ffi.loader.search import Candidate
 from fi_ffi.loader.wheel import Wheel, WheelReader
 

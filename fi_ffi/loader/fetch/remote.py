@@ -30,7 +30,7 @@ from fi_ffi.loader.fetch.http import Client
 from fi_ffi.loader.fetch.index import Index
 from fi_ffi.loader.fetch.ranges import Changed, NoRanges, RangeFile, RemotePieces
 from fi_ffi.loader.fetch.urls import is_file_url, redact
-from fi_ffi.loader.lock import PinnedWheel
+from fi_ffi.loader.fetch.wheels_lock import PinnedWheel
 from fi_ffi.loader.wheel import SLACK, ReadableZip, WheelReader, open_same, verify_file
 
 # "full": if RECORD is not pinned, the whole file must have its pinned sha256. "record": an unpinned
