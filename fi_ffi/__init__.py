@@ -43,11 +43,11 @@ from fi_ffi.ops.functions import OPS
 if TYPE_CHECKING:
     from fi_ffi.graphs import Graph as Graph
     from fi_ffi.graphs import capture as capture
-    from fi_ffi.loader.runtime import file_signatures as file_signatures
     from fi_ffi.modules import function as function
     from fi_ffi.modules import functions as functions
     from fi_ffi.modules import object_type as object_type
     from fi_ffi.modules import object_types as object_types
+    from fi_ffi.modules.module import file_signatures as file_signatures
     from fi_ffi.modules.module import module as module
     from fi_ffi.ops.attention import *  # noqa: F403
     from fi_ffi.ops.matmul import *  # noqa: F403
@@ -135,7 +135,7 @@ _LATER = {
     "Philox": "fi_ffi.ops.philox",
     "call_log": "fi_ffi.watch.call_log",
     "capture": "fi_ffi.graphs",
-    "file_signatures": "fi_ffi.loader.runtime",
+    "file_signatures": "fi_ffi.modules.module",
     "function": "fi_ffi.modules",
     "functions": "fi_ffi.modules",
     "gdn_decode": "fi_ffi.ops.states.gdn",

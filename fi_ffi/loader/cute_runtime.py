@@ -9,7 +9,6 @@ each GPU.
 from __future__ import annotations
 
 import functools
-import threading
 
 from fi_ffi.abi import library
 from fi_ffi.loader import libraries, tvm_ffi
@@ -26,18 +25,14 @@ _MEMBERS = {
 }
 _MISSING = f"the module was made by CuTe DSL and needs {FILE}, which is not installed"
 _INSTALL = f"`pip install --no-deps '{next(iter(_MEMBERS))}{ACCEPTED}'` (or fi-ffi[cute])"
-_lock = threading.RLock()
-library.renew_after_fork(globals(), "_lock", threading.RLock)
-
-
-def load() -> tvm_ffi.Found:
-    """Load the runtime globally, once; `LoaderError` if there is none or more than one."""
-    with _lock:
-        return _load()
 
 
 @functools.cache
-def _load() -> tvm_ffi.Found:
+def load() -> tvm_ffi.Found:
+    """Load the runtime globally, once; `LoaderError` if there is none or more than one.
+
+    One thread at a time may call it.
+    """
     found = tvm_ffi.in_process(FILE)
     if found is not None and libraries.in_process(FILE) is not None:
         return found

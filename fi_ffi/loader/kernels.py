@@ -148,7 +148,7 @@ def modules_of(members: Iterable[str]) -> dict[str, str]:
 def stored(module: str, sha256: str) -> ModuleFile | None:
     """Return a wheel's module from the cache or the seed cache, or None."""
     file = seed.find(sha256, f"{module}.so")
-    return None if file is None else ModuleFile(module, file.path, sha256, file.state)
+    return None if file is None else ModuleFile(module, file[0], sha256, file[1])
 
 
 class KernelFile:

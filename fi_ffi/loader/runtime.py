@@ -125,7 +125,8 @@ def _loaded(source: KernelSource, file: ModuleFile, facts: Facts, device: int | 
         _check_gpu(facts.codes)
     libraries.prepare(facts.functions, facts.needed)
     if cute_runtime.FILE in facts.needed:
-        cute_runtime.load()
+        with _linking:
+            cute_runtime.load()
     return _opened(source, file, facts)
 
 
@@ -272,19 +273,3 @@ def load_file(path: str | os.PathLike[str]) -> Loaded:
             file = source.file()
             _files[key] = _loaded(source, file, facts_of(file), None)
         return _files[key]
-
-
-def file_signatures(path: str | os.PathLike[str]) -> dict[str, Signature | str]:
-    """Return the signature of every function that a .so exports, as the function reports it.
-
-    For a function without a signature (it takes any arguments) the value is the reason, a string.
-    Loads the file into this process; needs no GPU.
-    """
-    loaded = load_file(path)
-    found: dict[str, Signature | str] = {}
-    for name in loaded.facts.functions:
-        try:
-            found[name] = probe(exported(loaded, name))
-        except AbiError as error:
-            found[name] = str(error)
-    return found

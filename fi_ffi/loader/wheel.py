@@ -25,7 +25,6 @@ from typing import BinaryIO, Literal, Protocol, cast
 
 from fi_ffi.errors import ArtifactError, FiFfiError
 from fi_ffi.loader import cache
-from fi_ffi.loader.seed import Stored
 
 # "record-pinned": RECORD has the sha256 pinned in the lock, which covers every member.
 # "file-verified": the whole file had its pinned sha256. "record-unpinned": members match the file's
@@ -194,14 +193,14 @@ class Wheel(WheelReader):
         *,
         record_sha256: str | None = None,
         sha256: str | None = None,
-        stored: Stored | None = None,
+        stored: tuple[Path, cache.State | None] | None = None,
     ) -> None:
         """Open a wheel; with `sha256`, read the whole file and compare it.
 
         `stored` is the file if it was found in the cache or the seed by the sha256 of the wheel.
         """
         super().__init__(str(path), record_sha256)
-        self.path, self._state = path, stored.state if stored else None
+        self.path, self._state = path, stored[1] if stored else None
         if sha256 is not None:
             self._state = verify_file(path, sha256)
         is_verified = sha256 is not None or stored is not None

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from fi_ffi.abi import library
-from fi_ffi.abi.function import Entry, library_function
+from fi_ffi.abi.function import Entry, library_function, probe
 from fi_ffi.abi.objects import Function, Unique
 from fi_ffi.abi.signature import Signature
 from fi_ffi.errors import (
@@ -271,3 +271,19 @@ def module(name: str | os.PathLike[str]) -> Module:
     if not name:
         raise ArgumentError("module", "name", got="''", expected="a module's name, or a path")
     return Module(AtPath(Path(name)) if "/" in name or name.endswith(".so") else Named(name))
+
+
+def file_signatures(path: str | os.PathLike[str]) -> dict[str, Signature | str]:
+    """Return the signature of every function that a .so exports, as the function reports it.
+
+    For a function without a signature (it takes any arguments) the value is the reason, a string.
+    Loads the file into this process; needs no GPU.
+    """
+    loaded = runtime.load_file(path)
+    found: dict[str, Signature | str] = {}
+    for name in loaded.facts.functions:
+        try:
+            found[name] = probe(runtime.exported(loaded, name))
+        except AbiError as error:
+            found[name] = str(error)
+    return found

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fi_ffi.errors import ArtifactError
 from fi_ffi.loader import cache, seed
@@ -33,7 +34,7 @@ class Index:
     @classmethod
     def load(cls, sha256: str) -> Index | None:
         """Return the index of a wheel; None if there is none, or if it is unreadable."""
-        data = seed.read_note(cls.path(sha256), _INDEX_FORMAT)
+        data = _read_note(cls.path(sha256))
         with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
             pieces = {int(at): base64.b64decode(piece) for at, piece in data["pieces"].items()}
             return cls(int(data["size"]), pieces, str(data["record"]))
@@ -44,6 +45,15 @@ class Index:
         pieces = {str(at): base64.b64encode(piece).decode() for at, piece in self.pieces.items()}
         data = {"size": self.size, "pieces": pieces, "record": self.record}
         cache.write_note(self.path(sha256), _INDEX_FORMAT, data)
+
+
+def _read_note(path: Path) -> Any:
+    """Return a note of the cache, or else its counterpart in the seed, or None."""
+    note = cache.read_note(path, _INDEX_FORMAT)
+    root = seed.seed_root() if note is None else None
+    if root is None:
+        return note
+    return cache.read_note(root / path.relative_to(cache.cache_root()), _INDEX_FORMAT, root)
 
 
 def stored_record(sha256: str, record_sha256: str | None) -> dict[str, Recorded] | None:

@@ -158,7 +158,7 @@ class PinnedKernels:
                 whole, verify = seed.find(pin.sha256, name), _verify()
                 wheel: WheelReader
                 if whole is not None:
-                    wheel = Wheel(whole.path, record_sha256=pin.record_sha256, stored=whole)
+                    wheel = Wheel(whole[0], record_sha256=pin.record_sha256, stored=whole)
                 else:
                     with self._cooldown.asking():
                         wheel = open_wheel(pin, verify)

@@ -187,7 +187,7 @@ class RemoteWheel(WheelReader):
             return path, verify_file(path, verified) if verified else None
         stored = seed.find(self._sha256, self.name) if self._sha256 else None
         if stored is not None:
-            return stored.path, stored.state
+            return stored
         if not fetch:
             return None
         pins = {"sha256": self._sha256, "size": self._size}
