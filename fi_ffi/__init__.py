@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from fi_ffi.modules import functions as functions
     from fi_ffi.modules import object_type as object_type
     from fi_ffi.modules import object_types as object_types
-    from fi_ffi.modules.module import file_signatures as file_signatures
+    from fi_ffi.modules.files import file_signatures as file_signatures
     from fi_ffi.modules.module import module as module
     from fi_ffi.ops.attention import *  # noqa: F403
     from fi_ffi.ops.matmul import *  # noqa: F403
@@ -135,7 +135,7 @@ _LATER = {
     "Philox": "fi_ffi.ops.philox",
     "call_log": "fi_ffi.watch.call_log",
     "capture": "fi_ffi.graphs",
-    "file_signatures": "fi_ffi.modules.module",
+    "file_signatures": "fi_ffi.modules.files",
     "function": "fi_ffi.modules",
     "functions": "fi_ffi.modules",
     "gdn_decode": "fi_ffi.ops.states.gdn",

@@ -36,8 +36,8 @@ from fi_ffi.loader import (
 )
 from fi_ffi.loader.elf import FUNCTION_PREFIX, inspect_elf
 from fi_ffi.loader.fatbin import CudaCode, runs_on
-from fi_ffi.loader.held import Facts, check_processor, cuda_of, facts_of, remember
-from fi_ffi.loader.kernels import KernelFile, KernelSource, ModuleFile
+from fi_ffi.loader.held import Facts, check_processor, cuda_of, remember
+from fi_ffi.loader.kernels import KernelSource, ModuleFile
 
 # An export of modules that copy a number from the current GPU while they are loaded and throw if
 # that fails (`configureKernel` of csrc/xqa/mla_sm120.cu); nothing catches the exception.
@@ -65,7 +65,6 @@ _linking = threading.RLock()
 library.renew_after_fork(globals(), "_linking", threading.RLock)
 # By module, device and the generation of kernels.
 _modules: dict[tuple[str, int | None, int], Loaded] = {}
-_files: dict[tuple[Path, int, int, int], Loaded] = {}
 _entries: dict[tuple[str, str, int | None, int], Entry] = {}
 _tvm_ffi: tvm_ffi.Found | None = None
 _tvm_ffi_version: tuple[int, int, int] = (0, 0, 0)
@@ -79,7 +78,8 @@ def use_source(location: str | os.PathLike[str] | None) -> None:
     search.use_source(location)
 
 
-def _lock_of(what: str | Path) -> threading.RLock:
+def lock_of(what: str | Path) -> threading.RLock:
+    """Return the lock of a module, or of the file at a path."""
     return _locks.setdefault(what, threading.RLock())
 
 
@@ -103,17 +103,19 @@ def tvm_ffi_version() -> tuple[int, int, int]:
 
 def load(module: str, device: int | None = None) -> Loaded:
     """Find and load a module, once for each device."""
-    with _lock_of(module):
+    with lock_of(module):
         key = module, device, generation.number
         if key not in _modules:
             source, file, facts = search.find_module(module, device)
             if cuda_of(facts) is None:
                 machine.load_cudart()
-            _modules[key] = _loaded(source, file, facts, device)
+            _modules[key] = prepare_and_load(source, file, facts, device)
         return _modules[key]
 
 
-def _loaded(source: KernelSource, file: ModuleFile, facts: Facts, device: int | None) -> Loaded:
+def prepare_and_load(
+    source: KernelSource, file: ModuleFile, facts: Facts, device: int | None
+) -> Loaded:
     """Load a file after what it needs; refuse it before anything is loaded if that is missing."""
     cuda, path = cuda_of(facts), str(file.path)
     if cuda is not None:
@@ -185,7 +187,7 @@ def kernel_entry(
     key = module, str(declared), device, generation.number
     entry = _entries.get(key)
     if entry is None:
-        with _lock_of(module):
+        with lock_of(module):
             # another thread may have been faster
             entry = _entries.get(key) or _attested(module, declared, releases, device)
             _entries[key] = entry
@@ -252,24 +254,3 @@ def exported(loaded: Loaded, symbol: str) -> Entry:
         call = loaded.server.raising_failures(f"{loaded.file.module}.{symbol}", call)
     entry.address = cuda_errors.guard_abort(symbol, call, lambda: machine.load_cudart()[0])
     return entry
-
-
-def load_file(path: str | os.PathLike[str]) -> Loaded:
-    """Load the library at a path, once; its owner does not matter."""
-    where = cache.expanded(path, "the library")
-    try:
-        where = where.resolve()
-        stat = where.stat()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise KernelNotFoundError(f"{str(where)!r:.200}: {reason}") from error
-    if not where.is_file():
-        raise KernelNotFoundError(f"{where} is no file")
-    # identifies the file that is there now
-    key = (where, stat.st_ino, stat.st_size, stat.st_mtime_ns)
-    with _lock_of(where):
-        if key not in _files:
-            source = KernelFile(where)
-            file = source.file()
-            _files[key] = _loaded(source, file, facts_of(file), None)
-        return _files[key]

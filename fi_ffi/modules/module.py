@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from fi_ffi.abi import library
-from fi_ffi.abi.function import Entry, library_function, probe
+from fi_ffi.abi.function import Entry, library_function
 from fi_ffi.abi.objects import Function, Unique
 from fi_ffi.abi.signature import Signature
 from fi_ffi.errors import (
@@ -26,6 +26,7 @@ from fi_ffi.loader.elf import FUNCTION_PREFIX
 from fi_ffi.loader.fatbin import runs_on
 from fi_ffi.loader.runtime import Loaded
 from fi_ffi.modules.entry import HandleGuard, ModuleEntry, Origin, unknown
+from fi_ffi.modules.files import load_file
 
 # The start of a typed function's refusal, a string in its binary.
 _REFUSAL = b"Mismatched number of arguments when calling"
@@ -57,7 +58,7 @@ class AtPath(Unique):
     """A library at a path."""
 
     def __init__(self, path: Path) -> None:
-        self._loaded = runtime.load_file(path)
+        self._loaded = load_file(path)
         self.name = self._loaded.file.module
         self._able: set[int] = set()
 
@@ -271,19 +272,3 @@ def module(name: str | os.PathLike[str]) -> Module:
     if not name:
         raise ArgumentError("module", "name", got="''", expected="a module's name, or a path")
     return Module(AtPath(Path(name)) if "/" in name or name.endswith(".so") else Named(name))
-
-
-def file_signatures(path: str | os.PathLike[str]) -> dict[str, Signature | str]:
-    """Return the signature of every function that a .so exports, as the function reports it.
-
-    For a function without a signature (it takes any arguments) the value is the reason, a string.
-    Loads the file into this process; needs no GPU.
-    """
-    loaded = runtime.load_file(path)
-    found: dict[str, Signature | str] = {}
-    for name in loaded.facts.functions:
-        try:
-            found[name] = probe(runtime.exported(loaded, name))
-        except AbiError as error:
-            found[name] = str(error)
-    return found

@@ -37,6 +37,7 @@ from fi_ffi.loader import (
 )
 from fi_ffi.loader.fetch import asking, wheels_lock
 from fi_ffi.loader.kernels import KernelFile, open_source
+from fi_ffi.modules import files
 from fi_ffi.ops.call import cuda, providers
 from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.call.row import Row, Tensor
@@ -148,7 +149,7 @@ def for_another_processor(built_wheel: Path, tmp_path: Path) -> None:
     data[18:20] = (62 + 183 - int.from_bytes(data[18:20], "little")).to_bytes(2, "little")
     file = tmp_path / "page.so"
     file.write_bytes(data)
-    runtime.load_file(file)
+    files.load_file(file)
 
 
 def another_interface(built_wheel: Path) -> None:
@@ -305,7 +306,7 @@ RAISED: list[HERE] = [
      lambda: fi_ffi.TensorDesc("0x40", (1,), "float16", device="cpu")),
     ("No kernels of a module", errors.KernelNotFoundError, no_kernels),
     ("Missing file or directory", errors.KernelNotFoundError, lambda: open_source("/none")),
-    ("Missing file or directory", errors.KernelNotFoundError, lambda: runtime.load_file("/")),
+    ("Missing file or directory", errors.KernelNotFoundError, lambda: files.load_file("/")),
     ("Release mismatch", errors.KernelNotFoundError,
      patched(search, "release", lambda: "0.5.0",
              lambda: providers.check_available(OPS["rmsnorm"].row, CUDA))),
