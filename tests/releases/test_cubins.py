@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import random
+import shutil
 import sys
 import threading
 from pathlib import Path
@@ -13,7 +14,8 @@ from pathlib import Path
 import pytest
 
 import fi_ffi
-from fi_ffi.errors import ArtifactError, KernelError, KernelNotFoundError
+from fi_ffi.errors import ArtifactError, KernelError, KernelNotFoundError, LoaderError
+from fi_ffi.loader import services
 from fi_ffi.loader.fetch import asking as cooling
 from fi_ffi.loader.fetch import cubins, http
 
@@ -87,6 +89,14 @@ def test_every_release_is_given_its_device_code(release, asking, folder):
     module = fi_ffi.module(asking(release))
     assert module.get(NAME, SHA256) == CONTENT
     assert module.get(NAME, SHA256.upper()) == CONTENT
+
+
+def test_without_the_package_that_answers(asking, tmp_path, monkeypatch):
+    """The module is refused when it is loaded, and not when it is called."""
+    path = Path(shutil.copy(asking(), tmp_path / "alone.so"))
+    monkeypatch.setattr(services, "device_code", services.Slot(services._no_server))
+    with pytest.raises(LoaderError, match=r"alone\.so asks for .* the package fi_ffi.loader.fetch"):
+        fi_ffi.module(path)
 
 
 def test_a_slash_too_many(module, folder):
