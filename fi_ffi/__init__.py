@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from fi_ffi.abi.interop import as_desc
@@ -35,7 +35,7 @@ from fi_ffi.errors import (
     KernelNotFoundError,
     LoaderError,
 )
-from fi_ffi.loader import advice
+from fi_ffi.loader import services
 from fi_ffi.ops.call import support
 from fi_ffi.ops.functions import *  # noqa: F403
 from fi_ffi.ops.functions import OPS
@@ -43,15 +43,13 @@ from fi_ffi.ops.functions import OPS
 if TYPE_CHECKING:
     from fi_ffi.graphs import Graph as Graph
     from fi_ffi.graphs import capture as capture
-    from fi_ffi.loader.runtime import file_signatures as file_signatures
     from fi_ffi.modules import function as function
     from fi_ffi.modules import functions as functions
     from fi_ffi.modules import object_type as object_type
     from fi_ffi.modules import object_types as object_types
+    from fi_ffi.modules.files import file_signatures as file_signatures
     from fi_ffi.modules.module import module as module
     from fi_ffi.ops.attention import *  # noqa: F403
-    from fi_ffi.ops.call.row import Row
-    from fi_ffi.ops.call.support import Support
     from fi_ffi.ops.matmul import *  # noqa: F403
     from fi_ffi.ops.moe import *  # noqa: F403
     from fi_ffi.ops.on_host import batch_indices_positions as batch_indices_positions
@@ -137,7 +135,7 @@ _LATER = {
     "Philox": "fi_ffi.ops.philox",
     "call_log": "fi_ffi.watch.call_log",
     "capture": "fi_ffi.graphs",
-    "file_signatures": "fi_ffi.loader.runtime",
+    "file_signatures": "fi_ffi.modules.files",
     "function": "fi_ffi.modules",
     "functions": "fi_ffi.modules",
     "gdn_decode": "fi_ffi.ops.states.gdn",
@@ -197,19 +195,20 @@ def _optional(name: str) -> Any:
         return None
 
 
-def _judge(op: str, asked: Mapping[str, Any], rows: Sequence[Row]) -> Support:
-    """Put the judge of capabilities where ops ask it, and answer."""
-    answer = _optional("fi_ffi.capability.answer")
-    support.judge = answer.judge_asked if answer else support.no_judge
-    return support.judge(op, asked, rows)
+def _service(module: str, name: str = "") -> Callable[[], Any]:
+    """Return what loads a service of the core: a module above it, or a name of one."""
+
+    def load() -> Any:
+        found = _optional(module)
+        return getattr(found, name) if found and name else found
+
+    return load
 
 
-def _adviser() -> advice.Adviser:
-    return _optional("fi_ffi.catalogue.advice") or advice.PlainAdviser()
-
-
-support.judge = _judge
-advice.adviser = _adviser
+support.judge.fill(_service("fi_ffi.capability.answer", "judge_asked"))
+services.adviser.fill(_service("fi_ffi.catalogue.advice"))
+services.published.fill(_service("fi_ffi.loader.fetch.pinned_wheels", "published"))
+services.device_code.fill(_service("fi_ffi.loader.fetch.cubins", "serve"))
 
 
 def use_kernels(location: str | os.PathLike[str]) -> None:

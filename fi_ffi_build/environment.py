@@ -10,6 +10,7 @@ libraries and ptxas.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
@@ -17,6 +18,7 @@ import os
 import platform
 import re
 import shutil
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -604,7 +606,7 @@ def _open_root() -> Path:
     """
     with cache.as_loader_error(cache.cache_root() / "build"):
         root = cache.make_folder("build")
-    trust.check_tree(root)
+    _check_tree(root)
     return root
 
 
@@ -617,7 +619,7 @@ def _locked(folder: Path, say: Say) -> Iterator[None]:
         reason = error.strerror
         raise BuildError(f"{folder} cannot be made: {reason}; name another --build-dir") from error
     trust.check_user_path(folder)
-    trust.check_tree(folder)
+    _check_tree(folder)
     lock = FileLock(folder / ".lock")
     try:
         held = lock.acquire(timeout=0)
@@ -676,3 +678,22 @@ def open_workshop(
                 cpu,
                 torch,
             )
+
+
+def _check_tree(folder: Path) -> None:
+    """Raise `ArtifactError` if others could have added or could change anything below a folder.
+
+    Used for files that are run without being hashed: environments and compilers' folders of builds.
+    """
+    trust.check_folder(folder)
+    for parent, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            path = os.path.join(parent, name)  # of tens of thousands: a Path costs more
+            with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                status = os.lstat(path)
+                if stat.S_ISDIR(status.st_mode):
+                    trust.check_folder(path)
+                elif stat.S_ISREG(status.st_mode):
+                    trust.check_object(path, status)
+                else:  # a link; its target is decided by its owner
+                    trust.check_owned(path, status)

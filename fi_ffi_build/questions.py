@@ -47,7 +47,9 @@ def question_of(request: Request, release: str) -> dict[str, object]:
     question: dict[str, object] = {"text": request.text, "exact": request.exact}
     if row_and_params := request.params_in(release):
         row, params = row_and_params
-        if generator := row.generator_for(params):
+        if row.generator is not None:
+            texts = {name: row.text(name, params[name]) for name in row.kinds}
+            generator = row.generator.format_map(texts)
             question |= {"generator": generator, "arguments": _arguments(row, params)}
     return question
 

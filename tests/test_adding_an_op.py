@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from fi_ffi.loader.lock import the_lock
+from fi_ffi.loader.fetch.wheels_lock import the_lock
 
 from tests.helpers import adding_an_op, sampling
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import fi_ffi
-from fi_ffi.loader.lock import the_lock
+from fi_ffi.loader.fetch.wheels_lock import the_lock
 from fi_ffi.ops.table import ROWS
 from tools.entries import entries_of
 

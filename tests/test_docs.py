@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fi_ffi.capability.known_issues import KNOWN_ISSUES
-from fi_ffi.loader.lock import the_lock
+from fi_ffi.loader.fetch.wheels_lock import the_lock
 from fi_ffi.ops.functions import OPS
 from tools.entries import entries_of
 

@@ -18,6 +18,7 @@ from fi_ffi.cli import main
 from fi_ffi.errors import ArgumentError, BuildError
 from fi_ffi.loader import cache, lock, machine, runtime, search
 from fi_ffi.loader.kernels import open_source
+from fi_ffi.modules import files
 from fi_ffi_build import environment
 from fi_ffi_build.build import build
 from fi_ffi_build.environment import open_workshop
@@ -211,4 +212,4 @@ def test_a_cross_build(tmp_path: Path) -> None:
     runtime.use_source(None)
     assert result.exit_code == 1
     with pytest.raises(fi_ffi.ArchitectureError, match=f"is for {OTHER} processors"):
-        runtime.load_file(file)
+        files.load_file(file)

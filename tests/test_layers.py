@@ -169,9 +169,11 @@ def test_the_core_runs_alone(core: Path) -> None:
 
 
 LOADS = """
+    import os
+
     import fi_ffi
     from fi_ffi.abi.signature import Signature
-    from fi_ffi.loader import runtime
+    from fi_ffi.loader import runtime, search
 
     assert fi_ffi.__file__.startswith({folder!r}), fi_ffi.__file__
     declared = Signature("rmsnorm", ("DLTensor*", "DLTensor*", "DLTensor*", "float", "bool"))
@@ -180,6 +182,10 @@ LOADS = """
         runtime.kernel_entry("no_such_module", declared, "==0.6.13")
     except fi_ffi.KernelNotFoundError as error:
         print("lacks" if "no_such_module" in str(error) else error)
+    del os.environ["FI_FFI_KERNELS"]
+    search.use_source(None)
+    (place,) = (place for place in search.places() if place.kind == "remote")
+    print(place.note.partition(":")[0].replace(" ", "_"))
 """
 
 
@@ -189,7 +195,7 @@ def test_the_core_loads_a_local_kernel(tmp_path: Path, built_wheel: Path) -> Non
     code = LOADS.replace("{folder!r}", repr(str(folder)))
     status, out, err = run_in(folder, code, FI_FFI_KERNELS=str(built_wheel))
     assert status == 0, err
-    assert out.split() == ["norm.rmsnorm", "lacks"]
+    assert out.split() == ["norm.rmsnorm", "lacks", "nothing_can_be_fetched"]
 
 
 def test_the_package_needs_no_numpy(core: Path) -> None:

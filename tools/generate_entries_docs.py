@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT))
 
 from generated import write_or_check  # noqa: E402
 
-from fi_ffi.loader.lock import the_lock  # noqa: E402
+from fi_ffi.loader.fetch.wheels_lock import the_lock  # noqa: E402
 from tools.entries import Entries, Entry, Group, entries_of  # noqa: E402
 
 TARGET = ROOT / "docs" / "entries.md"

@@ -25,7 +25,7 @@ from fi_ffi.catalogue.ahead_of_time import (  # noqa: E402
     spans_of_wheels,
     wheels_of,
 )
-from fi_ffi.loader.lock import the_lock  # noqa: E402
+from fi_ffi.loader.fetch.wheels_lock import the_lock  # noqa: E402
 from fi_ffi.ops.call.support import Support  # noqa: E402
 from tools.release.declared import declared  # noqa: E402
 

@@ -18,7 +18,7 @@ import fi_ffi  # noqa: E402
 from fi_ffi.capability.judgement import listed_codes  # noqa: E402
 from fi_ffi.capability.matrix import PACKAGES, package_entries  # noqa: E402
 from fi_ffi.families import FAMILIES  # noqa: E402
-from fi_ffi.loader.lock import the_lock  # noqa: E402
+from fi_ffi.loader.fetch.wheels_lock import the_lock  # noqa: E402
 from fi_ffi.ops import attention, plans  # noqa: E402
 from fi_ffi.ops.call.op import Op  # noqa: E402
 from fi_ffi.ops.call.releases import span_of  # noqa: E402

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Iterable, Iterator
 
 from fi_ffi.errors import ArgumentError
-from fi_ffi.loader.lock import the_lock
+from fi_ffi.loader.fetch.wheels_lock import the_lock
 from fi_ffi.loader.uris import parse, uri
 from fi_ffi.ops.attention.rows import MLA_FP8
 from fi_ffi.ops.call.releases import is_in

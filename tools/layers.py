@@ -56,11 +56,9 @@ LAYERS = (
     Layer("fi_ffi", ("fi_ffi",)),
     Layer("cli", ("fi_ffi.cli", "fi_ffi.__main__")),
 )
-# Upward all the same, each in one function: what the CPU device and the search import when they
-# need it, and the public names that the package imports when they are asked for.
+# Upward all the same, in one function: what the CPU device imports when it is needed.
 EXCEPTIONS = {
     ("fi_ffi.ops.call.providers", "reference"): "fi_ffi.reference",
-    ("fi_ffi.loader.search", "fetcher"): "fi_ffi.loader.fetch",
 }
 
 

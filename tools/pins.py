@@ -32,7 +32,8 @@ from fi_ffi.loader.fetch.pinning import append, describe, write  # noqa: E402
 from fi_ffi.loader.fetch.progress import reporter  # noqa: E402
 from fi_ffi.loader.fetch.remote import RemoteWheel  # noqa: E402
 from fi_ffi.loader.fetch.urls import check_url, is_file_url, redact  # noqa: E402
-from fi_ffi.loader.lock import PinnedWheel, lock_path, read_lock  # noqa: E402
+from fi_ffi.loader.fetch.wheels_lock import PinnedWheel, read_lock  # noqa: E402
+from fi_ffi.loader.lock import lock_path  # noqa: E402
 from fi_ffi.loader.wheel import Wheel  # noqa: E402
 
 

@@ -17,7 +17,7 @@ from fi_ffi.abi.function import Entry, register
 from fi_ffi.abi.signature import Signature
 from fi_ffi.errors import LoaderError
 from fi_ffi.loader import generation, machine, runtime, search
-from fi_ffi.loader.lock import the_lock
+from fi_ffi.loader.fetch.wheels_lock import the_lock
 
 # Returns 0 and looks at nothing, as attributes of a mutex have nothing to be freed: in a
 # kernel's place it ignores the handle, the arguments and the result that it is given.

@@ -30,8 +30,10 @@ from fi_ffi.catalogue.modules import members
 from fi_ffi.errors import FiFfiError, printed
 from fi_ffi.loader import machine, search
 from fi_ffi.loader.fatbin import CudaCode, architecture_named, sass_named
+from fi_ffi.loader.fetch import pinned_wheels
+from fi_ffi.loader.fetch.wheels_lock import PinnedWheel, the_lock
 from fi_ffi.loader.kernels import KernelSource, release_of
-from fi_ffi.loader.lock import PinnedWheel, the_lock, wanted_release
+from fi_ffi.loader.lock import wanted_release
 from fi_ffi.loader.permission import fetching
 from fi_ffi.loader.search import Candidate
 from fi_ffi.loader.uris import parse
@@ -93,7 +95,7 @@ class Query:
         if kernels is not None:
             places = (*search.candidates(kernels),)
         elif release is None and cuda is None:
-            places = (*search.places_for(capability),)
+            places = (*pinned_wheels.places_for(capability),)
         sources = [place.source for place in places if place.source is not None]
         release = release or next(filter(None, map(release_of, sources)), None) or wanted_release()
         tag = cuda or _tag(sources) or DEFAULT_CUDA
@@ -313,7 +315,7 @@ def _in_place(place: Candidate, name: str, query: Query) -> Support:
     except FiFfiError as error:
         return _answered(MISSING, str(error))
     source, status = place.source, answer.status
-    if status == search.LATER and isinstance(source, search.PinnedKernels):
+    if status == search.LATER and isinstance(source, pinned_wheels.PinnedKernels):
         return _in_pinned(source.pin, name, query)
     if source is None or status == search.FAILS:
         return _answered(MISSING, "" if place.is_empty else answer.reason)

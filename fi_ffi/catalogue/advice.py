@@ -1,6 +1,6 @@
 """Advice about a module that no place has: the nearest names, and the command that builds it.
 
-This module is an `Adviser` of `fi_ffi.loader.advice`.
+This module is an `Adviser` of `fi_ffi.loader.services`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from difflib import get_close_matches
 
 from fi_ffi.catalogue.ahead_of_time import listed_in
 from fi_ffi.catalogue.families import DEFAULT_ARCH, DEFAULT_RELEASE
+from fi_ffi.catalogue.linker import linking_advice as linking_advice
 from fi_ffi.catalogue.modules import NEAREST, difference, modules_of, nearest, parse_for
 from fi_ffi.catalogue.requests import request_for
 from fi_ffi.errors import ArgumentError, LoaderError

@@ -20,7 +20,7 @@ from fi_ffi.cli import output, upkeep
 from fi_ffi.cli.names import ResolvedName, named
 from fi_ffi.errors import FiFfiError, KernelNotFoundError, LoaderError
 from fi_ffi.loader import cache, lock, machine, runtime, search, seed
-from fi_ffi.loader.fetch import progress
+from fi_ffi.loader.fetch import progress, wheels_lock
 from fi_ffi.loader.permission import fetching, is_withheld, may_fetch
 from fi_ffi.ops.call.releases import fits
 from fi_ffi.ops.call.row import Row
@@ -107,7 +107,7 @@ def _guarded(
 
 
 def _python(kernels: str | None) -> Iterator[Finding]:
-    name = lock.this_platform()
+    name = wheels_lock.this_platform()
     version = f"Python {platform.python_version()} on {name}"
     served = [f"linux-{cpu}" for cpu in machine.CPUS]
     if name in served:

@@ -19,10 +19,10 @@ from fi_ffi.errors import ArchitectureError, FiFfiError, KernelNotFoundError
 from fi_ffi.loader import cache, search
 from fi_ffi.loader.fatbin import runs_on
 from fi_ffi.loader.fetch import progress
+from fi_ffi.loader.fetch.pinned_wheels import PinnedKernels, pinned
 from fi_ffi.loader.held import facts_of
 from fi_ffi.loader.lock import wanted_release
 from fi_ffi.loader.permission import fetching
-from fi_ffi.loader.search import PinnedKernels
 from fi_ffi.loader.uris import parse
 from fi_ffi.ops.call.support import REFUSED
 
@@ -101,7 +101,7 @@ def _print(results: Sequence[Put]) -> None:
 
 def _sources(release: str, capabilities: Sequence[Capability]) -> list[PinnedKernels]:
     """Return the pinned wheels: one, or one for each architecture if wheels hold a single SM."""
-    pins = [search.pinned(release, one) for one in capabilities] or [search.pinned(release)]
+    pins = [pinned(release, one) for one in capabilities] or [pinned(release)]
     return [PinnedKernels(pin) for pin in dict.fromkeys(pins)]
 
 

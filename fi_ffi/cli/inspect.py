@@ -13,7 +13,7 @@ from fi_ffi.errors import FiFfiError
 from fi_ffi.loader import linking
 from fi_ffi.loader.elf import inspect_elf
 from fi_ffi.loader.fatbin import architectures
-from fi_ffi.loader.runtime import file_signatures
+from fi_ffi.modules.files import file_signatures
 
 
 @click.command()

@@ -26,17 +26,15 @@ from fi_ffi.loader.fetch.progress import counter, reporter
 from fi_ffi.loader.fetch.ranges import NoRanges, RemotePieces
 from fi_ffi.loader.fetch.remote import RemoteWheel
 from fi_ffi.loader.fetch.urls import is_file_url, redact
-from fi_ffi.loader.lock import (
-    ENVIRONMENT,
+from fi_ffi.loader.fetch.wheels_lock import (
     Lock,
     PinnedWheel,
     lock_in_use,
-    lock_path,
     own_lock_path,
     read_lock,
     this_platform,
-    wanted_release,
 )
+from fi_ffi.loader.lock import ENVIRONMENT, lock_path, wanted_release
 from fi_ffi.loader.uris import version_of
 from fi_ffi.loader.wheel import Wheel
 

@@ -161,7 +161,7 @@ def _is_good(path: Path, sha256: str, sure: bool) -> bool:
     trust.check_object(path, status)
     if not sure and stamp_fits(path, sha256, status):
         return True
-    with open(os.open(path, _READ), "rb") as file:
+    with open(trust.open_regular(path, follow=False), "rb") as file:
         before = os.fstat(file.fileno())
         if hash_of(file) != sha256:
             return False
@@ -307,6 +307,13 @@ def _free(root: Path) -> int:
     while not root.exists() and root != root.parent:
         root = root.parent
     return shutil.disk_usage(root).free
+
+
+def hashed(path: Path) -> tuple[str, State]:
+    """Return the sha256 of a file that may be anybody's, and its state before it was read."""
+    with open(trust.open_regular(path), "rb") as file:
+        state = state_of(os.fstat(file.fileno()))
+        return hash_of(file), state
 
 
 def hash_of(file: BinaryIO) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import io
 import os
 import re
-import stat
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fi_ffi.errors import ArtifactError, LoaderError
+from fi_ffi.loader import trust
 
 Source = str | os.PathLike[str] | bytes
 """A path, or the bytes of the file itself."""
@@ -117,7 +117,7 @@ def inspect_elf(path: Source) -> ElfInfo:
     Raises ArtifactError if the file is not a well-formed 64-bit little-endian shared library for a
     known machine, and LoaderError if it cannot be opened.
     """
-    with _open_elf(path) as (elf, window):
+    with open_elf(path) as (elf, window):
         machine = _MACHINES.get(elf["e_machine"])
         if machine is None:
             raise ValueError(
@@ -135,18 +135,9 @@ def inspect_elf(path: Source) -> ElfInfo:
         )
 
 
-def defined_versions(path: Source) -> tuple[str, ...]:
-    """Return the symbol versions that a library defines, such as `GLIBCXX_3.4.30`, in order."""
-    with _open_elf(path) as (elf, _):
-        section = elf.get_section_by_name(".gnu.version_d")
-        # The first name is the version; the others are its predecessors.
-        found = section.iter_versions() if section is not None else ()
-        return tuple(next(names).name for _, names in found)
-
-
 def undefined(path: Source) -> tuple[str, ...]:
     """Return the symbols that a library leaves undefined, sorted, without weak ones."""
-    with _open_elf(path) as (elf, _):
+    with open_elf(path) as (elf, _):
         table = elf.get_section_by_name(".dynsym")
         return tuple(
             sorted(
@@ -165,7 +156,7 @@ def open_sections(source: Source, names: Iterable[str]) -> Iterator[dict[str, Wi
 
     A ValueError raised inside the `with` block becomes an ArtifactError that names `source`.
     """
-    with _open_elf(source) as (elf, window):
+    with open_elf(source) as (elf, window):
         sections = {name: elf.get_section_by_name(name) for name in names}
         yield {
             name: window.part(section["sh_offset"], section["sh_size"])
@@ -213,7 +204,7 @@ def malformed(source: Source) -> Iterator[None]:
 
 
 @contextmanager
-def _open_elf(source: Source) -> Iterator[tuple[Any, Window]]:
+def open_elf(source: Source) -> Iterator[tuple[Any, Window]]:
     with _opened(source) as window, malformed(source):
         ident = window.at(0, 6)
         if ident[:4] != b"\x7fELF":
@@ -233,15 +224,12 @@ def _opened(source: Source) -> Iterator[Window]:
         yield Window(lambda offset, count: source[offset : offset + count], 0, len(source))
         return
     try:
-        # O_NONBLOCK: opening a FIFO for reading would otherwise wait for a writer.
-        fd = os.open(source, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        fd = trust.open_regular(source)
     except (OSError, ValueError) as error:
         raise LoaderError(f"{describe(source)}: cannot be opened: {error}") from error
     try:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise ArtifactError(f"{describe(source)}: not a regular file")
-        yield Window(lambda offset, count: os.pread(fd, count, offset), 0, status.st_size)
+        size = os.fstat(fd).st_size
+        yield Window(lambda offset, count: os.pread(fd, count, offset), 0, size)
     finally:
         os.close(fd)
 

@@ -17,7 +17,6 @@ import contextlib
 import os
 import platform
 import re
-import stat
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -67,7 +66,11 @@ def checked(path: Path, sha256: str, state: cache.State | None = None) -> Iterat
     `state` is its state at that time (`cache.state_of`). Without one the file is in the cache: its
     stamp is checked, or it is hashed again. Raises `ArtifactError` for any other file.
     """
-    fd, opened = _open(path, os.O_NOFOLLOW if state is None else 0), None
+    try:
+        fd = trust.open_regular(path, follow=state is not None)
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be opened any more: {error.strerror}") from error
+    opened = None
     try:
         status = os.fstat(fd)
         if state is None:
@@ -91,18 +94,6 @@ def descriptor(sha256: str) -> int:
     """Return the descriptor of a loaded library, whose path may lead to another file now."""
     # Of a copy: other threads load libraries meanwhile.
     return next(fd for fd, of in open_libraries.copy().values() if of == sha256)
-
-
-def _open(path: Path, flags: int) -> int:
-    try:
-        # O_NONBLOCK: opening a pipe would otherwise wait for a writer.
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | flags)
-    except OSError as error:
-        raise ArtifactError(f"{path} cannot be opened any more: {error.strerror}") from error
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise ArtifactError(f"{path} is no regular file: remove it")
-    return fd
 
 
 def _hash(fd: int) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import os
 import re
-import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,7 +148,7 @@ def modules_of(members: Iterable[str]) -> dict[str, str]:
 def stored(module: str, sha256: str) -> ModuleFile | None:
     """Return a wheel's module from the cache or the seed cache, or None."""
     file = seed.find(sha256, f"{module}.so")
-    return None if file is None else ModuleFile(module, file.path, sha256, file.state)
+    return None if file is None else ModuleFile(module, file[0], sha256, file[1])
 
 
 class KernelFile:
@@ -172,12 +171,7 @@ def _hashed(module: str, path: Path) -> ModuleFile:
     """Hash a file that no other user can change."""
     try:
         trust.check_user_path(path)
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        with open(fd, "rb") as file:
-            before = os.fstat(fd)
-            if not stat.S_ISREG(before.st_mode):
-                raise ArtifactError(f"{path} is no regular file: remove it")
-            return ModuleFile(module, path, cache.hash_of(file), cache.state_of(before))
+        return ModuleFile(module, path, *cache.hashed(path))
     except OSError as error:  # a file of /proc can be opened but not read
         raise ArtifactError(f"{path} cannot be read: {error.strerror}") from error
 

@@ -11,7 +11,6 @@ concerned and advice.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import re
@@ -22,16 +21,15 @@ from typing import Any
 from fi_ffi.abi import library
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.errors import LoaderError
-from fi_ffi.loader import held, libraries, machine, tvm_ffi
-from fi_ffi.loader.elf import RUNTIME, Source, defined_versions, open_section, undefined
+from fi_ffi.loader import held, services, tvm_ffi
+from fi_ffi.loader.elf import RUNTIME, Source, open_section, undefined
 
 # Written by tools/record_symbols.py: how releases of apache-tvm-ffi differ for what links it.
 RECORD = Path(__file__).with_name("data") / "tvm_ffi.json"
 
-_VERSION = re.compile(r"(?P<library>/\S+): version `(?P<family>\w+?)_[\d.]+' not found")
-_SYMBOL = re.compile(r"undefined symbol: (?P<symbol>\w+)(, version (?P<version>\S+))?")
+# The linker's message about a symbol.
+SYMBOL = re.compile(r"undefined symbol: (?P<symbol>\w+)(, version (?P<version>\S+))?")
 _FLASHINFER = re.compile(r"_Z\w*10flashinfer")
-_BUILD = "`fi-ffi build` makes it on this one"
 _AGAIN = "and start this process again"
 _MAX_NAMES = 16 << 20  # bytes of a library's names of symbols that are looked through
 
@@ -165,7 +163,7 @@ def open_module(path: Path, through: str | None, opened: held.VerifiedFile) -> A
     try:
         return library.open_module(str(path), through)
     except LoaderError as error:
-        left_out = _SYMBOL.search(str(error))
+        left_out = SYMBOL.search(str(error))
         if left_out is None or not _FLASHINFER.match(left_out["symbol"]):
             raise
     handle = library.open_module(str(path), through, lazily=True)
@@ -184,43 +182,8 @@ def open_module(path: Path, through: str | None, opened: held.VerifiedFile) -> A
 
 def explained(error: LoaderError, path: Path, found: tvm_ffi.Found) -> LoaderError:
     """Return the dynamic linker's error about the library at `path`, extended with advice."""
-    message, advice = str(error), ""
-    if match := _VERSION.search(message):
-        advice = _about_runtime(match["library"], match["family"])
-    elif match := _SYMBOL.search(message):
-        if RUNTIME.match(match["symbol"]):
-            return _lacking(path, [match["symbol"]], found)
-        advice = _about_cuda(match["symbol"], match["version"] or "")
-    return LoaderError(f"{message}. {advice}") if advice else error
-
-
-def _about_runtime(path: str, family: str) -> str:
-    """Return advice about a C or C++ library that lacks a symbol version."""
-    numbers: list[tuple[int, ...]] = []
-    with contextlib.suppress(LoaderError):
-        for name in defined_versions(path):
-            if match := re.fullmatch(rf"{family}_([\d.]+)", name):
-                numbers.append(tuple(map(int, match[1].split("."))))
-    newest = ".".join(map(str, max(numbers, default=())))
-    has = f"{path} has {family} up to {newest}" if newest else f"{path} has no {family}"
-    newer = _BUILD
-    if family != "GLIBC":  # GLIBC comes only with the system
-        newer = f"take a newer one, as conda's libstdcxx-ng is, or {_BUILD}"
-    return f"{has}: it was compiled on a newer system; {newer}"
-
-
-def _about_cuda(symbol: str, version: str) -> str:
-    """Return advice about a function that CUDA's runtime or the driver lacks."""
-    if match := re.fullmatch(r"libcudart\.so\.(\d+)", version):
-        wanted = libraries.requirement("cudart", int(match[1]))
-        return (
-            f"{machine.load_cudart()[1]} lacks it: it was compiled with a later CUDA {match[1]}; "
-            f"`pip install -U '{wanted}'`"
-        )
-    if re.match(r"cu[A-Z]", symbol) and not version:
-        driver = machine.driver_version()
-        has = f"driver is of CUDA {driver[0]}.{driver[1]}" if driver else "machine has no driver"
-        return (
-            f"It is a function of the NVIDIA driver's libcuda, and this {has}: install a newer one"
-        )
-    return ""
+    symbol = SYMBOL.search(str(error))
+    if symbol and RUNTIME.match(symbol["symbol"]):
+        return _lacking(path, [symbol["symbol"]], found)
+    advice = services.adviser.get().linking_advice(str(error))
+    return LoaderError(f"{error}. {advice}") if advice else error

@@ -1,103 +1,36 @@
-"""`wheels.lock`, which pins every file that may be fetched.
+"""The release of kernels to use: FI_FFI_RELEASE, or the default of `wheels.lock`.
 
-`docs/wheels-lock.md` describes the format; `tools/pins.py` edits the file.
+The lock also pins every file that may be fetched, which `fetch/wheels_lock.py` reads.
 """
 
 from __future__ import annotations
 
 import functools
 import os
-import platform
 import re
 import sys
-from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from fi_ffi.errors import ArgumentError, LoaderError
+from fi_ffi.loader.cache import expanded
 
 SCHEMA = 1
 ENVIRONMENT = "FI_FFI_LOCK"
 RELEASE = "FI_FFI_RELEASE"
+# What a malformed lock may raise.
+UNREADABLE = (OSError, LookupError, AttributeError, TypeError, ValueError, RecursionError)
 _VERSION = re.compile(r"\d+(\.\d+){1,3}((a|b|rc)\d+)?(\.(post|dev)\d+)?")
-
-
-@dataclass(frozen=True)
-class PinnedWheel:
-    """A published wheel of kernels.
-
-    `record_sha256`, if known, pins every member without fetching the whole file. `sm` is the only
-    architecture of a provider wheel ("sm90a").
-    """
-
-    release: str
-    cuda: str
-    platform: str
-    layout: Literal["monolithic", "provider"]
-    file: str
-    url: str
-    sha256: str
-    provenance: str
-    size: int | None = None
-    record_sha256: str | None = None
-    sm: str | None = None
-
-
-@dataclass(frozen=True)
-class Lock:
-    """The contents of a lock file."""
-
-    path: Path
-    default_release: str
-    kernels: tuple[PinnedWheel, ...]
-
-
-def this_platform() -> str:
-    """Return the platform's name in the lock, such as `linux-x86_64`."""
-    return f"{platform.system()}-{platform.machine()}".lower()
 
 
 def lock_path() -> Path:
     """Return `FI_FFI_LOCK`, or the lock in the installed package or beside a source tree."""
     chosen = os.environ.get(ENVIRONMENT)
     if chosen:
-        from fi_ffi.loader.cache import expanded
-
         return expanded(chosen, ENVIRONMENT)
     package = Path(__file__).resolve().parent.parent
     inside = package / "wheels.lock"
     return inside if inside.exists() else package.parent / "wheels.lock"
-
-
-def own_lock_path() -> Path | None:
-    """Return the lock in the user's cache, which `fi-ffi lock add` writes; None without a cache."""
-    from fi_ffi.loader.cache import cache_root
-
-    try:
-        return cache_root() / "wheels.lock"
-    except LoaderError:  # a user without a home directory
-        return None
-
-
-def lock_in_use() -> Lock:
-    """Read the lock that FI_FFI_LOCK names, or the package's with the user's own pins before it.
-
-    Raises `ArtifactError` if others could write the user's lock.
-    """
-    lock, own = read_lock(lock_path()), own_lock_path()
-    if os.environ.get(ENVIRONMENT) or own is None or not os.path.lexists(own):
-        return lock
-    from fi_ffi.loader import trust
-
-    trust.check_root(own.parent)
-    trust.check_object(own, os.lstat(own))
-    return replace(lock, kernels=(*read_lock(own, lock).kernels, *lock.kernels))
-
-
-@functools.cache
-def the_lock() -> Lock:
-    """Return the lock in use, read once."""
-    return lock_in_use()
 
 
 def named_release() -> str | None:
@@ -108,23 +41,32 @@ def named_release() -> str | None:
 
 def wanted_release() -> str:
     """Return the release to use without kernels: FI_FFI_RELEASE, or the lock's default."""
-    return named_release() or the_lock().default_release
+    return named_release() or default_release()
 
 
 def parse_release(text: str, argument: str = "release") -> str:
     """Check and return a release such as 0.6.13 or 0.7.2.post1."""
     if not _VERSION.fullmatch(text):
-        expected = f"a version such as {the_lock().default_release}"
+        expected = f"a version such as {default_release()}"
         raise ArgumentError("kernels", argument, got=repr(text), expected=expected)
     return text
 
 
-def read_lock(path: Path, above: Lock | None = None) -> Lock:
-    """Read a lock; `LoaderError` names the file and the problem.
+def default_release() -> str:
+    """Return the default of the lock, which is read once."""
+    return _default_of(lock_path())
 
-    A user's own lock is read with the one `above` it, whose default it does not repeat. Its entries
-    have addresses.
-    """
+
+@functools.cache
+def _default_of(path: Path) -> str:
+    try:
+        return str(read_kernels(path)["default"])
+    except LookupError as error:
+        raise LoaderError(f"{path} is not a readable lock: {error!r}") from error
+
+
+def read_kernels(path: Path) -> dict[str, Any]:
+    """Return the table of kernels in a lock; `LoaderError` names the file and the problem."""
     if sys.version_info >= (3, 11):
         import tomllib
     else:
@@ -133,32 +75,6 @@ def read_lock(path: Path, above: Lock | None = None) -> Lock:
         data = tomllib.loads(path.read_text())
         if data["schema"] != SCHEMA:
             raise ValueError(f"schema {data['schema']}, not {SCHEMA}")
-        kernels = data["kernels"]
-        wheels = [_wheel(e | {"url": _url(kernels, e)}) for e in kernels.get("files", [])]
-        default = kernels["default"] if above is None else above.default_release
-        return Lock(path, default, tuple(wheels))
-    except (OSError, LookupError, AttributeError, TypeError, ValueError, RecursionError) as error:
+        return dict(data["kernels"])
+    except UNREADABLE as error:
         raise LoaderError(f"{path} is not a readable lock: {error!r}") from error
-
-
-def _url(kernels: dict[str, Any], entry: dict[str, Any]) -> str:
-    """Return an entry's own address, or the one that the lock's pattern gives."""
-    from urllib.parse import quote
-
-    if "url" in entry:
-        return str(entry["url"])
-    url: str = kernels["url"].format(release=entry["release"], file=quote(entry["file"]))
-    return url
-
-
-def _wheel(entry: dict[str, Any]) -> PinnedWheel:
-    """Return an entry of the lock: `-` in keys becomes `_`, unknown keys are refused."""
-    values = {key.replace("-", "_"): value for key, value in entry.items()}
-    unknown = set(values) - {field.name for field in fields(PinnedWheel)}
-    if unknown:
-        raise ValueError(f"unknown keys {sorted(unknown)} in {entry!r:.200}")
-    for name in ("sha256", "record_sha256"):
-        digest = values.get(name)
-        if digest is not None and (len(digest) != 64 or set(digest) - set("0123456789abcdef")):
-            raise ValueError(f"{name} of {values.get('file')} is no lower-case sha256")
-    return PinnedWheel(**values)

@@ -45,12 +45,8 @@ _lock = threading.RLock()
 library.renew_after_fork(globals(), "_lock", threading.RLock)
 
 
-def _no_kernels() -> int | None:
-    return None
-
-
 # Returns the CUDA major version of the kernels in use, or None; set by the search for kernels.
-ask_kernels: Callable[[], int | None] = _no_kernels
+ask_kernels: Callable[[], int | None] | None = None
 
 
 def cudart(major: int) -> str:
@@ -70,10 +66,8 @@ def majors_here() -> tuple[int, ...]:
     """
     here = (_runtime[2],) if _runtime else tuple(runtimes_in_process())
     driver = driver_version()
-    return tuple(
-        major for major in CUDA_MAJORS
-        if (not here or major in here) and (driver is None or major <= driver[0])
-    )  # fmt: skip
+    able = [major for major in CUDA_MAJORS if driver is None or major <= driver[0]]
+    return tuple(major for major in able if not here or major in here)
 
 
 def load_cudart() -> tuple[Any, str]:
@@ -85,7 +79,7 @@ def load_cudart() -> tuple[Any, str]:
     if _runtime is None:
         refuse_after_fork()
         here = tuple(runtimes_in_process())
-        wanted = ask_kernels() if len(here) != 1 else None
+        wanted = ask_kernels() if ask_kernels and len(here) != 1 else None
         if wanted is None or (here and wanted not in here):
             majors = here or majors_here() or CUDA_MAJORS[-1:]
         else:

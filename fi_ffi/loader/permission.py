@@ -1,21 +1,12 @@
-"""Permission to fetch: FI_FFI_OFFLINE=1 withholds it, and so does a `fetching(False)` block.
-
-A server that refused is not asked again for a while.
-"""
+"""Permission to fetch: FI_FFI_OFFLINE=1 withholds it, and so does a `fetching(False)` block."""
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
 from fi_ffi.errors import FetchError
-from fi_ffi.loader.cache import cache_root
-
-# Seconds before a server that refused is asked again.
-UNREACHABLE = 30.0
 
 _fetching: ContextVar[bool] = ContextVar("fi_ffi.fetching", default=True)
 
@@ -42,36 +33,3 @@ def may_fetch() -> bool:
 def is_withheld(error: Exception) -> bool:
     """Return whether an error, or its cause, is that a `fetching` block forbids fetching."""
     return isinstance(error, FetchNotAllowed) or isinstance(error.__cause__, FetchNotAllowed)
-
-
-def check_permission(what: str) -> None:
-    """Raise `FetchError` if fetching is not allowed; `what` is what would have been fetched."""
-    # First: being asked would not help.
-    if os.environ.get("FI_FFI_OFFLINE") == "1":
-        raise FetchError(
-            f"FI_FFI_OFFLINE=1, and {what} is not in the cache at {cache_root()}: fetch it once "
-            "where there is a network, or copy a cache that has it"
-        )
-    if not may_fetch():
-        raise FetchNotAllowed(
-            f"{what} is not in the cache at {cache_root()}, and nothing is fetched unasked"
-        )
-
-
-class Cooldown:
-    """Repeats a server's refusal for UNREACHABLE seconds instead of asking the server again."""
-
-    def __init__(self) -> None:
-        self._refusal, self._refused_at = "", -UNREACHABLE
-
-    @contextmanager
-    def asking(self, refusals: type[FetchError] = FetchError) -> Iterator[None]:
-        """Remember a refusal that is raised inside the block; raise it at once if there is one."""
-        if time.monotonic() - self._refused_at < UNREACHABLE:
-            raise FetchError(self._refusal)
-        try:
-            yield
-        except refusals as error:
-            if not is_withheld(error):  # otherwise nobody was asked
-                self._refusal, self._refused_at = str(error), time.monotonic()
-            raise

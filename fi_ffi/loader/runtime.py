@@ -21,7 +21,6 @@ from fi_ffi.abi.signature import Signature, parse_signature
 from fi_ffi.errors import AbiError, KernelNotFoundError, LoaderError
 from fi_ffi.loader import (
     cache,
-    cubins,
     cuda_errors,
     cute_runtime,
     generation,
@@ -32,12 +31,13 @@ from fi_ffi.loader import (
     machine,
     per_device,
     search,
+    services,
     tvm_ffi,
 )
 from fi_ffi.loader.elf import FUNCTION_PREFIX, inspect_elf
 from fi_ffi.loader.fatbin import CudaCode, runs_on
-from fi_ffi.loader.held import Facts, check_processor, cuda_of, facts_of, remember
-from fi_ffi.loader.kernels import KernelFile, KernelSource, ModuleFile
+from fi_ffi.loader.held import Facts, check_processor, cuda_of, remember
+from fi_ffi.loader.kernels import KernelSource, ModuleFile
 
 # An export of modules that copy a number from the current GPU while they are loaded and throw if
 # that fails (`configureKernel` of csrc/xqa/mla_sm120.cu); nothing catches the exception.
@@ -54,6 +54,8 @@ class Loaded:
     handle: Any
     # The module object that libtvm_ffi created for a library with embedded modules.
     root: Object | None = None
+    # Answers a library that has no device code of its own.
+    server: services.DeviceCodeServer | None = None
 
 
 _locks: dict[str | Path, threading.RLock] = {}  # by module name, or by path
@@ -63,7 +65,6 @@ _linking = threading.RLock()
 library.renew_after_fork(globals(), "_linking", threading.RLock)
 # By module, device and the generation of kernels.
 _modules: dict[tuple[str, int | None, int], Loaded] = {}
-_files: dict[tuple[Path, int, int, int], Loaded] = {}
 _entries: dict[tuple[str, str, int | None, int], Entry] = {}
 _tvm_ffi: tvm_ffi.Found | None = None
 _tvm_ffi_version: tuple[int, int, int] = (0, 0, 0)
@@ -77,7 +78,8 @@ def use_source(location: str | os.PathLike[str] | None) -> None:
     search.use_source(location)
 
 
-def _lock_of(what: str | Path) -> threading.RLock:
+def lock_of(what: str | Path) -> threading.RLock:
+    """Return the lock of a module, or of the file at a path."""
     return _locks.setdefault(what, threading.RLock())
 
 
@@ -88,20 +90,9 @@ def ensure_tvm_ffi() -> tvm_ffi.Found:
         with _linking:
             if _tvm_ffi is None:
                 found = tvm_ffi.find()
-                _tvm_ffi_version = _attach(found)
+                _tvm_ffi_version = found.load(library.attach)
                 _tvm_ffi = found
     return _tvm_ffi
-
-
-def _attach(found: tvm_ffi.Found) -> tuple[int, int, int]:
-    if found.sha256 is None:
-        return library.attach(found.path)
-    with held.checked(Path(found.path), found.sha256, found.state) as opened:
-        try:
-            return library.attach(found.path, opened.name)
-        finally:
-            # A refused library may stay loaded under this name.
-            opened.keep()
 
 
 def tvm_ffi_version() -> tuple[int, int, int]:
@@ -112,30 +103,33 @@ def tvm_ffi_version() -> tuple[int, int, int]:
 
 def load(module: str, device: int | None = None) -> Loaded:
     """Find and load a module, once for each device."""
-    with _lock_of(module):
+    with lock_of(module):
         key = module, device, generation.number
         if key not in _modules:
             source, file, facts = search.find_module(module, device)
-            cuda = cuda_of(facts)
-            if cuda is not None:  # refuse it before anything is loaded
-                machine.check_cuda(cuda, str(file.path))
-                if device is not None:
-                    machine.check_driver(cuda, str(file.path))
-                machine.use_cuda(cuda, str(file.path))
-            else:
+            if cuda_of(facts) is None:
                 machine.load_cudart()
-            _prepare(facts)
-            _modules[key] = Loaded(source, file, facts, *_opened(file, facts))
+            _modules[key] = prepare_and_load(source, file, facts, device)
         return _modules[key]
 
 
-def _prepare(facts: Facts) -> None:
-    """Load the libraries that a module needs; `LoaderError` if one is missing."""
+def prepare_and_load(
+    source: KernelSource, file: ModuleFile, facts: Facts, device: int | None
+) -> Loaded:
+    """Load a file after what it needs; refuse it before anything is loaded if that is missing."""
+    cuda, path = cuda_of(facts), str(file.path)
+    if cuda is not None:
+        machine.check_cuda(cuda, path)
+        if device is not None:
+            machine.check_driver(cuda, path)
+        machine.use_cuda(cuda, path)
     if GPU_AT_LOAD_EXPORT in facts.functions:
         _check_gpu(facts.codes)
     libraries.prepare(facts.functions, facts.needed)
     if cute_runtime.FILE in facts.needed:
-        cute_runtime.load()
+        with _linking:
+            cute_runtime.load()
+    return _opened(source, file, facts)
 
 
 def _check_gpu(codes: Sequence[CudaCode]) -> None:
@@ -156,7 +150,7 @@ def _check_gpu(codes: Sequence[CudaCode]) -> None:
     )
 
 
-def _opened(file: ModuleFile, facts: Facts) -> tuple[Any, Object | None]:
+def _opened(source: KernelSource, file: ModuleFile, facts: Facts) -> Loaded:
     """Load the very file that was hashed, and fill in its variables."""
     found = ensure_tvm_ffi()
     # One at a time: the descriptor that a library was first opened by must stay open.
@@ -175,10 +169,12 @@ def _opened(file: ModuleFile, facts: Facts) -> tuple[Any, Object | None]:
             check_processor(file.path, inspect_elf(opened.name).machine)
             raise linking.explained(failed, file.path, found)
         opened.keep(in_place=in_place)
-        cubins.serve(handle, str(file.path))
+        server = None
+        if all(library.find_symbol(handle, name) for name in services.CUBIN_EXPORTS):
+            server = services.device_code.get()(handle, str(file.path))
         name = str(file.path) if in_place else opened.name
         root = imports.fill_in(handle, str(file.path), name, facts.context)
-    return handle, root
+    return Loaded(source, file, facts, handle, root, server)
 
 
 def kernel_entry(
@@ -191,7 +187,7 @@ def kernel_entry(
     key = module, str(declared), device, generation.number
     entry = _entries.get(key)
     if entry is None:
-        with _lock_of(module):
+        with lock_of(module):
             # another thread may have been faster
             entry = _entries.get(key) or _attested(module, declared, releases, device)
             _entries[key] = entry
@@ -254,49 +250,7 @@ def exported(loaded: Loaded, symbol: str) -> Entry:
         )
     entry = Entry(symbol, address, owner=loaded.handle)
     call = per_device.on_each_gpu(loaded.file, loaded.handle, symbol, entry.address)
-    call = cubins.raising_failures(loaded.handle, f"{loaded.file.module}.{symbol}", call)
+    if loaded.server is not None:
+        call = loaded.server.raising_failures(f"{loaded.file.module}.{symbol}", call)
     entry.address = cuda_errors.guard_abort(symbol, call, lambda: machine.load_cudart()[0])
     return entry
-
-
-def load_file(path: str | os.PathLike[str]) -> Loaded:
-    """Load the library at a path, once; its owner does not matter."""
-    where = cache.expanded(path, "the library")
-    try:
-        where = where.resolve()
-        stat = where.stat()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise KernelNotFoundError(f"{str(where)!r:.200}: {reason}") from error
-    if not where.is_file():
-        raise KernelNotFoundError(f"{where} is no file")
-    # identifies the file that is there now
-    key = (where, stat.st_ino, stat.st_size, stat.st_mtime_ns)
-    with _lock_of(where):
-        if key not in _files:
-            source = KernelFile(where)
-            file = source.file()
-            facts = facts_of(file)
-            cuda = cuda_of(facts)
-            if cuda is not None:
-                machine.check_cuda(cuda, str(where))
-                machine.use_cuda(cuda, str(where))
-            _prepare(facts)
-            _files[key] = Loaded(source, file, facts, *_opened(file, facts))
-        return _files[key]
-
-
-def file_signatures(path: str | os.PathLike[str]) -> dict[str, Signature | str]:
-    """Return the signature of every function that a .so exports, as the function reports it.
-
-    For a function without a signature (it takes any arguments) the value is the reason, a string.
-    Loads the file into this process; needs no GPU.
-    """
-    loaded = load_file(path)
-    found: dict[str, Signature | str] = {}
-    for name in loaded.facts.functions:
-        try:
-            found[name] = probe(exported(loaded, name))
-        except AbiError as error:
-            found[name] = str(error)
-    return found

@@ -21,20 +21,17 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 from fi_ffi.abi import library
 from fi_ffi.errors import (
     ArchitectureError,
     ArgumentError,
-    FetchError,
     FiFfiError,
     KernelNotFoundError,
     LoaderError,
 )
-from fi_ffi.loader import advice, cache, generation, machine, seed, trust
+from fi_ffi.loader import cache, generation, machine, services, trust
 from fi_ffi.loader.fatbin import runs_on, sass_named
 from fi_ffi.loader.held import Facts, cuda_of, facts_of
 from fi_ffi.loader.kernels import (
@@ -42,24 +39,21 @@ from fi_ffi.loader.kernels import (
     KernelSource,
     KernelWheel,
     ModuleFile,
-    modules_of,
     open_source,
     release_of,
-    stored,
 )
 from fi_ffi.loader.lock import (
     RELEASE,
-    PinnedWheel,
+    default_release,
+    lock_path,
     named_release,
-    the_lock,
-    this_platform,
     wanted_release,
 )
-from fi_ffi.loader.permission import Cooldown, FetchNotAllowed, fetching, is_withheld
-from fi_ffi.loader.wheel import Wheel, WheelReader, hex_of, stored_record
+from fi_ffi.loader.permission import FetchNotAllowed, fetching, is_withheld
+from fi_ffi.loader.wheel import Wheel, hex_of
 
 KERNELS, SOURCES, WHEELS = "FI_FFI_KERNELS", "FI_FFI_SOURCES", "FI_FFI_WHEELS"
-CUDA, VERIFY = "FI_FFI_CUDA", "FI_FFI_VERIFY"
+CUDA = "FI_FFI_CUDA"
 _CUDA_TAG = re.compile(r"\bcu(\d{2})\d\b")  # in a version's local part: cu130.sm90a
 _LOOKED_AT = 3  # modules to examine if the source's version does not name its CUDA
 # Suffixes of the file names of wheels for other processors.
@@ -68,7 +62,7 @@ _OTHERS = tuple(f"_{cpu}" for cpu in machine.CPUS if cpu != platform.machine())
 
 # A distribution or wheel for one SM, and a wheel that was built for one.
 _PROVIDER = re.compile(r"flashinfer_jit_cache_(sm\d+[af]?)-")
-_BUILT = re.compile(r"[^-]+-[^-]+\+cu\d+\.(sm\d+[af]?)-")
+BUILT = re.compile(r"[^-]+-[^-]+\+cu\d+\.(sm\d+[af]?)-")
 
 
 @dataclass(frozen=True)
@@ -80,6 +74,8 @@ class Candidate:
     note: str = ""
     # The only architecture it has code for, if its name says so.
     sm: str | None = None
+    # The release whose modules' names are the only ones it has, if that is known.
+    names_of: str | None = None
     # Whether there is nothing at all, as opposed to kernels that are not used.
     is_empty: bool = False
 
@@ -104,7 +100,7 @@ def _installed(release: str | None) -> Iterator[Candidate]:
     # Imported here: it imports the email package, and most processes name their kernels.
     import importlib.metadata
 
-    folders = sorted(distributions("flashinfer_jit_cache"), key=_nearness_named, reverse=True)
+    folders = sorted(distributions("flashinfer_jit_cache"), key=nearness_named, reverse=True)
     found = {folder: importlib.metadata.Distribution.at(folder) for folder in folders}
     shims = {d.version for f, d in found.items() if not _PROVIDER.match(f.name)}
     is_empty = True
@@ -172,7 +168,7 @@ def _local(release: str | None) -> Iterator[Candidate]:
     wheels: list[Path] = []
     for folder in folders:
         found = sorted(Path(folder).glob("flashinfer_jit_cache*.whl"))
-        wheels += sorted(found, key=_nearness_named, reverse=True)
+        wheels += sorted(found, key=nearness_named, reverse=True)
     for wheel in wheels:
         trust.check_user_path(wheel)
         if not named:
@@ -188,26 +184,6 @@ def _local(release: str | None) -> Iterator[Candidate]:
         yield Candidate("local", None, note, is_empty=True)
 
 
-def _gpus() -> list[tuple[int, int]]:
-    return [*map(machine.capability, range(machine.device_count()))]
-
-
-def _remote(
-    release: str | None, gpus: Sequence[tuple[int, int]] | None = None
-) -> Iterator[Candidate]:
-    """Yield the pinned wheels for these GPUs, by default for those of this machine."""
-    wanted = release or wanted_release()
-    chosen = _gpus() if gpus is None else gpus
-    try:
-        # If wheels are built for one SM each: one for each kind of GPU.
-        pins = dict.fromkeys([pinned(wanted, gpu) for gpu in chosen] or [pinned(wanted)])
-    except LoaderError as error:
-        yield Candidate("remote", None, str(error))
-        return
-    for pin in pins:
-        yield Candidate("remote", PinnedKernels(pin), sm=pin.sm)
-
-
 def _of_release(
     kind: str, source: KernelSource, release: str | None, sm: str | None = None
 ) -> Candidate:
@@ -221,7 +197,7 @@ _KINDS: dict[str, Callable[[str | None], Iterator[Candidate]]] = {
     "installed": _installed,
     "jit": _jit,
     "local": _local,
-    "remote": _remote,
+    "remote": lambda release: services.published.get()(release),
 }
 
 
@@ -267,158 +243,24 @@ def candidates(
             yield Candidate(kind, None, str(error))
 
 
-def pinned(release: str, capability: tuple[int, int] | None = None) -> PinnedWheel:
-    """Return the pinned wheel of a release for this machine; `LoaderError` lists the pins.
-
-    The machine determines the platform, the CUDA versions that its driver supports, and the SM of
-    its first GPU, unless `capability` is given. Without a driver every wheel is accepted, for
-    reading only. If this process has a CUDA runtime, the wheel is for that one.
-    """
-    lock = the_lock()
-    here = [f for f in lock.kernels if (f.release, f.platform) == (release, this_platform())]
-    fitting = [f for f in here if _runs_here(f, capability)]
-    if fitting:
-        return max(fitting, key=lambda file: (_cuda_version(file.cuda), _nearness(file.sm)))
-    of_release = [f for f in lock.kernels if f.release == release]
-    if not of_release:
-        others = sorted({f.release for f in lock.kernels})
-        raise LoaderError(
-            f"{lock.path.name} pins no kernels of FlashInfer {release}, so none are fetched; "
-            f"it has those of {', '.join(others) or 'no release'}"
-        )
-    listed = here or of_release
-    names = sorted({" ".join(filter(None, (f.release, f.cuda, f.platform, f.sm))) for f in listed})
-    able = f"compute capability {capability[0]}.{capability[1]}" if capability else _machine()
-    raise LoaderError(
-        f"{lock.path.name} pins no kernels of FlashInfer {release} that this machine "
-        f"({this_platform()}, {able}) can run; it has {', '.join(names)}"
-    )
-
-
-def _nearness(sm: str | None) -> tuple[int, int]:
+def nearness(sm: str | None) -> tuple[int, int]:
     """Return a sort key: the latest architecture is the nearest, and a specific one is nearer."""
     code = sass_named(sm) if sm else None
     return (code.sm, ("", "f", "a").index(code.suffix)) if code else (0, 0)
 
 
-def _nearness_named(path: Path) -> tuple[int, int]:
+def nearness_named(path: Path) -> tuple[int, int]:
     """Return the same key for a wheel or distribution whose name has one architecture."""
-    found = _PROVIDER.match(path.name) or _BUILT.match(path.name)
-    return _nearness(found[1] if found else None)
+    found = _PROVIDER.match(path.name) or BUILT.match(path.name)
+    return nearness(found[1] if found else None)
 
 
-def _cuda_version(tag: str) -> tuple[int, int]:
+def cuda_version(tag: str) -> tuple[int, int]:
     """Parse a tag: `cu134` is CUDA 13.4."""
     match = re.fullmatch(r"cu(\d{2})(\d)", tag)
     if match is None:
         raise ArgumentError("sources", CUDA, got=tag, expected="a tag such as cu130")
     return int(match[1]), int(match[2])
-
-
-def _runs_here(file: PinnedWheel, capability: tuple[int, int] | None) -> bool:
-    forced, version = os.environ.get(CUDA), _cuda_version(file.cuda)
-    # Within a major version, a driver runs code compiled for a later minor version.
-    fits = file.cuda == forced if forced else version[0] in machine.majors_here()
-    if not fits:
-        return False
-    if file.sm is None:
-        return True
-    if capability is None and machine.device_count():
-        capability = machine.capability(0)
-    if capability is None:
-        return True
-    return sass_named(file.sm).runs_on(capability)
-
-
-def _machine() -> str:
-    driver = machine.driver_version()
-    here = "".join(
-        f", {machine.cudart(major)} in this process" for major in machine.runtimes_in_process()
-    )
-    if driver is None:
-        return f"no CUDA driver{here}"
-    sms = [f"sm_{a}{b}" for a, b in map(machine.capability, range(machine.device_count()))]
-    return f"CUDA {driver[0]}.{driver[1]}, {' '.join(sms) or 'no GPU'}{here}"
-
-
-_locks: dict[str, threading.RLock] = {}  # by the wheel's sha256
-library.renew_after_fork(globals(), "_locks", dict)
-
-
-class PinnedKernels:
-    """A pinned wheel as a source; nothing is fetched before a module is requested."""
-
-    def __init__(self, pin: PinnedWheel) -> None:
-        self.pin, self.location = pin, pin.url
-        self.version: str | None = f"{pin.release}+{pin.cuda}"
-        self._cooldown = Cooldown()
-        self._opened: KernelWheel | None = None
-        self._record: dict[str, str] | None = None
-
-    def _hashes(self) -> dict[str, str] | None:
-        """Return the sha256 of each module if RECORD is stored here; None otherwise."""
-        pin = self.pin
-        if self._record is None and (pin.record_sha256 or _verify() == "record"):
-            record = stored_record(pin.sha256, pin.record_sha256)
-            if record is not None:
-                members = modules_of(record)
-                self._record = {name: record[path].sha256 for name, path in members.items()}
-        return self._record
-
-    def _wheel(self) -> KernelWheel:
-        """Open the wheel once: the whole file if it is here, or else what is fetched of it."""
-        pin = self.pin
-        with _locks.setdefault(pin.sha256, threading.RLock()):
-            if self._opened is None:
-                name = unquote(urlsplit(pin.url).path.rpartition("/")[2])
-                whole, verify = seed.find(pin.sha256, name), _verify()
-                wheel: WheelReader
-                if whole is not None:
-                    wheel = Wheel(whole.path, record_sha256=pin.record_sha256, stored=whole)
-                else:
-                    with self._cooldown.asking():
-                        wheel = fetcher().open_wheel(pin, verify)
-                self._opened = KernelWheel(pin.url, wheel)
-            return self._opened
-
-    @property
-    def names_of(self) -> str | None:
-        """The release whose modules' names it has; None for a wheel that was built by others."""
-        return None if _BUILT.match(self.pin.file) else self.pin.release
-
-    @property
-    def trust(self) -> str:
-        if self._hashes() is None:
-            return self._wheel().trust
-        return "record-pinned" if self.pin.record_sha256 else "record-unpinned"
-
-    def modules(self) -> list[str]:
-        hashes = self._hashes()
-        return self._wheel().modules() if hashes is None else sorted(hashes)
-
-    def file(self, module: str) -> ModuleFile:
-        return self.kept(module) or self._wheel().file(module)
-
-    def kept(self, module: str) -> ModuleFile | None:
-        """Return a module that is already on this machine, or None."""
-        hashes = self._hashes()
-        return self._wheel().kept(module) if hashes is None else stored(module, hashes[module])
-
-
-def _verify() -> str:
-    verify = os.environ.get(VERIFY) or "full"
-    if verify not in ("full", "record"):
-        raise ArgumentError("sources", VERIFY, got=verify, expected="full or record")
-    return verify
-
-
-def fetcher() -> ModuleType:
-    """Return `fi_ffi.loader.fetch`, imported when something must be fetched."""
-    try:
-        import fi_ffi.loader.fetch as fetch
-    except ModuleNotFoundError as error:
-        raise FetchError(f"nothing can be fetched: there is no {error.name}") from error
-    return fetch
 
 
 _lock = threading.RLock()
@@ -480,7 +322,7 @@ def cuda_of_kernels() -> int | None:
     """
     forced = os.environ.get(CUDA)
     if forced:
-        return _cuda_version(forced)[0]
+        return cuda_version(forced)[0]
     try:
         source = next(sources(), None)
         if source is None:
@@ -488,8 +330,6 @@ def cuda_of_kernels() -> int | None:
         tag = _CUDA_TAG.search((source.version or "").partition("+")[2])
         if tag:
             return int(tag[1])
-        if isinstance(source, PinnedKernels):
-            return None
         found = (cuda_of(facts_of(source.file(module))) for module in source.modules()[:_LOOKED_AT])
         return next(filter(None, found), None)
     except (FiFfiError, OSError):  # reported to callers that need a module
@@ -536,7 +376,7 @@ def ask(
             return Answer(place, OTHER_GPU, f"{source.location}: {named.reason}")
     other: Answer | None = None
     try:
-        names: Sequence[str] = _names_in(source, module, members)
+        names: Sequence[str] = _names_in(source, module, members, place.names_of)
     except LoaderError as error:
         return Answer(place, LATER if is_withheld(error) else FAILS, str(error))
     for name in names:
@@ -557,10 +397,10 @@ def _names_in(
     source: KernelSource,
     module: str,
     members: Callable[[KernelSource, str], Sequence[str]] | None,
+    names_of: str | None,
 ) -> Sequence[str]:
     """Return the modules of a source that would do; one with other names alone is not asked."""
-    release = source.names_of if isinstance(source, PinnedKernels) else None
-    if release is not None and members is None and not advice.adviser().may_have(release, module):
+    if names_of and members is None and not services.adviser.get().may_have(names_of, module):
         with fetching(False):  # it may be here, and have more than its release lists
             return [module] if module in _listed(source) else []
     if members is not None:
@@ -574,18 +414,6 @@ def _listed(source: KernelSource) -> list[str]:
         return source.modules()
     except LoaderError:
         return []
-
-
-def places_for(capability: tuple[int, int] | None) -> Iterator[Candidate]:
-    """Yield the places that a machine with such a GPU would search, in order."""
-    is_asked = False
-    for place in places():
-        is_pinned = place.kind == "remote" and capability is not None
-        if not is_pinned or capability in _gpus():
-            yield place
-        elif not is_asked and capability is not None:
-            is_asked = True
-            yield from _remote(release(), [capability])
 
 
 def decided() -> tuple[str, str]:
@@ -610,7 +438,7 @@ def decided() -> tuple[str, str]:
             "local": "a wheel",
         }[place.kind]
         return release_of(place.source) or "", f"{what}: {place.source.location}"
-    return the_lock().default_release, f"the default of {the_lock().path}"
+    return default_release(), f"the default of {lock_path()}"
 
 
 def find_module(module: str, device: int | None = None) -> tuple[KernelSource, ModuleFile, Facts]:
@@ -635,7 +463,7 @@ def find_module(module: str, device: int | None = None) -> tuple[KernelSource, M
         lacks = said.status == LACKS and place.source is not None
         reason = said.reason
         if lacks and place.source:
-            reason = advice.adviser().missing_module_message(place.source, module)
+            reason = services.adviser.get().missing_module_message(place.source, module)
         reasons.append(f"{place.kind}: {reason}")
     kind = ArchitectureError if wrong_code else KernelNotFoundError
     where = "" if device is None else f" for cuda:{device}"
@@ -650,5 +478,5 @@ def _advice(module: str, device: int | None) -> str:
         major, minor = machine.capability(device)
         # From SM90 on, FlashInfer's kernels use features specific to the exact architecture.
         arch = f"{major}.{minor}" + ("a" if major >= 9 else "")
-    build = advice.adviser().build_advice(module, release() or wanted_release(), arch)
+    build = services.adviser.get().build_advice(module, release() or wanted_release(), arch)
     return f"{build} FI_FFI_KERNELS names a wheel.".lstrip()

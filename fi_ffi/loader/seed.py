@@ -10,11 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import stat
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
 
 from fi_ffi.abi import library
 from fi_ffi.errors import ArtifactError, LoaderError
@@ -23,21 +19,9 @@ from fi_ffi.loader import cache, trust
 ENVIRONMENT = "FI_FFI_SEED_CACHE"
 
 _CHUNK = 1 << 20
-_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW
 # Files that this process has hashed, with their state at that time.
 _hashed: dict[Path, tuple[cache.State, str]] = {}
 library.renew_after_fork(globals(), "_hashed", dict)
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A file with the requested content.
-
-    `state` is its state when it was hashed; None if it is in the cache.
-    """
-
-    path: Path
-    state: cache.State | None
 
 
 def seed_root() -> Path | None:
@@ -54,45 +38,30 @@ def seed_root() -> Path | None:
     return root
 
 
-def find(sha256: str, name: str) -> Stored | None:
-    """Return the file with this content, of the cache or else of the seed, or None."""
+def find(sha256: str, name: str) -> tuple[Path, cache.State | None] | None:
+    """Return the file with this content, of the cache or else of the seed, or None.
+
+    With it comes its state when it was hashed; None if it is in the cache.
+    """
     cached = cache.find(sha256, name)
     if cached is not None:
-        return Stored(cached, None)
+        return cached, None
     root = seed_root()
     if root is None:
         return None
     path = root / cache.object_path(sha256, name).relative_to(cache.cache_root())
-    with contextlib.suppress(OSError), _opened(path) as file:
+    with contextlib.suppress(OSError), open(trust.open_regular(path, follow=False), "rb") as file:
         before = cache.state_of(os.fstat(file.fileno()))
         if cache.is_paranoid() or _hashed.get(path) != (before, sha256):
             if cache.hash_of(file) != sha256:
                 return None
             _hashed[path] = before, sha256
         if _is_safe(root, path):
-            return Stored(path, before)
+            return path, before
         file.seek(0)
         chunks = iter(lambda: file.read(_CHUNK), b"")
-        return Stored(cache.store(chunks, sha256, name, str(path), size=before[0]), None)
+        return cache.store(chunks, sha256, name, str(path), size=before[0]), None
     return None
-
-
-def read_note(path: Path, form: int) -> Any:
-    """Return a note of the cache, or else its counterpart in the seed, as `cache.read_note`."""
-    note = cache.read_note(path, form)
-    root = seed_root() if note is None else None
-    if root is None:
-        return note
-    return cache.read_note(root / path.relative_to(cache.cache_root()), form, root)
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
-    fd = os.open(path, _READ)
-    with open(fd, "rb") as file:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise FileNotFoundError(path)
-        yield file
 
 
 def _is_safe(root: Path, path: Path) -> bool:

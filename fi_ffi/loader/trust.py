@@ -6,7 +6,7 @@ could change is refused, whatever its hash was when it was read.
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import os
 import stat
 from pathlib import Path
@@ -22,6 +22,17 @@ _KINDS = {
     stat.S_IFIFO: "pipe",
     stat.S_IFSOCK: "socket",
 }
+
+
+def open_regular(path: str | os.PathLike[str], *, follow: bool = True) -> int:
+    """Open a file to read and return its descriptor; `OSError` if it is no regular file."""
+    # O_NONBLOCK: opening a pipe would otherwise wait for a writer.
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)
+    fd = os.open(path, flags)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "it is no regular file")
+    return fd
 
 
 def folders_exist(root: Path, folder: Path) -> bool:
@@ -82,28 +93,13 @@ def check_object(path: str | Path, status: os.stat_result) -> None:
         )
 
 
-def check_tree(folder: Path) -> None:
-    """Raise `ArtifactError` if others could have added or could change anything below a folder.
-
-    Used for files that are run without being hashed: environments and compilers' folders of builds.
-    """
-    check_folder(folder)
-    for parent, folders, files in os.walk(folder):
-        for name in (*folders, *files):
-            path = os.path.join(parent, name)  # of tens of thousands: a Path costs more
-            with contextlib.suppress(FileNotFoundError):  # removed meanwhile
-                status = os.lstat(path)
-                if stat.S_ISDIR(status.st_mode):
-                    check_folder(path)
-                elif stat.S_ISREG(status.st_mode):
-                    check_object(path, status)
-                else:  # a link; its target is decided by its owner
-                    _check_owner(path, status, f"the {_kind(status).partition(' ')[2]}")
-
-
 def check_owner(path: Path) -> None:
     """Raise `ArtifactError` unless the target of the path belongs to this user or root."""
-    status = os.stat(path)
+    check_owned(path, os.stat(path))
+
+
+def check_owned(path: str | Path, status: os.stat_result) -> None:
+    """Raise `ArtifactError` unless something with this status belongs to this user or root."""
     _check_owner(path, status, f"the {_kind(status).partition(' ')[2]}")
 
 

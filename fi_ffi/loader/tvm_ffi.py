@@ -8,13 +8,17 @@ tvm_ffi` shares.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from fi_ffi.abi import library
 from fi_ffi.errors import ArtifactError, LoaderError
+from fi_ffi.loader import held
 from fi_ffi.loader.cache import State
+from fi_ffi.loader.kernels import KernelFile
+from fi_ffi.loader.wheel import parse_record
 
 if TYPE_CHECKING:
     from importlib.metadata import Distribution
@@ -27,6 +31,7 @@ MEMBER = "tvm_ffi/lib/libtvm_ffi.so"
 # `Module` differs from the releases before and after.
 ACCEPTED = ">=0.1.11,<0.2,!=0.1.13,!=0.1.13.post0,!=0.1.13.post1"
 
+_Loaded = TypeVar("_Loaded")
 _SONAME = "libtvm_ffi.so"
 _INSTALL = f"`pip install '{PROJECT}{ACCEPTED}'`"
 
@@ -41,6 +46,17 @@ class Found:
     sha256: str | None = None
     # The file's state when it was hashed.
     state: State | None = None
+
+    def load(self, attach: Callable[..., _Loaded]) -> _Loaded:
+        """Load it: by its path, or by the name of the very file that was hashed."""
+        if self.sha256 is None:
+            return attach(self.path)
+        with held.checked(Path(self.path), self.sha256, self.state) as opened:
+            try:
+                return attach(self.path, opened.name)
+            finally:
+                # A refused library may stay loaded under this name.
+                opened.keep()
 
 
 def find() -> Found:
@@ -77,55 +93,50 @@ def release_of(found: Found) -> str | None:
 
 def installed() -> Found:
     """Find the installed distribution's copy through its metadata alone."""
+    missing = f"{PROJECT} is not installed, which has libtvm_ffi"
+    return of_distribution({PROJECT: MEMBER}, ACCEPTED, missing, _INSTALL)
+
+
+def of_distribution(
+    members: Mapping[str, str], accepted: str, missing: str, install: str, prereleases: bool = False
+) -> Found:
+    """Find a library of an installed distribution, and check it against RECORD.
+
+    `members` has the library's path by the names of the distributions that may have it, the best
+    first. `missing` and `install` are what the `LoaderError` says if none does.
+    """
     # Imported here: it imports the email package, and is not needed if a copy is loaded.
     import importlib.metadata
 
-    try:
-        distribution = importlib.metadata.distribution(PROJECT)
-    except importlib.metadata.PackageNotFoundError:
-        raise LoaderError(
-            f"apache-tvm-ffi is not installed, which has libtvm_ffi: {_INSTALL}"
-        ) from None
     from packaging.specifiers import SpecifierSet
 
-    if not SpecifierSet(ACCEPTED).contains(distribution.version):
-        raise LoaderError(
-            f"apache-tvm-ffi {distribution.version} is installed, and fi_ffi works with "
-            f"{ACCEPTED}: {_INSTALL}"
-        )
-    path = Path(str(distribution.locate_file(MEMBER)))
-    if not path.is_file():
-        raise LoaderError(
-            f"apache-tvm-ffi {distribution.version} is installed without {path}, reinstall it: "
-            f"{_INSTALL.replace('install', 'install --force-reinstall')}"
-        )
-    origin = f"installed {distribution.version}"
-    return recorded(distribution, MEMBER, origin)
+    for name, member in members.items():
+        try:
+            distribution = importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        path, version = Path(str(distribution.locate_file(member))), distribution.version
+        if not SpecifierSet(accepted).contains(version, prereleases=prereleases or None):
+            missing = f"{name} {version} is installed, and fi_ffi works with {accepted}"
+        elif not path.is_file():
+            missing = f"{name} {version} is installed without {path}, reinstall it"
+            install = install.replace("install", "install --force-reinstall", 1)
+        else:
+            return recorded(distribution, member, f"installed {version}")
+    raise LoaderError(f"{missing}: {install}")
 
 
 def recorded(distribution: Distribution, member: str, origin: str) -> Found:
     """Return a library of an installed distribution, after checking it against RECORD."""
     path = Path(str(distribution.locate_file(member)))
-    sha256, state = _recorded(distribution, member, path)
-    return Found(str(path), origin, sha256, state)
-
-
-def _recorded(
-    distribution: Distribution, member: str, path: Path
-) -> tuple[str, State] | tuple[None, None]:
-    """Return the library's sha256, compared with RECORD, and its state; None without a hash."""
     record = distribution.read_text("RECORD") or ""
-    line = next((line for line in record.splitlines() if line.startswith(f"{member},")), None)
-    if line is None or line.count(",") != 2 or not line.split(",")[1]:
-        return None, None
-    from fi_ffi.loader.kernels import KernelFile
-    from fi_ffi.loader.wheel import parse_record
-
+    line = next((line for line in record.splitlines() if line.startswith(f"{member},")), "")
+    if line.count(",") != 2 or not line.split(",")[1]:
+        return Found(str(path), origin)
     wanted, found = parse_record(line.encode(), str(path))[member], KernelFile(path).file()
     if found.sha256 != wanted.sha256:
         raise ArtifactError(
             f"{path}: sha256 is {found.sha256}, and the RECORD of {distribution.metadata['Name']} "
             f"has {wanted.sha256}: reinstall it"
         )
-    assert found.state is not None
-    return found.sha256, found.state
+    return Found(str(path), origin, found.sha256, found.state)

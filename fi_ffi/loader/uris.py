@@ -180,7 +180,8 @@ class Row:
 
     def match(self, name: str) -> dict[str, Value] | None:
         """Return the parameters in a name, or None if this rule does not apply."""
-        found = self.pattern.fullmatch(name)
+        # Before the pattern is compiled, which takes longer than all the rest.
+        found = self.pattern.fullmatch(name) if name.startswith(self.parts[0][0]) else None
         if found is None:
             return None
         params = {key: self.kinds[key].value(text) for key, text in found.groupdict().items()}
@@ -222,23 +223,17 @@ class Row:
     def render(self, params: Params) -> str:
         """Return the name for complete parameters."""
         texts = (
-            literal + ("" if name is None else self._text(name, params[name]))
+            literal + ("" if name is None else self.text(name, params[name]))
             for literal, name in self.parts
         )
         return "".join(texts)
 
-    def generator_for(self, params: Params) -> str | None:
-        """Return FlashInfer's function that makes this module, "module:function", if known."""
-        if self.generator is None:
-            return None
-        texts = {name: self._text(name, params[name]) for name in self.kinds}
-        return self.generator.format_map(texts)
-
     def _read(self, name: str, value: Value) -> Value:
         """Return the value as `match` would give it, for any accepted spelling."""
-        return self.kinds[name].value(self._text(name, value))
+        return self.kinds[name].value(self.text(name, value))
 
-    def _text(self, name: str, value: Value) -> str:
+    def text(self, name: str, value: Value) -> str:
+        """Return the text that a parameter's value has in the name."""
         kind = self.kinds[name]
         try:
             return kind.text(value)

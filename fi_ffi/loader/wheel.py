@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import contextlib
 import csv
 import hashlib
 import io
@@ -25,8 +24,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal, Protocol, cast
 
 from fi_ffi.errors import ArtifactError, FiFfiError
-from fi_ffi.loader import cache, seed
-from fi_ffi.loader.seed import Stored
+from fi_ffi.loader import cache
 
 # "record-pinned": RECORD has the sha256 pinned in the lock, which covers every member.
 # "file-verified": the whole file had its pinned sha256. "record-unpinned": members match the file's
@@ -41,7 +39,6 @@ MAX_MEMBER = 4 << 30
 # Limit of size to compressed size, for members above 1 MiB. Libraries reach 20, deflate 1032.
 _MAX_RATIO, _SMALL = 200, 1 << 20
 SLACK = 1024  # bytes of extra fields that a local header may have beyond the directory's
-_INDEX_FORMAT = 4  # version of the stored indexes' format
 _FILE_NAME = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9._+-]{1,200}")
 _BROKEN = (
     zipfile.BadZipFile,
@@ -196,14 +193,14 @@ class Wheel(WheelReader):
         *,
         record_sha256: str | None = None,
         sha256: str | None = None,
-        stored: Stored | None = None,
+        stored: tuple[Path, cache.State | None] | None = None,
     ) -> None:
         """Open a wheel; with `sha256`, read the whole file and compare it.
 
         `stored` is the file if it was found in the cache or the seed by the sha256 of the wheel.
         """
         super().__init__(str(path), record_sha256)
-        self.path, self._state = path, stored.state if stored else None
+        self.path, self._state = path, stored[1] if stored else None
         if sha256 is not None:
             self._state = verify_file(path, sha256)
         is_verified = sha256 is not None or stored is not None
@@ -245,9 +242,7 @@ def safe_name(member: str, origin: str) -> str:
 def verify_file(path: Path, sha256: str) -> cache.State:
     """Raise `ArtifactError` unless the file has that sha256; return its state."""
     try:
-        with path.open("rb") as file:
-            state = cache.state_of(os.fstat(file.fileno()))
-            found = cache.hash_of(file)
+        found, state = cache.hashed(path)
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read: {error}") from error
     if found != sha256:
@@ -283,48 +278,6 @@ def check_members(infos: list[zipfile.ZipInfo], origin: str) -> None:
                 "from its publisher again"
             )
         seen.add(folded)
-
-
-@dataclass(frozen=True)
-class Index:
-    """What is stored of a wheel on a server: RECORD, and the bytes of the zip's directory.
-
-    `pieces` are parts of the file by offset, `size` is the size of the whole.
-    """
-
-    size: int
-    pieces: dict[int, bytes]
-    record: str = ""
-
-    @staticmethod
-    def path(sha256: str) -> Path:
-        return cache.cache_root() / "indexes" / f"{sha256}.json"
-
-    @classmethod
-    def load(cls, sha256: str) -> Index | None:
-        """Return the index of a wheel; None if there is none, or if it is unreadable."""
-        data = seed.read_note(cls.path(sha256), _INDEX_FORMAT)
-        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
-            pieces = {int(at): base64.b64decode(piece) for at, piece in data["pieces"].items()}
-            return cls(int(data["size"]), pieces, str(data["record"]))
-        return None
-
-    def store(self, sha256: str) -> None:
-        """Store it; if the cache cannot be written, it is fetched again next time."""
-        pieces = {str(at): base64.b64encode(piece).decode() for at, piece in self.pieces.items()}
-        data = {"size": self.size, "pieces": pieces, "record": self.record}
-        cache.write_note(self.path(sha256), _INDEX_FORMAT, data)
-
-
-def stored_record(sha256: str, record_sha256: str | None) -> dict[str, Recorded] | None:
-    """Return RECORD of a wheel as it was stored; None unless it is the pinned one, if any."""
-    index = Index.load(sha256)
-    text = index.record.encode() if index else b""
-    if not text or record_sha256 not in (None, hashlib.sha256(text).hexdigest()):
-        return None
-    with contextlib.suppress(ArtifactError):  # damaged
-        return parse_record(text, str(Index.path(sha256)))
-    return None
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from fi_ffi.loader.elf import FUNCTION_PREFIX
 from fi_ffi.loader.fatbin import runs_on
 from fi_ffi.loader.runtime import Loaded
 from fi_ffi.modules.entry import HandleGuard, ModuleEntry, Origin, unknown
+from fi_ffi.modules.files import load_file
 
 # The start of a typed function's refusal, a string in its binary.
 _REFUSAL = b"Mismatched number of arguments when calling"
@@ -57,7 +58,7 @@ class AtPath(Unique):
     """A library at a path."""
 
     def __init__(self, path: Path) -> None:
-        self._loaded = runtime.load_file(path)
+        self._loaded = load_file(path)
         self.name = self._loaded.file.module
         self._able: set[int] = set()
 

@@ -14,7 +14,8 @@ from click.testing import CliRunner
 
 from fi_ffi.cli import cuda, main
 from fi_ffi.cli import doctor as of_doctor
-from fi_ffi.loader import lock, machine, runtime
+from fi_ffi.loader import machine, runtime
+from fi_ffi.loader.fetch import wheels_lock
 from fi_ffi.ops.table import ROWS
 
 from tests.loader.conftest import LOCK
@@ -35,7 +36,11 @@ def web() -> Iterator[Server]:
 def bare(web: Server, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """The command in a process that knows kernels from the lock alone, with an empty cache."""
     wheel = web.files[f"/{NAME}"].content
-    pins = {"url": web.url(f"/{NAME}"), "platform": lock.this_platform(), "sha256": sha256(wheel)}
+    pins = {
+        "url": web.url(f"/{NAME}"),
+        "platform": wheels_lock.this_platform(),
+        "sha256": sha256(wheel),
+    }
     (tmp_path / "wheels.lock").write_text(LOCK.replace("1.2.3", "0.6.13").format(**pins))
     library = runtime.ensure_tvm_ffi().path
     environment = {k: v for k, v in os.environ.items() if not k.startswith("FI_FFI_")} | {

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 
 from fi_ffi.cli import main
 from fi_ffi.loader import machine, runtime
+from fi_ffi.loader.fetch import wheels_lock
 
 from tests.loader.conftest import LOCK
 from tests.loader.server import File, Server, sha256
@@ -38,10 +39,9 @@ def fetch(web: Server, tmp_path: Path) -> Command:
     (tmp_path / "wheel.whl").write_bytes(content)
     with zipfile.ZipFile(tmp_path / "wheel.whl") as archive:
         record = next(archive.read(n) for n in archive.namelist() if n.endswith("/RECORD"))
-    from fi_ffi.loader import lock
 
     text = LOCK.replace("1.2.3", "0.6.13").format(
-        url=web.url(path), platform=lock.this_platform(), sha256=sha256(content)
+        url=web.url(path), platform=wheels_lock.this_platform(), sha256=sha256(content)
     )
     (tmp_path / "wheels.lock").write_text(text + f'record-sha256 = "{sha256(record)}"\n')
     environment = {k: v for k, v in os.environ.items() if not k.startswith("FI_FFI_")} | {

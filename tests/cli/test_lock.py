@@ -18,7 +18,8 @@ from fi_ffi.cli import main
 from fi_ffi.errors import ArgumentError
 from fi_ffi.loader import cache
 from fi_ffi.loader.fetch.download import fetch_file
-from fi_ffi.loader.lock import PinnedWheel, lock_path, read_lock
+from fi_ffi.loader.fetch.wheels_lock import PinnedWheel, read_lock
+from fi_ffi.loader.lock import lock_path
 
 from tests.loader import server as faults
 from tests.loader.server import File, Server, kernel_members, make_wheel, record, sha256, status

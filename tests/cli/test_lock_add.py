@@ -15,7 +15,8 @@ from click.testing import CliRunner
 from fi_ffi.cli import main
 from fi_ffi.errors import ArtifactError, KernelNotFoundError, LoaderError
 from fi_ffi.loader import lock, runtime, search
-from fi_ffi.loader.lock import read_lock, the_lock, this_platform
+from fi_ffi.loader.fetch import wheels_lock
+from fi_ffi.loader.fetch.wheels_lock import read_lock, the_lock, this_platform
 
 from tests.helpers import installed
 from tests.loader.server import File, Server, redirect, sha256
@@ -111,7 +112,7 @@ def test_a_page_pins_what_a_call_then_fetches(add, web, wheel, cache, monkeypatc
     assert source.version == f"{RELEASE}+cu130" and source.trust == "file-verified"
     assert file.path.read_bytes() == installed.library_of(_written(wheel, cache), "norm")
     # The package's pins are there as before.
-    kernels = lock.lock_in_use().kernels
+    kernels = wheels_lock.lock_in_use().kernels
     assert kernels[0].file == name_of("sm90a")
     assert kernels[1:] == read_lock(lock.lock_path()).kernels
 
@@ -135,7 +136,7 @@ def test_it_asks_first(add, web, wheel, cache):
     assert own(cache).read_text() == before
     # A second wheel comes after the first.
     add(web.url(PAGE), "--release", "0.7.1", "--yes")
-    assert [e.release for e in lock.lock_in_use().kernels[:2]] == [RELEASE, "0.7.1"]
+    assert [e.release for e in wheels_lock.lock_in_use().kernels[:2]] == [RELEASE, "0.7.1"]
     assert own(cache).read_text().startswith(before)
 
 
@@ -214,7 +215,7 @@ def test_which_of_several_must_be_said(add, web, cache):
     web.files["/none"] = File(links("a.txt"))
     assert "nor to any other" in add(web.url("/none"), "--yes", code=1)
     add(web.url(PAGE), name_of("sm90a", "0.7.1"), "--yes")
-    assert lock.lock_in_use().kernels[0].release == "0.7.1"
+    assert wheels_lock.lock_in_use().kernels[0].release == "0.7.1"
 
 
 def test_a_shim_is_no_kernels(add, web, cache):
@@ -252,9 +253,9 @@ def test_a_lock_that_is_named_is_the_only_one(add, web, cache, tmp_path, monkeyp
     mine = tmp_path / "mine.lock"
     mine.write_text('schema = 1\n[kernels]\ndefault = "0.7.1"\nurl = "https://h/{file}"\n')
     monkeypatch.setenv("FI_FFI_LOCK", str(mine))
-    assert lock.lock_in_use().kernels == ()
+    assert wheels_lock.lock_in_use().kernels == ()
     assert add(web.url(PAGE), "--release", "0.7.1", "--yes", "--json")["lock"] == str(mine)
-    assert [e.release for e in lock.lock_in_use().kernels] == ["0.7.1"]
+    assert [e.release for e in wheels_lock.lock_in_use().kernels] == ["0.7.1"]
 
 
 def test_a_lock_that_others_could_write_is_refused(add, web, cache):
@@ -263,23 +264,23 @@ def test_a_lock_that_others_could_write_is_refused(add, web, cache):
     for mode in (0o664, 0o646):
         own(cache).chmod(mode)
         with pytest.raises(ArtifactError, match="can be written by"):
-            lock.lock_in_use()
+            wheels_lock.lock_in_use()
     own(cache).chmod(0o644)
     target = cache / "elsewhere"
     os.rename(own(cache), target)
     own(cache).symlink_to(target)
     with pytest.raises(ArtifactError, match="is a symbolic link"):
-        lock.lock_in_use()
+        wheels_lock.lock_in_use()
     own(cache).unlink()
     own(cache).write_text("schema = 1\n")
     with pytest.raises(LoaderError, match="is not a readable lock"):
-        lock.lock_in_use()
+        wheels_lock.lock_in_use()
 
 
 def test_a_cache_that_is_pruned_keeps_the_pins(add, web, cache):
     add(web.url(PAGE), "--release", RELEASE, "--yes")
     done = CliRunner().invoke(main, ["cache", "prune", "--all"])
     assert done.exit_code == 0, done.output
-    assert lock.lock_in_use().kernels[0].release == RELEASE
+    assert wheels_lock.lock_in_use().kernels[0].release == RELEASE
     listed = CliRunner().invoke(main, ["lock", "verify", name_of("sm90a"), "--json"])
     assert json.loads(listed.stdout)["files"][0]["status"] == "ok", listed.output

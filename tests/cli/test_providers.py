@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fi_ffi.loader.lock import the_lock, this_platform
+from fi_ffi.loader.fetch.wheels_lock import the_lock, this_platform
 
 from tests.helpers import children
 from tests.loader.server import File, Server, make_wheel, sha256

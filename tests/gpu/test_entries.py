@@ -12,8 +12,8 @@ import os
 import pytest
 
 from fi_ffi.loader import search
+from fi_ffi.loader.fetch.wheels_lock import the_lock
 from fi_ffi.loader.kernels import open_source
-from fi_ffi.loader.lock import the_lock
 from fi_ffi.loader.uris import parse
 from tools.entries import entries_of
 

@@ -12,7 +12,7 @@ from cuda.bindings import runtime
 import fi_ffi
 from fi_ffi.cli.cuda import check
 from fi_ffi.loader import search
-from fi_ffi.loader.lock import the_lock
+from fi_ffi.loader.fetch.wheels_lock import the_lock
 from fi_ffi.ops.functions import OPS
 from fi_ffi.reference import sampling as reference
 

@@ -29,15 +29,15 @@ from fi_ffi.loader import (
     cute_runtime,
     held,
     libraries,
-    lock,
     machine,
-    permission,
     runtime,
     search,
     trust,
     tvm_ffi,
 )
+from fi_ffi.loader.fetch import asking, wheels_lock
 from fi_ffi.loader.kernels import KernelFile, open_source
+from fi_ffi.modules import files
 from fi_ffi.ops.call import cuda, providers
 from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.call.row import Row, Tensor
@@ -149,7 +149,7 @@ def for_another_processor(built_wheel: Path, tmp_path: Path) -> None:
     data[18:20] = (62 + 183 - int.from_bytes(data[18:20], "little")).to_bytes(2, "little")
     file = tmp_path / "page.so"
     file.write_bytes(data)
-    runtime.load_file(file)
+    files.load_file(file)
 
 
 def another_interface(built_wheel: Path) -> None:
@@ -306,7 +306,7 @@ RAISED: list[HERE] = [
      lambda: fi_ffi.TensorDesc("0x40", (1,), "float16", device="cpu")),
     ("No kernels of a module", errors.KernelNotFoundError, no_kernels),
     ("Missing file or directory", errors.KernelNotFoundError, lambda: open_source("/none")),
-    ("Missing file or directory", errors.KernelNotFoundError, lambda: runtime.load_file("/")),
+    ("Missing file or directory", errors.KernelNotFoundError, lambda: files.load_file("/")),
     ("Release mismatch", errors.KernelNotFoundError,
      patched(search, "release", lambda: "0.5.0",
              lambda: providers.check_available(OPS["rmsnorm"].row, CUDA))),
@@ -331,7 +331,7 @@ RAISED: list[HERE] = [
     (DAMAGED, errors.ArtifactError,
      of_file(b"no library", lambda file: held.facts_of(KernelFile(file).file()))),
     ("Offline", errors.FetchError,
-     in_environment("FI_FFI_OFFLINE", "1", lambda: permission.check_permission("norm.so"))),
+     in_environment("FI_FFI_OFFLINE", "1", lambda: asking.check_permission("norm.so"))),
     ("No GPU", errors.LoaderError,
      lambda: machine._attribute.__wrapped__(machine.device_count(), 75)),
     ("libcudart is missing", errors.LoaderError, no_cudart),
@@ -352,7 +352,7 @@ RAISED: list[HERE] = [
     (DISK, errors.LoaderError, lambda: disk(errno.ENOSPC)),
     (DISK, errors.LoaderError, lambda: disk(errno.EROFS)),
     ("Unreadable lock", errors.LoaderError,
-     of_file(b"no = 1", lock.read_lock)),
+     of_file(b"no = 1", wheels_lock.read_lock)),
     ("KernelError", errors.KernelError, fails_without_words),
     ("KernelError", errors.KernelError, lambda: cuda.check(1, "cudaMemcpyAsync")),
     ("DeviceError", errors.DeviceError, lambda: cuda.check(700, "cudaEventRecord")),

@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-from fi_ffi.loader import lock, runtime
+from fi_ffi.loader import runtime
+from fi_ffi.loader.fetch import wheels_lock
 
 from tests.helpers import sampling
 from tests.helpers.children import ROOT, done
@@ -80,15 +81,15 @@ def remote_kernels(root, tmp_path, monkeypatch):
         path.write_text(
             LOCK.format(
                 url=server.url("/kernels.whl"),
-                platform=lock.this_platform(),
+                platform=wheels_lock.this_platform(),
                 sha256=sha256(wheel),
             )
         )
         monkeypatch.setenv("FI_FFI_LOCK", str(path))
         monkeypatch.setenv("FI_FFI_SOURCES", "remote")
         monkeypatch.setenv("FI_FFI_CUDA", "cu130")
-        lock.the_lock.cache_clear()
+        wheels_lock.the_lock.cache_clear()
         runtime.use_source(None)
         yield server
-    lock.the_lock.cache_clear()
+    wheels_lock.the_lock.cache_clear()
     runtime.use_source(None)

@@ -23,6 +23,7 @@ from fi_ffi.loader.fetch import progress, ranges
 from fi_ffi.loader.fetch.download import Downloaded, fetch_file
 from fi_ffi.loader.fetch.http import Client
 from fi_ffi.loader.fetch.remote import RemoteWheel
+from fi_ffi.modules import files
 
 from tests.helpers.children import start
 from tests.loader import server as faults
@@ -346,7 +347,7 @@ def test_a_local_file_is_loaded_while_a_server_is_slow(of, remote_kernels, testi
         assert thread.is_alive()
         time.sleep(0.01)
     at = time.monotonic()
-    runtime.load_file(testing_library)
+    files.load_file(testing_library)
     assert methods._lock.acquire(timeout=1)
     methods._lock.release()
     assert time.monotonic() - at < 1.5

@@ -209,7 +209,7 @@ def test_what_is_wrong_is_said_at_once(image, reason):
 def test_files_that_are_none(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path, tmp_path / "pipe"):
-        with pytest.raises(ArtifactError, match="not a regular file"):
+        with pytest.raises(LoaderError, match="no regular file"):
             inspect_elf(path)
     for path in (tmp_path / "missing", "nul\0inside"):
         with pytest.raises(LoaderError, match="cannot be opened") as caught:

@@ -16,8 +16,9 @@ from click.testing import CliRunner
 import fi_ffi
 from fi_ffi.cli import main
 from fi_ffi.errors import ArtifactError, BuildError, KernelNotFoundError, LoaderError
-from fi_ffi.loader import cache, held, lock, runtime, search
+from fi_ffi.loader import cache, held, lock, search
 from fi_ffi.loader.kernels import KernelFile, open_source
+from fi_ffi.modules import files
 from fi_ffi.ops.functions import OPS
 from fi_ffi_build import environment
 
@@ -120,14 +121,14 @@ def test_no_home(testing_library):
             [*look(None)]
     # Kernels that are named need no cache: what would be noted there is asked for again.
     assert held.facts_of(KernelFile(testing_library).file()).functions
-    assert runtime.load_file(testing_library).facts.functions
+    assert files.load_file(testing_library).facts.functions
 
 
 def test_a_home_that_nobody_has(monkeypatch):
     monkeypatch.setenv("FI_FFI_CACHE_DIR", "~nosuchuser/cache")
     with pytest.raises(LoaderError, match="FI_FFI_CACHE_DIR is '~nosuchuser/cache'.*whole path"):
         cache.cache_root()
-    for use in (open_source, runtime.load_file):
+    for use in (open_source, files.load_file):
         with pytest.raises(LoaderError, match="'~nosuchuser/a'.*whole path"):
             use("~nosuchuser/a")
     monkeypatch.setenv("FI_FFI_LOCK", "~nosuchuser/wheels.lock")
@@ -139,9 +140,9 @@ def test_names_that_are_too_long(root, monkeypatch, tmp_path):
     with pytest.raises(KernelNotFoundError, match="no such file or directory"):
         open_source(LONG)
     with pytest.raises(KernelNotFoundError, match="File name too long"):
-        runtime.load_file(LONG)
+        files.load_file(LONG)
     with pytest.raises(KernelNotFoundError, match="null byte"):
-        runtime.load_file("a\0b.so")
+        files.load_file("a\0b.so")
     locked = environment._locked(type(tmp_path)(LONG), print)
     with pytest.raises(BuildError, match="File name too long; name another --build-dir"), locked:
         pass

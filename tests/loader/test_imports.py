@@ -21,6 +21,7 @@ from fi_ffi.errors import KernelError, KernelNotFoundError, LoaderError
 from fi_ffi.loader import runtime
 from fi_ffi.loader.elf import inspect_elf
 from fi_ffi.loader.tvm_ffi import PROJECT
+from fi_ffi.modules import files
 
 from tests.helpers import compiler
 from tests.helpers.children import environment
@@ -92,7 +93,7 @@ def test_a_module_that_imports_the_library(library):
     module = fi_ffi.module(library(OTHER, LIBRARY))
     assert module.stored() == STORED
     assert module.call.signature == parse_signature("call(0: str) -> Any")
-    loaded = runtime.load_file(module.path)
+    loaded = files.load_file(module.path)
     assert loaded.root is not None
     assert loaded.root.use_count > 1  # nobody gives back the last one
 
@@ -157,7 +158,7 @@ def test_what_is_loaded_is_what_was_hashed(library, monkeypatch):
 def test_a_wheel_of_flashinfer_has_none_of_it():
     testing = compiler.headers().parent / "lib" / "libtvm_ffi_testing.so"
     assert inspect_elf(testing).context == ()
-    assert runtime.load_file(testing).root is None
+    assert files.load_file(testing).root is None
 
 
 # What apache-tvm compiles

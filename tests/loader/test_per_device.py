@@ -14,6 +14,7 @@ from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.function import Entry
 from fi_ffi.errors import ArtifactError
 from fi_ffi.loader import machine, per_device, runtime
+from fi_ffi.modules import files
 
 from tests.helpers import compiler
 
@@ -67,7 +68,7 @@ class Gpus:
         return 0
 
     def entry(self, name: str = "run") -> Entry:
-        return runtime.exported(runtime.load_file(self.path), name)
+        return runtime.exported(files.load_file(self.path), name)
 
     def call(self, entry: Entry, device: int, count: int = 1, here: Any = None) -> int:
         self._of_thread.device = device

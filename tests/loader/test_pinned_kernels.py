@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from fi_ffi.errors import ArgumentError, KernelNotFoundError
-from fi_ffi.loader import lock, runtime, search
+from fi_ffi.loader import runtime, search
+from fi_ffi.loader.fetch import wheels_lock
 
 from tests.helpers.children import done
 from tests.loader.conftest import LOCK
@@ -30,7 +31,7 @@ def test_only_the_pinned_file_is_used(remote_kernels, root):
     """Where RECORD is not pinned, the server's own vouches for nothing."""
     path, found = Path(os.environ["FI_FFI_LOCK"]), sha256(wheel_of(remote_kernels))
     path.write_text(path.read_text().replace(found, "0" * 64))
-    lock.the_lock.cache_clear()
+    wheels_lock.the_lock.cache_clear()
     runtime.use_source(None)
     with pytest.raises(KernelNotFoundError, match=f"sha256 is {found}, pinned is 000"):
         search.find_module("norm")
@@ -98,7 +99,7 @@ def start(built_wheel, web, tmp_path):
         record = next(archive.read(n) for n in archive.namelist() if n.endswith("/RECORD"))
     text = LOCK.replace("1.2.3", "0.6.13").format(
         url=web.url(next(iter(web.files))),
-        platform=lock.this_platform(),
+        platform=wheels_lock.this_platform(),
         sha256=sha256(built_wheel.read_bytes()),
     )
     text += f'record-sha256 = "{sha256(record)}"\n'

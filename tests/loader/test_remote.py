@@ -16,10 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fi_ffi.errors import ArtifactError, FetchError, LoaderError
-from fi_ffi.loader import permission, search
+from fi_ffi.loader.fetch import asking, pinned_wheels
 from fi_ffi.loader.fetch.http import Client
 from fi_ffi.loader.fetch.remote import RemoteWheel
-from fi_ffi.loader.lock import PinnedWheel
+from fi_ffi.loader.fetch.wheels_lock import PinnedWheel
 
 from tests.loader import server as faults
 from tests.loader.server import (
@@ -374,7 +374,7 @@ def test_headers_at_random(fuzzed):
 
 def test_a_server_that_refused_is_not_waited_for_again_and_again(web, monkeypatch):
     """Not by the next module, nor the one after that; later it is asked anew."""
-    source = search.PinnedKernels(pin_of(web))
+    source = pinned_wheels.PinnedKernels(pin_of(web))
     web.always = status(403)
     said = []
     for _ in range(2):
@@ -383,5 +383,5 @@ def test_a_server_that_refused_is_not_waited_for_again_and_again(web, monkeypatc
         said.append((str(caught.value), len(web.seen)))
     assert said[0] == said[1] and said[0][1]
     web.always = faults.good
-    monkeypatch.setattr(permission, "UNREACHABLE", 0.0)
+    monkeypatch.setattr(asking, "UNREACHABLE", 0.0)
     assert "norm" in source.modules()

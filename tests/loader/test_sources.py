@@ -15,6 +15,7 @@ import fi_ffi
 from fi_ffi.capability.judgement import Query
 from fi_ffi.errors import ArtifactError, KernelNotFoundError, LoaderError
 from fi_ffi.loader import lock, machine, runtime, search
+from fi_ffi.loader.fetch import pinned_wheels, wheels_lock
 from fi_ffi.loader.kernels import LAYOUT, KernelDirectory, KernelWheel, open_source, release_of
 
 from tests.loader.server import make_wheel, sha256
@@ -32,7 +33,7 @@ def bare(monkeypatch, tmp_path):
     yield
     monkeypatch.undo()
     runtime.use_source(None)
-    lock.the_lock.cache_clear()
+    wheels_lock.the_lock.cache_clear()
 
 
 @pytest.fixture(scope="session")
@@ -66,7 +67,7 @@ TEXT = lock.lock_path().read_text()
 
 
 def test_every_kernel_file():
-    kernels = lock.the_lock().kernels
+    kernels = wheels_lock.the_lock().kernels
     assert len({(k.release, k.cuda, k.platform, k.sm) for k in kernels}) == len(kernels) > 0
     for kernel in kernels:
         Version(kernel.release)
@@ -75,7 +76,7 @@ def test_every_kernel_file():
         assert kernel.url.startswith("https://")
         assert kernel.url.endswith(kernel.file.replace("+", "%2B"))
         assert kernel.release in kernel.url and kernel.provenance
-    assert lock.the_lock().default_release in {kernel.release for kernel in kernels}
+    assert wheels_lock.the_lock().default_release in {kernel.release for kernel in kernels}
 
 
 def without(key):
@@ -106,7 +107,7 @@ def test_a_damaged_lock(name, tmp_path):
         path.write_bytes(text.encode() if isinstance(text, str) else text)
     says = "No such file" if text is None else f"{path} is not a readable lock"
     with pytest.raises(LoaderError, match=says):
-        lock.read_lock(path)
+        wheels_lock.read_lock(path)
 
 
 def test_other_locks(tmp_path, monkeypatch):
@@ -114,11 +115,11 @@ def test_other_locks(tmp_path, monkeypatch):
     path = tmp_path / "wheels.lock"
     path.write_text(TEXT.replace('default = "', 'default = "9.'))
     monkeypatch.setenv("FI_FFI_LOCK", str(path))
-    assert lock.read_lock(lock.lock_path()).default_release.startswith("9.")
+    assert wheels_lock.read_lock(lock.lock_path()).default_release.startswith("9.")
     path.write_text(TEXT.partition("[[kernels.files]]")[0])
-    assert lock.read_lock(path).kernels == ()
+    assert wheels_lock.read_lock(path).kernels == ()
     path.write_text(f'{TEXT}\n[libtvm-ffi]\nversion = "0.1.15"\n')
-    assert len(lock.read_lock(path).kernels) == TEXT.count("[[kernels.files]]")
+    assert len(wheels_lock.read_lock(path).kernels) == TEXT.count("[[kernels.files]]")
 
 
 # Directories and wheels.
@@ -244,7 +245,7 @@ def test_a_bare_machine_has_only_the_pinned_wheel(no_runtime):
     assert [kind for kind, place in found.items() if place.source] == ["remote"]
     assert all(place.note for place in found.values() if not place.source)
     assert found["remote"].source.location.startswith("https://")
-    assert search.release() == lock.the_lock().default_release
+    assert search.release() == wheels_lock.the_lock().default_release
 
 
 def test_explicit_is_the_only_one(built_wheel, monkeypatch):
@@ -346,20 +347,20 @@ def test_sources_may_be_chosen_and_ordered(built_wheel, monkeypatch):
 def test_the_pin_is_chosen_by_the_machine(driver, forced, cuda, tmp_path, monkeypatch, no_runtime):
     """Drivers of other CUDA versions cannot be had here; everything else is real."""
     entry = {"release": "0.6.13", "cuda": "cu134", "layout": "monolithic", "sha256": "0" * 64}
-    entry |= {"platform": lock.this_platform(), "file": "a.whl", "provenance": "none"}
+    entry |= {"platform": wheels_lock.this_platform(), "file": "a.whl", "provenance": "none"}
     mine = tmp_path / "wheels.lock"
     lines = "".join(f'{key} = "{value}"\n' for key, value in entry.items())
     mine.write_text(f"{TEXT}\n[[kernels.files]]\n{lines}")
     monkeypatch.setenv(lock.ENVIRONMENT, str(mine))
-    lock.the_lock.cache_clear()
+    wheels_lock.the_lock.cache_clear()
     monkeypatch.setattr(machine, "driver_version", lambda: driver)
     if forced:
         monkeypatch.setenv(search.CUDA, forced)
     if cuda is None:
         with pytest.raises(LoaderError, match="pins no kernels of FlashInfer 0.6.13"):
-            search.pinned("0.6.13")
+            pinned_wheels.pinned("0.6.13")
     else:
-        assert search.pinned("0.6.13").cuda == cuda
+        assert pinned_wheels.pinned("0.6.13").cuda == cuda
 
 
 @pytest.mark.parametrize(
@@ -375,50 +376,50 @@ def test_the_pin_is_chosen_by_the_machine(driver, forced, cuda, tmp_path, monkey
 )
 def test_of_two_cudas_that_of_the_process(driver, here, cuda, tmp_path, monkeypatch, no_runtime):
     entry = {"release": "0.6.13", "layout": "monolithic", "provenance": "none"}
-    entry |= {"platform": lock.this_platform()}
+    entry |= {"platform": wheels_lock.this_platform()}
     text = TEXT
     for number, tag in enumerate(("cu129", "cu130", "cu128")):
         own = entry | {"cuda": tag, "file": f"{tag}.whl", "sha256": str(number) * 64}
         text += "\n[[kernels.files]]\n" + "".join(f'{k} = "{v}"\n' for k, v in own.items())
     (tmp_path / "wheels.lock").write_text(text)
     monkeypatch.setenv(lock.ENVIRONMENT, str(tmp_path / "wheels.lock"))
-    lock.the_lock.cache_clear()
+    wheels_lock.the_lock.cache_clear()
     monkeypatch.setattr(machine, "driver_version", lambda: driver)
     if here is not None:
         monkeypatch.setattr(machine, "runtimes_in_process", lambda: {here: f"libcudart.so.{here}"})
     if cuda is not None:
-        assert search.pinned("0.6.13").cuda == cuda
+        assert pinned_wheels.pinned("0.6.13").cuda == cuda
         return
     with pytest.raises(LoaderError, match=r"CUDA 12\.6, no GPU, libcudart\.so\.13 in this process"):
-        search.pinned("0.6.13")
+        pinned_wheels.pinned("0.6.13")
 
 
 def test_the_pin_for_a_gpu_that_is_not_here(tmp_path, monkeypatch, no_runtime):
     """Of wheels of one SM each, that of the GPU which is named, whatever the machine has."""
     entry = {"release": "0.7.1", "cuda": "cu130", "layout": "provider", "provenance": "none"}
-    entry |= {"platform": lock.this_platform()}
+    entry |= {"platform": wheels_lock.this_platform()}
     text = TEXT
     for number, sm in enumerate(("sm90a", "sm100f", "sm100a", "sm103a", "sm120f")):
         own = entry | {"sm": sm, "file": f"{sm}.whl", "sha256": str(number) * 64}
         text += "\n[[kernels.files]]\n" + "".join(f'{k} = "{v}"\n' for k, v in own.items())
     (tmp_path / "wheels.lock").write_text(text)
     monkeypatch.setenv(lock.ENVIRONMENT, str(tmp_path / "wheels.lock"))
-    lock.the_lock.cache_clear()
+    wheels_lock.the_lock.cache_clear()
     monkeypatch.setattr(machine, "driver_version", lambda: None)
 
     def chosen(*gpus):
         monkeypatch.setattr(machine, "device_count", lambda: len(gpus))
         monkeypatch.setattr(machine, "capability", lambda device: gpus[device])
-        return " ".join(place.sm for place in search._remote("0.7.1"))
+        return " ".join(place.sm for place in pinned_wheels.published("0.7.1"))
 
     for count in (0, 1):
         monkeypatch.setattr(machine, "device_count", lambda count=count: count)
         monkeypatch.setattr(machine, "capability", lambda device: (10, 0))
-        assert search.pinned("0.7.1", (9, 0)).sm == "sm90a"
-        assert search.pinned("0.7.1", (10, 0)).sm == "sm100a"
+        assert pinned_wheels.pinned("0.7.1", (9, 0)).sm == "sm90a"
+        assert pinned_wheels.pinned("0.7.1", (10, 0)).sm == "sm100a"
         with pytest.raises(LoaderError, match=r"pins no kernels of FlashInfer 0\.7\.1"):
-            search.pinned("0.7.1", (8, 0))
-    assert search.pinned("0.7.1").sm == "sm100a"
+            pinned_wheels.pinned("0.7.1", (8, 0))
+    assert pinned_wheels.pinned("0.7.1").sm == "sm100a"
     # The nearest of those that it runs, and each kind of GPU's own.
     assert chosen((10, 0)) == "sm100a"
     assert chosen((10, 3)) == "sm103a"
@@ -436,7 +437,7 @@ def test_a_release_that_is_none(monkeypatch):
 def test_a_release_that_is_not_pinned_names_those_that_are():
     says = r"pins no kernels of FlashInfer 9\.9\.9, so none are fetched; it has those of .*0\.6\.13"
     with pytest.raises(LoaderError, match=says):
-        search.pinned("9.9.9")
+        pinned_wheels.pinned("9.9.9")
 
 
 @pytest.mark.parametrize("capability", [(8, 7), (9, 0), (10, 0)])

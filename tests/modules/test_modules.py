@@ -18,7 +18,7 @@ import pytest
 import fi_ffi
 from fi_ffi.abi.signature import Signature
 from fi_ffi.loader.elf import inspect_elf
-from fi_ffi.loader.runtime import file_signatures
+from fi_ffi.modules.files import file_signatures
 from fi_ffi.modules.module import AtPath
 
 from tests.helpers.children import ROOT, done

@@ -10,6 +10,7 @@ import pytest
 
 from fi_ffi.abi.function import Entry
 from fi_ffi.loader import runtime
+from fi_ffi.modules import files
 
 from tests.helpers import compiler
 
@@ -19,7 +20,7 @@ class Recording:
 
     def __init__(self, *options: str) -> None:
         self.path = compiler.compiled(Path(__file__).with_name("recording.cc"), *options)
-        self._loaded = runtime.load_file(self.path)
+        self._loaded = files.load_file(self.path)
 
     def entry(self, name: str) -> Entry:
         return runtime.exported(self._loaded, name)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import fi_ffi
-from fi_ffi.loader.lock import the_lock
+from fi_ffi.loader.fetch.wheels_lock import the_lock
 from fi_ffi.ops.attention.plan import Plan
 from fi_ffi.ops.functions import OPS
 

@@ -19,7 +19,8 @@ from fi_ffi.capability.matrix import lines
 from fi_ffi.catalogue.ahead_of_time import published
 from fi_ffi.catalogue.modules import members
 from fi_ffi.errors import FetchError, LoaderError
-from fi_ffi.loader import lock, machine, runtime, search
+from fi_ffi.loader import machine, runtime, search
+from fi_ffi.loader.fetch import wheels_lock
 from fi_ffi.loader.permission import fetching, is_withheld
 from fi_ffi.loader.uris import parse
 from fi_ffi.ops.call.support import REFUSED, UNKNOWN, Support
@@ -72,11 +73,11 @@ def state(
         monkeypatch.setenv(search.KERNELS, str(built_wheel))
     monkeypatch.setattr(machine, "device_count", lambda: 1)
     monkeypatch.setattr(machine, "capability", lambda device: SM)
-    lock.the_lock.cache_clear()
+    wheels_lock.the_lock.cache_clear()
     runtime.use_source(None)
     yield request.param
     monkeypatch.undo()
-    lock.the_lock.cache_clear()
+    wheels_lock.the_lock.cache_clear()
     runtime.use_source(None)
 
 

@@ -7,6 +7,7 @@ import pytest
 
 import fi_ffi
 from fi_ffi.loader import generation, search
+from fi_ffi.loader.fetch import wheels_lock
 from fi_ffi.ops.call import compiled
 from fi_ffi.ops.call.releases import fits
 from fi_ffi.ops.functions import OPS
@@ -120,16 +121,15 @@ def test_the_first_kernels_decide(tmp_path, monkeypatch):
 
 
 def test_without_a_lock_the_first_forms_are_in_force(tmp_path, monkeypatch):
-    from fi_ffi.loader import lock
 
     monkeypatch.setenv("FI_FFI_LOCK", str(tmp_path / "none.lock"))
-    lock.the_lock.cache_clear()
+    wheels_lock.the_lock.cache_clear()
     try:
         generation.advance()
         assert fi_ffi.rmsnorm_quant.row is fi_ffi.rmsnorm_quant.rows[0]
     finally:
         monkeypatch.undo()
-        lock.the_lock.cache_clear()
+        wheels_lock.the_lock.cache_clear()
         generation.advance()
 
 

@@ -17,7 +17,7 @@ from fi_ffi.capability.matrix import SMS, lines
 from fi_ffi.catalogue.ahead_of_time import compiles_for, in_wheel, is_recorded, listed_in
 from fi_ffi.errors import ArgumentError, KernelNotFoundError
 from fi_ffi.loader import machine, search
-from fi_ffi.loader.lock import the_lock
+from fi_ffi.loader.fetch.wheels_lock import the_lock
 from fi_ffi.ops.call.releases import span_of
 from fi_ffi.ops.call.support import WORDS
 from fi_ffi.ops.functions import OPS

@@ -9,7 +9,7 @@ import pytest
 
 from fi_ffi import file_signatures
 from fi_ffi.errors import BuildError
-from fi_ffi.loader.lock import the_lock
+from fi_ffi.loader.fetch.wheels_lock import the_lock
 from tools.entries import entries_of
 from tools.release import Source, abi_type, read
 from tools.release.conditions import truth

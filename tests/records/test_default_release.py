@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fi_ffi.capability.matrix import lines
-from fi_ffi.loader.lock import the_lock
+from fi_ffi.loader.fetch.wheels_lock import the_lock
 from fi_ffi.ops.attention.rows import BATCH_MLA
 from fi_ffi.ops.call.support import BUILT, MISSING, RUN, Support
 from fi_ffi.ops.functions import OPS

@@ -23,7 +23,7 @@ from fi_ffi.catalogue.ahead_of_time import (
     wheels_of,
 )
 from fi_ffi.loader.fatbin import sass_named
-from fi_ffi.loader.lock import the_lock
+from fi_ffi.loader.fetch.wheels_lock import the_lock
 from fi_ffi.loader.uris import parse, uri, version_of
 from tools.entries import entries_of
 from tools.release import grids

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 import fi_ffi
-from fi_ffi.loader.lock import the_lock
+from fi_ffi.loader.fetch.wheels_lock import the_lock
 from fi_ffi.ops.call.forms import form_of
 from fi_ffi.ops.call.releases import FIRST, fits, is_in
 from fi_ffi.ops.call.row import Row, Tensor

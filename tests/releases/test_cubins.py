@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import random
+import shutil
 import sys
 import threading
 from pathlib import Path
@@ -13,9 +14,10 @@ from pathlib import Path
 import pytest
 
 import fi_ffi
-from fi_ffi.errors import ArtifactError, KernelError, KernelNotFoundError
-from fi_ffi.loader import fetch, permission
-from fi_ffi.loader.fetch import http
+from fi_ffi.errors import ArtifactError, KernelError, KernelNotFoundError, LoaderError
+from fi_ffi.loader import services
+from fi_ffi.loader.fetch import asking as cooling
+from fi_ffi.loader.fetch import cubins, http
 
 from tests.helpers import compiler
 from tests.helpers.children import done, start
@@ -87,6 +89,14 @@ def test_every_release_is_given_its_device_code(release, asking, folder):
     module = fi_ffi.module(asking(release))
     assert module.get(NAME, SHA256) == CONTENT
     assert module.get(NAME, SHA256.upper()) == CONTENT
+
+
+def test_without_the_package_that_answers(asking, tmp_path, monkeypatch):
+    """The module is refused when it is loaded, and not when it is called."""
+    path = Path(shutil.copy(asking(), tmp_path / "alone.so"))
+    monkeypatch.setattr(services, "device_code", services.Slot(services._no_server))
+    with pytest.raises(LoaderError, match=r"alone\.so asks for .* the package fi_ffi.loader.fetch"):
+        fi_ffi.module(path)
 
 
 def test_a_slash_too_many(module, folder):
@@ -206,7 +216,7 @@ def test_servers_that_have_another_file_or_none(module, web, fault, words):
 def test_a_server_that_is_not_reached_is_not_asked_at_every_call(module, web, monkeypatch):
     """Not for that file, nor for another; later, and at another address, it is."""
     monkeypatch.setattr(http.time, "sleep", lambda seconds: None)
-    monkeypatch.setattr(fetch, "_cooldowns", {})
+    monkeypatch.setattr(cubins, "_cooldowns", {})
     web.always = reset
     refused(module, KernelNotFoundError, "gave up after")
     asked = len(web.seen)
@@ -218,7 +228,7 @@ def test_a_server_that_is_not_reached_is_not_asked_at_every_call(module, web, mo
     monkeypatch.setenv("FLASHINFER_CUBINS_REPOSITORY", web.url("/base"))
     assert module.get(NAME, SHA256) == CONTENT
     monkeypatch.setenv("FLASHINFER_CUBINS_REPOSITORY", web.url("/base/"))
-    monkeypatch.setattr(permission, "UNREACHABLE", 0.0)
+    monkeypatch.setattr(cooling, "UNREACHABLE", 0.0)
     assert module.get(NAME, SHA256) == CONTENT
 
 

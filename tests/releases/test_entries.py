@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from fi_ffi.loader.lock import the_lock
+from fi_ffi.loader.fetch.wheels_lock import the_lock
 from tools.entries import entries_of
 from tools.release.command import main
 

@@ -28,6 +28,7 @@ from fi_ffi.errors import AbiError, ArtifactError, FiFfiError, LoaderError
 from fi_ffi.loader import cache, held, lock
 from fi_ffi.loader.elf import inspect_elf
 from fi_ffi.loader.fatbin import architectures, sass_named
+from fi_ffi.loader.fetch import wheels_lock
 from fi_ffi.loader.wheel import Wheel, parse_record
 from fi_ffi.modules.module import AtPath
 from fi_ffi.modules.packing import packer_of
@@ -202,7 +203,7 @@ PARSERS: dict[str, Parser] = {
     "architecture": Parser(lambda data: sass_named(_text(data)), ArtifactError, list),
     "record": Parser(lambda data: parse_record(data, "x"), ArtifactError, list),
     "lock": Parser(
-        lambda data: lock.read_lock(_in_memory(data)),
+        lambda data: wheels_lock.read_lock(_in_memory(data)),
         LoaderError,
         lambda: [lock.lock_path().read_bytes()],
     ),

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from fi_ffi.abi.signature import parse_signature
 from fi_ffi.errors import AbiError, ArtifactError, LoaderError
-from fi_ffi.loader import lock
+from fi_ffi.loader.fetch import wheels_lock
 from fi_ffi.loader.wheel import parse_record
 from fi_ffi.modules.types import parse_type
 
@@ -137,7 +137,7 @@ def test_locks_nested_without_end():
     for unit in ("[", "{a=", "{"):
         text = "a = " + unit * 50_000
         with pytest.raises(LoaderError, match="in memory is not a readable lock"):
-            lock.read_lock(InMemory(text.encode()))
+            wheels_lock.read_lock(InMemory(text.encode()))
 
 
 def test_a_record_of_many_lines_is_read_in_time():

@@ -14,7 +14,7 @@ import pytest
 
 import fi_ffi
 from fi_ffi.abi.interop import as_desc
-from fi_ffi.loader import runtime
+from fi_ffi.modules import files
 from fi_ffi.ops.functions import OPS
 
 from tests.attention.pretend import current_stream
@@ -76,7 +76,7 @@ COLD = """
         y, w = np.full((2, 8), np.nan, np.float16), np.ones(8, np.float16)
         fi_ffi.rmsnorm(y, np.full((2, 8), number + 1, np.float16), w, eps=0.0)
         assert (y == 1).all()
-        loaded.append((number, runtime.load_file(path)))
+        loaded.append((number, files.load_file(path)))
 
     at_once(work, 2 * len(others))
     def handles(made):
@@ -101,7 +101,7 @@ class Everything:
     def load(self) -> None:
         with pytest.raises(fi_ffi.KernelNotFoundError, match=f"none_{self.number}"):
             fi_ffi.module(f"/nowhere/none_{self.number}.so")
-        runtime.load_file(str(self.module.path))
+        files.load_file(str(self.module.path))
 
     def call(self) -> None:
         expected, one = placed(draw(RMSNORM.row, {"T": "float16"}, {}), {}, 2)

@@ -18,6 +18,7 @@ from fi_ffi.errors import ArtifactError, LoaderError
 from fi_ffi.loader import cache, elf, held, runtime, search, tvm_ffi
 from fi_ffi.loader.kernels import ModuleFile, open_source
 from fi_ffi.loader.wheel import Wheel
+from fi_ffi.modules import files
 
 from tests.helpers import compiler
 from tests.helpers.forking import in_child
@@ -246,13 +247,13 @@ def test_many_libraries_one_after_the_other(tmp_path):
     for name in "abcdefgh":
         path = tmp_path / f"{name}.so"
         path.write_bytes(library_bytes(name.encode()))
-        handles[name] = runtime.load_file(path).handle
+        handles[name] = files.load_file(path).handle
         assert in_memory(path)
     assert len({*map(str, handles.values())}) == len(handles)
     before = len(os.listdir("/proc/self/fd"))
-    runtime._files.clear()
+    files._files.clear()
     for name, handle in handles.items():
-        assert runtime.load_file(tmp_path / f"{name}.so").handle == handle
+        assert files.load_file(tmp_path / f"{name}.so").handle == handle
     assert len(os.listdir("/proc/self/fd")) == before
 
 
@@ -270,10 +271,10 @@ def test_a_library_that_needs_its_own_folder(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(library, "open_module", late)
-        code = in_child(lambda: runtime.load_file(path))
+        code = in_child(lambda: files.load_file(path))
     assert code == 1
     assert asides == []  # that was in the child
-    assert runtime.load_file(path).facts.runpath == "$ORIGIN"
+    assert files.load_file(path).facts.runpath == "$ORIGIN"
     assert in_memory(path)
 
 

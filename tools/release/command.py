@@ -17,7 +17,7 @@ import click
 from fi_ffi.cli.group import CommandGroup
 from fi_ffi.cli.output import print_json, say
 from fi_ffi.loader.fetch.progress import doing
-from fi_ffi.loader.lock import the_lock
+from fi_ffi.loader.fetch.wheels_lock import the_lock
 from fi_ffi.loader.uris import version_of
 from fi_ffi.ops.call.releases import OLDEST
 from tools.release.compare import Change, Difference, changes, compare, family_of

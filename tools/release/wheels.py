@@ -24,9 +24,9 @@ from packaging.utils import InvalidWheelFilename, parse_wheel_filename
 from fi_ffi.catalogue.ahead_of_time import sha256_of
 from fi_ffi.errors import ArgumentError, ArtifactError, BuildError
 from fi_ffi.loader import cache
+from fi_ffi.loader.fetch.asking import check_permission
 from fi_ffi.loader.fetch.urls import redact
 from fi_ffi.loader.lock import parse_release
-from fi_ffi.loader.permission import check_permission
 from tools.release.interface import Interface, interface_of
 
 PROJECT = "flashinfer-python"

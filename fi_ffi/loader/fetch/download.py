@@ -17,10 +17,10 @@ from pathlib import Path
 
 from fi_ffi.errors import ArtifactError, LoaderError
 from fi_ffi.loader import cache
+from fi_ffi.loader.fetch.asking import check_permission
 from fi_ffi.loader.fetch.http import Attempts, Client, Transient
 from fi_ffi.loader.fetch.ranges import Changed, NoRanges, Overrun, RemotePieces
 from fi_ffi.loader.fetch.urls import redact
-from fi_ffi.loader.permission import check_permission
 from fi_ffi.loader.wheel import safe_name
 
 _CHUNK = 1 << 20

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from fi_ffi.errors import FetchError
+from fi_ffi.loader.fetch.asking import check_permission
 from fi_ffi.loader.fetch.urls import check_url, is_loopback, origin, redact, redirected
-from fi_ffi.loader.permission import check_permission
 
 if TYPE_CHECKING:  # the import takes longer than a warm start may
     import requests

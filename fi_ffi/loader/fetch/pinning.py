@@ -20,7 +20,7 @@ from urllib.parse import unquote, urldefrag, urljoin, urlsplit
 from fi_ffi.errors import ArgumentError, ArtifactError, FetchError, LoaderError
 from fi_ffi.loader.fetch.http import Attempts, Client, Transient
 from fi_ffi.loader.fetch.urls import check_url, redact
-from fi_ffi.loader.lock import Lock, read_lock
+from fi_ffi.loader.fetch.wheels_lock import Lock, read_lock
 
 _PROJECT = re.compile(r"flashinfer_jit_cache(?:_(?P<sm>sm\d+[af]?))?")
 _LOCAL = re.compile(r"(?P<cuda>cu\d+)(?:\.(?P<sm>sm\d+[af]?))?(?:\.sm\d+[af]?)*")

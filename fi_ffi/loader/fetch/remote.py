@@ -24,13 +24,14 @@ from fi_ffi.abi import library
 from fi_ffi.errors import ArtifactError
 from fi_ffi.loader import cache, seed
 from fi_ffi.loader.cache import State
+from fi_ffi.loader.fetch.asking import check_permission
 from fi_ffi.loader.fetch.download import Reporter, fetch_file
 from fi_ffi.loader.fetch.http import Client
+from fi_ffi.loader.fetch.index import Index
 from fi_ffi.loader.fetch.ranges import Changed, NoRanges, RangeFile, RemotePieces
 from fi_ffi.loader.fetch.urls import is_file_url, redact
-from fi_ffi.loader.lock import PinnedWheel
-from fi_ffi.loader.permission import check_permission
-from fi_ffi.loader.wheel import SLACK, Index, ReadableZip, WheelReader, open_same, verify_file
+from fi_ffi.loader.fetch.wheels_lock import PinnedWheel
+from fi_ffi.loader.wheel import SLACK, ReadableZip, WheelReader, open_same, verify_file
 
 # "full": if RECORD is not pinned, the whole file must have its pinned sha256. "record": an unpinned
 # RECORD is accepted as it is.
@@ -186,7 +187,7 @@ class RemoteWheel(WheelReader):
             return path, verify_file(path, verified) if verified else None
         stored = seed.find(self._sha256, self.name) if self._sha256 else None
         if stored is not None:
-            return stored.path, stored.state
+            return stored
         if not fetch:
             return None
         pins = {"sha256": self._sha256, "size": self._size}

@@ -1,6 +1,6 @@
 """`supports`: what it answers, and the slot of whoever answers.
 
-`fi_ffi` puts `fi_ffi.capability` there when the first question comes. Nothing below imports it.
+`fi_ffi` fills it with `fi_ffi.capability`. Nothing below imports it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fi_ffi.errors import LoaderError
+from fi_ffi.loader.services import Slot
 
 if TYPE_CHECKING:
     from fi_ffi.ops.call.row import Row
@@ -66,9 +67,9 @@ def no_judge(op: str, asked: Mapping[str, Any], rows: Sequence[Row]) -> Support:
 
 # Answers for an op, a function or a plan by its name; `rows` are an op's forms, and empty for all
 # others.
-judge: Callable[[str, Mapping[str, Any], Sequence[Row]], Support] = no_judge
+judge: Slot[Callable[[str, Mapping[str, Any], Sequence[Row]], Support]] = Slot(no_judge)
 
 
 def supports(op: str, rows: Sequence[Row] = (), /, **asked: Any) -> Support:
     """Ask the judge about an op: see `fi_ffi.ops.call.op.Op.supports`."""
-    return judge(op, asked, rows)
+    return judge.get()(op, asked, rows)

@@ -17,6 +17,7 @@ import pytest
 from fi_ffi.abi.function import probe
 from fi_ffi.catalogue.requests import parse_arch, parse_requests
 from fi_ffi.loader import runtime
+from fi_ffi.modules import files
 from fi_ffi.ops.call.row import form_on
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.matmul import rows
@@ -168,7 +169,7 @@ def test_signatures_of_experts(capability, tmp_path):
     with open_workshop(_RELEASE, arch, tmp_path) as workshop:
         found = bindings_of(workshop, moe.MODULES[capability], objects)
         library = linked(workshop, found, tmp_path / "bindings.so")
-    loaded = runtime.load_file(library)
+    loaded = files.load_file(library)
     for function in (moe.of_release(_RELEASE).init, moe.INTERLEAVE, moe.SET_INCLUDE_DIRS):
         entry = runtime.exported(loaded, function.signature.name)
         assert probe(entry).same_types(function.signature)

@@ -43,13 +43,23 @@ from fi_ffi.errors import (
     LoaderError,
 )
 from fi_ffi.loader import search
+from fi_ffi.loader.fetch.asking import Cooldown
+from fi_ffi.loader.services import CUBIN_EXPORTS
 
 FOLDER = "FLASHINFER_CUBIN_DIR"
+CUBINS, NO_CUBINS = "FLASHINFER_CUBINS_REPOSITORY", "FLASHINFER_NO_DOWNLOAD"
+# FlashInfer's default, from `flashinfer/jit/cubin_loader.py`.
+CUBINS_SERVER = (
+    "https://edge.urm.nvidia.com/artifactory/sw-kernelinferencelibrary-public-generic-local/"
+)
 
 _DISTRIBUTION, _LAYOUT = "flashinfer_cubin", "flashinfer_cubin/cubins"
 _SHA256 = re.compile("[0-9a-fA-F]{64}")
 _PART = re.compile(r"(?!\.\.?$)[A-Za-z0-9_.+-]{1,255}")
 _MAX_SIZE = 2**31 - 1  # bytes; the module takes the size as an int
+_MAX_NAME = 200  # characters; the cache limits the length of a name
+
+_cooldowns: dict[str, Cooldown] = {}  # of servers of device code, by address
 
 _log = logging.getLogger(__name__)
 
@@ -123,7 +133,24 @@ def _read(folder: Path, name: str, sha256: str) -> bytes:
 
 
 def _fetched(name: str, sha256: str) -> bytes:
-    path = search.fetcher().device_code(name, sha256)
+    """Return a file of FlashInfer's server, from the cache if it was fetched before."""
+    from fi_ffi.loader.fetch.download import fetch_file
+    from fi_ffi.loader.fetch.http import Unreachable
+    from fi_ffi.loader.fetch.urls import redact
+
+    base = os.environ.get(CUBINS) or CUBINS_SERVER
+    if os.environ.get(NO_CUBINS):
+        raise LoaderError(f"{redact(base)}: {NO_CUBINS} is set, and nothing is fetched")
+    cooldown = _cooldowns.setdefault(base, Cooldown())
+    try:
+        with cooldown.asking(Unreachable):
+            # The hash identifies the file, so the end of its name is enough.
+            kept = name.rpartition("/")[2][-_MAX_NAME:]
+            path = fetch_file(f"{base.rstrip('/')}/{name}", kept, sha256=sha256).path
+    except OSError as error:
+        if isinstance(error, LoaderError):
+            raise
+        raise LoaderError(f"{redact(base)}: {error}") from error
     return _read(path.parent, path.name, sha256)
 
 
@@ -237,19 +264,13 @@ class Server:
 _servers: dict[int, Server] = {}  # by dlopen handle
 
 
-def serve(handle: Any, path: str) -> None:
-    """Start answering a library's requests for device code, if it makes any."""
-    set_callback = library.find_symbol(handle, "FlashInferSetCubinCallback")
-    take = library.find_symbol(handle, "FlashInferSetCurrentCubin")
+def serve(handle: Any, path: str) -> Server:
+    """Answer a library's requests for device code from now on."""
     address = library.address_of(handle)
-    if set_callback is not None and take is not None and address not in _servers:
+    if address not in _servers:
+        set_callback, take = (library.find_symbol(handle, name) for name in CUBIN_EXPORTS)
         _servers[address] = Server(path, take, set_callback)
-
-
-def raising_failures(handle: Any, name: str, call: Callable[..., int]) -> Callable[..., int]:
-    """Wrap a function of a library; see `Server.raising_failures`."""
-    server = _servers.get(library.address_of(handle))
-    return call if server is None else server.raising_failures(name, call)
+    return _servers[address]
 
 
 @atexit.register

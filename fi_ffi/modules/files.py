@@ -1,0 +1,54 @@
+"""Libraries at a path, each loaded once."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from fi_ffi.abi.function import probe
+from fi_ffi.abi.signature import Signature
+from fi_ffi.errors import AbiError, KernelNotFoundError
+from fi_ffi.loader import cache, runtime
+from fi_ffi.loader.held import facts_of
+from fi_ffi.loader.kernels import KernelFile
+from fi_ffi.loader.runtime import Loaded
+
+# By path, inode, size and modification time.
+_files: dict[tuple[Path, int, int, int], Loaded] = {}
+
+
+def load_file(path: str | os.PathLike[str]) -> Loaded:
+    """Load the library at a path, once; its owner does not matter."""
+    where = cache.expanded(path, "the library")
+    try:
+        where = where.resolve()
+        stat = where.stat()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise KernelNotFoundError(f"{str(where)!r:.200}: {reason}") from error
+    if not where.is_file():
+        raise KernelNotFoundError(f"{where} is no file")
+    # identifies the file that is there now
+    key = (where, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    with runtime.lock_of(where):
+        if key not in _files:
+            source = KernelFile(where)
+            file = source.file()
+            _files[key] = runtime.prepare_and_load(source, file, facts_of(file), None)
+        return _files[key]
+
+
+def file_signatures(path: str | os.PathLike[str]) -> dict[str, Signature | str]:
+    """Return the signature of every function that a .so exports, as the function reports it.
+
+    For a function without a signature (it takes any arguments) the value is the reason, a string.
+    Loads the file into this process; needs no GPU.
+    """
+    loaded = load_file(path)
+    found: dict[str, Signature | str] = {}
+    for name in loaded.facts.functions:
+        try:
+            found[name] = probe(runtime.exported(loaded, name))
+        except AbiError as error:
+            found[name] = str(error)
+    return found
