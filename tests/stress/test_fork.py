@@ -204,7 +204,7 @@ def test_locks_of_other_threads() -> None:
     from fi_ffi import reference
     from fi_ffi.abi import library
     from fi_ffi.loader import methods, search
-    from fi_ffi.loader.fetch import remote
+    from fi_ffi.loader.fetch import pinned_wheels, remote
     from fi_ffi.ops.call import memory
 
     places = [(runtime, "_linking"), (search, "_lock"), (methods, "_lock"), (reference, "_lock"),
@@ -212,7 +212,7 @@ def test_locks_of_other_threads() -> None:
     has, leave = threading.Event(), threading.Event()
 
     def locks() -> list[threading.RLock]:
-        kept = [module._locks.setdefault("norm", threading.RLock()) for module in (remote, search)]
+        kept = [module._locks.setdefault("norm", threading.RLock()) for module in (remote, pinned_wheels)]
         return [getattr(module, name) for module, name in places] + [
             runtime._lock_of("norm"),
             *kept,

@@ -51,7 +51,7 @@ COLD = """
     import numpy as np
     import fi_ffi
     from fi_ffi.abi._cffi import ffi
-    from fi_ffi.loader import runtime
+    from fi_ffi.modules import files
     from tests.ops.test_threads import at_once
 
     same, others = sys.argv[1], sys.argv[2:]
