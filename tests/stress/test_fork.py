@@ -212,11 +212,9 @@ def test_locks_of_other_threads() -> None:
     has, leave = threading.Event(), threading.Event()
 
     def locks() -> list[threading.RLock]:
-        kept = [module._locks.setdefault("norm", threading.RLock()) for module in (remote, pinned_wheels)]
-        return [getattr(module, name) for module, name in places] + [
-            runtime._lock_of("norm"),
-            *kept,
-        ]
+        modules = remote, pinned_wheels, runtime
+        by_name = [module._locks.setdefault("norm", threading.RLock()) for module in modules]
+        return [*(getattr(module, name) for module, name in places), *by_name]
 
     def hold() -> None:
         held = locks()
