@@ -19,7 +19,7 @@ from fi_ffi.capability.matrix import Line
 from fi_ffi.cli import output, upkeep
 from fi_ffi.cli.names import ResolvedName, named
 from fi_ffi.errors import FiFfiError, KernelNotFoundError, LoaderError
-from fi_ffi.loader import cache, lock, machine, runtime, search, seed
+from fi_ffi.loader import cache, distributions, lock, machine, runtime, search, seed
 from fi_ffi.loader.fetch import progress, wheels_lock
 from fi_ffi.loader.permission import fetching, is_withheld, may_fetch
 from fi_ffi.ops.call.releases import fits
@@ -168,15 +168,15 @@ def _cudart(kernels: str | None) -> Iterator[Finding]:
 
 def _version_of(name: str) -> str:
     """Return an installed distribution's version, by its metadata's name; "" if missing."""
-    distributions = search.distributions(f"{name}-")
-    return distributions[0].name.split("-")[1] if distributions else ""
+    found = distributions.installed(f"{name}-")
+    return found[0].version if found else ""
 
 
 def _torch() -> tuple[str, str] | None:
     """Return the installed torch and its CUDA version, read from its files; None without either."""
-    for info in search.distributions("torch-"):
+    for torch in distributions.installed("torch-"):
         with contextlib.suppress(OSError):
-            text = (info.parent / "torch" / "version.py").read_text()
+            text = torch.file("torch/version.py").read_text()
             if cuda := re.search(r"^cuda\b.*=\s*['\"]([\d.]+)['\"]", text, re.MULTILINE):
                 return f"torch {_version_of('torch')}", cuda[1]
     return None

@@ -13,7 +13,6 @@ import functools
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -135,6 +134,8 @@ def deepgemm_folder() -> Path:
         return Path(os.environ[DEEPGEMM_FOLDER])
     if "HOME" in os.environ:
         return Path(os.environ["HOME"], ".tensorrt_llm")
+    import tempfile  # imported late: most modules have no such compiler
+
     return Path(tempfile.gettempdir(), "tensorrt_llm")
 
 

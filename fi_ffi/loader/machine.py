@@ -18,7 +18,7 @@ from typing import Any
 from fi_ffi.abi import failure, library, streams
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.errors import AbiError, KernelError, LoaderError
-from fi_ffi.loader import cuda_errors, libraries
+from fi_ffi.loader import cuda_errors
 
 CUDA_MAJORS = (13, 12)  # CUDA versions of supported kernels, the preferred one first
 CPUS = ("x86_64", "aarch64")  # processors that kernels are built for
@@ -103,6 +103,8 @@ def use_cuda(major: int, wanted_by: str = "") -> tuple[Any, str]:
         check_cuda(major, wanted_by)
         if _runtime is None or _runtime[2] != major:
             refuse_after_fork()
+            from fi_ffi.loader import libraries  # imported late: a CPU needs none
+
             found, place = libraries.load(cudart(major))
             _runtime = found, runtimes_in_process().get(major, place), major
             failure.examine = root_cause

@@ -16,12 +16,10 @@ import itertools
 import os
 import platform
 import re
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fi_ffi.abi import library
 from fi_ffi.errors import (
@@ -31,7 +29,8 @@ from fi_ffi.errors import (
     KernelNotFoundError,
     LoaderError,
 )
-from fi_ffi.loader import cache, generation, machine, services, trust
+from fi_ffi.loader import cache, distributions, generation, machine, services, trust
+from fi_ffi.loader.distributions import Distribution
 from fi_ffi.loader.fatbin import runs_on, sass_named
 from fi_ffi.loader.held import Facts, cuda_of, facts_of
 from fi_ffi.loader.kernels import (
@@ -80,41 +79,26 @@ class Candidate:
     is_empty: bool = False
 
 
-def distributions(name: str) -> list[Path]:
-    """Return the `.dist-info` folders of installed distributions whose names start with `name`."""
-    # By file name: asking every distribution for its name would read all their metadata.
-    folders = dict.fromkeys(sys.path)
-    return [
-        path
-        for folder in folders
-        for path in sorted(Path(folder or ".").glob(f"{name}*.dist-info"))
-    ]
-
-
 def _installed(release: str | None) -> Iterator[Candidate]:
     """Yield installed kernels; of distributions for one SM each, the latest SM first.
 
     Those of another version than the `flashinfer-jit-cache` that names them are left over from an
     upgrade; FlashInfer ignores them as well.
     """
-    # Imported here: it imports the email package, and most processes name their kernels.
-    import importlib.metadata
-
-    folders = sorted(distributions("flashinfer_jit_cache"), key=nearness_named, reverse=True)
-    found = {folder: importlib.metadata.Distribution.at(folder) for folder in folders}
-    shims = {d.version for f, d in found.items() if not _PROVIDER.match(f.name)}
+    found = distributions.installed("flashinfer_jit_cache")
+    shims = {each.version for each in found if not _PROVIDER.match(each.info.name)}
     is_empty = True
-    for folder, distribution in found.items():
-        provider = _PROVIDER.match(folder.name)
+    for each in sorted(found, key=lambda each: nearness_named(each.info), reverse=True):
+        provider = _PROVIDER.match(each.info.name)
         sm = provider[1] if provider else None
-        if provider and shims and distribution.version not in shims:
+        if provider and shims and each.version not in shims:
             named = " and ".join(sorted(shims))
-            note = f"{folder} is of {distribution.version}, and flashinfer-jit-cache of {named}"
+            note = f"{each.info} is of {each.version}, and flashinfer-jit-cache of {named}"
             yield Candidate("installed", None, note)
             is_empty = False
             continue
-        for root, known in _hashes_in(distribution).items():
-            source = KernelDirectory(root, distribution.version, known)
+        for root, known in _hashes_in(each).items():
+            source = KernelDirectory(root, each.version, known)
             yield _of_release("installed", source, release, sm)
             is_empty = False
     if is_empty:
@@ -125,19 +109,19 @@ def _installed(release: str | None) -> Iterator[Candidate]:
         yield Candidate("installed", None, note, is_empty=True)
 
 
-def _hashes_in(distribution: Any) -> dict[Path, dict[Path, str]]:
+def _hashes_in(distribution: Distribution) -> dict[Path, dict[Path, str]]:
     """Return the recorded hashes of a distribution's modules, by the folder of modules.
 
     The `flashinfer-jit-cache` of releases with a distribution for each SM has none.
     """
     hashes: dict[Path, dict[Path, str]] = {}
-    for file in distribution.files or ():
-        if file.name.endswith(".so") and file.parent.parent.name == "jit_cache":
-            path = Path(str(distribution.locate_file(file)))
+    for member, digest in distribution.record():
+        path = distribution.file(member)
+        if path.name.endswith(".so") and path.parent.parent.name == "jit_cache":
             known = hashes.setdefault(path.parent.parent, {})
             # not every installer records it
-            if file.hash is not None and file.hash.mode == "sha256":
-                known[path] = hex_of(f"sha256={file.hash.value}", str(file))
+            if digest.startswith("sha256="):
+                known[path] = hex_of(digest, member)
     return hashes
 
 

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, TypeVar
 
 from fi_ffi.abi import library
 from fi_ffi.errors import ArtifactError, LoaderError
-from fi_ffi.loader import held
+from fi_ffi.loader import distributions, held
 from fi_ffi.loader.cache import State
 from fi_ffi.loader.kernels import KernelFile
-from fi_ffi.loader.wheel import parse_record
+from fi_ffi.loader.wheel import hex_of
 
 if TYPE_CHECKING:
-    from importlib.metadata import Distribution
+    from fi_ffi.loader.distributions import Distribution
 
 PROJECT = "apache-tvm-ffi"
 MEMBER = "tvm_ffi/lib/libtvm_ffi.so"
@@ -105,38 +105,34 @@ def of_distribution(
     `members` has the library's path by the names of the distributions that may have it, the best
     first. `missing` and `install` are what the `LoaderError` says if none does.
     """
-    # Imported here: it imports the email package, and is not needed if a copy is loaded.
-    import importlib.metadata
-
+    # Imported late: not needed if a copy is loaded.
     from packaging.specifiers import SpecifierSet
 
     for name, member in members.items():
-        try:
-            distribution = importlib.metadata.distribution(name)
-        except importlib.metadata.PackageNotFoundError:
+        found = distributions.installed(f"{name.replace('-', '_')}-")
+        if not found:
             continue
-        path, version = Path(str(distribution.locate_file(member))), distribution.version
+        path, version = found[0].file(member), found[0].version
         if not SpecifierSet(accepted).contains(version, prereleases=prereleases or None):
             missing = f"{name} {version} is installed, and fi_ffi works with {accepted}"
         elif not path.is_file():
             missing = f"{name} {version} is installed without {path}, reinstall it"
             install = install.replace("install", "install --force-reinstall", 1)
         else:
-            return recorded(distribution, member, f"installed {version}")
+            return recorded(found[0], member, f"installed {version}")
     raise LoaderError(f"{missing}: {install}")
 
 
 def recorded(distribution: Distribution, member: str, origin: str) -> Found:
     """Return a library of an installed distribution, after checking it against RECORD."""
-    path = Path(str(distribution.locate_file(member)))
-    record = distribution.read_text("RECORD") or ""
-    line = next((line for line in record.splitlines() if line.startswith(f"{member},")), "")
-    if line.count(",") != 2 or not line.split(",")[1]:
+    path = distribution.file(member)
+    digest = dict(distribution.record()).get(member)
+    if not digest:
         return Found(str(path), origin)
-    wanted, found = parse_record(line.encode(), str(path))[member], KernelFile(path).file()
-    if found.sha256 != wanted.sha256:
+    wanted, found = hex_of(digest, str(path)), KernelFile(path).file()
+    if found.sha256 != wanted:
         raise ArtifactError(
-            f"{path}: sha256 is {found.sha256}, and the RECORD of {distribution.metadata['Name']} "
-            f"has {wanted.sha256}: reinstall it"
+            f"{path}: sha256 is {found.sha256}, and the RECORD of {distribution.name} has "
+            f"{wanted}: reinstall it"
         )
     return Found(str(path), origin, found.sha256, found.state)

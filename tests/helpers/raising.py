@@ -8,7 +8,6 @@ fixtures' names (`patch` is pytest's monkeypatch).
 from __future__ import annotations
 
 import errno
-import importlib.metadata
 import os
 import sys
 import time
@@ -27,6 +26,7 @@ from fi_ffi.abi.tensor import parse_device
 from fi_ffi.loader import (
     cache,
     cute_runtime,
+    distributions,
     held,
     libraries,
     machine,
@@ -165,7 +165,7 @@ def installed_and_changed(tmp_path: Path) -> None:
     file.write_bytes(b"another")
     (info / "METADATA").write_text("Name: apache-tvm-ffi\nVersion: 0.1.15\n")
     (info / "RECORD").write_text(f"{tvm_ffi.MEMBER},sha256={'A' * 43},7\n")
-    tvm_ffi.recorded(importlib.metadata.Distribution.at(info), tvm_ffi.MEMBER, "installed")
+    tvm_ffi.recorded(distributions.Distribution(info), tvm_ffi.MEMBER, "installed")
 
 
 def writable(tmp_path: Path, mode: int, check: Callable[[Path], object]) -> None:

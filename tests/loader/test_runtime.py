@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -244,7 +245,7 @@ def test_what_a_module_makes_while_it_is_loaded(tmp_path, monkeypatch):
     libraries.prepare(functions, [])
     assert (tmp_path / "home" / ".tensorrt_llm" / "tmp").is_dir()
     monkeypatch.delenv("HOME")
-    monkeypatch.setattr(libraries.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
     libraries.prepare(functions, [])
     assert (tmp_path / "tensorrt_llm" / "tmp").is_dir()
 

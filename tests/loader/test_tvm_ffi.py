@@ -62,16 +62,15 @@ def test_an_installed_copy(child, install, tmp_path):
 
 
 BARE = """
-    import importlib.metadata, sys
+    import sys
+
+    from fi_ffi.loader import distributions
 
     def audit(event, arguments):
         assert event not in ("socket.connect", "subprocess.Popen", "os.exec"), event
 
-    def distribution(name):
-        raise importlib.metadata.PackageNotFoundError(name)
-
     sys.addaudithook(audit)
-    importlib.metadata.distribution = distribution
+    distributions.installed = lambda name: []
 """
 
 

@@ -42,7 +42,7 @@ from fi_ffi.errors import (
     KernelNotFoundError,
     LoaderError,
 )
-from fi_ffi.loader import search
+from fi_ffi.loader import distributions, search
 from fi_ffi.loader.fetch.asking import Cooldown
 from fi_ffi.loader.services import CUBIN_EXPORTS
 
@@ -105,7 +105,7 @@ def _folders(kinds: list[str]) -> Iterator[Path]:
     if named := os.environ.get(FOLDER):
         yield Path(named)
     if "installed" in kinds:
-        yield from (info.parent / _LAYOUT for info in search.distributions(_DISTRIBUTION))
+        yield from (each.file(_LAYOUT) for each in distributions.installed(_DISTRIBUTION))
     if "jit" in kinds:
         with contextlib.suppress(LoaderError):  # a user without a home directory
             yield search.flashinfer_folder() / "cubins"
