@@ -2,7 +2,7 @@
 
     python3 tools/first_call.py KERNELS
 
-KERNELS is a wheel or a folder that has the module `norm`.  No GPU is needed: one of compute
+KERNELS is a folder of modules with `norm`, as a wheel has it.  No GPU is needed: one of compute
 capability 9.0 is pretended, and the call ends where the kernel's library would be opened.  What is
 printed is docs/first-call.md; tests/test_first_call.py compares it.  A process before has filled
 the cache.  What modules run while they are imported is left out, and so are comprehensions.
