@@ -15,7 +15,7 @@ from fi_ffi.ops.call.support import Support, supports
 from fi_ffi.ops.moe.activations import activation_name
 from fi_ffi.ops.moe.call import MoeCall
 from fi_ffi.ops.moe.interface import FLAGS, MODULE
-from fi_ffi.ops.moe.kernels import Kernels, Tactics
+from fi_ffi.ops.moe.kernels import Kernels, Runner, Tactics
 from fi_ffi.ops.moe.modes import Mode, mode_of
 from fi_ffi.ops.moe.tactics import Profile, Profiler
 from fi_ffi.ops.steps.keyword_call import arguments_by_name, keyword_function
@@ -86,6 +86,15 @@ class FusedMoe:
 
     def __repr__(self) -> str:
         return f"<fi_ffi FusedMoe {self.mode.name} ({', '.join(self.dtypes)}) on {self.device}>"
+
+    def make_runner(self) -> Runner:
+        """Make a new kernel object, with allocations of its own."""
+        return self._kernels.make_runner()
+
+    @property
+    def runner(self) -> Runner:
+        """The kernel object, made on first use."""
+        return self._kernels.runner
 
     @property
     def tactics(self) -> Tactics:
