@@ -159,9 +159,13 @@ def lengths(indptr: Array, last_page_len: Array, page_size: int) -> Array:
 
 
 def from_pages(
-    cache: Array, indptr: Array, indices: Array, last_page_len: Array, request: int,
+    cache: Array,
+    indptr: Array,
+    indices: Array,
+    last_page_len: Array,
+    request: int,
     layout: str = "NHD",
-) -> Array:  # fmt: skip
+) -> Array:
     """Gather a request's tokens [kv_len, kv_heads, d] from a paged cache.
 
     A cache without heads, [pages, page_size, d], is MLA's, and gives [kv_len, 1, d].

@@ -28,9 +28,18 @@ def dequantised(packed: Array, scales: Array | None) -> Array:
 
 
 def single_prefill(
-    q: Array, k: Array, v: Array, tmp: Array, o: Array, lse: Array | None, mask_mode: int,
-    layout: int, window_left: int, *more: Any, compiled: Any,
-) -> None:  # fmt: skip
+    q: Array,
+    k: Array,
+    v: Array,
+    tmp: Array,
+    o: Array,
+    lse: Array | None,
+    mask_mode: int,
+    layout: int,
+    window_left: int,
+    *more: Any,
+    compiled: Any,
+) -> None:
     """single_prefill's `run`."""
     k, v = dequantised(k, more[_OF_ONE]), dequantised(v, more[_OF_ONE + 1])
     given = q, k, v, tmp, o, lse, mask_mode, layout, window_left, *more
@@ -38,37 +47,103 @@ def single_prefill(
 
 
 def ragged_run(
-    float_workspace: Array, int_workspace: Array, info: Any, q: Array, k: Array, v: Array,
-    qo_indptr: Array, kv_indptr: Array, o: Array, lse: Array | None, mask_mode: int, layout: int,
-    window_left: int, enable_pdl: bool, *more: Any, compiled: Any,
-) -> None:  # fmt: skip
+    float_workspace: Array,
+    int_workspace: Array,
+    info: Any,
+    q: Array,
+    k: Array,
+    v: Array,
+    qo_indptr: Array,
+    kv_indptr: Array,
+    o: Array,
+    lse: Array | None,
+    mask_mode: int,
+    layout: int,
+    window_left: int,
+    enable_pdl: bool,
+    *more: Any,
+    compiled: Any,
+) -> None:
     """`ragged_run`."""
     k, v = dequantised(k, more[_OF_BATCH]), dequantised(v, more[_OF_BATCH + 1])
     runs.ragged_run(
-        plan.FA2, fa2, float_workspace, int_workspace, info, q, k, v, qo_indptr, kv_indptr, o, lse,
-        mask_mode, layout, window_left, enable_pdl, *more, compiled=compiled,
-    )  # fmt: skip
+        plan.FA2,
+        fa2,
+        float_workspace,
+        int_workspace,
+        info,
+        q,
+        k,
+        v,
+        qo_indptr,
+        kv_indptr,
+        o,
+        lse,
+        mask_mode,
+        layout,
+        window_left,
+        enable_pdl,
+        *more,
+        compiled=compiled,
+    )
 
 
 def paged_run(
-    float_workspace: Array, int_workspace: Array, info: Any, q: Array, k: Array, v: Array,
-    qo_indptr: Array, kv_indptr: Array, indices: Array, last_page_len: Array, o: Array,
-    lse: Array | None, mask_mode: int, layout: int, window_left: int, enable_pdl: bool, *more: Any,
+    float_workspace: Array,
+    int_workspace: Array,
+    info: Any,
+    q: Array,
+    k: Array,
+    v: Array,
+    qo_indptr: Array,
+    kv_indptr: Array,
+    indices: Array,
+    last_page_len: Array,
+    o: Array,
+    lse: Array | None,
+    mask_mode: int,
+    layout: int,
+    window_left: int,
+    enable_pdl: bool,
+    *more: Any,
     compiled: Any,
-) -> None:  # fmt: skip
+) -> None:
     """`paged_run`."""
     k, v = dequantised(k, more[_OF_BATCH]), dequantised(v, more[_OF_BATCH + 1])
     runs.paged_run(
-        plan.FA2, fa2, float_workspace, int_workspace, info, q, k, v, qo_indptr, kv_indptr,
-        indices, last_page_len, o, lse, mask_mode, layout, window_left, enable_pdl, *more,
+        plan.FA2,
+        fa2,
+        float_workspace,
+        int_workspace,
+        info,
+        q,
+        k,
+        v,
+        qo_indptr,
+        kv_indptr,
+        indices,
+        last_page_len,
+        o,
+        lse,
+        mask_mode,
+        layout,
+        window_left,
+        enable_pdl,
+        *more,
         compiled=compiled,
-    )  # fmt: skip
+    )
 
 
 def attention_run(
-    float_workspace: Array, int_workspace: Array, info: Any, q: Array, k: Array, v: Array,
-    *more: Any, compiled: Any,
-) -> None:  # fmt: skip
+    float_workspace: Array,
+    int_workspace: Array,
+    info: Any,
+    q: Array,
+    k: Array,
+    v: Array,
+    *more: Any,
+    compiled: Any,
+) -> None:
     """batch_attention's `run`; the last arguments are the scales."""
     k, v = dequantised(k, more[-2]), dequantised(v, more[-1])
     given = float_workspace, int_workspace, info, q, k, v, *more[:-2], None, None

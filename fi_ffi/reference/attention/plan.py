@@ -78,37 +78,66 @@ def load(kind: int, int_workspace: Array, plan_info: Object) -> Lengths:
         for start, count in zip(offsets, counts, strict=True)
     ]
     qo_indptr, kv_indptr, kv_len = arrays
-    return Lengths(
-        window_left, bool(causal), qo_indptr, kv_indptr, kv_len, bool(is_of_any_lengths)
-    )  # fmt: skip
+    return Lengths(window_left, bool(causal), qo_indptr, kv_indptr, kv_len, bool(is_of_any_lengths))
 
 
 def prefill(
-    kind: int, float_workspace: Array, int_workspace: Array, staging: Array, qo_indptr: Array,
-    kv_indptr: Array, kv_len: Array, total_num_rows: int, batch_size: int, num_qo_heads: int,
-    num_kv_heads: int, page_size: int, enable_cuda_graph: bool, head_dim_qk: int,
-    head_dim_vo: int, causal: bool, window_left: int, *split: Any, compiled: Compiled,
-) -> Object:  # fmt: skip
+    kind: int,
+    float_workspace: Array,
+    int_workspace: Array,
+    staging: Array,
+    qo_indptr: Array,
+    kv_indptr: Array,
+    kv_len: Array,
+    total_num_rows: int,
+    batch_size: int,
+    num_qo_heads: int,
+    num_kv_heads: int,
+    page_size: int,
+    enable_cuda_graph: bool,
+    head_dim_qk: int,
+    head_dim_vo: int,
+    causal: bool,
+    window_left: int,
+    *split: Any,
+    compiled: Compiled,
+) -> Object:
     """`plan` of batch prefill; its schedule does not depend on what the module was compiled for."""
     _check_heads(num_qo_heads, num_kv_heads)
     _check_sizes(
         batch_size, qo_indptr=(qo_indptr, 1), kv_indptr=(kv_indptr, 1), kv_len_arr=(kv_len, 0)
     )
     lengths = Lengths(
-        window_left, causal, qo_indptr[: batch_size + 1], kv_indptr[: batch_size + 1],
+        window_left,
+        causal,
+        qo_indptr[: batch_size + 1],
+        kv_indptr[: batch_size + 1],
         kv_len[:batch_size],
-    )  # fmt: skip
+    )
     if total_num_rows < lengths.qo_indptr[-1]:
         raise ValueError(f"total_num_rows is {total_num_rows}; qo_indptr ends at {qo_indptr[-1]}")
     return save(kind, lengths, int_workspace, staging)
 
 
 def decode(
-    float_workspace: Array, int_workspace: Array, staging: Array, indptr: Array, batch_size: int,
-    num_qo_heads: int, num_kv_heads: int, page_size: int, enable_cuda_graph: bool,
-    window_left: int, logits_soft_cap: float, head_dim_qk: int, head_dim_vo: int,
-    empty_q_data: Array, empty_kv_data: Array, *, compiled: Compiled,
-) -> Object:  # fmt: skip
+    float_workspace: Array,
+    int_workspace: Array,
+    staging: Array,
+    indptr: Array,
+    batch_size: int,
+    num_qo_heads: int,
+    num_kv_heads: int,
+    page_size: int,
+    enable_cuda_graph: bool,
+    window_left: int,
+    logits_soft_cap: float,
+    head_dim_qk: int,
+    head_dim_vo: int,
+    empty_q_data: Array,
+    empty_kv_data: Array,
+    *,
+    compiled: Compiled,
+) -> Object:
     """`plan` of batch decode."""
     _check_heads(num_qo_heads, num_kv_heads)
     _check_sizes(batch_size, indptr=(indptr, 1))
@@ -122,10 +151,18 @@ def decode(
 
 
 def mla(
-    float_workspace: Array, int_workspace: Array, staging: Array, qo_indptr: Array,
-    kv_indptr: Array, kv_len: Array, num_heads: int, head_dim_o: int, causal: bool, *,
+    float_workspace: Array,
+    int_workspace: Array,
+    staging: Array,
+    qo_indptr: Array,
+    kv_indptr: Array,
+    kv_len: Array,
+    num_heads: int,
+    head_dim_o: int,
+    causal: bool,
+    *,
     compiled: Compiled,
-) -> Object:  # fmt: skip
+) -> Object:
     """`plan` of MLA."""
     batch_size = len(kv_len)
     _check_sizes(batch_size, qo_indptr=(qo_indptr, 1), kv_indptr=(kv_indptr, 1))
@@ -135,10 +172,20 @@ def mla(
 
 
 def attention(
-    float_workspace: Array, int_workspace: Array, staging: Array, qo_indptr: Array,
-    kv_indptr: Array, kv_len: Array, batch_size: int, num_qo_heads: int, num_kv_heads: int,
-    head_dim_o: int, causal: bool, *, compiled: Compiled,
-) -> Object:  # fmt: skip
+    float_workspace: Array,
+    int_workspace: Array,
+    staging: Array,
+    qo_indptr: Array,
+    kv_indptr: Array,
+    kv_len: Array,
+    batch_size: int,
+    num_qo_heads: int,
+    num_kv_heads: int,
+    head_dim_o: int,
+    causal: bool,
+    *,
+    compiled: Compiled,
+) -> Object:
     """`plan` of batch attention."""
     _check_heads(num_qo_heads, num_kv_heads)
     _check_sizes(batch_size, qo_indptr=(qo_indptr, 1), kv_indptr=(kv_indptr, 1), kv_len=(kv_len, 0))

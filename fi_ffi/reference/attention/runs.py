@@ -40,9 +40,17 @@ def _write(o: Array, lse: Array | None, where: Any, result: tuple[Array, Array])
 
 
 def single_decode(
-    q: Array, k: Array, v: Array, tmp: Array, o: Array, lse: Array | None, layout: int,
-    window_left: int, *more: Any, compiled: Compiled,
-) -> None:  # fmt: skip
+    q: Array,
+    k: Array,
+    v: Array,
+    tmp: Array,
+    o: Array,
+    lse: Array | None,
+    layout: int,
+    window_left: int,
+    *more: Any,
+    compiled: Compiled,
+) -> None:
     """single_decode's `run`: one query, the request's last token."""
     k, v = tokens_first(k, layout), tokens_first(v, layout)
     variant = cuda_cores(Call(compiled, masks.NONE, window_left, len(q), k.shape[1]), *more)
@@ -51,10 +59,19 @@ def single_decode(
 
 
 def single_prefill(
-    parse: Callable[..., Variant], q: Array, k: Array, v: Array, tmp: Array, o: Array,
-    lse: Array | None, mask_mode: int, layout: int, window_left: int, *more: Any,
+    parse: Callable[..., Variant],
+    q: Array,
+    k: Array,
+    v: Array,
+    tmp: Array,
+    o: Array,
+    lse: Array | None,
+    mask_mode: int,
+    layout: int,
+    window_left: int,
+    *more: Any,
     compiled: Compiled,
-) -> None:  # fmt: skip
+) -> None:
     """single_prefill's `run`."""
     k, v = tokens_first(k, layout), tokens_first(v, layout)
     if parse is fa2_single and mask_mode == masks.CAUSAL and len(k) < len(q):
@@ -80,11 +97,25 @@ def _check_window(planned: plan.Lengths, window_left: int) -> None:
 
 
 def ragged_run(
-    kind: int, parse: Callable[..., Variant], float_workspace: Array, int_workspace: Array,
-    plan_info: Object, q: Array, k: Array, v: Array, qo_indptr: Array, kv_indptr: Array, o: Array,
-    lse: Array | None, mask_mode: int, layout: int, window_left: int, enable_pdl: bool, *more: Any,
+    kind: int,
+    parse: Callable[..., Variant],
+    float_workspace: Array,
+    int_workspace: Array,
+    plan_info: Object,
+    q: Array,
+    k: Array,
+    v: Array,
+    qo_indptr: Array,
+    kv_indptr: Array,
+    o: Array,
+    lse: Array | None,
+    mask_mode: int,
+    layout: int,
+    window_left: int,
+    enable_pdl: bool,
+    *more: Any,
     compiled: Compiled,
-) -> None:  # fmt: skip
+) -> None:
     """`ragged_run`: keys and values without pages."""
     planned = plan.load(kind, int_workspace, plan_info)
     k, v = tokens_first(k, layout), tokens_first(v, layout)
@@ -117,12 +148,27 @@ def _paged(
 
 
 def paged_run(
-    kind: int, parse: Callable[..., Variant], float_workspace: Array, int_workspace: Array,
-    plan_info: Object, q: Array, k_cache: Array, v_cache: Array, qo_indptr: Array,
-    kv_indptr: Array, indices: Array, last_page_len: Array, o: Array, lse: Array | None,
-    mask_mode: int, layout: int, window_left: int, enable_pdl: bool, *more: Any,
+    kind: int,
+    parse: Callable[..., Variant],
+    float_workspace: Array,
+    int_workspace: Array,
+    plan_info: Object,
+    q: Array,
+    k_cache: Array,
+    v_cache: Array,
+    qo_indptr: Array,
+    kv_indptr: Array,
+    indices: Array,
+    last_page_len: Array,
+    o: Array,
+    lse: Array | None,
+    mask_mode: int,
+    layout: int,
+    window_left: int,
+    enable_pdl: bool,
+    *more: Any,
     compiled: Compiled,
-) -> None:  # fmt: skip
+) -> None:
     """`paged_run`: keys and values in the pages of a cache."""
     planned = plan.load(kind, int_workspace, plan_info)
     k_cache, v_cache = tokens_first(k_cache, layout), tokens_first(v_cache, layout)
@@ -138,11 +184,28 @@ def paged_run(
 
 
 def attention_run(
-    float_workspace: Array, int_workspace: Array, plan_info: Object, q: Array, k_cache: Array,
-    v_cache: Array, indices: Array, o: Array, lse: Array | None, mask_mode: int, layout: int,
-    num_qo_heads: int, num_kv_heads: int, page_size: int, v_scale: float, sm_scale: float,
-    soft_cap: float, k_sf: Array | None, v_sf: Array | None, *, compiled: Compiled,
-) -> None:  # fmt: skip
+    float_workspace: Array,
+    int_workspace: Array,
+    plan_info: Object,
+    q: Array,
+    k_cache: Array,
+    v_cache: Array,
+    indices: Array,
+    o: Array,
+    lse: Array | None,
+    mask_mode: int,
+    layout: int,
+    num_qo_heads: int,
+    num_kv_heads: int,
+    page_size: int,
+    v_scale: float,
+    sm_scale: float,
+    soft_cap: float,
+    k_sf: Array | None,
+    v_sf: Array | None,
+    *,
+    compiled: Compiled,
+) -> None:
     """batch_attention's `run`."""
     if k_sf is not None or v_sf is not None:
         raise ValueError("keys of 4 bits need a GPU")
@@ -161,11 +224,23 @@ def attention_run(
 
 
 def batch_decode(
-    float_workspace: Array, int_workspace: Array, plan_info: Object, q: Array, k_cache: Array,
-    v_cache: Array, kv_indptr: Array, indices: Array, last_page_len: Array, o: Array,
-    lse: Array | None, layout: int, window_left: int, enable_pdl: bool, *more: Any,
+    float_workspace: Array,
+    int_workspace: Array,
+    plan_info: Object,
+    q: Array,
+    k_cache: Array,
+    v_cache: Array,
+    kv_indptr: Array,
+    indices: Array,
+    last_page_len: Array,
+    o: Array,
+    lse: Array | None,
+    layout: int,
+    window_left: int,
+    enable_pdl: bool,
+    *more: Any,
     compiled: Compiled,
-) -> None:  # fmt: skip
+) -> None:
     """batch_decode's `run`: one query per request, its last token."""
     planned = plan.load(plan.DECODE, int_workspace, plan_info)
     if planned.is_of_any_lengths:
@@ -180,11 +255,24 @@ def batch_decode(
 
 
 def mla_run(
-    float_workspace: Array, int_workspace: Array, plan_info: Object, q_nope: Array, q_pe: Array,
-    ckv_cache: Array, kpe_cache: Array, indices: Array, o: Array, lse: Array | None,
-    mask_mode: int, num_heads: int, page_size: int, sm_scale: float, return_lse_base_on_e: bool,
-    *, compiled: Compiled,
-) -> None:  # fmt: skip
+    float_workspace: Array,
+    int_workspace: Array,
+    plan_info: Object,
+    q_nope: Array,
+    q_pe: Array,
+    ckv_cache: Array,
+    kpe_cache: Array,
+    indices: Array,
+    o: Array,
+    lse: Array | None,
+    mask_mode: int,
+    num_heads: int,
+    page_size: int,
+    sm_scale: float,
+    return_lse_base_on_e: bool,
+    *,
+    compiled: Compiled,
+) -> None:
     """batch_mla's `run`.
 
     A row that sees no key has a logarithm of minus infinity, unlike in other entries. The kernel
@@ -241,30 +329,101 @@ def pod_with_kv_cache_tensor(*values: Any, compiled: Compiled) -> None:
 
 
 def _pod_prefill(
-    q: Array, k: Array, v: Array, tmp: Array, o: Array, lse: Array | None, mask_mode: int,
-    layout: int, window_left: int, mask: Array | None, slopes: Array | None, *numbers: float,
+    q: Array,
+    k: Array,
+    v: Array,
+    tmp: Array,
+    o: Array,
+    lse: Array | None,
+    mask_mode: int,
+    layout: int,
+    window_left: int,
+    mask: Array | None,
+    slopes: Array | None,
+    *numbers: float,
     compiled: Compiled,
-) -> None:  # fmt: skip
+) -> None:
     single_prefill(
-        fa2_single, q, k, v, tmp, o, lse, mask_mode, layout, window_left, mask, slopes,
-        None, None, *numbers, compiled=replace(compiled, use_sliding_window=window_left >= 0),
-    )  # fmt: skip
+        fa2_single,
+        q,
+        k,
+        v,
+        tmp,
+        o,
+        lse,
+        mask_mode,
+        layout,
+        window_left,
+        mask,
+        slopes,
+        None,
+        None,
+        *numbers,
+        compiled=replace(compiled, use_sliding_window=window_left >= 0),
+    )
 
 
 def _pod_decode(
-    float_workspace: Array, int_workspace: Array, info: Any, q: Array, k: Array, v: Array,
-    qo_indptr: Array, kv_indptr: Array, indices: Array, last_page_len: Array, o: Array,
-    lse: Array | None, mask_mode: int, layout: int, window_left: int, mask: Array | None,
-    mask_indptr: Array | None, slopes: Array | None, soft_cap: float, sm_scale: float,
-    rope_rcp_scale: float, rope_rcp_theta: float, enable_pdl: bool, *, compiled: Compiled,
-) -> None:  # fmt: skip
+    float_workspace: Array,
+    int_workspace: Array,
+    info: Any,
+    q: Array,
+    k: Array,
+    v: Array,
+    qo_indptr: Array,
+    kv_indptr: Array,
+    indices: Array,
+    last_page_len: Array,
+    o: Array,
+    lse: Array | None,
+    mask_mode: int,
+    layout: int,
+    window_left: int,
+    mask: Array | None,
+    mask_indptr: Array | None,
+    slopes: Array | None,
+    soft_cap: float,
+    sm_scale: float,
+    rope_rcp_scale: float,
+    rope_rcp_theta: float,
+    enable_pdl: bool,
+    *,
+    compiled: Compiled,
+) -> None:
     paged_run(
-        plan.FA2, fa2, float_workspace, int_workspace, info, q, k, v, qo_indptr,
-        kv_indptr, indices, last_page_len, o, lse, mask_mode, layout, window_left, enable_pdl,
-        mask, mask_indptr, slopes, None, None, None, None, None, soft_cap, sm_scale,
-        rope_rcp_scale, rope_rcp_theta, 0,
+        plan.FA2,
+        fa2,
+        float_workspace,
+        int_workspace,
+        info,
+        q,
+        k,
+        v,
+        qo_indptr,
+        kv_indptr,
+        indices,
+        last_page_len,
+        o,
+        lse,
+        mask_mode,
+        layout,
+        window_left,
+        enable_pdl,
+        mask,
+        mask_indptr,
+        slopes,
+        None,
+        None,
+        None,
+        None,
+        None,
+        soft_cap,
+        sm_scale,
+        rope_rcp_scale,
+        rope_rcp_theta,
+        0,
         compiled=replace(compiled, use_sliding_window=window_left >= 0),
-    )  # fmt: skip
+    )
 
 
 _OF_BATCH = 22  # number of arguments of each half of batched POD attention
@@ -291,13 +450,34 @@ def _of_drafts(words: Array, length: int) -> Array:
 
 
 def xqa_wrapper(
-    run_sm90_fp8_mha: bool, sm_count: int, num_kv_heads: int, window: int, q_scale: float,
-    q_scale_tensor: Array | None, output: Array, rcp_out_scale: float, q: Array,
-    sinks: Array | None, k_cache: Array, v_cache: Array, k_sf: Array | None, v_sf: Array | None,
-    page_table: Array, max_seq_len: int, seq_lens: Array, batch_size: int, kv_scale: float,
-    kv_scale_tensor: Array | None, q_seq_len: int, mask: Array | None, semaphores: Array,
-    scratch: Array, enable_pdl: bool, *, compiled: Compiled,
-) -> None:  # fmt: skip
+    run_sm90_fp8_mha: bool,
+    sm_count: int,
+    num_kv_heads: int,
+    window: int,
+    q_scale: float,
+    q_scale_tensor: Array | None,
+    output: Array,
+    rcp_out_scale: float,
+    q: Array,
+    sinks: Array | None,
+    k_cache: Array,
+    v_cache: Array,
+    k_sf: Array | None,
+    v_sf: Array | None,
+    page_table: Array,
+    max_seq_len: int,
+    seq_lens: Array,
+    batch_size: int,
+    kv_scale: float,
+    kv_scale_tensor: Array | None,
+    q_seq_len: int,
+    mask: Array | None,
+    semaphores: Array,
+    scratch: Array,
+    enable_pdl: bool,
+    *,
+    compiled: Compiled,
+) -> None:
     """XQA. Only fp8 keys are scaled; the kernel ignores a scale of others."""
     if k_sf is not None or v_sf is not None:
         raise ValueError("keys of 4 bits need a GPU")
@@ -324,11 +504,25 @@ def xqa_wrapper(
 
 
 def xqa_wrapper_mla(
-    sm_count: int, q_scale: float, q_scale_tensor: Array | None, output: Array, q: Array,
-    k_cache: Array, v_cache: Array, page_table: Array, max_seq_len: int, seq_lens: Array,
-    batch_size: int, kv_scale: float, kv_scale_tensor: Array | None, semaphores: Array,
-    scratch: Array, enable_pdl: bool, *, compiled: Compiled,
-) -> None:  # fmt: skip
+    sm_count: int,
+    q_scale: float,
+    q_scale_tensor: Array | None,
+    output: Array,
+    q: Array,
+    k_cache: Array,
+    v_cache: Array,
+    page_table: Array,
+    max_seq_len: int,
+    seq_lens: Array,
+    batch_size: int,
+    kv_scale: float,
+    kv_scale_tensor: Array | None,
+    semaphores: Array,
+    scratch: Array,
+    enable_pdl: bool,
+    *,
+    compiled: Compiled,
+) -> None:
     """XQA over a latent cache. The values are the first elements of their cache; 16-bit keys are
     scaled as well."""
     if semaphores.any():

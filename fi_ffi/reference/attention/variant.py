@@ -107,9 +107,13 @@ class Variant:
 
 
 def cuda_cores(
-    call: Call, slopes: Array | None, logits_soft_cap: float, sm_scale: float,
-    rope_rcp_scale: float, rope_rcp_theta: float,
-) -> Variant:  # fmt: skip
+    call: Call,
+    slopes: Array | None,
+    logits_soft_cap: float,
+    sm_scale: float,
+    rope_rcp_scale: float,
+    rope_rcp_theta: float,
+) -> Variant:
     """Parse the arguments of decode, which begin those of fa2."""
     compiled = call.compiled
     if compiled.pos_encoding_mode == _ALIBI and slopes is None:
@@ -131,11 +135,21 @@ def cuda_cores(
 
 
 def fa2(
-    call: Call, mask: Array | None, mask_indptr: Array | None, slopes: Array | None,
-    prefix_len: Array | None, token_positions: Array | None, max_item_len: Array | None,
-    k_block_scales: Array | None, v_block_scales: Array | None, logits_soft_cap: float,
-    sm_scale: float, rope_rcp_scale: float, rope_rcp_theta: float, token_positions_len: int,
-) -> Variant:  # fmt: skip
+    call: Call,
+    mask: Array | None,
+    mask_indptr: Array | None,
+    slopes: Array | None,
+    prefix_len: Array | None,
+    token_positions: Array | None,
+    max_item_len: Array | None,
+    k_block_scales: Array | None,
+    v_block_scales: Array | None,
+    logits_soft_cap: float,
+    sm_scale: float,
+    rope_rcp_scale: float,
+    rope_rcp_theta: float,
+    token_positions_len: int,
+) -> Variant:
     """Parse the arguments of batch prefill with fa2."""
     call.only(masks.NONE, masks.CAUSAL, masks.CUSTOM, *([masks.MULTI_ITEM] if call.paged else ()))
     if call.window_left >= 0 and not call.compiled.use_sliding_window:
@@ -158,10 +172,16 @@ def fa2_single(call: Call, mask: Array | None, slopes: Array | None, *more: floa
 
 
 def fa3(
-    call: Call, prefix_len: Array | None, token_positions: Array | None,
-    max_item_len: Array | None, v_scales: Array | None, logits_soft_cap: float, sm_scale: float,
-    v_scale: float, token_positions_len: int,
-) -> Variant:  # fmt: skip
+    call: Call,
+    prefix_len: Array | None,
+    token_positions: Array | None,
+    max_item_len: Array | None,
+    v_scales: Array | None,
+    logits_soft_cap: float,
+    sm_scale: float,
+    v_scale: float,
+    token_positions_len: int,
+) -> Variant:
     """Parse the arguments of batch prefill with fa3."""
     call.only(masks.NONE, masks.CAUSAL, *([masks.MULTI_ITEM] if call.paged else ()))
     mask_of = _multi_item(call, prefix_len, token_positions, max_item_len, token_positions_len)
@@ -175,16 +195,23 @@ def fa3(
     return Variant(options, call.compiled.no_key, mask_of)
 
 
-def fa3_single(call: Call, v_scales: Array | None, logits_soft_cap: float, sm_scale: float,
-               v_scale: float) -> Variant:  # fmt: skip
+def fa3_single(
+    call: Call, v_scales: Array | None, logits_soft_cap: float, sm_scale: float, v_scale: float
+) -> Variant:
     """Parse the arguments of single prefill with fa3."""
     return fa3(call, None, None, None, v_scales, logits_soft_cap, sm_scale, v_scale, 0)
 
 
 def fa3_fp8(
-    call: Call, q_scales: Array | None, k_scales: Array | None, v_scales: Array | None,
-    sm_scale: float, q_scale: float, k_scale: float, v_scale: float,
-) -> Variant:  # fmt: skip
+    call: Call,
+    q_scales: Array | None,
+    k_scales: Array | None,
+    v_scales: Array | None,
+    sm_scale: float,
+    q_scale: float,
+    k_scale: float,
+    v_scale: float,
+) -> Variant:
     """Parse the arguments of prefill with fa3 and fp8 queries, keys and values, single and
     batch."""
     call.only(masks.NONE, masks.CAUSAL)
@@ -228,9 +255,12 @@ def _custom(mask: Array | None, mask_indptr: Array | None) -> MaskOf:
 
 
 def _multi_item(
-    call: Call, prefix_len: Array | None, token_positions: Array | None,
-    max_item_len: Array | None, length: int,
-) -> MaskOf | None:  # fmt: skip
+    call: Call,
+    prefix_len: Array | None,
+    token_positions: Array | None,
+    max_item_len: Array | None,
+    length: int,
+) -> MaskOf | None:
     if call.mask_mode != masks.MULTI_ITEM:
         return None
     if prefix_len is None or token_positions is None or max_item_len is None:
@@ -239,6 +269,9 @@ def _multi_item(
             "maybe_token_pos_in_items_ptr and maybe_max_item_len_ptr"
         )
     return lambda request, qo_len, kv_len: masks.multi_item(
-        qo_len, kv_len, int(prefix_len[request]),
-        token_positions[request * length : (request + 1) * length], int(max_item_len[request]),
-    )  # fmt: skip
+        qo_len,
+        kv_len,
+        int(prefix_len[request]),
+        token_positions[request * length : (request + 1) * length],
+        int(max_item_len[request]),
+    )
