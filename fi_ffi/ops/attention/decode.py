@@ -11,14 +11,11 @@ from fi_ffi.abi.tensor import TensorDesc
 from fi_ffi.errors import ArgumentError
 from fi_ffi.ops.attention import sizes
 from fi_ffi.ops.attention.arrays import INT32_MAX, Batch, host_ints, read_ints
-from fi_ffi.ops.attention.backends import release_for
 from fi_ffi.ops.attention.options import DecodeKeywords, DecodeOptions
 from fi_ffi.ops.attention.plan import Plan
-from fi_ffi.ops.attention.rows import BATCH_DECODE_PLAN, BATCH_DECODE_RUN
 from fi_ffi.ops.attention.run import Values, softmax_scale
 from fi_ffi.ops.attention.workspace import Workspace
 from fi_ffi.ops.call.arguments import check_int, shown
-from fi_ffi.ops.call.row import Row
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -78,9 +75,6 @@ class BatchDecodePlan(Plan):
     # The most that `_most_of` requests need, kept for the next replan.
     _most_need: sizes.Need
     _most_of = 0
-    backend = "cuda cores"
-    _backend_of_module = ""
-    backend_reason = "decode kernels have no other"
 
     def __init__(
         self,
@@ -207,10 +201,6 @@ class BatchDecodePlan(Plan):
         scale = values.scale("q", q_scale, scale)
         values.put(sm_scale=values.scale("k", k_scale, scale))
         values.positions(self.options.pos_encoding_mode, rope_scale, rope_theta, alibi_slopes)
-
-    def _choose_rows(self) -> Sequence[Row]:
-        self.options.check_group(release_for(self.device))
-        return BATCH_DECODE_PLAN, BATCH_DECODE_RUN
 
     def _facts(self) -> dict[str, Any]:
         return super()._facts() | {"empty_q_data": _NOTHING, "empty_kv_data": _NOTHING}

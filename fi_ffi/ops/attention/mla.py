@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any
 from fi_ffi.abi.interop import TensorLike
 from fi_ffi.ops.attention import sizes
 from fi_ffi.ops.attention.arrays import Batch
-from fi_ffi.ops.attention.backends import CAUSAL, NON_CAUSAL, choose_backend
+from fi_ffi.ops.attention.backends import CAUSAL, NON_CAUSAL
 from fi_ffi.ops.attention.options import MlaKeywords, MlaOptions
 from fi_ffi.ops.attention.plan import Plan
-from fi_ffi.ops.attention.rows import BATCH_MLA, FP8, NEED_KEYS
+from fi_ffi.ops.attention.rows import FP8, NEED_KEYS
 from fi_ffi.ops.attention.run import Values, softmax_scale
 from fi_ffi.ops.attention.workspace import Workspace
 from fi_ffi.ops.call.arguments import check_number, shown
-from fi_ffi.ops.call.row import Row
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -153,13 +152,6 @@ class BatchMlaPlan(Plan):
     def _fill_defaults(self, values: Values) -> None:
         # 128: the head size before absorption.
         values.put(sm_scale=softmax_scale(self.op, None, 128 + self.options.head_dim_kpe))
-
-    def _choose_rows(self) -> Sequence[Row]:
-        chosen = self.options
-        self.backend, self.backend_reason = choose_backend(
-            self.op, chosen.backend, chosen.kernel, self.device
-        )
-        return BATCH_MLA[chosen.kernel.kind(self.backend)]
 
     @cached_property
     def _needs_keys(self) -> bool:

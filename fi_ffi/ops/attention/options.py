@@ -8,7 +8,8 @@ an `Option` with the documentation, the check and the default.
 
 import re
 import textwrap
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, TypedDict, get_type_hints
 
@@ -21,16 +22,29 @@ from fi_ffi.ops.attention.backends import (
     NON_CAUSAL,
     POS_ENCODING_MODES,
     Kernel,
+    Target,
     check_encoding,
     check_soft_cap,
+    choose_backend,
     data_type,
     decode_groups,
-    fa2_lacks,
     output_type,
 )
-from fi_ffi.ops.attention.rows import F16, FP4, FP8
+from fi_ffi.ops.attention.rows import (
+    BATCH_DECODE_PLAN,
+    BATCH_DECODE_RUN,
+    BATCH_MLA,
+    BATCH_PREFILL,
+    BATCH_PREFILL_SINK,
+    F16,
+    FP4,
+    FP8,
+    UNIFORM,
+)
 from fi_ffi.ops.attention.sizes import Geometry
-from fi_ffi.ops.call.arguments import check_choice, check_flag, check_int
+from fi_ffi.ops.call.arguments import Refusal, check_choice, check_flag, check_int
+from fi_ffi.ops.call.releases import is_in
+from fi_ffi.ops.call.row import Row
 
 Check = Callable[[str, str, Any], Any]
 
@@ -47,11 +61,11 @@ class Option(NamedTuple):
     default: Any = None
 
 
-def _count(doc: str) -> Option:
+def count(doc: str) -> Option:
     return Option(doc, partial(check_int, low=1))
 
 
-def _flag(doc: str) -> Option:
+def flag(doc: str) -> Option:
     return Option(doc, check_flag, False)
 
 
@@ -60,7 +74,7 @@ def _word(doc: str, words: Collection[str]) -> Option:
     return Option(doc, partial(check_choice, allowed=words), next(iter(words)))
 
 
-def _dtype(doc: str, default: str | None, *names: str) -> Option:
+def dtype(doc: str, default: str | None, *names: str) -> Option:
     return Option(doc, partial(data_type, allowed=names), default)
 
 
@@ -75,16 +89,28 @@ def _only(size: int, doc: str) -> Option:
     return Option(doc, check, size)
 
 
+# Options of several plans.
+Causal = Annotated[bool, flag("query i of a request sees keys up to `kv_len - qo_len + i`")]
+HeadDimVo = Annotated[int | None, count("size of a head of v and the output; head_dim_qk if None")]
+LogitsSoftCap = Annotated[
+    float, Option("c > 0 makes logits `c * tanh(logits / c)`", check_soft_cap, 0.0)
+]
+MaxTotalNumRows = Annotated[
+    int | None, count("with CUDA graphs, the most queries of a replan; this batch's if None")
+]
+PageSize = Annotated[int, count("tokens in a page")]
+
+
 class _Heads(TypedDict):
-    num_qo_heads: Annotated[int, _count("heads of q: a multiple of num_kv_heads")]
-    num_kv_heads: Annotated[int, _count("heads of k and v")]
+    num_qo_heads: Annotated[int, count("heads of q: a multiple of num_kv_heads")]
+    num_kv_heads: Annotated[int, count("heads of k and v")]
 
 
 class _Scores(TypedDict, total=False):
-    q_data_type: Annotated[object, _dtype("dtype of q", "float16", *F16, *FP8)]
+    q_data_type: Annotated[object, dtype("dtype of q", "float16", *F16, *FP8)]
     kv_data_type: Annotated[
         object,
-        _dtype(
+        dtype(
             "dtype of k and v, that of q if None; uint8 for NVFP4, two values a byte",
             None,
             *F16,
@@ -103,66 +129,61 @@ class _Scores(TypedDict, total=False):
         int,
         Option("keys before its own that a query sees; -1 for all", partial(check_int, low=-1), -1),
     ]
-    logits_soft_cap: Annotated[
-        float, Option("c > 0 makes logits `c * tanh(logits / c)`", check_soft_cap, 0.0)
-    ]
+    logits_soft_cap: LogitsSoftCap
     pos_encoding_mode: Annotated[
         str, _word('"NONE", "ROPE_LLAMA" or "ALIBI", applied in the kernel', POS_ENCODING_MODES)
     ]
 
 
-class _Graphs(TypedDict, total=False):
+class Graphs(TypedDict, total=False):
     enable_cuda_graph: Annotated[
         bool,
-        _flag(
+        flag(
             "keep the arrays' addresses and the launch through `replan(...)`, so that a captured "
             "run stays valid for other lengths of as many requests"
         ),
     ]
     max_num_indices: Annotated[
-        int | None, _count("with CUDA graphs, the most pages of a replan; this batch's if None")
+        int | None,
+        count("with CUDA graphs, the most pages of a replan; this batch's if None"),
     ]
 
 
 class _Queries(TypedDict, total=False):
-    causal: Annotated[bool, _flag("query i of a request sees keys up to `kv_len - qo_len + i`")]
+    causal: Causal
     backend: Annotated[
         str,
         _word('"auto" (as FlashInfer: fa3 on SM90 if it can serve), "fa2" or "fa3"', BACKENDS),
     ]
-    max_total_num_rows: Annotated[
-        int | None, _count("with CUDA graphs, the most queries of a replan; this batch's if None")
-    ]
+    max_total_num_rows: MaxTotalNumRows
 
 
-class _HeadDim(_Heads):
-    head_dim_qk: Annotated[int, _count("size of a head of q and k")]
+class HeadDim(_Heads):
+    head_dim_qk: Annotated[int, count("size of a head of q and k")]
 
 
-class PrefillKeywords(_HeadDim, _Scores, _Queries, _Graphs, total=False):
+class PrefillKeywords(HeadDim, _Scores, _Queries, Graphs, total=False):
     """Keywords of `BatchPrefillPlan`."""
 
-    head_dim_vo: Annotated[
-        int | None, _count("size of a head of v and the output; head_dim_qk if None")
-    ]
-    page_size: Annotated[int | None, _count("tokens in a page; None for ragged keys")]
-    use_fp16_qk_reduction: Annotated[bool, _flag("sum q @ k in float16 (fa2, float16 queries)")]
-    use_custom_mask: Annotated[bool, _flag("each run passes a mask (`pack_custom_mask`); fa2")]
+    head_dim_vo: HeadDimVo
+    page_size: Annotated[int | None, count("tokens in a page; None for ragged keys")]
+    use_fp16_qk_reduction: Annotated[bool, flag("sum q @ k in float16 (fa2, float16 queries)")]
+    use_custom_mask: Annotated[bool, flag("each run passes a mask (`pack_custom_mask`); fa2")]
     use_multi_item_scoring: Annotated[
-        bool, _flag("each run passes prefix and item lengths; the mask is causal as well")
+        bool, flag("each run passes prefix and item lengths; the mask is causal as well")
     ]
     use_attention_sink: Annotated[
         bool,
-        _flag("each run passes `sink`, one more logit in each head's softmax (GPT-OSS)"),
+        flag("each run passes `sink`, one more logit in each head's softmax (GPT-OSS)"),
     ]
     fixed_split_size: Annotated[
         int | None,
-        _count(
+        count(
             "split requests among blocks in pieces of this many pages, so that results do not "
             "depend on the batch; fa2"
         ),
     ]
-    disable_split_kv: Annotated[bool, _flag("do not split requests among blocks; fa2")]
+    disable_split_kv: Annotated[bool, flag("do not split requests among blocks; fa2")]
     num_colocated_ctas: Annotated[
         int,
         Option(
@@ -183,61 +204,44 @@ class PrefillKeywords(_HeadDim, _Scores, _Queries, _Graphs, total=False):
     ]
 
 
-class DecodeKeywords(_Heads, _Scores, _Graphs):
+class DecodeKeywords(_Heads, _Scores, Graphs):
     """Keywords of `BatchDecodePlan`."""
 
-    head_dim: Annotated[int, _count("size of a head")]
-    page_size: Annotated[int, _count("tokens in a page")]
-
-
-class _Attention(_HeadDim):
-    page_size: Annotated[int, _count("tokens in a page")]
-
-
-class AttentionKeywords(_Attention, _Graphs, total=False):
-    """Keywords of `BatchAttentionPlan`."""
-
-    head_dim_vo: Annotated[
-        int | None, _count("size of a head of v and the output; head_dim_qk if None")
-    ]
-    causal: Annotated[bool, _flag("query i of a request sees keys up to `kv_len - qo_len + i`")]
-    q_data_type: Annotated[
-        object, _dtype("dtype of q and the output: float16 or bfloat16", "bfloat16", *F16)
-    ]
-    kv_data_type: Annotated[
-        object,
-        _dtype(
-            "dtype of k and v: that of q (also if None), fp8, or uint8 for NVFP4, two values a "
-            "byte (FlashInfer 0.6.10 to 0.6.14)",
-            None,
-            *F16,
-            *FP8,
-            *FP4,
-        ),
-    ]
-    logits_soft_cap: Annotated[
-        float, Option("c > 0 makes logits `c * tanh(logits / c)`", check_soft_cap, 0.0)
-    ]
-    max_total_num_rows: Annotated[
-        int | None, _count("with CUDA graphs, the most queries of a replan; this batch's if None")
-    ]
+    head_dim: Annotated[int, count("size of a head")]
+    page_size: PageSize
 
 
 class _Mla(TypedDict):
-    num_heads: Annotated[int, _count("heads of the queries")]
-    page_size: Annotated[int, _count("tokens in a page")]
+    num_heads: Annotated[int, count("heads of the queries")]
+    page_size: PageSize
 
 
-class MlaKeywords(_Mla, _Queries, _Graphs, total=False):
+class MlaKeywords(_Mla, _Queries, Graphs, total=False):
     """Keywords of `BatchMlaPlan`."""
 
     head_dim_ckv: Annotated[int, _only(512, "size of the compressed keys and values")]
     head_dim_kpe: Annotated[int, _only(64, "size of the part with the position encoding")]
-    q_data_type: Annotated[object, _dtype("dtype of q: float16 or bfloat16", "bfloat16", *F16)]
+    q_data_type: Annotated[object, dtype("dtype of q: float16 or bfloat16", "bfloat16", *F16)]
     kv_data_type: Annotated[
         object,
         Option("dtype of the cache: that of q (also if None); or fp8 e4m3 with bfloat16 q", None),
     ]
+
+
+class Choice(NamedTuple):
+    """What serves a plan: the backend, why it was chosen, and the rows of the planner and of the
+    runs."""
+
+    backend: str
+    reason: str
+    rows: Sequence[Row]
+
+
+# The options that determine the module as they are.
+_KERNEL_OPTIONS = (
+    *("family", "q_data_type", "kv_data_type", "o_data_type", "head_dim_qk", "head_dim_vo"),
+    *("pos_encoding_mode", "use_fp16_qk_reduction"),
+)
 
 
 class Options:
@@ -249,23 +253,24 @@ class Options:
     required: ClassVar[frozenset[str]]
     # Whether the kernels can write fp8 outputs.
     has_fp8_outputs: ClassVar[bool] = False
+    use_fp16_qk_reduction = False
 
     def __init_subclass__(cls, op: str, keywords: Any) -> None:
         hints = get_type_hints(keywords, include_extras=True)
         cls.op, cls.required = op, keywords.__required_keys__
         cls.table = {name: hint.__metadata__[0] for name, hint in hints.items()}
 
-    def __init__(self, **given: Any) -> None:
+    def __init__(self, **options: Any) -> None:
         """Check a plan's keywords. A `TypeError` names the plan, as for a plain Python call."""
-        for name in given:
+        for name in options:
             if name not in self.table:
                 near = nearest(name, self.table)
                 raise TypeError(f"{self.op}() got an unexpected keyword argument {name!r}{near}")
-        missing = [name for name in self.table if name in self.required and name not in given]
+        missing = [name for name in self.table if name in self.required and name not in options]
         if missing:
             raise TypeError(f"{self.op}() missing required keyword arguments: {', '.join(missing)}")
         for name, (_, check, default) in self.table.items():
-            value = given.get(name, default)
+            value = options.get(name, default)
             if check is not None and not (value is default is None and name not in self.required):
                 value = check(self.op, name, value)
             setattr(self, name, value)
@@ -288,14 +293,12 @@ class Options:
             return doc  # None under python -OO
         head, _, tail = doc.partition("{options}")
         indent = head[head.rindex("\n") + 1 :]
+        wrap = textwrap.TextWrapper(96, indent, f"{indent}    ").wrap
         lines = []
         for name, option in cls.table.items():
-            is_told = name not in cls.required and option.default is not None
-            default = f" ({option.default!r} by default)" if is_told else ""
-            lines += textwrap.wrap(
-                f"{name}{default}: {option.doc}.", 96,
-                initial_indent=indent, subsequent_indent=f"{indent}    ",
-            )  # fmt: skip
+            has_default = name not in cls.required and option.default is not None
+            default = f" ({option.default!r} by default)" if has_default else ""
+            lines += wrap(f"{name}{default}: {option.doc}.")
         return head + "\n".join(lines).lstrip() + tail
 
     def changed(self) -> dict[str, Any]:
@@ -308,6 +311,10 @@ class Options:
 
     def check_together(self) -> None:
         """Check combinations of options, and set those that were left out."""
+        raise NotImplementedError
+
+    def choose(self, target: Target) -> Choice:
+        """Choose the backend and the rows for a target; refuse what it lacks."""
         raise NotImplementedError
 
     def _check_heads(self) -> None:
@@ -348,15 +355,21 @@ class Options:
     def kernel(self) -> Kernel:
         """The parameters that the plan's module is compiled for."""
         return Kernel(
-            self.family, self.q_data_type, self.kv_data_type, self.o_data_type, self.head_dim_qk,
-            self.head_dim_vo, self.pos_encoding_mode, self.window_left >= 0,
-            self.logits_soft_cap > 0, getattr(self, "use_fp16_qk_reduction", False),
-        )  # fmt: skip
+            **{name: getattr(self, name) for name in _KERNEL_OPTIONS},
+            use_sliding_window=self.window_left >= 0,
+            use_logits_soft_cap=self.logits_soft_cap > 0,
+        )
 
     def geometry(self, machine: tuple[int, int]) -> Geometry:
         """Return the sizes that determine the workspaces, on a GPU of this `machine`: its
         multiprocessors and major compute capability."""
-        raise NotImplementedError
+        multiprocessors, major = machine
+        sizes = {"page_size": 1, "multiprocessors": multiprocessors, "major": major} | {
+            name: value
+            for name, value in vars(self).items()
+            if name in Geometry.__dataclass_fields__ and value is not None
+        }
+        return Geometry(**sizes)
 
 
 class SignatureWithOptions:
@@ -372,27 +385,24 @@ class SignatureWithOptions:
         from inspect import Parameter, signature
 
         options: type[Options] = self._options or owner._options_class  # type: ignore[attr-defined]
-        made: Any = owner.__init__  # type: ignore[misc]
-        *given, last = [*signature(made).parameters.values()][1:]
-        found = re.fullmatch(r"Unpack\[(\w+)\]", str(last.annotation))
-        if found is None:
-            return signature(made).replace(parameters=[*given, last])
-        keywords = made.__globals__[found[1]]
+        init: Any = owner.__init__  # type: ignore[misc]
+        *parameters, last = [*signature(init).parameters.values()][1:]
+        unpacked = re.fullmatch(r"Unpack\[(\w+)\]", str(last.annotation))
+        if unpacked is None:
+            return signature(init).replace(parameters=[*parameters, last])
+        keywords = init.__globals__[unpacked[1]]
         required = keywords.__required_keys__ | options.required
-        named = [
-            Parameter(
-                name,
-                Parameter.KEYWORD_ONLY,
-                annotation=hint,
-                default=Parameter.empty
-                if name in required
-                else options.table[name].default
-                if name in options.table
-                else None,
+        defaults = {name: option.default for name, option in options.table.items()}
+        for name, hint in get_type_hints(keywords).items():
+            default = Parameter.empty if name in required else defaults.get(name)
+            parameters.append(
+                Parameter(name, Parameter.KEYWORD_ONLY, annotation=hint, default=default)
             )
-            for name, hint in get_type_hints(keywords).items()
-        ]
-        return signature(made).replace(parameters=[*given, *named], return_annotation=owner)
+        return signature(init).replace(parameters=parameters, return_annotation=owner)
+
+
+# Options of the split, which fa3 lacks.
+_FA2_OPTIONS = ("fixed_split_size", "disable_split_kv", "num_colocated_ctas", "uniform_q_len")
 
 
 class PrefillOptions(Options, op="BatchPrefillPlan", keywords=PrefillKeywords):
@@ -462,12 +472,34 @@ class PrefillOptions(Options, op="BatchPrefillPlan", keywords=PrefillKeywords):
         return bool(self.window_left >= 0 and self.mask_mode != CAUSAL)
 
     def geometry(self, machine: tuple[int, int]) -> Geometry:
-        return Geometry(
-            self.num_qo_heads, self.num_kv_heads, self.head_dim_vo, self.page_size or 1, *machine,
-            self.enable_cuda_graph, self.window_left, self.fixed_split_size or -1,
-            self.disable_split_kv or self.sees_past_window, self.num_colocated_ctas,
-            self.uniform_q_len,
-        )  # fmt: skip
+        is_whole = self.disable_split_kv or self.sees_past_window
+        return replace(super().geometry(machine), disable_split_kv=is_whole)
+
+    @property
+    def rows(self) -> Mapping[str, Sequence[Row]]:
+        """The rows by backend and kind of dtypes: of the planner, and of ragged and paged runs."""
+        return BATCH_PREFILL_SINK if self.use_attention_sink else BATCH_PREFILL
+
+    def choose(self, target: Target) -> Choice:
+        kernel, is_paged = self.kernel, self.page_size is not None
+        refuse, release = Refusal(target.op), target.release
+        backend, reason = choose_backend(
+            target, self.backend, kernel, self.use_custom_mask, is_paged
+        )
+        for name in _FA2_OPTIONS if backend == "fa3" else ():
+            if getattr(self, name):
+                expected = "its default, or backend='fa2': fa3 never splits requests"
+                raise refuse(name, getattr(self, name), expected)
+        if self.uniform_q_len and release is not None and not is_in(release, UNIFORM):
+            expected = f"0: FlashInfer {UNIFORM} has it, and the kernels in use are of {release}"
+            raise refuse("uniform_q_len", self.uniform_q_len, expected)
+        if self.use_multi_item_scoring and self.q_data_type in FP8:
+            expected = "False: the kernels for fp8 queries lack it"
+            raise refuse("use_multi_item_scoring", True, expected)
+        if self.kv_data_type in FP4 and target.op != self.op:
+            expected = f"another: only {self.op} has keys and values of 4 bits"
+            raise refuse("kv_data_type", self.kv_data_type, expected)
+        return Choice(backend, reason, self.rows[kernel.kind(backend)])
 
 
 class DecodeOptions(Options, op="BatchDecodePlan", keywords=DecodeKeywords):
@@ -486,62 +518,34 @@ class DecodeOptions(Options, op="BatchDecodePlan", keywords=DecodeKeywords):
             expected = "float16, bfloat16 or fp8: for keys of 4 bits see BatchPrefillPlan"
             raise self.refuse("kv_data_type", self.kv_data_type, expected)
 
-    def check_group(self, of: str | None) -> None:
-        """Refuse a ratio of query heads to key heads that a release's kernels lack."""
-        group, groups = self.num_qo_heads // self.num_kv_heads, decode_groups(of)
+    def choose(self, target: Target) -> Choice:
+        group, groups = self.num_qo_heads // self.num_kv_heads, decode_groups(target.release)
         if group not in groups:
             known = ", ".join(map(str, groups))
             expected = (
                 f"{known} for each of num_kv_heads; BatchPrefillPlan, one query each, has any"
             )
             raise self.refuse("num_qo_heads", f"{group} for each of num_kv_heads", expected)
-
-    def geometry(self, machine: tuple[int, int]) -> Geometry:
-        return Geometry(
-            self.num_qo_heads, self.num_kv_heads, self.head_dim, self.page_size, *machine,
-            self.enable_cuda_graph, self.window_left,
-        )  # fmt: skip
-
-
-class AttentionOptions(Options, op="BatchAttentionPlan", keywords=AttentionKeywords):
-    """Options of `BatchAttentionPlan`."""
-
-    family = "batch_attention"
-    pos_encoding_mode, window_left = "NONE", -1
-
-    def check_together(self) -> None:
-        self._set_default("head_dim_vo", self.head_dim_qk)
-        self._set_default("kv_data_type", self.q_data_type)
-        self.o_data_type = self.q_data_type
-        self._check_heads()
-        self._check_fp4()
-        lacks = fa2_lacks(self.kernel)
-        if lacks:
-            raise self.refuse("kv_data_type", self.kv_data_type, f"{self.q_data_type}: {lacks}")
-
-    def geometry(self, machine: tuple[int, int]) -> Geometry:
-        return Geometry(
-            self.num_qo_heads, self.num_kv_heads, self.head_dim_vo, self.page_size, *machine,
-            self.enable_cuda_graph,
-        )  # fmt: skip
+        rows = BATCH_DECODE_PLAN, BATCH_DECODE_RUN
+        return Choice("cuda cores", "decode kernels have no other", rows)
 
 
 class MlaOptions(Options, op="BatchMlaPlan", keywords=MlaKeywords):
     """Options of `BatchMlaPlan`."""
 
     def check_together(self) -> None:
+        self.num_qo_heads, self.num_kv_heads = self.num_heads, 1
+        self.head_dim_vo = self.head_dim_ckv
         q = self.q_data_type
         allowed = (q, "float8_e4m3fn") if q == "bfloat16" else (q,)
         self._set_default("kv_data_type", q, partial(data_type, allowed=allowed))
 
     @property
     def kernel(self) -> Kernel:
-        return Kernel(
-            "batch_mla", self.q_data_type, self.kv_data_type, self.q_data_type,
-            self.head_dim_ckv, self.head_dim_kpe,
-        )  # fmt: skip
+        q, head_dims = self.q_data_type, (self.head_dim_ckv, self.head_dim_kpe)
+        return Kernel("batch_mla", q, self.kv_data_type, q, *head_dims)
 
-    def geometry(self, machine: tuple[int, int]) -> Geometry:
-        return Geometry(
-            self.num_heads, 1, self.head_dim_ckv, self.page_size, *machine, self.enable_cuda_graph
-        )
+    def choose(self, target: Target) -> Choice:
+        kernel = self.kernel
+        backend, reason = choose_backend(target, self.backend, kernel)
+        return Choice(backend, reason, BATCH_MLA[kernel.kind(backend)])

@@ -20,7 +20,7 @@ from fi_ffi.abi.tensor import Device, TensorDesc, TensorKind, make_desc, parse_d
 from fi_ffi.errors import ArgumentError, ArgumentTypeError
 from fi_ffi.loader import machine
 from fi_ffi.ops.attention.arrays import Arrays, Batch
-from fi_ffi.ops.attention.backends import geometry_on, multiprocessors
+from fi_ffi.ops.attention.backends import Target, geometry_on, multiprocessors
 from fi_ffi.ops.attention.options import Options, SignatureWithOptions
 from fi_ffi.ops.attention.rows import FORMS, WITH_COPY
 from fi_ffi.ops.attention.run import BoundRow, Values, compiled_row
@@ -192,7 +192,9 @@ class Plan:
 
     def _choose_rows(self) -> Sequence[Row]:
         """Choose the backend; return the planner's row and the rows of runs."""
-        raise NotImplementedError
+        choice = self.options.choose(Target.of(self.op, self.device))
+        self.backend, self.backend_reason, rows = choice
+        return rows  # type: ignore[no-any-return]
 
     def _facts(self) -> dict[str, Any]:
         """Return the bound arguments and the sizes of axes that no batch changes, by the rows'

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from fi_ffi.abi.interop import TensorLike, as_desc
 from fi_ffi.ops.attention import sizes
 from fi_ffi.ops.attention.arrays import Batch
-from fi_ffi.ops.attention.backends import choose_backend, release_for
+from fi_ffi.ops.attention.backends import release_for
 from fi_ffi.ops.attention.options import PrefillKeywords, PrefillOptions
 from fi_ffi.ops.attention.plan import Plan
-from fi_ffi.ops.attention.rows import BATCH_PREFILL, BATCH_PREFILL_SINK, FP4, FP8, UNIFORM
+from fi_ffi.ops.attention.rows import FP4
 from fi_ffi.ops.attention.run import (
     OWN_STRIDES,
     BoundRow,
@@ -113,38 +113,8 @@ class BatchPrefillPlan(Plan):
         paged = paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len
         self._replan_batch((qo_indptr, kv_indptr, *paged), stream)
 
-    def _choose_rows(self) -> Sequence[Row]:
-        chosen = self.options
-        self.backend, self.backend_reason = choose_backend(
-            self.op, chosen.backend, chosen.kernel, self.device, chosen.use_custom_mask,
-            chosen.page_size is not None,
-        )  # fmt: skip
-        is_fp8 = chosen.q_data_type in FP8
-        if self.backend == "fa3":
-            for name in (
-                "fixed_split_size", "disable_split_kv", "num_colocated_ctas", "uniform_q_len",
-            ):  # fmt: skip
-                if getattr(chosen, name):
-                    expected = "its default, or backend='fa2': fa3 never splits requests"
-                    raise self._refuse(name, getattr(chosen, name), expected)
-        of = release_for(self.device)
-        if chosen.uniform_q_len and of is not None and not is_in(of, UNIFORM):
-            expected = f"0: FlashInfer {UNIFORM} has it, and the kernels in use are of {of}"
-            raise self._refuse("uniform_q_len", chosen.uniform_q_len, expected)
-        if chosen.use_multi_item_scoring and is_fp8:
-            expected = "False: the kernels for fp8 queries lack it"
-            raise self._refuse("use_multi_item_scoring", True, expected)
-        if chosen.kv_data_type in FP4 and "ragged_run" not in self._run_methods:
-            expected = "another: only BatchPrefillPlan has keys and values of 4 bits"
-            raise self._refuse("kv_data_type", chosen.kv_data_type, expected)
-        return self._families[chosen.kernel.kind(self.backend)]
-
-    @property
-    def _families(self) -> Mapping[str, Sequence[Row]]:
-        return BATCH_PREFILL_SINK if self.options.use_attention_sink else BATCH_PREFILL
-
     def _other_rows(self, kind: int) -> Mapping[str, Row]:
-        return {backend: rows[1 + kind] for backend, rows in self._families.items()}
+        return {backend: rows[1 + kind] for backend, rows in self.options.rows.items()}
 
     def _facts(self) -> dict[str, Any]:
         mask = {"mask_mode_code": self.options.mask_mode}

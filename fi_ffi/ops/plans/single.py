@@ -8,6 +8,7 @@ from fi_ffi.loader import machine
 from fi_ffi.ops.attention.backends import (
     POS_ENCODING_MODES,
     Kernel,
+    Target,
     check_encoding,
     check_soft_cap,
     choose_backend,
@@ -232,7 +233,8 @@ def single_prefill(
     head_dim_vo = v.shape[-1] * (2 if v.dtype.name in FP4 else 1)
     options = pos_encoding_mode, window_left, logits_soft_cap, use_fp16_qk_reduction
     kernel = _kernel(op, (q, k, out), (head_dim, head_dim_vo), *options)
-    chosen, _ = choose_backend(op, backend, kernel, q.device, custom_mask is not None)
+    target = Target.of(op, q.device)
+    chosen, _ = choose_backend(target, backend, kernel, custom_mask is not None)
     causal = check_causal(op, causal, k, (qo_len, kv_len))
     if pos_encoding_mode == "ROPE_LLAMA" and 0 < kv_len < qo_len:
         expected = f"{qo_len} keys or more (or none) with pos_encoding_mode='ROPE_LLAMA'"
