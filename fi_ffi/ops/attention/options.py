@@ -13,7 +13,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, TypedDict, get_type_hints
 
-from fi_ffi.errors import ArgumentError, nearest
+from fi_ffi.errors import nearest
 from fi_ffi.ops.attention.backends import (
     BACKENDS,
     CAUSAL,
@@ -65,6 +65,11 @@ def count(doc: str) -> Option:
     return Option(doc, partial(check_int, low=1))
 
 
+def _from(least: int, doc: str) -> Option:
+    """An int from `least` on, which is the default."""
+    return Option(doc, partial(check_int, low=least), least)
+
+
 def flag(doc: str) -> Option:
     return Option(doc, check_flag, False)
 
@@ -83,7 +88,7 @@ def _only(size: int, doc: str) -> Option:
 
     def check(op: str, name: str, value: Any) -> int:
         if check_int(op, name, value, 1) != size:
-            raise ArgumentError(op, name, got=value, expected=f"{size}, the only one there is")
+            raise Refusal(op)(name, value, f"{size}, the only one there is")
         return size
 
     return Option(doc, check, size)
@@ -125,10 +130,7 @@ class _Scores(TypedDict, total=False):
             None,
         ),
     ]
-    window_left: Annotated[
-        int,
-        Option("keys before its own that a query sees; -1 for all", partial(check_int, low=-1), -1),
-    ]
+    window_left: Annotated[int, _from(-1, "keys before its own that a query sees; -1 for all")]
     logits_soft_cap: LogitsSoftCap
     pos_encoding_mode: Annotated[
         str, _word('"NONE", "ROPE_LLAMA" or "ALIBI", applied in the kernel', POS_ENCODING_MODES)
@@ -144,8 +146,7 @@ class Graphs(TypedDict, total=False):
         ),
     ]
     max_num_indices: Annotated[
-        int | None,
-        count("with CUDA graphs, the most pages of a replan; this batch's if None"),
+        int | None, count("with CUDA graphs, the most pages of a replan; this batch's if None")
     ]
 
 
@@ -173,8 +174,7 @@ class PrefillKeywords(HeadDim, _Scores, _Queries, Graphs, total=False):
         bool, flag("each run passes prefix and item lengths; the mask is causal as well")
     ]
     use_attention_sink: Annotated[
-        bool,
-        flag("each run passes `sink`, one more logit in each head's softmax (GPT-OSS)"),
+        bool, flag("each run passes `sink`, one more logit in each head's softmax (GPT-OSS)")
     ]
     fixed_split_size: Annotated[
         int | None,
@@ -186,20 +186,18 @@ class PrefillKeywords(HeadDim, _Scores, _Queries, Graphs, total=False):
     disable_split_kv: Annotated[bool, flag("do not split requests among blocks; fa2")]
     num_colocated_ctas: Annotated[
         int,
-        Option(
+        _from(
+            0,
             "blocks of another kernel that runs at the same time, subtracted from the pieces that "
             "requests are split in; fa2",
-            partial(check_int, low=0),
-            0,
         ),
     ]
     uniform_q_len: Annotated[
         int,
-        Option(
+        _from(
+            0,
             "with CUDA graphs, the number of queries if all requests of all batches have the "
             "same, which sets the tile size; 0 for any; fa2, FlashInfer 0.6.16 and later",
-            partial(check_int, low=0),
-            0,
         ),
     ]
 
@@ -251,13 +249,14 @@ class Options:
     op: ClassVar[str]
     table: ClassVar[Mapping[str, Option]]
     required: ClassVar[frozenset[str]]
+    refuse: ClassVar[Refusal]
     # Whether the kernels can write fp8 outputs.
     has_fp8_outputs: ClassVar[bool] = False
     use_fp16_qk_reduction = False
 
     def __init_subclass__(cls, op: str, keywords: Any) -> None:
         hints = get_type_hints(keywords, include_extras=True)
-        cls.op, cls.required = op, keywords.__required_keys__
+        cls.op, cls.required, cls.refuse = op, keywords.__required_keys__, Refusal(op)
         cls.table = {name: hint.__metadata__[0] for name, hint in hints.items()}
 
     def __init__(self, **options: Any) -> None:
@@ -348,9 +347,6 @@ class Options:
         elif check is not None:
             setattr(self, name, check(self.op, name, value))
 
-    def refuse(self, argument: str, got: object, expected: object) -> ArgumentError:
-        return ArgumentError(self.op, argument, got=got, expected=expected)
-
     @property
     def kernel(self) -> Kernel:
         """The parameters that the plan's module is compiled for."""
@@ -405,6 +401,12 @@ class SignatureWithOptions:
 _FA2_OPTIONS = ("fixed_split_size", "disable_split_kv", "num_colocated_ctas", "uniform_q_len")
 
 
+_LACKED_WITH_SINKS = (
+    *("pos_encoding_mode", "logits_soft_cap", "use_fp16_qk_reduction"),
+    *("use_custom_mask", "use_multi_item_scoring"),
+)
+
+
 class PrefillOptions(Options, op="BatchPrefillPlan", keywords=PrefillKeywords):
     """Options of `BatchPrefillPlan`."""
 
@@ -429,24 +431,17 @@ class PrefillOptions(Options, op="BatchPrefillPlan", keywords=PrefillKeywords):
             raise self.refuse("uniform_q_len", self.uniform_q_len, expected)
         if self.disable_split_kv and self.fixed_split_size is not None:
             raise self.refuse("disable_split_kv", True, "False with fixed_split_size")
+        # Multi-item scoring is causal.
         modes = ("causal", "use_custom_mask", "use_multi_item_scoring")
-        chosen = [name for name in modes if getattr(self, name)]
-        if chosen == [modes[0], modes[2]]:  # allowed: multi-item scoring is causal
-            return
-        if len(chosen) > 1:
-            raise self.refuse(chosen[1], True, f"False with {chosen[0]}: the mask is one of them")
+        masks = [name for name in modes if getattr(self, name)]
+        if len(masks) > 1 and masks != ["causal", "use_multi_item_scoring"]:
+            raise self.refuse(masks[1], True, f"False with {masks[0]}: the mask is one of them")
 
     def _check_sink(self) -> None:
-        lacking = {
-            "pos_encoding_mode": self.pos_encoding_mode != "NONE",
-            "logits_soft_cap": self.logits_soft_cap > 0,
-            "use_fp16_qk_reduction": self.use_fp16_qk_reduction,
-            "use_custom_mask": self.use_custom_mask,
-            "use_multi_item_scoring": self.use_multi_item_scoring,
-            "kv_data_type": self.kv_data_type != self.q_data_type or self.q_data_type in FP8,
-        }
-        for name, is_asked in lacking.items():
-            if is_asked:
+        defaults = {name: self.table[name].default for name in _LACKED_WITH_SINKS}
+        defaults["kv_data_type"] = "" if self.q_data_type in FP8 else self.q_data_type
+        for name, default in defaults.items():
+            if getattr(self, name) != default:
                 expected = "its default: the kernels with attention sinks have nothing else"
                 raise self.refuse(name, getattr(self, name), expected)
 

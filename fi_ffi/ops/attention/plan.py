@@ -142,7 +142,7 @@ class Plan:
         self.options = self._options_class(**options)
         rows = self._choose_rows()
         self._geometry = geometry_on(self.device, self.options.geometry(self._machine))
-        self.module = self.options.kernel.module(self._backend_of_module)
+        self.module = self.options.kernel.module(self.backend)
         planner, *self._run_rows = (in_force(FORMS[row], self.device) for row in rows)
         self._bind_planner(planner)
         batch = self._read(arrays)
@@ -247,11 +247,6 @@ class Plan:
         facts = {"batch_size": 0, "total_num_rows": 0} | self._facts()
         for name, value in facts.items():
             self._planner.put(name, value)
-
-    @property
-    def _backend_of_module(self) -> str:
-        """The backend part of module names."""
-        return self.backend
 
     @property
     def _machine(self) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from fi_ffi.abi.interop import TensorLike
 from fi_ffi.ops.attention import sizes
-from fi_ffi.ops.attention.arrays import Batch
+from fi_ffi.ops.attention.arrays import PAGES_OF_LENGTHS, Batch
 from fi_ffi.ops.attention.backends import CAUSAL, NON_CAUSAL, Target, fa2_lacks
 from fi_ffi.ops.attention.options import (
     Causal,
@@ -111,12 +111,7 @@ class BatchAttentionPlan(Plan):
 
     op = "BatchAttentionPlan"
     _options_class = AttentionOptions
-    _names: Mapping[str, str] = {
-        "qo_indptr": "qo_indptr",
-        "kv_indptr": "kv_indptr",
-        "indices": "kv_indices",
-        "kv_len": "kv_len_arr",
-    }
+    _names = PAGES_OF_LENGTHS
     _run_arrays: Mapping[str, str] = {"kv_indices": "indices"}
 
     def __init__(
