@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from array import array
 from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property
 from itertools import accumulate
 from operator import ge, sub
 
@@ -92,8 +93,6 @@ def _view(desc: TensorDesc, op: str, argument: str) -> memoryview:
 class Indptr:
     """The start of each of b requests in an array: b + 1 positions, of which the first is 0."""
 
-    __slots__ = ("_counts", "_values", "size", "total", "view")
-
     def __init__(
         self,
         op: str,
@@ -117,14 +116,10 @@ class Indptr:
             got = f"{values[at + 1]} after {values[at]} (request {at})"
             raise refuse(argument, got, "positions that do not decrease")
 
-    @property
+    @cached_property
     def counts(self) -> list[int]:
         """Elements of each request."""
-        try:
-            return self._counts
-        except AttributeError:
-            self._counts: list[int] = list(map(sub, self._values[1:], self._values))
-            return self._counts
+        return list(map(sub, self._values[1:], self._values))
 
 
 class Batch:
@@ -137,11 +132,6 @@ class Batch:
         arrays: in the order of `names`; `indices` may be None if runs pass the pages.
         may_be_longer: whether `kv_indptr` may have more than b + 1 entries, which are ignored.
     """
-
-    __slots__ = (
-        *("_kv_lens", "_lasts", "_mask_indptr", "_names", "_op", "_page_size"),
-        *("kv", "max_page", "num_indices", "qo", "room_for_rows", "rows", "size", "views"),
-    )
 
     def __init__(
         self,
@@ -168,8 +158,6 @@ class Batch:
         # The pages listed, and the highest page number; -1 if runs pass the pages.
         self.num_indices, self.max_page = 0, -1
         self._lasts: list[int] | None = None
-        self._kv_lens: list[int] | None = None
-        self._mask_indptr: list[int] | None = None
         if "last_page_len" in names:
             self._read_last(by_name["last_page_len"])
         elif "kv_len" in names:
@@ -203,7 +191,7 @@ class Batch:
     def _read_kv_len(self, array: object) -> None:
         """Read the number of tokens of each request."""
         page_size = self._page_size
-        lengths = self._kv_lens = self._read("kv_len", array)
+        lengths = self.kv_lens = self._read("kv_len", array)
         for i, (length, pages) in enumerate(zip(lengths, self.kv.counts, strict=True)):
             if length < 0 or not (pages - 1) * page_size <= length <= pages * page_size:
                 got = f"{length} for request {i} with {pages} pages of {page_size}"
@@ -238,15 +226,13 @@ class Batch:
         """Queries of each request."""
         return [1] * self.size if self.qo is None else self.qo.counts
 
-    @property
+    @cached_property
     def kv_lens(self) -> list[int]:
         """Keys of each request."""
-        if self._kv_lens is None:
-            if self._lasts is None:
-                return self.kv.counts
-            size, pairs = self._page_size, zip(self.kv.counts, self._lasts, strict=True)
-            self._kv_lens = [(count - 1) * size + last if count else 0 for count, last in pairs]
-        return self._kv_lens
+        if self._lasts is None:
+            return self.kv.counts
+        size, pairs = self._page_size, zip(self.kv.counts, self._lasts, strict=True)
+        return [(count - 1) * size + last if count else 0 for count, last in pairs]
 
     def use_kv_len(self) -> None:
         """Compute the number of keys of each request for the planner, if the caller did not pass
@@ -254,14 +240,11 @@ class Batch:
         if "kv_len" not in self.views:
             self.views["kv_len"] = host_ints(self.kv_lens)
 
-    @property
+    @cached_property
     def mask_indptr(self) -> list[int]:
-        """The start of each request's packed mask, in bytes."""
-        if self._mask_indptr is None:
-            pairs = zip(self.qo_lens, self.kv_lens, strict=True)
-            # Each mask takes whole bytes.
-            self._mask_indptr = [0, *accumulate((q * kv + 7) // 8 for q, kv in pairs)]
-        return self._mask_indptr
+        """The start of each request's packed mask, in bytes; each takes whole bytes."""
+        pairs = zip(self.qo_lens, self.kv_lens, strict=True)
+        return [0, *accumulate((q * kv + 7) // 8 for q, kv in pairs)]
 
     def use_mask(self) -> None:
         """Send `mask_indptr` to the device; raise if it exceeds int32."""

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from fi_ffi.abi.tensor import Device, DType, parse_dtype
 from fi_ffi.errors import ArgumentError, printed
 from fi_ffi.loader import machine
 from fi_ffi.ops.attention.rows import DECODE_GROUPS, F16, FP4, FP8, MLA_FP8
-from fi_ffi.ops.attention.sizes import BY_QUERY, Geometry
 from fi_ffi.ops.call.arguments import check_choice, check_number
 from fi_ffi.ops.call.providers import release_in_force
 from fi_ffi.ops.call.releases import is_in
@@ -141,12 +140,6 @@ def release_for(device: Device) -> str | None:
     """Return the release of the kernels that a device runs; None on the CPU, whose reference
     supports what any release does."""
     return release_in_force() if device.is_cuda else None
-
-
-def geometry_on(device: Device, geometry: Geometry) -> Geometry:
-    """Set whether the kernels that a device runs count partial results by queries."""
-    of = release_for(device)
-    return replace(geometry, by_query=of is not None and is_in(of, BY_QUERY))
 
 
 def check_encoding(op: str, mode: str, logits_soft_cap: float) -> None:

@@ -41,7 +41,7 @@ from fi_ffi.ops.attention.rows import (
     FP8,
     UNIFORM,
 )
-from fi_ffi.ops.attention.sizes import Geometry
+from fi_ffi.ops.attention.sizes import BY_QUERY, Geometry
 from fi_ffi.ops.call.arguments import Refusal, check_choice, check_flag, check_int
 from fi_ffi.ops.call.releases import is_in
 from fi_ffi.ops.call.row import Row
@@ -235,13 +235,6 @@ class Choice(NamedTuple):
     rows: Sequence[Row]
 
 
-# The options that determine the module as they are.
-_KERNEL_OPTIONS = (
-    *("family", "q_data_type", "kv_data_type", "o_data_type", "head_dim_qk", "head_dim_vo"),
-    *("pos_encoding_mode", "use_fp16_qk_reduction"),
-)
-
-
 class Options:
     """A plan's checked options, as attributes."""
 
@@ -350,22 +343,22 @@ class Options:
     @property
     def kernel(self) -> Kernel:
         """The parameters that the plan's module is compiled for."""
-        return Kernel(
-            **{name: getattr(self, name) for name in _KERNEL_OPTIONS},
-            use_sliding_window=self.window_left >= 0,
-            use_logits_soft_cap=self.logits_soft_cap > 0,
-        )
+        window, cap = self.window_left >= 0, self.logits_soft_cap > 0
+        uses = {"use_sliding_window": window, "use_logits_soft_cap": cap}
+        names = Kernel.__dataclass_fields__.keys() - uses
+        return Kernel(**uses, **{name: getattr(self, name) for name in names})
 
-    def geometry(self, machine: tuple[int, int]) -> Geometry:
-        """Return the sizes that determine the workspaces, on a GPU of this `machine`: its
-        multiprocessors and major compute capability."""
-        multiprocessors, major = machine
-        sizes = {"page_size": 1, "multiprocessors": multiprocessors, "major": major} | {
+    def geometry(self, multiprocessors: int, major: int, release: str | None) -> Geometry:
+        """Return the sizes that determine the workspaces, on a GPU with these multiprocessors and
+        this major compute capability, for the kernels of a release."""
+        sizes = {"page_size": 1} | {
             name: value
             for name, value in vars(self).items()
             if name in Geometry.__dataclass_fields__ and value is not None
         }
-        return Geometry(**sizes)
+        # Before this release, fa2 counts partial results by queries times heads of a group.
+        sizes["by_query"] = release is not None and is_in(release, BY_QUERY)
+        return Geometry(multiprocessors=multiprocessors, major=major, **sizes)
 
 
 class SignatureWithOptions:
@@ -402,8 +395,11 @@ _FA2_OPTIONS = ("fixed_split_size", "disable_split_kv", "num_colocated_ctas", "u
 
 
 _LACKED_WITH_SINKS = (
-    *("pos_encoding_mode", "logits_soft_cap", "use_fp16_qk_reduction"),
-    *("use_custom_mask", "use_multi_item_scoring"),
+    "pos_encoding_mode",
+    "logits_soft_cap",
+    "use_fp16_qk_reduction",
+    "use_custom_mask",
+    "use_multi_item_scoring",
 )
 
 
@@ -466,9 +462,10 @@ class PrefillOptions(Options, op="BatchPrefillPlan", keywords=PrefillKeywords):
         """
         return bool(self.window_left >= 0 and self.mask_mode != CAUSAL)
 
-    def geometry(self, machine: tuple[int, int]) -> Geometry:
+    def geometry(self, multiprocessors: int, major: int, release: str | None) -> Geometry:
         is_whole = self.disable_split_kv or self.sees_past_window
-        return replace(super().geometry(machine), disable_split_kv=is_whole)
+        geometry = super().geometry(multiprocessors, major, release)
+        return replace(geometry, disable_split_kv=is_whole)
 
     @property
     def rows(self) -> Mapping[str, Sequence[Row]]:

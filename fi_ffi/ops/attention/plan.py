@@ -20,7 +20,7 @@ from fi_ffi.abi.tensor import Device, TensorDesc, TensorKind, make_desc, parse_d
 from fi_ffi.errors import ArgumentError, ArgumentTypeError
 from fi_ffi.loader import machine
 from fi_ffi.ops.attention.arrays import Arrays, Batch
-from fi_ffi.ops.attention.backends import Target, geometry_on, multiprocessors
+from fi_ffi.ops.attention.backends import Target, multiprocessors, release_for
 from fi_ffi.ops.attention.options import Options, SignatureWithOptions
 from fi_ffi.ops.attention.rows import FORMS, WITH_COPY
 from fi_ffi.ops.attention.run import BoundRow, Values, compiled_row
@@ -141,7 +141,7 @@ class Plan:
         self._room: dict[str, int] = {}
         self.options = self._options_class(**options)
         rows = self._choose_rows()
-        self._geometry = geometry_on(self.device, self.options.geometry(self._machine))
+        self._geometry = self.options.geometry(*self._machine, release_for(self.device))
         self.module = self.options.kernel.module(self.backend)
         planner, *self._run_rows = (in_force(FORMS[row], self.device) for row in rows)
         self._bind_planner(planner)

@@ -37,6 +37,23 @@ if TYPE_CHECKING:
 _TOKEN_LIMIT = 2**32
 
 
+# The work items that the planner reserves, and checks, for tiles of 128 rows and of 16.
+_MAX_WORKS, _TILES = 65536, (128, 16)
+
+
+def workspace_need(g: sizes.Geometry) -> sizes.Need:
+    """`TwoStageHolisticPlan`, which reserves the same for every batch."""
+    blocks = g.multiprocessors * (1 if g.head_dim_vo >= 256 else 2)
+    pieces = 4 * blocks * sum(_TILES)
+    # For each kind of tile, nine arrays of work items and one of each block's start.
+    arrays = [_MAX_WORKS] * 10 * len(_TILES)
+    rows = pieces * g.num_kv_heads
+    return sizes.Need(
+        sizes.aligned(rows * 2 * g.head_dim_vo) + rows * 4,
+        sizes.bytes_of_ints(*arrays, len(_TILES), pieces, pieces, 1),
+    )
+
+
 class _Sizes(HeadDim):
     page_size: PageSize
 
@@ -208,4 +225,4 @@ class BatchAttentionPlan(Plan):
         return batch
 
     def _exact_need(self, batch: Batch) -> sizes.Need:
-        return sizes.attention(self._geometry)
+        return workspace_need(self._geometry)
