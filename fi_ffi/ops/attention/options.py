@@ -303,34 +303,24 @@ class Options:
 
     def check_together(self) -> None:
         """Check combinations of options, and set those that were left out."""
-        raise NotImplementedError
-
-    def choose(self, target: Target) -> Choice:
-        """Choose the backend and the rows for a target; refuse what it lacks."""
-        raise NotImplementedError
-
-    def _check_heads(self) -> None:
-        qo, kv = self.num_qo_heads, self.num_kv_heads
+        q, qo, kv = self.q_data_type, self.num_qo_heads, self.num_kv_heads
         if qo % kv:
             raise self.refuse("num_qo_heads", qo, f"a multiple of num_kv_heads = {kv}")
-
-    def _check_scores(self) -> None:
-        """Default the dtypes of keys and output to that of the queries, and check them."""
-        q = self.q_data_type
+        self._set_default("head_dim_vo", self.head_dim_qk)
         self._set_default("kv_data_type", q)
         of_output = partial(output_type, q=q, is_decode=self.has_fp8_outputs)
         self._set_default("o_data_type", F16[0] if q in FP8 else q, of_output)
         check_encoding(self.op, self.pos_encoding_mode, self.logits_soft_cap)
+        if self.kv_data_type in FP4:
+            vars(self)["kv_data_type"] = FP4[0]  # the dtype in module names
+            for name in ("head_dim_qk", "head_dim_vo"):
+                if getattr(self, name) % 64:
+                    expected = "a multiple of 64, for keys and values of 4 bits"
+                    raise self.refuse(name, getattr(self, name), expected)
 
-    def _check_fp4(self) -> None:
-        """Check the sizes of heads of 4-bit keys and values."""
-        if self.kv_data_type not in FP4:
-            return
-        vars(self)["kv_data_type"] = FP4[0]  # the dtype in module names
-        for name in ("head_dim_qk", "head_dim_vo"):
-            if getattr(self, name) % 64:
-                expected = "a multiple of 64, for keys and values of 4 bits"
-                raise self.refuse(name, getattr(self, name), expected)
+    def choose(self, target: Target) -> Choice:
+        """Choose the backend and the rows for a target; refuse what it lacks."""
+        raise NotImplementedError
 
     def _set_default(self, name: str, default: object, check: Check | None = None) -> None:
         """Set an option that was left out; otherwise check its value."""
@@ -392,8 +382,7 @@ class SignatureWithOptions:
 
 # Options of the split, which fa3 lacks.
 _FA2_OPTIONS = ("fixed_split_size", "disable_split_kv", "num_colocated_ctas", "uniform_q_len")
-
-
+# Options that the kernels with attention sinks lack.
 _LACKED_WITH_SINKS = (
     "pos_encoding_mode",
     "logits_soft_cap",
@@ -407,11 +396,8 @@ class PrefillOptions(Options, op="BatchPrefillPlan", keywords=PrefillKeywords):
     """Options of `BatchPrefillPlan`."""
 
     def check_together(self) -> None:
-        self._set_default("head_dim_vo", self.head_dim_qk)
-        self._check_heads()
-        self._check_scores()
+        super().check_together()
         self._check_masks()
-        self._check_fp4()
         if self.use_attention_sink:
             self._check_sink()
 
@@ -501,14 +487,13 @@ class DecodeOptions(Options, op="BatchDecodePlan", keywords=DecodeKeywords):
 
     def check_together(self) -> None:
         self.head_dim_qk = self.head_dim_vo = self.head_dim
-        self._check_heads()
-        self._check_scores()
         if self.q_data_type in FP8:
             expected = "float16 or bfloat16: for fp8 queries see BatchPrefillPlan"
             raise self.refuse("q_data_type", self.q_data_type, expected)
         if self.kv_data_type in FP4:
             expected = "float16, bfloat16 or fp8: for keys of 4 bits see BatchPrefillPlan"
             raise self.refuse("kv_data_type", self.kv_data_type, expected)
+        super().check_together()
 
     def choose(self, target: Target) -> Choice:
         group, groups = self.num_qo_heads // self.num_kv_heads, decode_groups(target.release)

@@ -85,14 +85,10 @@ class AttentionOptions(Options, op="BatchAttentionPlan", keywords=AttentionKeywo
     """Options of `BatchAttentionPlan`."""
 
     family = "batch_attention"
-    pos_encoding_mode, window_left = "NONE", -1
+    pos_encoding_mode, window_left, o_data_type = "NONE", -1, None
 
     def check_together(self) -> None:
-        self._set_default("head_dim_vo", self.head_dim_qk)
-        self._set_default("kv_data_type", self.q_data_type)
-        self.o_data_type = self.q_data_type
-        self._check_heads()
-        self._check_fp4()
+        super().check_together()
         lacks = fa2_lacks(self.kernel)
         if lacks:
             raise self.refuse("kv_data_type", self.kv_data_type, f"{self.q_data_type}: {lacks}")
