@@ -25,7 +25,7 @@ from fi_ffi.ops.plans.rows import FORMS, SINGLE_DECODE, SINGLE_PREFILL
 
 # Required options of plans on which no module depends.
 _PLAN = {"num_qo_heads": 8, "num_kv_heads": 8, "page_size": 16}
-_GIVEN: dict[str, dict[str, Any]] = {
+_REQUIRED: dict[str, dict[str, Any]] = {
     "BatchPrefillPlan": {**_PLAN, "head_dim_qk": 128},
     "BatchAttentionPlan": {**_PLAN, "head_dim_qk": 128},
     "BatchDecodePlan": {**_PLAN, "head_dim": 128},
@@ -80,7 +80,7 @@ def _target(op: str, query: Query) -> Target:
 
 
 def _plan(op: str, query: Query, given: Mapping[str, Any]) -> _Choice:
-    options = _OPTIONS[op](**_GIVEN[op] | dict(given))
+    options = _OPTIONS[op](**_REQUIRED[op] | dict(given))
     backend, _, rows = options.choose(_target(op, query))
     # A prefill has ragged and paged runs; other plans have one run.
     is_ragged = options.page_size is None

@@ -14,12 +14,12 @@ from operator import ge, sub
 
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.interop import as_desc
-from fi_ffi.abi.tensor import DTYPES, TensorDesc, parse_device
+from fi_ffi.abi.tensor import DTYPES, TensorDesc
 from fi_ffi.errors import ArgumentError
 from fi_ffi.ops.attention.sizes import aligned
 from fi_ffi.ops.call.arguments import INT32_MAX, Refusal
 
-CPU, INT32 = parse_device("cpu"), DTYPES["int32"]
+INT32 = DTYPES["int32"]
 # Capacities are rounded up to these steps, so that a run's descriptors seldom change.
 _LENGTHS_STEP, _INDEX_STEP, _KERNEL_STEP = 64, 1024, 4096
 _ON_HOST = ("cpu", "cuda_host")

@@ -113,12 +113,10 @@ def output_type(op: str, argument: str, value: object, q: str, is_decode: bool) 
     allowed = (F16 if q in FP8 else (q,)) + (FP8 if is_decode else ())
     dtype = value if isinstance(value, DType) else parse_dtype(value, op=op, argument=argument)
     if dtype.name in FP8 and not is_decode:
-        expected = f"{' or '.join(allowed)}: prefill kernels write 16-bit elements; {_HAVE_FP8}"
+        expected = f"{' or '.join(allowed)}: prefill kernels write 16-bit elements; "
+        expected += "BatchDecodePlan, single_decode and xqa have fp8 outputs"
         raise ArgumentError(op, argument, got=dtype, expected=expected)
     return data_type(op, argument, dtype, allowed)
-
-
-_HAVE_FP8 = "BatchDecodePlan, single_decode and xqa have fp8 outputs"
 
 
 def check_soft_cap(op: str, argument: str, value: object) -> float:

@@ -273,7 +273,12 @@ class Options:
         def __getattr__(self, name: str) -> Any: ...
 
     def __str__(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.changed().items())
+        """List the required options and those that differ from their default."""
+        return ", ".join(
+            f"{name}={getattr(self, name)!r}"
+            for name, option in self.table.items()
+            if name in self.required or getattr(self, name) != option.default
+        )
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self})"
@@ -292,14 +297,6 @@ class Options:
             default = f" ({option.default!r} by default)" if has_default else ""
             lines += wrap(f"{name}{default}: {option.doc}.")
         return head + "\n".join(lines).lstrip() + tail
-
-    def changed(self) -> dict[str, Any]:
-        """Return the required options and those that differ from their default."""
-        return {
-            name: getattr(self, name)
-            for name, option in self.table.items()
-            if name in self.required or getattr(self, name) != option.default
-        }
 
     def check_together(self) -> None:
         """Check combinations of options, and set those that were left out."""

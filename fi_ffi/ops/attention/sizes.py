@@ -74,6 +74,11 @@ def bytes_of_ints(*counts: int) -> int:
     return total
 
 
+def partial_bytes(g: Geometry, rows: int, itemsize: int) -> int:
+    """Return the bytes of partial outputs, and of a float32 log-sum-exp for each row."""
+    return aligned(rows * itemsize * g.head_dim_vo) + 4 * rows
+
+
 def _cta_tile_q(packed_qo_len: int, geometry: Geometry) -> int:
     """`FA2DetermineCtaTileQ`; the planner passes head_dim_vo."""
     if packed_qo_len > 64 and geometry.head_dim_vo < 256:
@@ -138,8 +143,8 @@ def _fa2_need(
     int_bytes = aligned(int_bytes) + 4 * (rows + 1)
     if g.enable_cuda_graph or not g.by_query:
         int_bytes = aligned(int_bytes) + padded
-    partial = 4 * g.num_qo_heads * ceil_div(padded * cta_tile_q, g.group_size if g.by_query else 1)
-    return Need(aligned(partial * g.head_dim_vo) + partial, int_bytes, split)
+    rows_of_pieces = ceil_div(padded * cta_tile_q, g.group_size if g.by_query else 1)
+    return Need(partial_bytes(g, g.num_qo_heads * rows_of_pieces, 4), int_bytes, split)
 
 
 def prefill_most(g: Geometry, backend: str, batch_size: int, rows: int) -> Need:
@@ -208,8 +213,7 @@ def decode(g: Geometry, batch_size: int, kv_pages: Sequence[int] | None) -> Need
         pieces = sum([-(-n // least) for n in kv_pages]) + kv_pages.count(0)
         padded = max(min(grid + batch_size, pieces), batch_size)
     int_bytes = aligned(bytes_of_ints(padded, padded, padded + 1) + 4) + padded
-    partial = 4 * g.num_qo_heads * padded
-    return Need(aligned(partial * g.head_dim_vo) + partial, int_bytes)
+    return Need(partial_bytes(g, g.num_qo_heads * padded, 4), int_bytes)
 
 
 def mla_cluster(g: Geometry, qo_lens: Sequence[int]) -> int:
@@ -220,12 +224,8 @@ def mla_cluster(g: Geometry, qo_lens: Sequence[int]) -> int:
 def mla(g: Geometry, qo_lens: Sequence[int]) -> Need:
     """`MLAPlan`; `head_dim_vo` is head_dim_ckv."""
     size, sm = mla_cluster(g, qo_lens), g.multiprocessors
-    works = MLA_MAX_WORKS
-    rows = 2 * (sm // size) * size * 64
-    return Need(
-        aligned(rows * 2 * g.head_dim_vo) + rows * 4,
-        bytes_of_ints(*[works] * 3, *[sm] * 5, *[works] * 6),
-    )
+    int_bytes = bytes_of_ints(*[MLA_MAX_WORKS] * 3, *[sm] * 5, *[MLA_MAX_WORKS] * 6)
+    return Need(partial_bytes(g, 2 * (sm // size) * size * 64, 2), int_bytes)
 
 
 def mla_works(g: Geometry, qo_lens: Sequence[int]) -> int:

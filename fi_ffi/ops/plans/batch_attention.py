@@ -47,11 +47,8 @@ def workspace_need(g: sizes.Geometry) -> sizes.Need:
     pieces = 4 * blocks * sum(_TILES)
     # For each kind of tile, nine arrays of work items and one of each block's start.
     arrays = [_MAX_WORKS] * 10 * len(_TILES)
-    rows = pieces * g.num_kv_heads
-    return sizes.Need(
-        sizes.aligned(rows * 2 * g.head_dim_vo) + rows * 4,
-        sizes.bytes_of_ints(*arrays, len(_TILES), pieces, pieces, 1),
-    )
+    int_bytes = sizes.bytes_of_ints(*arrays, len(_TILES), pieces, pieces, 1)
+    return sizes.Need(sizes.partial_bytes(g, pieces * g.num_kv_heads, 2), int_bytes)
 
 
 class _Sizes(HeadDim):
