@@ -8,20 +8,14 @@ from typing import Any
 
 from fi_ffi.capability.judgement import Query, judge
 from fi_ffi.errors import ArgumentError
-from fi_ffi.ops.attention.backends import (
-    Kernel,
-    Target,
-    check_encoding,
-    check_soft_cap,
-    choose_backend,
-    output_type,
-)
+from fi_ffi.ops.attention.backends import Kernel, Target, choose_backend
 from fi_ffi.ops.attention.options import DecodeOptions, MlaOptions, Options, PrefillOptions
 from fi_ffi.ops.attention.rows import FP8
 from fi_ffi.ops.call.row import Row
 from fi_ffi.ops.call.support import MISSING, REFUSED, Support
 from fi_ffi.ops.plans.batch_attention import AttentionOptions
 from fi_ffi.ops.plans.rows import FORMS, SINGLE_DECODE, SINGLE_PREFILL
+from fi_ffi.ops.plans.single import kernel_of
 
 # Required options of plans on which no module depends.
 _PLAN = {"num_qo_heads": 8, "num_kv_heads": 8, "page_size": 16}
@@ -101,28 +95,26 @@ def _sparse(op: str, query: Query, given: Mapping[str, Any]) -> _Choice:
 
 
 def _single_kernel(
-    family: str, op: str, known: Mapping[str, Any], given: Mapping[str, Any]
+    op: str, known: Mapping[str, Any], given: Mapping[str, Any]
 ) -> tuple[Kernel, dict[str, Any]]:
     unknown = [name for name in given if name not in known]
     if unknown:
         raise TypeError(f"{op}.supports() got an unexpected keyword argument {unknown[0]!r}")
     asked = {**known, **given}
     q = asked["q_data_type"]
-    o = asked["o_data_type"] or ("float16" if q in FP8 else q)
-    output_type(op, "o_data_type", o, q, family == "single_decode")
-    cap = check_soft_cap(op, "logits_soft_cap", asked["logits_soft_cap"])
-    mode = asked["pos_encoding_mode"]
-    check_encoding(op, mode, cap)
-    kernel = Kernel(
-        family, q, asked["kv_data_type"] or q, o, asked["head_dim"],
-        asked["head_dim_vo"] or asked["head_dim"], mode, asked["window_left"] >= 0, cap > 0,
-        bool(asked.get("use_fp16_qk_reduction")),
-    )  # fmt: skip
-    return kernel, asked
+    dtypes = {
+        "q_data_type": q,
+        "kv_data_type": asked["kv_data_type"] or q,
+        "o_data_type": asked["o_data_type"] or ("float16" if q in FP8 else q),
+    }
+    dims = asked["head_dim"], asked["head_dim_vo"] or asked["head_dim"]
+    names = "pos_encoding_mode", "window_left", "logits_soft_cap", "use_fp16_qk_reduction"
+    options = [asked[name] for name in names if name in asked]
+    return kernel_of(op, dtypes, dims, *options), asked
 
 
 def _single_prefill(op: str, query: Query, given: Mapping[str, Any]) -> _Choice:
-    kernel, asked = _single_kernel("single_prefill", op, _SINGLE | _SINGLE_PREFILL, given)
+    kernel, asked = _single_kernel(op, _SINGLE | _SINGLE_PREFILL, given)
     target = _target(op, query)
     backend, _ = choose_backend(target, asked["backend"], kernel, asked["use_custom_mask"])
     return kernel, backend, SINGLE_PREFILL[kernel.kind(backend)]
@@ -130,7 +122,7 @@ def _single_prefill(op: str, query: Query, given: Mapping[str, Any]) -> _Choice:
 
 def _single_decode(op: str, query: Query, given: Mapping[str, Any]) -> _Choice:
     del query
-    return _single_kernel("single_decode", op, _SINGLE, given)[0], "", SINGLE_DECODE
+    return _single_kernel(op, _SINGLE, given)[0], "", SINGLE_DECODE
 
 
 _CHOICES: dict[str, Callable[[str, Query, Mapping[str, Any]], _Choice]] = {
