@@ -73,8 +73,9 @@ def _target(op: str, query: Query) -> Target:
     return Target(op, query.capability, query.release)
 
 
-def _plan(op: str, query: Query, given: Mapping[str, Any]) -> _Choice:
-    options = _OPTIONS[op](**_REQUIRED[op] | dict(given))
+def _plan(op: str, query: Query, given: Mapping[str, Any], planned_as: str = "") -> _Choice:
+    name = planned_as or op
+    options = _OPTIONS[name](**_REQUIRED[name] | dict(given))
     backend, _, rows = options.choose(_target(op, query))
     # A prefill has ragged and paged runs; other plans have one run.
     is_ragged = options.page_size is None
@@ -88,10 +89,9 @@ def _cascade(op: str, query: Query, given: Mapping[str, Any]) -> _Choice:
 
 def _sparse(op: str, query: Query, given: Mapping[str, Any]) -> _Choice:
     """Choose as for a prefill over pages, with another name for the head size."""
-    del op
     changed = dict(given)
     changed["head_dim_qk"] = changed.pop("head_dim", 128)
-    return _plan("BatchPrefillPlan", query, changed)
+    return _plan(op, query, changed, "BatchPrefillPlan")
 
 
 def _single_kernel(
