@@ -8,45 +8,25 @@ from typing import Any
 
 from fi_ffi.capability.judgement import Query, judge
 from fi_ffi.errors import ArgumentError
-from fi_ffi.ops.attention.backends import (
-    Kernel,
-    backend_for,
-    check_encoding,
-    check_soft_cap,
-    output_type,
-)
-from fi_ffi.ops.attention.options import (
-    AttentionOptions,
-    DecodeOptions,
-    MlaOptions,
-    PrefillOptions,
-)
-from fi_ffi.ops.attention.rows import (
-    BATCH_DECODE_RUN,
-    BATCH_MLA,
-    BATCH_PREFILL,
-    BATCH_PREFILL_SINK,
-    FP4,
-    FP8,
-)
-from fi_ffi.ops.call.arguments import check_choice
+from fi_ffi.ops.attention.backends import Kernel, Target, choose_backend
+from fi_ffi.ops.attention.options import DecodeOptions, MlaOptions, Options, PrefillOptions
+from fi_ffi.ops.attention.rows import FP8
 from fi_ffi.ops.call.row import Row
 from fi_ffi.ops.call.support import MISSING, REFUSED, Support
-from fi_ffi.ops.plans.rows import (
-    BATCH_ATTENTION,
-    BATCH_ATTENTION_FP4,
-    FORMS,
-    SINGLE_DECODE,
-    SINGLE_PREFILL,
-)
+from fi_ffi.ops.plans.batch_attention import AttentionOptions
+from fi_ffi.ops.plans.rows import FORMS, SINGLE_DECODE, SINGLE_PREFILL
+from fi_ffi.ops.plans.single import kernel_of
 
 # Required options of plans on which no module depends.
 _PLAN = {"num_qo_heads": 8, "num_kv_heads": 8, "page_size": 16}
-_GIVEN: dict[str, dict[str, Any]] = {
+_REQUIRED: dict[str, dict[str, Any]] = {
     "BatchPrefillPlan": {**_PLAN, "head_dim_qk": 128},
     "BatchAttentionPlan": {**_PLAN, "head_dim_qk": 128},
     "BatchDecodePlan": {**_PLAN, "head_dim": 128},
     "BatchMlaPlan": {"num_heads": 16, "page_size": 16},
+}
+_OPTIONS: dict[str, type[Options]] = {
+    options.op: options for options in (PrefillOptions, AttentionOptions, DecodeOptions, MlaOptions)
 }
 _SINGLE: dict[str, Any] = {
     "q_data_type": "float16", "kv_data_type": None, "o_data_type": None, "head_dim": 128,
@@ -89,95 +69,71 @@ _FAMILIES = {"BatchPodPlan": "batch_pod"}
 _Choice = tuple[Kernel, str, Row]
 
 
-def _prefill(op: str, query: Query, given: Mapping[str, Any]) -> _Choice:
-    options = PrefillOptions(**_GIVEN[op] | dict(given))
-    kernel, is_paged = options.kernel, options.page_size is not None
-    backend, _ = backend_for(
-        op, options.backend, kernel, query.capability, options.use_custom_mask, is_paged,
-        of=query.release,
-    )  # fmt: skip
-    rows = BATCH_PREFILL_SINK if options.use_attention_sink else BATCH_PREFILL
-    return kernel, backend, rows[kernel.kind(backend)][2 if is_paged else 1]
+def _target(op: str, query: Query) -> Target:
+    return Target(op, query.capability, query.release)
+
+
+def _plan(op: str, query: Query, given: Mapping[str, Any], planned_as: str = "") -> _Choice:
+    name = planned_as or op
+    options = _OPTIONS[name](**_REQUIRED[name] | dict(given))
+    backend, _, rows = options.choose(_target(op, query))
+    # A prefill has ragged and paged runs; other plans have one run.
+    is_ragged = options.page_size is None
+    return options.kernel, backend, rows[1 if is_ragged else -1]
 
 
 def _cascade(op: str, query: Query, given: Mapping[str, Any]) -> _Choice:
     del op
-    return _prefill("BatchPrefillPlan", query, given)
+    return _plan("BatchPrefillPlan", query, given)
 
 
 def _sparse(op: str, query: Query, given: Mapping[str, Any]) -> _Choice:
     """Choose as for a prefill over pages, with another name for the head size."""
-    del op
     changed = dict(given)
     changed["head_dim_qk"] = changed.pop("head_dim", 128)
-    return _prefill("BatchPrefillPlan", query, changed)
-
-
-def _decode(op: str, query: Query, given: Mapping[str, Any]) -> _Choice:
-    options = DecodeOptions(**_GIVEN[op] | dict(given))
-    options.check_group(query.release)
-    return options.kernel, "", BATCH_DECODE_RUN
-
-
-def _attention(op: str, query: Query, given: Mapping[str, Any]) -> _Choice:
-    del query
-    options = AttentionOptions(**_GIVEN[op] | dict(given))
-    rows = BATCH_ATTENTION_FP4 if options.kv_data_type in FP4 else BATCH_ATTENTION
-    return options.kernel, "", rows[1]
-
-
-def _mla(op: str, query: Query, given: Mapping[str, Any]) -> _Choice:
-    options = MlaOptions(**_GIVEN[op] | dict(given))
-    kernel = options.kernel
-    backend, _ = backend_for(op, options.backend, kernel, query.capability, of=query.release)
-    return kernel, backend, BATCH_MLA[kernel.kind(backend)][1]
+    return _plan(op, query, changed, "BatchPrefillPlan")
 
 
 def _single_kernel(
-    family: str, op: str, known: Mapping[str, Any], given: Mapping[str, Any]
+    op: str, known: Mapping[str, Any], given: Mapping[str, Any]
 ) -> tuple[Kernel, dict[str, Any]]:
     unknown = [name for name in given if name not in known]
     if unknown:
         raise TypeError(f"{op}.supports() got an unexpected keyword argument {unknown[0]!r}")
     asked = {**known, **given}
     q = asked["q_data_type"]
-    o = asked["o_data_type"] or ("float16" if q in FP8 else q)
-    output_type(op, "o_data_type", o, q, family == "single_decode")
-    cap = check_soft_cap(op, "logits_soft_cap", asked["logits_soft_cap"])
-    mode = asked["pos_encoding_mode"]
-    check_encoding(op, mode, cap)
-    kernel = Kernel(
-        family, q, asked["kv_data_type"] or q, o, asked["head_dim"],
-        asked["head_dim_vo"] or asked["head_dim"], mode, asked["window_left"] >= 0, cap > 0,
-        bool(asked.get("use_fp16_qk_reduction")),
-    )  # fmt: skip
-    return kernel, asked
+    dtypes = {
+        "q_data_type": q,
+        "kv_data_type": asked["kv_data_type"] or q,
+        "o_data_type": asked["o_data_type"] or ("float16" if q in FP8 else q),
+    }
+    dims = asked["head_dim"], asked["head_dim_vo"] or asked["head_dim"]
+    names = "pos_encoding_mode", "window_left", "logits_soft_cap", "use_fp16_qk_reduction"
+    options = [asked[name] for name in names if name in asked]
+    return kernel_of(op, dtypes, dims, *options), asked
 
 
 def _single_prefill(op: str, query: Query, given: Mapping[str, Any]) -> _Choice:
-    kernel, asked = _single_kernel("single_prefill", op, _SINGLE | _SINGLE_PREFILL, given)
-    check_choice(op, "backend", asked["backend"], ("auto", "fa2", "fa3"))
-    backend, _ = backend_for(
-        op, asked["backend"], kernel, query.capability, asked["use_custom_mask"],
-        of=query.release,
-    )  # fmt: skip
+    kernel, asked = _single_kernel(op, _SINGLE | _SINGLE_PREFILL, given)
+    target = _target(op, query)
+    backend, _ = choose_backend(target, asked["backend"], kernel, asked["use_custom_mask"])
     return kernel, backend, SINGLE_PREFILL[kernel.kind(backend)]
 
 
 def _single_decode(op: str, query: Query, given: Mapping[str, Any]) -> _Choice:
     del query
-    return _single_kernel("single_decode", op, _SINGLE, given)[0], "", SINGLE_DECODE
+    return _single_kernel(op, _SINGLE, given)[0], "", SINGLE_DECODE
 
 
 _CHOICES: dict[str, Callable[[str, Query, Mapping[str, Any]], _Choice]] = {
-    "BatchPrefillPlan": _prefill,
+    "BatchPrefillPlan": _plan,
     "BlockSparseAttentionPlan": _sparse,
     "VariableBlockSparseAttentionPlan": _sparse,
     "MultiLevelCascadePlan": _cascade,
     "SharedPrefixPlan": _cascade,
-    "BatchAttentionPlan": _attention,
-    "BatchDecodePlan": _decode,
-    "BatchMlaPlan": _mla,
+    "BatchAttentionPlan": _plan,
+    "BatchDecodePlan": _plan,
+    "BatchMlaPlan": _plan,
     "single_prefill": _single_prefill,
     "single_decode": _single_decode,
 }

@@ -13,6 +13,7 @@ from fi_ffi.loader import machine as of_loader
 from fi_ffi.loader import search
 from fi_ffi.ops.attention.backends import (
     Kernel,
+    Target,
     choose_backend,
     decode_groups,
     fa2_lacks,
@@ -57,8 +58,8 @@ class Cpu:
         self, op: str, asked: str, kernel: Kernel, custom_mask: bool, is_paged: bool = False
     ) -> str:
         """The backend that is served when `asked` is."""
-        device = fi_ffi.parse_device(self.device)
-        return choose_backend(op, asked, kernel, device, custom_mask, is_paged)[0]
+        target = Target.of(op, fi_ffi.parse_device(self.device))
+        return choose_backend(target, asked, kernel, custom_mask, is_paged)[0]
 
     def need_group(self, group: int) -> None:
         """Skip the test where the kernels in use are not for so many heads for one of keys."""

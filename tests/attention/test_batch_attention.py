@@ -8,6 +8,7 @@ import pytest
 
 import fi_ffi
 from fi_ffi.ops.attention import sizes
+from fi_ffi.ops.plans.batch_attention import workspace_need
 
 from tests.helpers.calls import refused
 
@@ -97,10 +98,10 @@ def test_its_planner_sets_the_same_aside_for_every_batch():
     the most pieces of queries that so many blocks can make, of 16 bits and their logarithms."""
     h100 = sizes.Geometry(32, 8, 128, 16, 132, 9)
     pieces = 4 * 2 * 132 * (128 + 16)
-    need = sizes.attention(h100)
+    need = workspace_need(h100)
     assert need.int_bytes == 2 * 10 * 65536 * 4 + 16 + 2 * 4 * pieces + 4
     assert need.float_bytes == pieces * 8 * (2 * 128 + 4)
-    one_block = sizes.attention(sizes.Geometry(32, 8, 256, 16, 132, 9))
+    one_block = workspace_need(sizes.Geometry(32, 8, 256, 16, 132, 9))
     assert one_block.float_bytes == pieces // 2 * 8 * (2 * 256 + 4)
 
 

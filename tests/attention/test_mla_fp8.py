@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import fi_ffi
-from fi_ffi.ops.attention.backends import backend_for
+from fi_ffi.ops.attention.backends import Target
 from fi_ffi.ops.attention.options import MlaOptions
 
 from tests.attention.cases import CKV_SCALE, KPE_SCALE, make
@@ -106,13 +106,13 @@ def test_dtypes_that_are_refused(dtype):
     ],
 )  # fmt: skip
 def test_who_has_it(release, capability, backend, expected):
-    kernel = MlaOptions(num_heads=16, page_size=16, kv_data_type=E4M3).kernel
+    options = MlaOptions(num_heads=16, page_size=16, kv_data_type=E4M3, backend=backend)
+    target = Target("BatchMlaPlan", capability, release)
     if expected in ("fa2", "fa3"):
-        chosen, _ = backend_for("BatchMlaPlan", backend, kernel, capability, of=release)
-        assert chosen == expected
+        assert options.choose(target).backend == expected
     else:
         with pytest.raises(fi_ffi.ArgumentError, match=expected):
-            backend_for("BatchMlaPlan", backend, kernel, capability, of=release)
+            options.choose(target)
 
 
 def test_supports():

@@ -8,39 +8,52 @@ from __future__ import annotations
 import sys
 from array import array
 from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property
 from itertools import accumulate
 from operator import ge, sub
 
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.interop import as_desc
-from fi_ffi.abi.tensor import DTYPES, TensorDesc, parse_device
+from fi_ffi.abi.tensor import DTYPES, TensorDesc
 from fi_ffi.errors import ArgumentError
 from fi_ffi.ops.attention.sizes import aligned
+from fi_ffi.ops.call.arguments import INT32_MAX, Refusal
 
-CPU, INT32 = parse_device("cpu"), DTYPES["int32"]
+INT32 = DTYPES["int32"]
 # Capacities are rounded up to these steps, so that a run's descriptors seldom change.
 _LENGTHS_STEP, _INDEX_STEP, _KERNEL_STEP = 64, 1024, 4096
 _ON_HOST = ("cpu", "cuda_host")
-INT32_MAX = 2**31 - 1
+# The arrays of pages, by the rows' names, and what they are here.
+PAGES = {
+    "paged_kv_indptr": "kv_indptr",
+    "paged_kv_indices": "indices",
+    "paged_kv_last_page_len": "last_page_len",
+}
+# The arguments of plans that take the lengths of requests, by what they are here.
+PAGES_OF_LENGTHS = {
+    "qo_indptr": "qo_indptr",
+    "kv_indptr": "kv_indptr",
+    "indices": "kv_indices",
+    "kv_len": "kv_len_arr",
+}
 
 
 def int32_array(
-    op: str, argument: str, given: object, length: int | None = None, may_be_longer: bool = False
+    op: str, argument: str, array: object, length: int | None = None, may_be_longer: bool = False
 ) -> memoryview:
     """View an int32 array on the host in place; check that it has `length` elements."""
     try:
-        view = memoryview(given)  # type: ignore[arg-type]
+        view = memoryview(array)  # type: ignore[arg-type]
         is_plain = view.format == "i" and view.ndim == 1 and view.c_contiguous
     except (TypeError, ValueError, BufferError):
         is_plain = False
     if not is_plain:
-        view = _memory(_described(op, argument, given))
+        view = _view(as_desc(array, op, argument), op, argument)
     if may_be_longer and length is not None:
         view = view[:length]
     if length is not None and len(view) != length:
         more = " or more" if may_be_longer else ""
-        got, expected = f"{len(view)} elements", f"{length} elements{more}"
-        raise ArgumentError(op, argument, got=got, expected=expected)
+        raise Refusal(op)(argument, f"{len(view)} elements", f"{length} elements{more}")
     return view
 
 
@@ -58,75 +71,55 @@ def _bounds(view: memoryview) -> tuple[int, int]:
     return min(values), max(values)
 
 
-def _described(op: str, argument: str, given: object) -> TensorDesc:
-    """Describe a tensor that is no plain buffer; refuse all but int32 arrays on the host."""
-    desc = as_desc(given, op, argument)
-
-    def refuse(got: object, expected: str) -> ArgumentError:
-        return ArgumentError(op, argument, got=got, expected=expected)
-
+def _view(desc: TensorDesc, op: str, argument: str) -> memoryview:
+    """View a tensor that is no plain buffer; refuse all but int32 arrays on the host."""
+    refuse = Refusal(op)
     if desc.device.type not in _ON_HOST:
-        raise refuse(desc.device, "an array on the host: a plan never copies from the device")
+        expected = "an array on the host: a plan never copies from the device"
+        raise refuse(argument, desc.device, expected)
     if desc.dtype.name != "int32":
-        raise refuse(desc.dtype, "int32")
+        raise refuse(argument, desc.dtype, "int32")
     if len(desc.shape) != 1 or not desc.is_contiguous:
-        raise refuse(desc.layout, "a contiguous array of rank 1")
-    if desc.shape[0] and (not desc.ptr or desc.ptr % 4):
-        raise refuse(hex(desc.ptr), "an address that is a multiple of 4 bytes, and not null")
-    return TensorDesc(0, desc.shape, INT32, device=CPU).at(desc.ptr, desc)
-
-
-def _memory(desc: TensorDesc) -> memoryview:
-    """View the int32 values of an array on the host."""
-    count = desc.shape[0]
-    if not count or not desc.ptr:
+        raise refuse(argument, desc.layout, "a contiguous array of rank 1")
+    if not desc.shape[0]:
         return memoryview(b"").cast("i")
-    return memoryview(ffi.buffer(ffi.cast("char *", desc.ptr), 4 * count)).cast("B").cast("i")
-
-
-def read_ints(desc: TensorDesc) -> list[int]:
-    """Return the values of an int32 array on the host."""
-    return _memory(desc).tolist()
+    if not desc.ptr or desc.ptr % 4:
+        expected = "an address that is a multiple of 4 bytes, and not null"
+        raise refuse(argument, hex(desc.ptr), expected)
+    data = ffi.buffer(ffi.cast("char *", desc.ptr), 4 * desc.shape[0])
+    return memoryview(data).cast("B").cast("i")
 
 
 class Indptr:
     """The start of each of b requests in an array: b + 1 positions, of which the first is 0."""
 
-    __slots__ = ("_counts", "_values", "size", "total", "view")
-
     def __init__(
-        self, op: str, argument: str, given: object, length: int | None = None,
+        self,
+        op: str,
+        argument: str,
+        array: object,
+        length: int | None = None,
         may_be_longer: bool = False,
-    ) -> None:  # fmt: skip
-        self.view = int32_array(op, argument, given, length, may_be_longer)
-        values = self._values = self.view.tolist()
+    ) -> None:
+        self.view = int32_array(op, argument, array, length, may_be_longer)
+        refuse, values = Refusal(op), self.view.tolist()
         # `total` is the number of elements of all requests.
-        self.size = len(values) - 1
+        self._values, self.size = values, len(values) - 1
         if self.size < 1:
-            got, expected = f"{len(values)} elements", "one more than there are requests: 2 or more"
-            raise ArgumentError(op, argument, got=got, expected=expected)
+            expected = "one more than there are requests: 2 or more"
+            raise refuse(argument, f"{len(values)} elements", expected)
         self.total = values[-1]
         if values[0]:
-            raise ArgumentError(op, argument, got=f"{values[0]} first", expected="0 first")
+            raise refuse(argument, f"{values[0]} first", "0 first")
         if sorted(values) != values:
             at = next(i for i, count in enumerate(self.counts) if count < 0)
             got = f"{values[at + 1]} after {values[at]} (request {at})"
-            raise ArgumentError(op, argument, got=got, expected="positions that do not decrease")
+            raise refuse(argument, got, "positions that do not decrease")
 
-    @property
+    @cached_property
     def counts(self) -> list[int]:
         """Elements of each request."""
-        try:
-            return self._counts
-        except AttributeError:
-            self._counts: list[int] = list(map(sub, self._values[1:], self._values))
-            return self._counts
-
-
-def mask_bytes(qo_lens: Sequence[int], kv_lens: Sequence[int]) -> list[int]:
-    """Return where each request's packed mask starts, in bytes; each takes whole bytes."""
-    sizes = ((q * kv + 7) // 8 for q, kv in zip(qo_lens, kv_lens, strict=True))
-    return [0, *accumulate(sizes)]
+        return list(map(sub, self._values[1:], self._values))
 
 
 class Batch:
@@ -136,29 +129,28 @@ class Batch:
         names: the plan's argument names, by array: `qo_indptr` (without it, each request has one
             query), `kv_indptr`, and for a paged cache `indices` and either `last_page_len` or
             `kv_len`.
-        given: the arrays; `indices` may be None if runs pass the pages.
+        arrays: in the order of `names`; `indices` may be None if runs pass the pages.
         may_be_longer: whether `kv_indptr` may have more than b + 1 entries, which are ignored.
     """
 
-    __slots__ = (
-        "_kv_lens", "_lasts", "_mask_indptr", "_names", "_op", "_page_size", "kv", "max_page",
-        "num_indices", "qo", "room_for_rows", "rows", "size", "views",
-    )  # fmt: skip
-
     def __init__(
-        self, op: str, names: Mapping[str, str], given: Sequence[object], page_size: int = 1,
+        self,
+        op: str,
+        names: Mapping[str, str],
+        arrays: Sequence[object],
+        page_size: int = 1,
         may_be_longer: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._op, self._names, self._page_size = op, names, page_size
-        arrays = dict(zip(names, given, strict=True))
+        by_name = dict(zip(names, arrays, strict=True))
         # The arrays that planners read and that are copied to the device, by their names here.
         self.views: dict[str, memoryview] = {}
         self.qo: Indptr | None = None
         count = None
         if "qo_indptr" in names:
-            self.qo = Indptr(op, names["qo_indptr"], arrays["qo_indptr"])
+            self.qo = Indptr(op, names["qo_indptr"], by_name["qo_indptr"])
             self.views["qo_indptr"], count = self.qo.view, self.qo.size + 1
-        kv = self.kv = Indptr(op, names["kv_indptr"], arrays["kv_indptr"], count, may_be_longer)
+        kv = self.kv = Indptr(op, names["kv_indptr"], by_name["kv_indptr"], count, may_be_longer)
         self.views["kv_indptr"] = kv.view
         # The numbers of requests and of queries, and the queries that runs have room for.
         self.size = kv.size
@@ -166,23 +158,24 @@ class Batch:
         # The pages listed, and the highest page number; -1 if runs pass the pages.
         self.num_indices, self.max_page = 0, -1
         self._lasts: list[int] | None = None
-        self._kv_lens: list[int] | None = None
-        self._mask_indptr: list[int] | None = None
         if "last_page_len" in names:
-            self._read_last(arrays["last_page_len"])
+            self._read_last(by_name["last_page_len"])
         elif "kv_len" in names:
-            self._read_kv_len(arrays["kv_len"])
+            self._read_kv_len(by_name["kv_len"])
         if "indices" in names:
             self.num_indices = kv.total
-            if arrays["indices"] is not None:
-                self._read_indices(arrays["indices"])
+            if by_name["indices"] is not None:
+                self._read_indices(by_name["indices"])
 
-    def _read_last(self, given: object) -> None:
+    def _read(self, name: str, array: object) -> list[int]:
+        """Read an array of one number for each request."""
+        view = self.views[name] = int32_array(self._op, self._names[name], array, self.size)
+        return view.tolist()
+
+    def _read_last(self, array: object) -> None:
         """Read the number of tokens in each request's last page."""
         kv, page_size = self.kv, self._page_size
-        view = int32_array(self._op, self._names["last_page_len"], given, kv.size)
-        self.views["last_page_len"] = view
-        lasts = self._lasts = view.tolist()
+        lasts = self._lasts = self._read("last_page_len", array)
         # Two passes in C if all are valid; the loop finds which one is not.
         if min(lasts) < 1 or max(lasts) > page_size:
             for i, (count, last) in enumerate(zip(kv.counts, lasts, strict=True)):
@@ -195,19 +188,18 @@ class Batch:
                 got = f"{longest} tokens for request {self.kv_lens.index(longest)}"
                 raise self._refuse("kv_indptr", got, f"{INT32_MAX} at most")
 
-    def _read_kv_len(self, given: object) -> None:
+    def _read_kv_len(self, array: object) -> None:
         """Read the number of tokens of each request."""
         page_size = self._page_size
-        view = self.views["kv_len"] = int32_array(self._op, self._names["kv_len"], given, self.size)
-        lengths = self._kv_lens = view.tolist()
+        lengths = self.kv_lens = self._read("kv_len", array)
         for i, (length, pages) in enumerate(zip(lengths, self.kv.counts, strict=True)):
             if length < 0 or not (pages - 1) * page_size <= length <= pages * page_size:
                 got = f"{length} for request {i} with {pages} pages of {page_size}"
                 raise self._refuse("kv_len", got, "tokens that fill its pages")
 
-    def _read_indices(self, given: object) -> None:
+    def _read_indices(self, array: object) -> None:
         """Read the pages of all requests."""
-        view, count = int32_array(self._op, self._names["indices"], given), self.num_indices
+        view, count = int32_array(self._op, self._names["indices"], array), self.num_indices
         if len(view) < count:
             expected = f"{count} pages, as its indptr says"
             raise self._refuse("indices", f"{len(view)} elements", expected)
@@ -234,15 +226,13 @@ class Batch:
         """Queries of each request."""
         return [1] * self.size if self.qo is None else self.qo.counts
 
-    @property
+    @cached_property
     def kv_lens(self) -> list[int]:
         """Keys of each request."""
-        if self._kv_lens is None:
-            if self._lasts is None:
-                return self.kv.counts
-            size, pairs = self._page_size, zip(self.kv.counts, self._lasts, strict=True)
-            self._kv_lens = [(count - 1) * size + last if count else 0 for count, last in pairs]
-        return self._kv_lens
+        if self._lasts is None:
+            return self.kv.counts
+        size, pairs = self._page_size, zip(self.kv.counts, self._lasts, strict=True)
+        return [(count - 1) * size + last if count else 0 for count, last in pairs]
 
     def use_kv_len(self) -> None:
         """Compute the number of keys of each request for the planner, if the caller did not pass
@@ -250,19 +240,18 @@ class Batch:
         if "kv_len" not in self.views:
             self.views["kv_len"] = host_ints(self.kv_lens)
 
-    @property
+    @cached_property
     def mask_indptr(self) -> list[int]:
-        """The start of each request's packed mask, in bytes."""
-        if self._mask_indptr is None:
-            self._mask_indptr = mask_bytes(self.qo_lens, self.kv_lens)
-        return self._mask_indptr
+        """The start of each request's packed mask, in bytes; each takes whole bytes."""
+        pairs = zip(self.qo_lens, self.kv_lens, strict=True)
+        return [0, *accumulate((q * kv + 7) // 8 for q, kv in pairs)]
 
     def use_mask(self) -> None:
         """Send `mask_indptr` to the device; raise if it exceeds int32."""
         count = self.mask_indptr[-1]
         if count > INT32_MAX:
             got, expected = f"a mask of {count} bytes", f"{INT32_MAX} bytes at most"
-            raise ArgumentError(self._op, "use_custom_mask", got=got, expected=expected)
+            raise Refusal(self._op)("use_custom_mask", got, expected)
         self.views["mask_indptr"] = host_ints(self.mask_indptr)
 
     def check_keys(self, why: str) -> None:

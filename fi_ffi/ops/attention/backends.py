@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from fi_ffi.abi.tensor import Device, DType, parse_dtype
 from fi_ffi.errors import ArgumentError, printed
 from fi_ffi.loader import machine
 from fi_ffi.ops.attention.rows import DECODE_GROUPS, F16, FP4, FP8, MLA_FP8
-from fi_ffi.ops.attention.sizes import BY_QUERY, Geometry
 from fi_ffi.ops.call.arguments import check_choice, check_number
 from fi_ffi.ops.call.providers import release_in_force
 from fi_ffi.ops.call.releases import is_in
@@ -113,12 +113,10 @@ def output_type(op: str, argument: str, value: object, q: str, is_decode: bool) 
     allowed = (F16 if q in FP8 else (q,)) + (FP8 if is_decode else ())
     dtype = value if isinstance(value, DType) else parse_dtype(value, op=op, argument=argument)
     if dtype.name in FP8 and not is_decode:
-        expected = f"{' or '.join(allowed)}: prefill kernels write 16-bit elements; {_HAVE_FP8}"
+        expected = f"{' or '.join(allowed)}: prefill kernels write 16-bit elements; "
+        expected += "BatchDecodePlan, single_decode and xqa have fp8 outputs"
         raise ArgumentError(op, argument, got=dtype, expected=expected)
     return data_type(op, argument, dtype, allowed)
-
-
-_HAVE_FP8 = "BatchDecodePlan, single_decode and xqa have fp8 outputs"
 
 
 def check_soft_cap(op: str, argument: str, value: object) -> float:
@@ -142,12 +140,6 @@ def release_for(device: Device) -> str | None:
     return release_in_force() if device.is_cuda else None
 
 
-def geometry_on(device: Device, geometry: Geometry) -> Geometry:
-    """Set whether the kernels that a device runs count partial results by queries."""
-    of = release_for(device)
-    return replace(geometry, by_query=of is not None and is_in(of, BY_QUERY))
-
-
 def check_encoding(op: str, mode: str, logits_soft_cap: float) -> None:
     """Raise `ArgumentError` for ALiBi with a soft cap: the kernels apply `sm_scale` twice."""
     if mode == "ALIBI" and logits_soft_cap > 0:
@@ -169,101 +161,111 @@ def fa3_lacks(
     The conditions are those of `is_fa3_backend_supported`, and the head sizes that fa3 is compiled
     for.
     """
-    fp8 = kernel.q_data_type in FP8
-    if use_custom_mask:
-        return "fa3 has no custom masks"
-    if kernel.pos_encoding_mode != "NONE":
-        return f"fa3 has no pos_encoding_mode {kernel.pos_encoding_mode!r}"
-    if kernel.use_fp16_qk_reduction:
-        return "fa3 has no use_fp16_qk_reduction"
-    if kernel.is_mla_of_fp8:
-        return _mla_lacks_fp8("fa3", of)
-    if kernel.kv_data_type != kernel.q_data_type:
-        return f"fa3 takes {kernel.q_data_type} queries with keys of that dtype only"
-    if fp8 and kernel.use_logits_soft_cap:
-        return "fa3 has no logits_soft_cap for fp8 queries"
-    if fp8 and kernel.use_sliding_window and of is not None and not is_in(of, FP8_WINDOWS):
-        return f"fa3 has window_left for fp8 queries in FlashInfer {FP8_WINDOWS}, not in {of}"
-    dims = kernel.head_dim_qk, kernel.head_dim_vo
+    if kernel.family == "batch_mla":
+        return _mla_lacks("fa3", kernel, of)
+    q, mode = kernel.q_data_type, kernel.pos_encoding_mode
+    dims = (kernel.head_dim_qk, kernel.head_dim_vo)
+    fp8 = q in FP8
     known = _FA3_FP8_HEAD_DIMS if fp8 else _FA3_HEAD_DIMS
-    if dims not in known and kernel.family != "batch_mla":
-        sizes = ", ".join("/".join(map(str, pair)) for pair in known)
-        return f"fa3 has head_dim_qk/head_dim_vo {sizes}, not {dims[0]}/{dims[1]}"
-    if is_paged and dims[0] != dims[1] and kernel.family != "batch_mla":
-        return "fa3 has no paged keys with a head_dim_qk other than head_dim_vo"
-    return ""
-
-
-def _mla_lacks_fp8(backend: str, of: str | None) -> str:
-    since = MLA_FP8[backend]
-    if of is None or is_in(of, since):
-        return ""
-    return f"{backend} has MLA with a float8_e4m3fn cache in FlashInfer {since}, not in {of}"
+    sizes = ", ".join("/".join(map(str, pair)) for pair in known)
+    has_windows = not fp8 or of is None or is_in(of, FP8_WINDOWS)
+    return _first_lack(
+        {
+            "fa3 has no custom masks": use_custom_mask,
+            f"fa3 has no pos_encoding_mode {mode!r}": mode != "NONE",
+            "fa3 has no use_fp16_qk_reduction": kernel.use_fp16_qk_reduction,
+            f"fa3 takes {q} queries with keys of that dtype only": kernel.kv_data_type != q,
+            "fa3 has no logits_soft_cap for fp8 queries": fp8 and kernel.use_logits_soft_cap,
+            f"fa3 has window_left for fp8 queries in FlashInfer {FP8_WINDOWS}, not in {of}": (
+                kernel.use_sliding_window and not has_windows
+            ),
+            f"fa3 has head_dim_qk/head_dim_vo {sizes}, not {dims[0]}/{dims[1]}": dims not in known,
+            "fa3 has no paged keys with a head_dim_qk other than head_dim_vo": (
+                is_paged and dims[0] != dims[1]
+            ),
+        }
+    )
 
 
 def fa2_lacks(kernel: Kernel, of: str | None = None) -> str:
     """Say why fa2 cannot serve a call, or return "". `of` is a release."""
-    if kernel.is_mla_of_fp8:
-        return _mla_lacks_fp8("fa2", of)
-    if kernel.q_data_type in FP8:
-        return f"fa2 has no {kernel.q_data_type} queries"
-    if kernel.use_fp16_qk_reduction and kernel.q_data_type != "float16":
-        return f"fa2 has use_fp16_qk_reduction for float16 queries, not {kernel.q_data_type}"
-    if kernel.pos_encoding_mode == "ROPE_LLAMA" and kernel.kv_data_type not in F16:
-        return "fa2 has no pos_encoding_mode 'ROPE_LLAMA' for keys of 8 or 4 bits"
-    if kernel.family in ("batch_mla", "batch_prefill_with_attention_sink"):
-        return ""
-    same_width = kernel.kv_data_type in F16 and kernel.kv_data_type != kernel.q_data_type
-    return "fa2 has no f16 queries with bf16 keys, nor the reverse" if same_width else ""
-
-
-def choose_backend(
-    op: str,
-    backend: object,
-    kernel: Kernel,
-    device: Device,
-    use_custom_mask: bool = False,
-    is_paged: bool = False,
-) -> tuple[str, str]:
-    """Choose the backend on a device; return it and the reason."""
-    capability = machine.capability(device.index) if device.is_cuda else None
-    return backend_for(
-        op, backend, kernel, capability, use_custom_mask, is_paged, str(device), release_for(device)
+    if kernel.family == "batch_mla":
+        return _mla_lacks("fa2", kernel, of)
+    q, kv = kernel.q_data_type, kernel.kv_data_type
+    return _first_lack(
+        {
+            f"fa2 has no {q} queries": q in FP8,
+            f"fa2 has use_fp16_qk_reduction for float16 queries, not {q}": (
+                kernel.use_fp16_qk_reduction and q != "float16"
+            ),
+            "fa2 has no pos_encoding_mode 'ROPE_LLAMA' for keys of 8 or 4 bits": (
+                kernel.pos_encoding_mode == "ROPE_LLAMA" and kv not in F16
+            ),
+            "fa2 has no f16 queries with bf16 keys, nor the reverse": kv in F16 and kv != q,
+        }
     )
 
 
-def backend_for(
-    op: str,
+def _first_lack(lacks: Mapping[str, bool]) -> str:
+    """Return the first reason whose condition holds, or ""."""
+    return next((reason for reason, holds in lacks.items() if holds), "")
+
+
+def _mla_lacks(backend: str, kernel: Kernel, of: str | None) -> str:
+    since = MLA_FP8[backend]
+    if not kernel.is_mla_of_fp8 or of is None or is_in(of, since):
+        return ""
+    return f"{backend} has MLA with a float8_e4m3fn cache in FlashInfer {since}, not in {of}"
+
+
+class Target(NamedTuple):
+    """What kernels are chosen for: an op, a compute capability and a release.
+
+    A capability of None means the CPU's reference; a release of None, any.
+    """
+
+    op: str
+    capability: tuple[int, int] | None
+    release: str | None
+    device: str = "the GPU"
+
+    @classmethod
+    def of(cls, op: str, device: Device) -> Target:
+        """Return the target of an op that runs on a device."""
+        capability = machine.capability(device.index) if device.is_cuda else None
+        return cls(op, capability, release_for(device), str(device))
+
+
+def choose_backend(
+    target: Target,
     backend: object,
     kernel: Kernel,
-    capability: tuple[int, int] | None,
     use_custom_mask: bool = False,
     is_paged: bool = False,
-    where: str = "the GPU",
-    of: str | None = None,
 ) -> tuple[str, str]:
-    """Choose the backend for a compute capability and a release; return it and the reason.
+    """Choose the backend for a target; return it and the reason.
 
-    "auto" decides as FlashInfer's `determine_attention_backend`. A capability of None means the
-    CPU's reference.
+    "auto" decides as FlashInfer's `determine_attention_backend`.
     """
+    op, capability, release, device = target
     asked = check_choice(op, "backend", backend, BACKENDS)
-    lacks = {"fa2": fa2_lacks(kernel, of), "fa3": fa3_lacks(kernel, use_custom_mask, is_paged, of)}
+    fa3 = fa3_lacks(kernel, use_custom_mask, is_paged, release)
+    lacks = {"fa2": fa2_lacks(kernel, release), "fa3": fa3}
     if capability is not None and capability != (9, 0):
-        lacks["fa3"] = "fa3 is for SM90, and {} is SM{}{}".format(where, *capability)
+        where = "for SM90, and {} is SM{}{}".format(device, *capability)
+        lacks["fa3"] = f"fa3 is {where}"
         if kernel.is_mla_of_fp8:
-            told = "FlashInfer has MLA with a float8_e4m3fn cache for SM90, and {} is SM{}{}"
-            lacks["fa2"] = told.format(where, *capability)
-    chosen, why = asked, "it was asked for"
+            lacks["fa2"] = f"FlashInfer has MLA with a float8_e4m3fn cache {where}"
+    chosen, reason = asked, "it was asked for"
     if asked == "auto":
         is_reference = capability is None and not lacks["fa2"]
         chosen = "fa2" if lacks["fa3"] or is_reference else "fa3"
-        why = lacks["fa3"] or "SM90, and fa3 has all that was asked for"
-        why = "the CPU's reference is the same for both" if is_reference else why
+        reason = lacks["fa3"] or "SM90, and fa3 has all that was asked for"
+        reason = "the CPU's reference is the same for both" if is_reference else reason
     if lacks[chosen]:
         other = "fa2" if chosen == "fa3" else "fa3"
         expected = f"{other!r}: {lacks[chosen]}"
         if lacks[other]:
             expected = f"what a backend has: {lacks['fa2']}; {lacks['fa3']}"
         raise ArgumentError(op, "backend", got=printed(asked), expected=expected)
-    return chosen, why
+    return chosen, reason

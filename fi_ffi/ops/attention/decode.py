@@ -8,17 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from fi_ffi.abi.interop import TensorLike
 from fi_ffi.abi.tensor import TensorDesc
-from fi_ffi.errors import ArgumentError
 from fi_ffi.ops.attention import sizes
-from fi_ffi.ops.attention.arrays import INT32_MAX, Batch, host_ints, read_ints
-from fi_ffi.ops.attention.backends import release_for
+from fi_ffi.ops.attention.arrays import PAGES, Batch, host_ints, int32_array
 from fi_ffi.ops.attention.options import DecodeKeywords, DecodeOptions
 from fi_ffi.ops.attention.plan import Plan
-from fi_ffi.ops.attention.rows import BATCH_DECODE_PLAN, BATCH_DECODE_RUN
 from fi_ffi.ops.attention.run import Values, softmax_scale
 from fi_ffi.ops.attention.workspace import Workspace
-from fi_ffi.ops.call.arguments import check_int, shown
-from fi_ffi.ops.call.row import Row
+from fi_ffi.ops.call.arguments import INT32_MAX, check_int, shown
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -59,13 +55,8 @@ class BatchDecodePlan(Plan):
 
     op = "BatchDecodePlan"
     _options_class = DecodeOptions
-    _names: Mapping[str, str] = {
-        "kv_indptr": "indptr", "indices": "indices", "last_page_len": "last_page_len",
-    }  # fmt: skip
-    _run_arrays: Mapping[str, str] = {
-        "paged_kv_indptr": "kv_indptr", "paged_kv_indices": "indices",
-        "paged_kv_last_page_len": "last_page_len",
-    }  # fmt: skip
+    _names: Mapping[str, str] = {array: array.removeprefix("kv_") for array in PAGES.values()}
+    _run_arrays: Mapping[str, str] = PAGES
     _run_given = (
         "q",
         "paged_k_cache",
@@ -78,9 +69,6 @@ class BatchDecodePlan(Plan):
     # The most that `_most_of` requests need, kept for the next replan.
     _most_need: sizes.Need
     _most_of = 0
-    backend = "cuda cores"
-    _backend_of_module = ""
-    backend_reason = "decode kernels have no other"
 
     def __init__(
         self,
@@ -118,9 +106,9 @@ class BatchDecodePlan(Plan):
         if not self._is_of_any_lengths:
             return super()._read(arrays)
         count, *rest = arrays
-        for name, given in zip(("indices", "last_page_len"), rest, strict=True):
-            if given is not None:
-                raise self._refuse(name, shown(given), "None: this is a plan of any lengths")
+        for name, array in zip(("indices", "last_page_len"), rest, strict=True):
+            if array is not None:
+                raise self._refuse(name, shown(array), "None: this is a plan of any lengths")
         size = check_int(self.op, "indptr", count, 1, INT32_MAX)
         if self.options.enable_cuda_graph:
             expected = "False: graphs can have the runs of a plan of any lengths as they are"
@@ -167,31 +155,25 @@ class BatchDecodePlan(Plan):
         if bound is None:
             bound = self._bound_run(0, self._check_indices("paged_kv_indices", paged_kv_indices))
         rest = bound.rest
-        is_plain = (
-            sm_scale is None and rope_scale is None and rope_theta is None and alibi_slopes is None
-            and q_scale is None and k_scale is None and paged_kv_indices is None
-            and paged_kv_indptr is None and paged_kv_last_page_len is None
-        )  # fmt: skip
-        if not is_plain or self.options.pos_encoding_mode == "ALIBI":
+        pages = paged_kv_indices, paged_kv_indptr, paged_kv_last_page_len
+        # Each chain of `is` holds if all are None.
+        no_numbers = sm_scale is q_scale is k_scale is rope_scale is rope_theta is None
+        no_arrays = alibi_slopes is pages[0] is pages[1] is pages[2] is None
+        if not (no_numbers and no_arrays) or self.options.pos_encoding_mode == "ALIBI":
             values = bound.template.fresh()
-            self._fill_options(
-                values, sm_scale, rope_scale, rope_theta, alibi_slopes, q_scale, k_scale
-            )
-            values.put(paged_kv_indices=paged_kv_indices)
-            if self._is_of_any_lengths:
-                values.put(
-                    paged_kv_indptr=paged_kv_indptr, paged_kv_last_page_len=paged_kv_last_page_len
-                )
-            elif paged_kv_indptr is not None:
-                raise self._refuse_own("paged_kv_indptr", paged_kv_indptr)
-            elif paged_kv_last_page_len is not None:
-                raise self._refuse_own("paged_kv_last_page_len", paged_kv_last_page_len)
+            positions = rope_scale, rope_theta, alibi_slopes
+            self._fill_options(values, sm_scale, q_scale, k_scale, *positions)
+            lengths = {
+                "paged_kv_indptr": paged_kv_indptr,
+                "paged_kv_last_page_len": paged_kv_last_page_len,
+            }
+            for name, array in lengths.items():
+                if array is not None and not self._is_of_any_lengths:
+                    raise self._refuse(name, shown(array), "None: the plan has it")
+            values.put(paged_kv_indices=paged_kv_indices, **lengths)
             rest = tuple(values.values[len(self._run_given) :])
-        given = q, paged_k_cache, paged_v_cache, o, lse, kv_layout, enable_pdl, *rest
-        self._run_packed(bound, given, stream)
-
-    def _refuse_own(self, name: str, given: object) -> ArgumentError:
-        return self._refuse(name, shown(given), "None: the plan has it")
+        arguments = q, paged_k_cache, paged_v_cache, o, lse, kv_layout, enable_pdl, *rest
+        self._run_packed(bound, arguments, stream)
 
     def _fill_defaults(self, values: Values) -> None:
         if self.options.pos_encoding_mode == "ALIBI":
@@ -199,18 +181,12 @@ class BatchDecodePlan(Plan):
         self._fill_options(values, None, None, None, None, None, None)
 
     def _fill_options(
-        self, values: Values, sm_scale: float | None, rope_scale: float | None,
-        rope_theta: float | None, alibi_slopes: Any, q_scale: float | None,
-        k_scale: float | None,
-    ) -> None:  # fmt: skip
+        self, values: Values, sm_scale: object, q_scale: object, k_scale: object, *positions: Any
+    ) -> None:
         scale = softmax_scale(self.op, sm_scale, self.options.head_dim)
         scale = values.scale("q", q_scale, scale)
         values.put(sm_scale=values.scale("k", k_scale, scale))
-        values.positions(self.options.pos_encoding_mode, rope_scale, rope_theta, alibi_slopes)
-
-    def _choose_rows(self) -> Sequence[Row]:
-        self.options.check_group(release_for(self.device))
-        return BATCH_DECODE_PLAN, BATCH_DECODE_RUN
+        values.positions(self.options.pos_encoding_mode, *positions)
 
     def _facts(self) -> dict[str, Any]:
         return super()._facts() | {"empty_q_data": _NOTHING, "empty_kv_data": _NOTHING}
@@ -237,7 +213,7 @@ class BatchDecodePlan(Plan):
         if not self.device.is_cuda:
             return
         at = TensorDesc(stage.ptr + launch[_KV_CHUNK_SIZE_OFFSET], (1,), "int32", device="cpu")
-        (chunk,) = read_ints(at)
+        (chunk,) = int32_array(self.op, "self", at)
         pieces = sum(-(-max(n, 1) // chunk) for n in batch.kv_lens)
         if pieces > launch[_PADDED_BATCH_SIZE]:
             got = f"{pieces} pieces of {chunk} keys"

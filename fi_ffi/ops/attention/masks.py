@@ -1,15 +1,12 @@
-"""Masks packed on the host, ALiBi slopes, and the mask of a single request."""
+"""Masks packed on the host, and ALiBi slopes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from fi_ffi.abi.interop import as_desc
-from fi_ffi.abi.tensor import TensorDesc
 from fi_ffi.errors import ArgumentError, ArgumentTypeError
-from fi_ffi.ops.attention.backends import CAUSAL, CUSTOM, NON_CAUSAL
-from fi_ffi.ops.call.arguments import check_flag, check_int
+from fi_ffi.ops.call.arguments import check_int
 
 if TYPE_CHECKING:
     import numpy
@@ -20,7 +17,7 @@ if TYPE_CHECKING:
     Slopes = numpy.ndarray[Any, numpy.dtype[numpy.float32]]
 
 # A grid has fewer than 2**16 heads; the limit keeps a wrong number from filling the memory.
-_MOST_HEADS = 2**16 - 1
+_MAX_HEADS = 2**16 - 1
 
 
 def pack_custom_mask(masks: Masks) -> Bytes:
@@ -54,7 +51,7 @@ def alibi_slopes(num_heads: int) -> Slopes:
     """
     import numpy as np
 
-    heads = check_int("alibi_slopes", "num_heads", num_heads, 1, _MOST_HEADS)
+    heads = check_int("alibi_slopes", "num_heads", num_heads, 1, _MAX_HEADS)
     below = 1 << (heads.bit_length() - 1)
     first = np.arange(1, below + 1) / below
     between = np.arange(1, 2 * (heads - below), 2) / (2 * below)
@@ -83,35 +80,3 @@ def _refused(got: str, expected: str = "") -> ArgumentError:
     error = ArgumentError if expected else ArgumentTypeError
     expected = expected or "a boolean host array for each request"
     return error("pack_custom_mask", "masks", got=got, expected=expected)
-
-
-def packed_mask(
-    op: str, mask: Any, causal: bool, lens: tuple[int, int], suffix: str = ""
-) -> tuple[TensorDesc | None, int]:
-    """Return one request's packed mask, if any, and the kernel's code for its mask mode.
-
-    `suffix` is appended to the argument names `custom_mask` and `causal` in errors.
-    """
-    qo_len, kv_len = lens
-    if mask is None:
-        return None, CAUSAL if causal else NON_CAUSAL
-    desc, need = as_desc(mask, op, f"custom_mask{suffix}"), (qo_len * kv_len + 7) // 8
-    if causal:
-        expected = f"False with custom_mask{suffix}"
-        raise ArgumentError(op, f"causal{suffix}", got=True, expected=expected)
-    if desc.shape != (need,):
-        expected = f"{need} bytes: see pack_custom_mask"
-        raise ArgumentError(op, f"custom_mask{suffix}", got=desc.layout, expected=expected)
-    return desc, CUSTOM
-
-
-def check_causal(
-    op: str, causal: object, k: TensorDesc, lens: tuple[int, int], suffix: str = ""
-) -> bool:
-    """Return a request's `causal`; raise if it has fewer keys than causal queries."""
-    qo_len, kv_len = lens
-    is_causal = check_flag(op, f"causal{suffix}", causal)
-    if is_causal and kv_len < qo_len:
-        expected = f"{qo_len} keys or more for {qo_len} causal queries"
-        raise ArgumentError(op, f"k{suffix}", got=k.layout, expected=expected)
-    return is_causal

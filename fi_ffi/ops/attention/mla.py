@@ -8,15 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from fi_ffi.abi.interop import TensorLike
 from fi_ffi.ops.attention import sizes
-from fi_ffi.ops.attention.arrays import Batch
-from fi_ffi.ops.attention.backends import CAUSAL, NON_CAUSAL, choose_backend
+from fi_ffi.ops.attention.arrays import PAGES_OF_LENGTHS, Batch
+from fi_ffi.ops.attention.backends import CAUSAL, NON_CAUSAL
 from fi_ffi.ops.attention.options import MlaKeywords, MlaOptions
 from fi_ffi.ops.attention.plan import Plan
-from fi_ffi.ops.attention.rows import BATCH_MLA, FP8, NEED_KEYS
+from fi_ffi.ops.attention.rows import FP8, NEED_KEYS
 from fi_ffi.ops.attention.run import Values, softmax_scale
 from fi_ffi.ops.attention.workspace import Workspace
 from fi_ffi.ops.call.arguments import check_number, shown
-from fi_ffi.ops.call.row import Row
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -48,10 +47,7 @@ class BatchMlaPlan(Plan):
 
     op = "BatchMlaPlan"
     _options_class = MlaOptions
-    _names: Mapping[str, str] = {
-        "qo_indptr": "qo_indptr", "kv_indptr": "kv_indptr", "indices": "kv_indices",
-        "kv_len": "kv_len_arr",
-    }  # fmt: skip
+    _names = PAGES_OF_LENGTHS
     _run_arrays: Mapping[str, str] = {"kv_indices": "indices"}
     _kv_indptr_may_be_longer = True
 
@@ -121,20 +117,18 @@ class BatchMlaPlan(Plan):
         values = bound.template.fresh()
         if sm_scale is not None:
             values.put(sm_scale=softmax_scale(self.op, sm_scale, 1))
-        values.put(
-            q_nope=q_nope, q_pe=q_pe, ckv_cache=ckv_cache, kpe_cache=kpe_cache, o=o,
-            maybe_lse=lse, kv_indices=kv_indices, return_lse_base_on_e=return_lse_base_on_e,
-        )  # fmt: skip
+        values.put(q_nope=q_nope, q_pe=q_pe, ckv_cache=ckv_cache, kpe_cache=kpe_cache, o=o)
+        values.put(kv_indices=kv_indices, maybe_lse=lse, return_lse_base_on_e=return_lse_base_on_e)
         if self._is_fp8 or not (ckv_scale is None and ckv_scale_arr is None and kpe_scale is None):
             self._put_scales(values, ckv_scale, ckv_scale_arr, kpe_scale)
         self._run_packed(bound, values.values, stream)
 
     def _put_scales(self, values: Values, ckv_scale: Any, array: Any, kpe_scale: Any) -> None:
-        given = {"ckv_scale": ckv_scale, "ckv_scale_arr": array, "kpe_scale": kpe_scale}
+        scales = {"ckv_scale": ckv_scale, "ckv_scale_arr": array, "kpe_scale": kpe_scale}
         if not self._is_fp8:
-            name = next(name for name, value in given.items() if value is not None)
+            name = next(name for name, value in scales.items() if value is not None)
             expected = f"None with a cache of {self.options.kv_data_type}"
-            raise self._refuse(name, shown(given[name]), expected)
+            raise self._refuse(name, shown(scales[name]), expected)
         if (ckv_scale is None) == (array is None):
             got = "neither" if array is None else "both"
             expected = "ckv_scale or ckv_scale_arr, one of them, with a float8_e4m3fn cache"
@@ -142,8 +136,8 @@ class BatchMlaPlan(Plan):
         if kpe_scale is None:
             raise self._refuse("kpe_scale", None, "a number, with a float8_e4m3fn cache")
         for name in ("ckv_scale", "kpe_scale"):
-            if given[name] is not None:
-                values.put(**{name: check_number(self.op, name, given[name], above=0)})
+            if scales[name] is not None:
+                values.put(**{name: check_number(self.op, name, scales[name], above=0)})
         values.option("ckv_scale_arr", array)
 
     @cached_property
@@ -153,13 +147,6 @@ class BatchMlaPlan(Plan):
     def _fill_defaults(self, values: Values) -> None:
         # 128: the head size before absorption.
         values.put(sm_scale=softmax_scale(self.op, None, 128 + self.options.head_dim_kpe))
-
-    def _choose_rows(self) -> Sequence[Row]:
-        chosen = self.options
-        self.backend, self.backend_reason = choose_backend(
-            self.op, chosen.backend, chosen.kernel, self.device
-        )
-        return BATCH_MLA[chosen.kernel.kind(self.backend)]
 
     @cached_property
     def _needs_keys(self) -> bool:

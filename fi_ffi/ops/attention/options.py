@@ -8,11 +8,12 @@ an `Option` with the documentation, the check and the default.
 
 import re
 import textwrap
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, TypedDict, get_type_hints
 
-from fi_ffi.errors import ArgumentError, nearest
+from fi_ffi.errors import nearest
 from fi_ffi.ops.attention.backends import (
     BACKENDS,
     CAUSAL,
@@ -21,16 +22,29 @@ from fi_ffi.ops.attention.backends import (
     NON_CAUSAL,
     POS_ENCODING_MODES,
     Kernel,
+    Target,
     check_encoding,
     check_soft_cap,
+    choose_backend,
     data_type,
     decode_groups,
-    fa2_lacks,
     output_type,
 )
-from fi_ffi.ops.attention.rows import F16, FP4, FP8
-from fi_ffi.ops.attention.sizes import Geometry
-from fi_ffi.ops.call.arguments import check_choice, check_flag, check_int
+from fi_ffi.ops.attention.rows import (
+    BATCH_DECODE_PLAN,
+    BATCH_DECODE_RUN,
+    BATCH_MLA,
+    BATCH_PREFILL,
+    BATCH_PREFILL_SINK,
+    F16,
+    FP4,
+    FP8,
+    UNIFORM,
+)
+from fi_ffi.ops.attention.sizes import BY_QUERY, Geometry
+from fi_ffi.ops.call.arguments import Refusal, check_choice, check_flag, check_int
+from fi_ffi.ops.call.releases import is_in
+from fi_ffi.ops.call.row import Row
 
 Check = Callable[[str, str, Any], Any]
 
@@ -47,11 +61,16 @@ class Option(NamedTuple):
     default: Any = None
 
 
-def _count(doc: str) -> Option:
+def count(doc: str) -> Option:
     return Option(doc, partial(check_int, low=1))
 
 
-def _flag(doc: str) -> Option:
+def _from(least: int, doc: str) -> Option:
+    """An int from `least` on, which is the default."""
+    return Option(doc, partial(check_int, low=least), least)
+
+
+def flag(doc: str) -> Option:
     return Option(doc, check_flag, False)
 
 
@@ -60,7 +79,7 @@ def _word(doc: str, words: Collection[str]) -> Option:
     return Option(doc, partial(check_choice, allowed=words), next(iter(words)))
 
 
-def _dtype(doc: str, default: str | None, *names: str) -> Option:
+def dtype(doc: str, default: str | None, *names: str) -> Option:
     return Option(doc, partial(data_type, allowed=names), default)
 
 
@@ -69,22 +88,34 @@ def _only(size: int, doc: str) -> Option:
 
     def check(op: str, name: str, value: Any) -> int:
         if check_int(op, name, value, 1) != size:
-            raise ArgumentError(op, name, got=value, expected=f"{size}, the only one there is")
+            raise Refusal(op)(name, value, f"{size}, the only one there is")
         return size
 
     return Option(doc, check, size)
 
 
+# Options of several plans.
+Causal = Annotated[bool, flag("query i of a request sees keys up to `kv_len - qo_len + i`")]
+HeadDimVo = Annotated[int | None, count("size of a head of v and the output; head_dim_qk if None")]
+LogitsSoftCap = Annotated[
+    float, Option("c > 0 makes logits `c * tanh(logits / c)`", check_soft_cap, 0.0)
+]
+MaxTotalNumRows = Annotated[
+    int | None, count("with CUDA graphs, the most queries of a replan; this batch's if None")
+]
+PageSize = Annotated[int, count("tokens in a page")]
+
+
 class _Heads(TypedDict):
-    num_qo_heads: Annotated[int, _count("heads of q: a multiple of num_kv_heads")]
-    num_kv_heads: Annotated[int, _count("heads of k and v")]
+    num_qo_heads: Annotated[int, count("heads of q: a multiple of num_kv_heads")]
+    num_kv_heads: Annotated[int, count("heads of k and v")]
 
 
 class _Scores(TypedDict, total=False):
-    q_data_type: Annotated[object, _dtype("dtype of q", "float16", *F16, *FP8)]
+    q_data_type: Annotated[object, dtype("dtype of q", "float16", *F16, *FP8)]
     kv_data_type: Annotated[
         object,
-        _dtype(
+        dtype(
             "dtype of k and v, that of q if None; uint8 for NVFP4, two values a byte",
             None,
             *F16,
@@ -99,145 +130,109 @@ class _Scores(TypedDict, total=False):
             None,
         ),
     ]
-    window_left: Annotated[
-        int,
-        Option("keys before its own that a query sees; -1 for all", partial(check_int, low=-1), -1),
-    ]
-    logits_soft_cap: Annotated[
-        float, Option("c > 0 makes logits `c * tanh(logits / c)`", check_soft_cap, 0.0)
-    ]
+    window_left: Annotated[int, _from(-1, "keys before its own that a query sees; -1 for all")]
+    logits_soft_cap: LogitsSoftCap
     pos_encoding_mode: Annotated[
         str, _word('"NONE", "ROPE_LLAMA" or "ALIBI", applied in the kernel', POS_ENCODING_MODES)
     ]
 
 
-class _Graphs(TypedDict, total=False):
+class Graphs(TypedDict, total=False):
     enable_cuda_graph: Annotated[
         bool,
-        _flag(
+        flag(
             "keep the arrays' addresses and the launch through `replan(...)`, so that a captured "
             "run stays valid for other lengths of as many requests"
         ),
     ]
     max_num_indices: Annotated[
-        int | None, _count("with CUDA graphs, the most pages of a replan; this batch's if None")
+        int | None, count("with CUDA graphs, the most pages of a replan; this batch's if None")
     ]
 
 
 class _Queries(TypedDict, total=False):
-    causal: Annotated[bool, _flag("query i of a request sees keys up to `kv_len - qo_len + i`")]
+    causal: Causal
     backend: Annotated[
         str,
         _word('"auto" (as FlashInfer: fa3 on SM90 if it can serve), "fa2" or "fa3"', BACKENDS),
     ]
-    max_total_num_rows: Annotated[
-        int | None, _count("with CUDA graphs, the most queries of a replan; this batch's if None")
-    ]
+    max_total_num_rows: MaxTotalNumRows
 
 
-class _HeadDim(_Heads):
-    head_dim_qk: Annotated[int, _count("size of a head of q and k")]
+class HeadDim(_Heads):
+    head_dim_qk: Annotated[int, count("size of a head of q and k")]
 
 
-class PrefillKeywords(_HeadDim, _Scores, _Queries, _Graphs, total=False):
+class PrefillKeywords(HeadDim, _Scores, _Queries, Graphs, total=False):
     """Keywords of `BatchPrefillPlan`."""
 
-    head_dim_vo: Annotated[
-        int | None, _count("size of a head of v and the output; head_dim_qk if None")
-    ]
-    page_size: Annotated[int | None, _count("tokens in a page; None for ragged keys")]
-    use_fp16_qk_reduction: Annotated[bool, _flag("sum q @ k in float16 (fa2, float16 queries)")]
-    use_custom_mask: Annotated[bool, _flag("each run passes a mask (`pack_custom_mask`); fa2")]
+    head_dim_vo: HeadDimVo
+    page_size: Annotated[int | None, count("tokens in a page; None for ragged keys")]
+    use_fp16_qk_reduction: Annotated[bool, flag("sum q @ k in float16 (fa2, float16 queries)")]
+    use_custom_mask: Annotated[bool, flag("each run passes a mask (`pack_custom_mask`); fa2")]
     use_multi_item_scoring: Annotated[
-        bool, _flag("each run passes prefix and item lengths; the mask is causal as well")
+        bool, flag("each run passes prefix and item lengths; the mask is causal as well")
     ]
     use_attention_sink: Annotated[
-        bool,
-        _flag("each run passes `sink`, one more logit in each head's softmax (GPT-OSS)"),
+        bool, flag("each run passes `sink`, one more logit in each head's softmax (GPT-OSS)")
     ]
     fixed_split_size: Annotated[
         int | None,
-        _count(
+        count(
             "split requests among blocks in pieces of this many pages, so that results do not "
             "depend on the batch; fa2"
         ),
     ]
-    disable_split_kv: Annotated[bool, _flag("do not split requests among blocks; fa2")]
+    disable_split_kv: Annotated[bool, flag("do not split requests among blocks; fa2")]
     num_colocated_ctas: Annotated[
         int,
-        Option(
+        _from(
+            0,
             "blocks of another kernel that runs at the same time, subtracted from the pieces that "
             "requests are split in; fa2",
-            partial(check_int, low=0),
-            0,
         ),
     ]
     uniform_q_len: Annotated[
         int,
-        Option(
+        _from(
+            0,
             "with CUDA graphs, the number of queries if all requests of all batches have the "
             "same, which sets the tile size; 0 for any; fa2, FlashInfer 0.6.16 and later",
-            partial(check_int, low=0),
-            0,
         ),
     ]
 
 
-class DecodeKeywords(_Heads, _Scores, _Graphs):
+class DecodeKeywords(_Heads, _Scores, Graphs):
     """Keywords of `BatchDecodePlan`."""
 
-    head_dim: Annotated[int, _count("size of a head")]
-    page_size: Annotated[int, _count("tokens in a page")]
-
-
-class _Attention(_HeadDim):
-    page_size: Annotated[int, _count("tokens in a page")]
-
-
-class AttentionKeywords(_Attention, _Graphs, total=False):
-    """Keywords of `BatchAttentionPlan`."""
-
-    head_dim_vo: Annotated[
-        int | None, _count("size of a head of v and the output; head_dim_qk if None")
-    ]
-    causal: Annotated[bool, _flag("query i of a request sees keys up to `kv_len - qo_len + i`")]
-    q_data_type: Annotated[
-        object, _dtype("dtype of q and the output: float16 or bfloat16", "bfloat16", *F16)
-    ]
-    kv_data_type: Annotated[
-        object,
-        _dtype(
-            "dtype of k and v: that of q (also if None), fp8, or uint8 for NVFP4, two values a "
-            "byte (FlashInfer 0.6.10 to 0.6.14)",
-            None,
-            *F16,
-            *FP8,
-            *FP4,
-        ),
-    ]
-    logits_soft_cap: Annotated[
-        float, Option("c > 0 makes logits `c * tanh(logits / c)`", check_soft_cap, 0.0)
-    ]
-    max_total_num_rows: Annotated[
-        int | None, _count("with CUDA graphs, the most queries of a replan; this batch's if None")
-    ]
+    head_dim: Annotated[int, count("size of a head")]
+    page_size: PageSize
 
 
 class _Mla(TypedDict):
-    num_heads: Annotated[int, _count("heads of the queries")]
-    page_size: Annotated[int, _count("tokens in a page")]
+    num_heads: Annotated[int, count("heads of the queries")]
+    page_size: PageSize
 
 
-class MlaKeywords(_Mla, _Queries, _Graphs, total=False):
+class MlaKeywords(_Mla, _Queries, Graphs, total=False):
     """Keywords of `BatchMlaPlan`."""
 
     head_dim_ckv: Annotated[int, _only(512, "size of the compressed keys and values")]
     head_dim_kpe: Annotated[int, _only(64, "size of the part with the position encoding")]
-    q_data_type: Annotated[object, _dtype("dtype of q: float16 or bfloat16", "bfloat16", *F16)]
+    q_data_type: Annotated[object, dtype("dtype of q: float16 or bfloat16", "bfloat16", *F16)]
     kv_data_type: Annotated[
         object,
         Option("dtype of the cache: that of q (also if None); or fp8 e4m3 with bfloat16 q", None),
     ]
+
+
+class Choice(NamedTuple):
+    """What serves a plan: the backend, why it was chosen, and the rows of the planner and of the
+    runs."""
+
+    backend: str
+    reason: str
+    rows: Sequence[Row]
 
 
 class Options:
@@ -247,25 +242,27 @@ class Options:
     op: ClassVar[str]
     table: ClassVar[Mapping[str, Option]]
     required: ClassVar[frozenset[str]]
+    refuse: ClassVar[Refusal]
     # Whether the kernels can write fp8 outputs.
     has_fp8_outputs: ClassVar[bool] = False
+    use_fp16_qk_reduction = False
 
     def __init_subclass__(cls, op: str, keywords: Any) -> None:
         hints = get_type_hints(keywords, include_extras=True)
-        cls.op, cls.required = op, keywords.__required_keys__
+        cls.op, cls.required, cls.refuse = op, keywords.__required_keys__, Refusal(op)
         cls.table = {name: hint.__metadata__[0] for name, hint in hints.items()}
 
-    def __init__(self, **given: Any) -> None:
+    def __init__(self, **options: Any) -> None:
         """Check a plan's keywords. A `TypeError` names the plan, as for a plain Python call."""
-        for name in given:
+        for name in options:
             if name not in self.table:
                 near = nearest(name, self.table)
                 raise TypeError(f"{self.op}() got an unexpected keyword argument {name!r}{near}")
-        missing = [name for name in self.table if name in self.required and name not in given]
+        missing = [name for name in self.table if name in self.required and name not in options]
         if missing:
             raise TypeError(f"{self.op}() missing required keyword arguments: {', '.join(missing)}")
         for name, (_, check, default) in self.table.items():
-            value = given.get(name, default)
+            value = options.get(name, default)
             if check is not None and not (value is default is None and name not in self.required):
                 value = check(self.op, name, value)
             setattr(self, name, value)
@@ -276,7 +273,12 @@ class Options:
         def __getattr__(self, name: str) -> Any: ...
 
     def __str__(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.changed().items())
+        """List the required options and those that differ from their default."""
+        return ", ".join(
+            f"{name}={getattr(self, name)!r}"
+            for name, option in self.table.items()
+            if name in self.required or getattr(self, name) != option.default
+        )
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self})"
@@ -288,50 +290,34 @@ class Options:
             return doc  # None under python -OO
         head, _, tail = doc.partition("{options}")
         indent = head[head.rindex("\n") + 1 :]
+        wrap = textwrap.TextWrapper(96, indent, f"{indent}    ").wrap
         lines = []
         for name, option in cls.table.items():
-            is_told = name not in cls.required and option.default is not None
-            default = f" ({option.default!r} by default)" if is_told else ""
-            lines += textwrap.wrap(
-                f"{name}{default}: {option.doc}.", 96,
-                initial_indent=indent, subsequent_indent=f"{indent}    ",
-            )  # fmt: skip
+            has_default = name not in cls.required and option.default is not None
+            default = f" ({option.default!r} by default)" if has_default else ""
+            lines += wrap(f"{name}{default}: {option.doc}.")
         return head + "\n".join(lines).lstrip() + tail
-
-    def changed(self) -> dict[str, Any]:
-        """Return the required options and those that differ from their default."""
-        return {
-            name: getattr(self, name)
-            for name, option in self.table.items()
-            if name in self.required or getattr(self, name) != option.default
-        }
 
     def check_together(self) -> None:
         """Check combinations of options, and set those that were left out."""
-        raise NotImplementedError
-
-    def _check_heads(self) -> None:
-        qo, kv = self.num_qo_heads, self.num_kv_heads
+        q, qo, kv = self.q_data_type, self.num_qo_heads, self.num_kv_heads
         if qo % kv:
             raise self.refuse("num_qo_heads", qo, f"a multiple of num_kv_heads = {kv}")
-
-    def _check_scores(self) -> None:
-        """Default the dtypes of keys and output to that of the queries, and check them."""
-        q = self.q_data_type
+        self._set_default("head_dim_vo", self.head_dim_qk)
         self._set_default("kv_data_type", q)
         of_output = partial(output_type, q=q, is_decode=self.has_fp8_outputs)
         self._set_default("o_data_type", F16[0] if q in FP8 else q, of_output)
         check_encoding(self.op, self.pos_encoding_mode, self.logits_soft_cap)
+        if self.kv_data_type in FP4:
+            vars(self)["kv_data_type"] = FP4[0]  # the dtype in module names
+            for name in ("head_dim_qk", "head_dim_vo"):
+                if getattr(self, name) % 64:
+                    expected = "a multiple of 64, for keys and values of 4 bits"
+                    raise self.refuse(name, getattr(self, name), expected)
 
-    def _check_fp4(self) -> None:
-        """Check the sizes of heads of 4-bit keys and values."""
-        if self.kv_data_type not in FP4:
-            return
-        vars(self)["kv_data_type"] = FP4[0]  # the dtype in module names
-        for name in ("head_dim_qk", "head_dim_vo"):
-            if getattr(self, name) % 64:
-                expected = "a multiple of 64, for keys and values of 4 bits"
-                raise self.refuse(name, getattr(self, name), expected)
+    def choose(self, target: Target) -> Choice:
+        """Choose the backend and the rows for a target; refuse what it lacks."""
+        raise NotImplementedError
 
     def _set_default(self, name: str, default: object, check: Check | None = None) -> None:
         """Set an option that was left out; otherwise check its value."""
@@ -341,22 +327,25 @@ class Options:
         elif check is not None:
             setattr(self, name, check(self.op, name, value))
 
-    def refuse(self, argument: str, got: object, expected: object) -> ArgumentError:
-        return ArgumentError(self.op, argument, got=got, expected=expected)
-
     @property
     def kernel(self) -> Kernel:
         """The parameters that the plan's module is compiled for."""
-        return Kernel(
-            self.family, self.q_data_type, self.kv_data_type, self.o_data_type, self.head_dim_qk,
-            self.head_dim_vo, self.pos_encoding_mode, self.window_left >= 0,
-            self.logits_soft_cap > 0, getattr(self, "use_fp16_qk_reduction", False),
-        )  # fmt: skip
+        window, cap = self.window_left >= 0, self.logits_soft_cap > 0
+        uses = {"use_sliding_window": window, "use_logits_soft_cap": cap}
+        names = Kernel.__dataclass_fields__.keys() - uses
+        return Kernel(**uses, **{name: getattr(self, name) for name in names})
 
-    def geometry(self, machine: tuple[int, int]) -> Geometry:
-        """Return the sizes that determine the workspaces, on a GPU of this `machine`: its
-        multiprocessors and major compute capability."""
-        raise NotImplementedError
+    def geometry(self, multiprocessors: int, major: int, release: str | None) -> Geometry:
+        """Return the sizes that determine the workspaces, on a GPU with these multiprocessors and
+        this major compute capability, for the kernels of a release."""
+        sizes = {"page_size": 1} | {
+            name: value
+            for name, value in vars(self).items()
+            if name in Geometry.__dataclass_fields__ and value is not None
+        }
+        # Before this release, fa2 counts partial results by queries times heads of a group.
+        sizes["by_query"] = release is not None and is_in(release, BY_QUERY)
+        return Geometry(multiprocessors=multiprocessors, major=major, **sizes)
 
 
 class SignatureWithOptions:
@@ -372,38 +361,40 @@ class SignatureWithOptions:
         from inspect import Parameter, signature
 
         options: type[Options] = self._options or owner._options_class  # type: ignore[attr-defined]
-        made: Any = owner.__init__  # type: ignore[misc]
-        *given, last = [*signature(made).parameters.values()][1:]
-        found = re.fullmatch(r"Unpack\[(\w+)\]", str(last.annotation))
-        if found is None:
-            return signature(made).replace(parameters=[*given, last])
-        keywords = made.__globals__[found[1]]
+        init: Any = owner.__init__  # type: ignore[misc]
+        *parameters, last = [*signature(init).parameters.values()][1:]
+        unpacked = re.fullmatch(r"Unpack\[(\w+)\]", str(last.annotation))
+        if unpacked is None:
+            return signature(init).replace(parameters=[*parameters, last])
+        keywords = init.__globals__[unpacked[1]]
         required = keywords.__required_keys__ | options.required
-        named = [
-            Parameter(
-                name,
-                Parameter.KEYWORD_ONLY,
-                annotation=hint,
-                default=Parameter.empty
-                if name in required
-                else options.table[name].default
-                if name in options.table
-                else None,
+        defaults = {name: option.default for name, option in options.table.items()}
+        for name, hint in get_type_hints(keywords).items():
+            default = Parameter.empty if name in required else defaults.get(name)
+            parameters.append(
+                Parameter(name, Parameter.KEYWORD_ONLY, annotation=hint, default=default)
             )
-            for name, hint in get_type_hints(keywords).items()
-        ]
-        return signature(made).replace(parameters=[*given, *named], return_annotation=owner)
+        return signature(init).replace(parameters=parameters, return_annotation=owner)
+
+
+# Options of the split, which fa3 lacks.
+_FA2_OPTIONS = ("fixed_split_size", "disable_split_kv", "num_colocated_ctas", "uniform_q_len")
+# Options that the kernels with attention sinks lack.
+_LACKED_WITH_SINKS = (
+    "pos_encoding_mode",
+    "logits_soft_cap",
+    "use_fp16_qk_reduction",
+    "use_custom_mask",
+    "use_multi_item_scoring",
+)
 
 
 class PrefillOptions(Options, op="BatchPrefillPlan", keywords=PrefillKeywords):
     """Options of `BatchPrefillPlan`."""
 
     def check_together(self) -> None:
-        self._set_default("head_dim_vo", self.head_dim_qk)
-        self._check_heads()
-        self._check_scores()
+        super().check_together()
         self._check_masks()
-        self._check_fp4()
         if self.use_attention_sink:
             self._check_sink()
 
@@ -419,24 +410,17 @@ class PrefillOptions(Options, op="BatchPrefillPlan", keywords=PrefillKeywords):
             raise self.refuse("uniform_q_len", self.uniform_q_len, expected)
         if self.disable_split_kv and self.fixed_split_size is not None:
             raise self.refuse("disable_split_kv", True, "False with fixed_split_size")
+        # Multi-item scoring is causal.
         modes = ("causal", "use_custom_mask", "use_multi_item_scoring")
-        chosen = [name for name in modes if getattr(self, name)]
-        if chosen == [modes[0], modes[2]]:  # allowed: multi-item scoring is causal
-            return
-        if len(chosen) > 1:
-            raise self.refuse(chosen[1], True, f"False with {chosen[0]}: the mask is one of them")
+        masks = [name for name in modes if getattr(self, name)]
+        if len(masks) > 1 and masks != ["causal", "use_multi_item_scoring"]:
+            raise self.refuse(masks[1], True, f"False with {masks[0]}: the mask is one of them")
 
     def _check_sink(self) -> None:
-        lacking = {
-            "pos_encoding_mode": self.pos_encoding_mode != "NONE",
-            "logits_soft_cap": self.logits_soft_cap > 0,
-            "use_fp16_qk_reduction": self.use_fp16_qk_reduction,
-            "use_custom_mask": self.use_custom_mask,
-            "use_multi_item_scoring": self.use_multi_item_scoring,
-            "kv_data_type": self.kv_data_type != self.q_data_type or self.q_data_type in FP8,
-        }
-        for name, is_asked in lacking.items():
-            if is_asked:
+        defaults = {name: self.table[name].default for name in _LACKED_WITH_SINKS}
+        defaults["kv_data_type"] = "" if self.q_data_type in FP8 else self.q_data_type
+        for name, default in defaults.items():
+            if getattr(self, name) != default:
                 expected = "its default: the kernels with attention sinks have nothing else"
                 raise self.refuse(name, getattr(self, name), expected)
 
@@ -461,13 +445,36 @@ class PrefillOptions(Options, op="BatchPrefillPlan", keywords=PrefillKeywords):
         """
         return bool(self.window_left >= 0 and self.mask_mode != CAUSAL)
 
-    def geometry(self, machine: tuple[int, int]) -> Geometry:
-        return Geometry(
-            self.num_qo_heads, self.num_kv_heads, self.head_dim_vo, self.page_size or 1, *machine,
-            self.enable_cuda_graph, self.window_left, self.fixed_split_size or -1,
-            self.disable_split_kv or self.sees_past_window, self.num_colocated_ctas,
-            self.uniform_q_len,
-        )  # fmt: skip
+    def geometry(self, multiprocessors: int, major: int, release: str | None) -> Geometry:
+        is_whole = self.disable_split_kv or self.sees_past_window
+        geometry = super().geometry(multiprocessors, major, release)
+        return replace(geometry, disable_split_kv=is_whole)
+
+    @property
+    def rows(self) -> Mapping[str, Sequence[Row]]:
+        """The rows by backend and kind of dtypes: of the planner, and of ragged and paged runs."""
+        return BATCH_PREFILL_SINK if self.use_attention_sink else BATCH_PREFILL
+
+    def choose(self, target: Target) -> Choice:
+        kernel, is_paged = self.kernel, self.page_size is not None
+        refuse, release = Refusal(target.op), target.release
+        backend, reason = choose_backend(
+            target, self.backend, kernel, self.use_custom_mask, is_paged
+        )
+        for name in _FA2_OPTIONS if backend == "fa3" else ():
+            if getattr(self, name):
+                expected = "its default, or backend='fa2': fa3 never splits requests"
+                raise refuse(name, getattr(self, name), expected)
+        if self.uniform_q_len and release is not None and not is_in(release, UNIFORM):
+            expected = f"0: FlashInfer {UNIFORM} has it, and the kernels in use are of {release}"
+            raise refuse("uniform_q_len", self.uniform_q_len, expected)
+        if self.use_multi_item_scoring and self.q_data_type in FP8:
+            expected = "False: the kernels for fp8 queries lack it"
+            raise refuse("use_multi_item_scoring", True, expected)
+        if self.kv_data_type in FP4 and target.op != self.op:
+            expected = f"another: only {self.op} has keys and values of 4 bits"
+            raise refuse("kv_data_type", self.kv_data_type, expected)
+        return Choice(backend, reason, self.rows[kernel.kind(backend)])
 
 
 class DecodeOptions(Options, op="BatchDecodePlan", keywords=DecodeKeywords):
@@ -477,71 +484,42 @@ class DecodeOptions(Options, op="BatchDecodePlan", keywords=DecodeKeywords):
 
     def check_together(self) -> None:
         self.head_dim_qk = self.head_dim_vo = self.head_dim
-        self._check_heads()
-        self._check_scores()
         if self.q_data_type in FP8:
             expected = "float16 or bfloat16: for fp8 queries see BatchPrefillPlan"
             raise self.refuse("q_data_type", self.q_data_type, expected)
         if self.kv_data_type in FP4:
             expected = "float16, bfloat16 or fp8: for keys of 4 bits see BatchPrefillPlan"
             raise self.refuse("kv_data_type", self.kv_data_type, expected)
+        super().check_together()
 
-    def check_group(self, of: str | None) -> None:
-        """Refuse a ratio of query heads to key heads that a release's kernels lack."""
-        group, groups = self.num_qo_heads // self.num_kv_heads, decode_groups(of)
+    def choose(self, target: Target) -> Choice:
+        group, groups = self.num_qo_heads // self.num_kv_heads, decode_groups(target.release)
         if group not in groups:
             known = ", ".join(map(str, groups))
             expected = (
                 f"{known} for each of num_kv_heads; BatchPrefillPlan, one query each, has any"
             )
             raise self.refuse("num_qo_heads", f"{group} for each of num_kv_heads", expected)
-
-    def geometry(self, machine: tuple[int, int]) -> Geometry:
-        return Geometry(
-            self.num_qo_heads, self.num_kv_heads, self.head_dim, self.page_size, *machine,
-            self.enable_cuda_graph, self.window_left,
-        )  # fmt: skip
-
-
-class AttentionOptions(Options, op="BatchAttentionPlan", keywords=AttentionKeywords):
-    """Options of `BatchAttentionPlan`."""
-
-    family = "batch_attention"
-    pos_encoding_mode, window_left = "NONE", -1
-
-    def check_together(self) -> None:
-        self._set_default("head_dim_vo", self.head_dim_qk)
-        self._set_default("kv_data_type", self.q_data_type)
-        self.o_data_type = self.q_data_type
-        self._check_heads()
-        self._check_fp4()
-        lacks = fa2_lacks(self.kernel)
-        if lacks:
-            raise self.refuse("kv_data_type", self.kv_data_type, f"{self.q_data_type}: {lacks}")
-
-    def geometry(self, machine: tuple[int, int]) -> Geometry:
-        return Geometry(
-            self.num_qo_heads, self.num_kv_heads, self.head_dim_vo, self.page_size, *machine,
-            self.enable_cuda_graph,
-        )  # fmt: skip
+        rows = BATCH_DECODE_PLAN, BATCH_DECODE_RUN
+        return Choice("cuda cores", "decode kernels have no other", rows)
 
 
 class MlaOptions(Options, op="BatchMlaPlan", keywords=MlaKeywords):
     """Options of `BatchMlaPlan`."""
 
     def check_together(self) -> None:
+        self.num_qo_heads, self.num_kv_heads = self.num_heads, 1
+        self.head_dim_vo = self.head_dim_ckv
         q = self.q_data_type
         allowed = (q, "float8_e4m3fn") if q == "bfloat16" else (q,)
         self._set_default("kv_data_type", q, partial(data_type, allowed=allowed))
 
     @property
     def kernel(self) -> Kernel:
-        return Kernel(
-            "batch_mla", self.q_data_type, self.kv_data_type, self.q_data_type,
-            self.head_dim_ckv, self.head_dim_kpe,
-        )  # fmt: skip
+        q, head_dims = self.q_data_type, (self.head_dim_ckv, self.head_dim_kpe)
+        return Kernel("batch_mla", q, self.kv_data_type, q, *head_dims)
 
-    def geometry(self, machine: tuple[int, int]) -> Geometry:
-        return Geometry(
-            self.num_heads, 1, self.head_dim_ckv, self.page_size, *machine, self.enable_cuda_graph
-        )
+    def choose(self, target: Target) -> Choice:
+        kernel = self.kernel
+        backend, reason = choose_backend(target, self.backend, kernel)
+        return Choice(backend, reason, BATCH_MLA[kernel.kind(backend)])

@@ -20,7 +20,7 @@ from fi_ffi.abi.tensor import Device, TensorDesc, TensorKind, make_desc, parse_d
 from fi_ffi.errors import ArgumentError, ArgumentTypeError
 from fi_ffi.loader import machine
 from fi_ffi.ops.attention.arrays import Arrays, Batch
-from fi_ffi.ops.attention.backends import geometry_on, multiprocessors
+from fi_ffi.ops.attention.backends import Target, multiprocessors, release_for
 from fi_ffi.ops.attention.options import Options, SignatureWithOptions
 from fi_ffi.ops.attention.rows import FORMS, WITH_COPY
 from fi_ffi.ops.attention.run import BoundRow, Values, compiled_row
@@ -141,8 +141,8 @@ class Plan:
         self._room: dict[str, int] = {}
         self.options = self._options_class(**options)
         rows = self._choose_rows()
-        self._geometry = geometry_on(self.device, self.options.geometry(self._machine))
-        self.module = self.options.kernel.module(self._backend_of_module)
+        self._geometry = self.options.geometry(*self._machine, release_for(self.device))
+        self.module = self.options.kernel.module(self.backend)
         planner, *self._run_rows = (in_force(FORMS[row], self.device) for row in rows)
         self._bind_planner(planner)
         batch = self._read(arrays)
@@ -192,7 +192,9 @@ class Plan:
 
     def _choose_rows(self) -> Sequence[Row]:
         """Choose the backend; return the planner's row and the rows of runs."""
-        raise NotImplementedError
+        choice = self.options.choose(Target.of(self.op, self.device))
+        self.backend, self.backend_reason, rows = choice
+        return rows  # type: ignore[no-any-return]
 
     def _facts(self) -> dict[str, Any]:
         """Return the bound arguments and the sizes of axes that no batch changes, by the rows'
@@ -245,11 +247,6 @@ class Plan:
         facts = {"batch_size": 0, "total_num_rows": 0} | self._facts()
         for name, value in facts.items():
             self._planner.put(name, value)
-
-    @property
-    def _backend_of_module(self) -> str:
-        """The backend part of module names."""
-        return self.backend
 
     @property
     def _machine(self) -> tuple[int, int]:

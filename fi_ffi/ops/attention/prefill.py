@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from fi_ffi.abi.interop import TensorLike, as_desc
 from fi_ffi.ops.attention import sizes
-from fi_ffi.ops.attention.arrays import Batch
-from fi_ffi.ops.attention.backends import choose_backend, release_for
+from fi_ffi.ops.attention.arrays import PAGES, Batch
+from fi_ffi.ops.attention.backends import release_for
 from fi_ffi.ops.attention.options import PrefillKeywords, PrefillOptions
 from fi_ffi.ops.attention.plan import Plan
-from fi_ffi.ops.attention.rows import BATCH_PREFILL, BATCH_PREFILL_SINK, FP4, FP8, UNIFORM
+from fi_ffi.ops.attention.rows import FP4
 from fi_ffi.ops.attention.run import (
     OWN_STRIDES,
     BoundRow,
@@ -32,11 +32,9 @@ if TYPE_CHECKING:
 
 # Kinds of run: indices into a family's rows after the planner's.
 _RAGGED, _PAGED = 0, 1
-_PAGED_ARRAYS = ("paged_kv_indptr", "paged_kv_indices", "paged_kv_last_page_len")
+_REQUIRED_PAGES = ("paged_kv_indptr", "paged_kv_last_page_len")
 _RAGGED_NAMES = {"qo_indptr": "qo_indptr", "kv_indptr": "kv_indptr"}
-_PAGED_NAMES = {"qo_indptr": "qo_indptr"} | dict(
-    zip(("kv_indptr", "indices", "last_page_len"), _PAGED_ARRAYS, strict=True)
-)
+_PAGED_NAMES = {"qo_indptr": "qo_indptr"} | {array: name for name, array in PAGES.items()}
 
 
 class BatchPrefillPlan(Plan):
@@ -72,11 +70,7 @@ class BatchPrefillPlan(Plan):
     op = "BatchPrefillPlan"
     _options_class = PrefillOptions
     _run_methods: Sequence[str] = ("ragged_run", "paged_run")
-    _run_arrays: Mapping[str, str] = {
-        "qo_indptr": "qo_indptr", "kv_indptr": "kv_indptr", "paged_kv_indptr": "kv_indptr",
-        "paged_kv_indices": "indices", "paged_kv_last_page_len": "last_page_len",
-        "maybe_mask_indptr": "mask_indptr",
-    }  # fmt: skip
+    _run_arrays: Mapping[str, str] = {**_RAGGED_NAMES, **PAGES, "maybe_mask_indptr": "mask_indptr"}
 
     def __init__(
         self,
@@ -113,38 +107,8 @@ class BatchPrefillPlan(Plan):
         paged = paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len
         self._replan_batch((qo_indptr, kv_indptr, *paged), stream)
 
-    def _choose_rows(self) -> Sequence[Row]:
-        chosen = self.options
-        self.backend, self.backend_reason = choose_backend(
-            self.op, chosen.backend, chosen.kernel, self.device, chosen.use_custom_mask,
-            chosen.page_size is not None,
-        )  # fmt: skip
-        is_fp8 = chosen.q_data_type in FP8
-        if self.backend == "fa3":
-            for name in (
-                "fixed_split_size", "disable_split_kv", "num_colocated_ctas", "uniform_q_len",
-            ):  # fmt: skip
-                if getattr(chosen, name):
-                    expected = "its default, or backend='fa2': fa3 never splits requests"
-                    raise self._refuse(name, getattr(chosen, name), expected)
-        of = release_for(self.device)
-        if chosen.uniform_q_len and of is not None and not is_in(of, UNIFORM):
-            expected = f"0: FlashInfer {UNIFORM} has it, and the kernels in use are of {of}"
-            raise self._refuse("uniform_q_len", chosen.uniform_q_len, expected)
-        if chosen.use_multi_item_scoring and is_fp8:
-            expected = "False: the kernels for fp8 queries lack it"
-            raise self._refuse("use_multi_item_scoring", True, expected)
-        if chosen.kv_data_type in FP4 and "ragged_run" not in self._run_methods:
-            expected = "another: only BatchPrefillPlan has keys and values of 4 bits"
-            raise self._refuse("kv_data_type", chosen.kv_data_type, expected)
-        return self._families[chosen.kernel.kind(self.backend)]
-
-    @property
-    def _families(self) -> Mapping[str, Sequence[Row]]:
-        return BATCH_PREFILL_SINK if self.options.use_attention_sink else BATCH_PREFILL
-
     def _other_rows(self, kind: int) -> Mapping[str, Row]:
-        return {backend: rows[1 + kind] for backend, rows in self._families.items()}
+        return {backend: rows[1 + kind] for backend, rows in self.options.rows.items()}
 
     def _facts(self) -> dict[str, Any]:
         mask = {"mask_mode_code": self.options.mask_mode}
@@ -156,21 +120,17 @@ class BatchPrefillPlan(Plan):
 
     def _read(self, arrays: Sequence[object]) -> Batch:
         chosen, (qo_indptr, kv_indptr, *paged) = self.options, arrays
-        if chosen.page_size is None:
-            if kv_indptr is None:
-                expected = "an array; a paged cache comes with page_size"
-                raise self._refuse("kv_indptr", None, expected)
-            for name, given in zip(_PAGED_ARRAYS, paged, strict=True):
-                if given is not None:
-                    raise self._refuse(name, "an array", "None without page_size")
-            batch = super()._read((qo_indptr, kv_indptr))
-        else:
-            if kv_indptr is not None:
-                raise self._refuse("kv_indptr", "an array", "None with page_size")
-            for name, given in zip(_PAGED_ARRAYS[::2], paged[::2], strict=True):
-                if given is None:
-                    raise self._refuse(name, None, "an array with page_size")
-            batch = super()._read((qo_indptr, *paged))
+        is_ragged = chosen.page_size is None
+        if is_ragged and kv_indptr is None:
+            expected = "an array; a paged cache comes with page_size"
+            raise self._refuse("kv_indptr", None, expected)
+        for name, array in zip(("kv_indptr", *PAGES), arrays[1:], strict=True):
+            if (name == "kv_indptr") != is_ragged and array is not None:
+                word = "without" if is_ragged else "with"
+                raise self._refuse(name, "an array", f"None {word} page_size")
+            if not is_ragged and array is None and name in _REQUIRED_PAGES:
+                raise self._refuse(name, None, "an array with page_size")
+        batch = super()._read((qo_indptr, kv_indptr) if is_ragged else (qo_indptr, *paged))
         if chosen.causal:
             batch.check_keys("with causal=True")
         if chosen.pos_encoding_mode == "ROPE_LLAMA":
@@ -236,7 +196,7 @@ class BatchPrefillPlan(Plan):
             raise self._refuse("self", "ragged_run", "paged_run: only that has multi-item scoring")
         bound = self._bound_run(_RAGGED, False)
         values = self._values(bound, q, o, lse, kv_layout, options)
-        self._put_scales(values, k_cache_sf, v_cache_sf, k=k, v=v)
+        self._put_scales(values, k_cache_sf, v_cache_sf, {"k": k, "v": v})
         values.put(k=k, v=v)
         self._run_packed(bound, values.values, stream)
 
@@ -291,21 +251,16 @@ class BatchPrefillPlan(Plan):
         has_indices = self._check_indices("paged_kv_indices", paged_kv_indices)
         bound = self._bound_run(_PAGED, has_indices)
         values = self._values(bound, q, o, lse, kv_layout, options)
-        self._put_scales(
-            values, k_cache_sf, v_cache_sf, paged_k_cache=paged_k_cache,
-            paged_v_cache=paged_v_cache,
-        )  # fmt: skip
-        values.put(
-            paged_k_cache=paged_k_cache, paged_v_cache=paged_v_cache,
-            paged_kv_indices=paged_kv_indices,
-        )  # fmt: skip
+        caches = {"paged_k_cache": paged_k_cache, "paged_v_cache": paged_v_cache}
+        self._put_scales(values, k_cache_sf, v_cache_sf, caches)
+        values.put(**caches, paged_kv_indices=paged_kv_indices)
         self._run_packed(bound, values.values, stream)
 
-    def _put_scales(self, values: Values, k_sf: Any, v_sf: Any, **tensors: Any) -> None:
+    def _put_scales(self, values: Values, k_sf: Any, v_sf: Any, tensors: dict[str, Any]) -> None:
         """Set the block scales of NVFP4 keys and values."""
         dtype = self.options.kv_data_type
         if dtype in FP4 or k_sf is not None or v_sf is not None:
-            descs = {name: as_desc(given, self.op, name) for name, given in tensors.items()}
+            descs = {name: as_desc(tensor, self.op, name) for name, tensor in tensors.items()}
             own = "paged_k_cache" in tensors and self._have_own_strides
             block_scales(values, dtype, descs, own, k_cache_sf=k_sf, v_cache_sf=v_sf)
 
@@ -328,10 +283,8 @@ class BatchPrefillPlan(Plan):
     def _needs_options(self) -> bool:
         """Whether the plan's options require an argument of every run."""
         chosen = self.options
-        return bool(
-            chosen.pos_encoding_mode == "ALIBI" or chosen.use_custom_mask
-            or chosen.use_attention_sink or chosen.use_multi_item_scoring
-        )  # fmt: skip
+        masks = chosen.use_custom_mask or chosen.use_multi_item_scoring
+        return bool(masks or chosen.use_attention_sink or chosen.pos_encoding_mode == "ALIBI")
 
     def _fill_defaults(self, values: Values) -> None:
         if not self._needs_options:
@@ -366,15 +319,15 @@ class BatchPrefillPlan(Plan):
         only_with(self.op, "sink", sink, "use_attention_sink", chosen.use_attention_sink)
         values.put(sink=sink)
         self._apply_mask(values, custom_mask)
-        items = {
-            "prefix_len_ptr": prefix_len_ptr,
-            "token_pos_in_items_ptr": token_pos_in_items_ptr,
-            "token_pos_in_items_len": token_pos_in_items_len,
-            "max_item_len_ptr": max_item_len_ptr,
-        }
-        self._apply_items(values, items)
+        self._apply_items(
+            values,
+            prefix_len_ptr=prefix_len_ptr,
+            token_pos_in_items_ptr=token_pos_in_items_ptr,
+            token_pos_in_items_len=token_pos_in_items_len,
+            max_item_len_ptr=max_item_len_ptr,
+        )
 
-    def _apply_items(self, values: Values, items: dict[str, Any]) -> None:
+    def _apply_items(self, values: Values, **items: Any) -> None:
         is_planned = self.options.use_multi_item_scoring
         for name, value in items.items():
             only_with(self.op, name, value, "use_multi_item_scoring", is_planned, "a value")

@@ -156,10 +156,10 @@ SHARED: Mapping[str, Any] = {arg.name: arg for arg in _SHARED}
 
 def arguments(names: str, *own: Arg) -> tuple[Arg, ...]:
     """List arguments by name: the entry's own, or those of several entries."""
-    found: list[Arg] = []
+    args: list[Arg] = []
     for name in names.split():
-        found += [arg for arg in own if arg.name == name] or [SHARED[name]]
-    return tuple(found)
+        args += [arg for arg in own if arg.name == name] or [SHARED[name]]
+    return tuple(args)
 
 
 def in_4_bits(k: Tensor, v: Tensor) -> Iterator[Tensor]:
@@ -282,20 +282,18 @@ def _prefill_runs(
     """Add a batch-prefill family's ragged_run and paged_run."""
     source = prefill_source("batch_prefill", kind)
     tail = f"o maybe_lse mask_mode_code kv_layout window_left enable_pdl {added}"
-    pairs = [("k", "v"), PAIR]
-    runs = ("ragged_run", "qo_indptr kv_indptr"), ("paged_run", f"qo_indptr {PAGES}")
-    made = []
-    for (symbol, positions), (k, v), doc in zip(runs, pairs, docs, strict=True):
-        own = (
-            [output(kind), *in_4_bits(SHARED[k], SHARED[v])]
-            if kind == "fa2_fp4"
-            else [output(kind)]
-        )
-        args = arguments(f"{_RUN} q {k} {v} {positions} {tail}", *own)
-        same = PAIR if symbol == "paged_run" else ()
-        more = {"same_strides": same, "nothing_axis": "nnz_qo"} | fields
-        made.append(add_row(family, symbol, variant, source, doc, args, **more))
-    return made[0], made[1]
+    fields = {"nothing_axis": "nnz_qo"} | fields
+
+    def add(symbol: str, k: str, v: str, positions: str, doc: str, **more: Any) -> Row:
+        own = [*in_4_bits(SHARED[k], SHARED[v])] if kind == "fa2_fp4" else []
+        names = f"{_RUN} q {k} {v} {positions} {tail}"
+        args = arguments(names, output(kind), *own)
+        return add_row(family, symbol, variant, source, doc, args, **more, **fields)
+
+    return (
+        add("ragged_run", "k", "v", "qo_indptr kv_indptr", docs[0]),
+        add("paged_run", *PAIR, f"qo_indptr {PAGES}", docs[1], same_strides=PAIR),
+    )
 
 
 _DOCS = "Attention over keys and values side by side.", "Attention over a paged cache."

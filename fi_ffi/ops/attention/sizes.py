@@ -17,8 +17,6 @@ _ALIGNMENT = 16
 _DECODE_BLOCKS_PER_SM = 16
 # The fixed number of work items that MLA's planner reserves (`max_total_num_works`).
 MLA_MAX_WORKS = 16384
-# The same in `BatchAttention`'s planner, which checks it, for tiles of 128 rows and of 16.
-_ATTENTION_WORKS, _ATTENTION_TILES = 65536, (128, 16)
 # Up to this many tiles, fa3's planner gives each head its own work items.
 _FA3_FEW_TILES = 4096
 # Releases whose fa2 planner counts partial results by queries.
@@ -68,12 +66,17 @@ def aligned(count: int, alignment: int = _ALIGNMENT) -> int:
     return round_up(count, alignment)
 
 
-def _ints(*counts: int) -> int:
+def bytes_of_ints(*counts: int) -> int:
     """Return the bytes of int32 arrays of these lengths, each aligned to 16 bytes."""
     total = 0
     for count in counts:
         total = aligned(total) + 4 * count
     return total
+
+
+def partial_bytes(g: Geometry, rows: int, itemsize: int) -> int:
+    """Return the bytes of partial outputs, and of a float32 log-sum-exp for each row."""
+    return aligned(rows * itemsize * g.head_dim_vo) + 4 * rows
 
 
 def _cta_tile_q(packed_qo_len: int, geometry: Geometry) -> int:
@@ -131,7 +134,7 @@ def _chunk(g: Geometry, tiles: Sequence[int], seen: Sequence[int]) -> int:
 def _fa2_need(
     g: Geometry, batch_size: int, rows: int, padded: int, cta_tile_q: int, split: bool | None
 ) -> Need:
-    int_bytes = _ints(padded, padded, padded, batch_size + 1) + 4
+    int_bytes = bytes_of_ints(padded, padded, padded, batch_size + 1) + 4
     int_bytes = aligned(int_bytes) + 4 if g.enable_cuda_graph else int_bytes
     if split is False:
         # From 0.7.1 on, also a mask of the blocks that have work.
@@ -140,8 +143,8 @@ def _fa2_need(
     int_bytes = aligned(int_bytes) + 4 * (rows + 1)
     if g.enable_cuda_graph or not g.by_query:
         int_bytes = aligned(int_bytes) + padded
-    partial = 4 * g.num_qo_heads * ceil_div(padded * cta_tile_q, g.group_size if g.by_query else 1)
-    return Need(aligned(partial * g.head_dim_vo) + partial, int_bytes, split)
+    rows_of_pieces = ceil_div(padded * cta_tile_q, g.group_size if g.by_query else 1)
+    return Need(partial_bytes(g, g.num_qo_heads * rows_of_pieces, 4), int_bytes, split)
 
 
 def prefill_most(g: Geometry, backend: str, batch_size: int, rows: int) -> Need:
@@ -188,7 +191,7 @@ def _fa3_tile(g: Geometry) -> int:
 def _fa3_need(g: Geometry, batch_size: int, rows: int, tiles: int) -> Need:
     most = ceil_div(rows, _fa3_tile(g)) + batch_size - 1
     works = tiles * (1 if most > _FA3_FEW_TILES else g.num_qo_heads)
-    return Need(0, _ints(*[works] * 6, g.multiprocessors + 1, works), False)
+    return Need(0, bytes_of_ints(*[works] * 6, g.multiprocessors + 1, works), False)
 
 
 def decode(g: Geometry, batch_size: int, kv_pages: Sequence[int] | None) -> Need:
@@ -199,7 +202,7 @@ def decode(g: Geometry, batch_size: int, kv_pages: Sequence[int] | None) -> Need
     blocks = _DECODE_BLOCKS_PER_SM * g.multiprocessors
     if kv_pages is not None and batch_size * g.num_kv_heads >= blocks:
         # The requests alone fill the GPU, so they are not split.
-        return Need(0, _ints(batch_size, batch_size, batch_size + 1) + 4, False)
+        return Need(0, bytes_of_ints(batch_size, batch_size, batch_size + 1) + 4, False)
     grid = blocks // g.num_kv_heads
     padded = max(grid, batch_size)
     if kv_pages is None:
@@ -209,22 +212,8 @@ def decode(g: Geometry, batch_size: int, kv_pages: Sequence[int] | None) -> Need
         # A request without pages is one piece as well.
         pieces = sum([-(-n // least) for n in kv_pages]) + kv_pages.count(0)
         padded = max(min(grid + batch_size, pieces), batch_size)
-    int_bytes = aligned(_ints(padded, padded, padded + 1) + 4) + padded
-    partial = 4 * g.num_qo_heads * padded
-    return Need(aligned(partial * g.head_dim_vo) + partial, int_bytes)
-
-
-def attention(g: Geometry) -> Need:
-    """`TwoStageHolisticPlan`, which reserves the same for every batch."""
-    blocks = g.multiprocessors * (1 if g.head_dim_vo >= 256 else 2)
-    pieces = 4 * blocks * sum(_ATTENTION_TILES)
-    # For each kind of tile, nine arrays of work items and one of each block's start.
-    arrays = [_ATTENTION_WORKS] * 10 * len(_ATTENTION_TILES)
-    rows = pieces * g.num_kv_heads
-    return Need(
-        aligned(rows * 2 * g.head_dim_vo) + rows * 4,
-        _ints(*arrays, len(_ATTENTION_TILES), pieces, pieces, 1),
-    )
+    int_bytes = aligned(bytes_of_ints(padded, padded, padded + 1) + 4) + padded
+    return Need(partial_bytes(g, g.num_qo_heads * padded, 4), int_bytes)
 
 
 def mla_cluster(g: Geometry, qo_lens: Sequence[int]) -> int:
@@ -235,12 +224,8 @@ def mla_cluster(g: Geometry, qo_lens: Sequence[int]) -> int:
 def mla(g: Geometry, qo_lens: Sequence[int]) -> Need:
     """`MLAPlan`; `head_dim_vo` is head_dim_ckv."""
     size, sm = mla_cluster(g, qo_lens), g.multiprocessors
-    works = MLA_MAX_WORKS
-    rows = 2 * (sm // size) * size * 64
-    return Need(
-        aligned(rows * 2 * g.head_dim_vo) + rows * 4,
-        _ints(*[works] * 3, *[sm] * 5, *[works] * 6),
-    )
+    int_bytes = bytes_of_ints(*[MLA_MAX_WORKS] * 3, *[sm] * 5, *[MLA_MAX_WORKS] * 6)
+    return Need(partial_bytes(g, 2 * (sm // size) * size * 64, 2), int_bytes)
 
 
 def mla_works(g: Geometry, qo_lens: Sequence[int]) -> int:

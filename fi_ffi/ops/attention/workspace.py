@@ -8,17 +8,18 @@ from typing import Any, NoReturn
 from fi_ffi.abi.interop import as_desc
 from fi_ffi.abi.streams import PER_THREAD
 from fi_ffi.abi.tensor import Device, TensorDesc, make_desc, parse_device
-from fi_ffi.errors import ArgumentError
 from fi_ffi.ops.call import cuda
-from fi_ffi.ops.call.arguments import INT64_MAX, check_int
+from fi_ffi.ops.call.arguments import INT64_MAX, Refusal, check_int
 from fi_ffi.ops.call.memory import StreamKey, stream_key
+from fi_ffi.ops.call.refuse import DEVICE_TYPES, may_overlap
 from fi_ffi.ops.call.staging import StagePool
 
 # The sizes that FlashInfer's documentation recommends and its wrappers use.
 FLOAT_BYTES = 128 * 2**20
 INT_BYTES = 8 * 2**20
 _ALIGNMENT = 16
-_MOST_PARTS = 64  # parts of a given page-locked buffer; each costs an event
+_MAX_PARTS = 64  # parts of a caller's page-locked buffer; each costs an event
+_refuse = Refusal("Workspace")
 
 
 class Workspace:
@@ -49,8 +50,7 @@ class Workspace:
         self.device = self.float_buffer.device
         if self.int_buffer.device is not self.device:
             expected = f"{self.device}, the device of `float_workspace_buffer`"
-            got = self.int_buffer.device
-            raise ArgumentError("Workspace", "int_workspace_buffer", got=got, expected=expected)
+            raise _refuse("int_workspace_buffer", self.int_buffer.device, expected)
         _check_device("float_workspace_buffer", self.device)
         _check_apart("int_workspace_buffer", self.int_buffer, self.float_buffer)
         self._memories: list[cuda.Memory] = []
@@ -87,14 +87,12 @@ class Workspace:
         """Allocate a workspace on `device`, from CUDA or from host memory on "cpu"."""
         where = parse_device(device, op="Workspace")
         _check_device("device", where)
-        given = {"float_bytes": float_bytes, "int_bytes": int_bytes}
-        counts = [
-            check_int("Workspace", name, count, 0, INT64_MAX // 2) for name, count in given.items()
-        ]
-        memories = [cuda.allocate(count, where) for count in counts]
-        made = cls(memories[0].desc, memories[1].desc)
-        made._memories = memories
-        return made
+        for name, count in (("float_bytes", float_bytes), ("int_bytes", int_bytes)):
+            check_int(_refuse.op, name, count, 0, INT64_MAX // 2)
+        memories = [cuda.allocate(count, where) for count in (float_bytes, int_bytes)]
+        workspace = cls(memories[0].desc, memories[1].desc)
+        workspace._memories = memories
+        return workspace
 
     @property
     def float_bytes(self) -> int:
@@ -116,7 +114,7 @@ class Workspace:
         ):
             if have < need:
                 expected = f"{need} bytes, as workspace_size tells"
-                raise ArgumentError(op, name, got=f"{have} bytes", expected=expected)
+                raise Refusal(op)(name, f"{have} bytes", expected)
 
     def _take(self, stream: int) -> None:
         """Make `stream` wait for all work that used this workspace on other streams."""
@@ -170,41 +168,34 @@ class Workspace:
         parts = desc.shape[0] // self.int_bytes if self.int_bytes else 0
         if not parts:
             expected = f"{self.int_bytes} bytes or more, as `int_workspace_buffer` has"
-            got = f"{desc.shape[0]} bytes"
-            raise ArgumentError("Workspace", name, got=got, expected=expected)
+            raise _refuse(name, f"{desc.shape[0]} bytes", expected)
         self._page_locked, size = desc, self.int_bytes
         return [
             TensorDesc(desc.ptr + i * size, (size,), "uint8", device="cpu")
-            for i in range(min(parts, _MOST_PARTS))
+            for i in range(min(parts, _MAX_PARTS))
         ]
 
 
 def _check_device(argument: str, device: Device) -> None:
-    if device.type not in ("cpu", "cuda"):
-        raise ArgumentError("Workspace", argument, got=device, expected="cpu or cuda")
+    if device.type not in DEVICE_TYPES:
+        raise _refuse(argument, device, "cpu or cuda")
 
 
 def _check_apart(argument: str, buffer: TensorDesc, other: TensorDesc) -> None:
     """Raise `ArgumentError` if two buffers overlap."""
-    start, end = buffer.ptr, buffer.ptr + buffer.shape[0]
-    if start < other.ptr + other.shape[0] and other.ptr < end:
-        expected = "memory apart from the other buffers"
-        got = f"{buffer.shape[0]} bytes at {start:#x}, which overlaps another buffer"
-        raise ArgumentError("Workspace", argument, got=got, expected=expected)
+    if may_overlap(buffer, other):
+        got = f"{buffer.shape[0]} bytes at {buffer.ptr:#x}, which overlaps another buffer"
+        raise _refuse(argument, got, "memory apart from the other buffers")
 
 
 def _buffer(argument: str, value: object, devices: tuple[str, ...] = ()) -> TensorDesc:
     """Describe any contiguous tensor as bytes."""
-    desc = as_desc(value, "Workspace", argument)
-
-    def refuse(got: object, expected: str) -> ArgumentError:
-        return ArgumentError("Workspace", argument, got=got, expected=expected)
-
+    desc = as_desc(value, _refuse.op, argument)
     if not desc.is_contiguous or desc.readonly:
-        raise refuse(desc.layout, "contiguous memory that can be written")
+        raise _refuse(argument, desc.layout, "contiguous memory that can be written")
     if devices and desc.device.type not in devices:
-        raise refuse(desc.device, "memory on the host")
+        raise _refuse(argument, desc.device, "memory on the host")
     if desc.ptr % _ALIGNMENT or (not desc.ptr and desc.numel):
         expected = f"an address that is a multiple of {_ALIGNMENT} bytes, and not null"
-        raise refuse(hex(desc.ptr), expected)
+        raise _refuse(argument, hex(desc.ptr), expected)
     return make_desc(desc.ptr, (desc.span_bytes,), "uint8", None, desc.device, owner=desc)

@@ -1,4 +1,4 @@
-"""What plans and calls here have in common: options of a prefill, tensors, and workspaces."""
+"""What plans and calls here have in common: a prefill's options, tensors, masks, workspaces."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any, TypedDict
 from fi_ffi.abi.interop import TensorLike, as_desc
 from fi_ffi.abi.tensor import TensorDesc
 from fi_ffi.errors import nearest
+from fi_ffi.ops.attention.backends import CAUSAL, CUSTOM, NON_CAUSAL
 from fi_ffi.ops.attention.workspace import Workspace
-from fi_ffi.ops.call.arguments import Refusal, check_int
+from fi_ffi.ops.call.arguments import Refusal, check_flag, check_int
 
 
 class _Heads(TypedDict):
@@ -100,3 +101,35 @@ def workspace_for_each(
         expected = f"{count}: one for each {part}"
         raise Refusal(op)("workspaces", f"{len(workspaces)} of them", expected)
     return workspaces or [None] * count
+
+
+def packed_mask(
+    op: str, mask: Any, causal: bool, lens: tuple[int, int], suffix: str = ""
+) -> tuple[TensorDesc | None, int]:
+    """Return one request's packed mask, if any, and the kernel's code for its mask mode.
+
+    `suffix` is appended to the argument names `custom_mask` and `causal` in errors.
+    """
+    qo_len, kv_len = lens
+    if mask is None:
+        return None, CAUSAL if causal else NON_CAUSAL
+    desc, need = as_desc(mask, op, f"custom_mask{suffix}"), (qo_len * kv_len + 7) // 8
+    if causal:
+        expected = f"False with custom_mask{suffix}"
+        raise Refusal(op)(f"causal{suffix}", True, expected)
+    if desc.shape != (need,):
+        expected = f"{need} bytes: see pack_custom_mask"
+        raise Refusal(op)(f"custom_mask{suffix}", desc.layout, expected)
+    return desc, CUSTOM
+
+
+def check_causal(
+    op: str, causal: object, k: TensorDesc, lens: tuple[int, int], suffix: str = ""
+) -> bool:
+    """Return a request's `causal`; raise if it has fewer keys than causal queries."""
+    qo_len, kv_len = lens
+    is_causal = check_flag(op, f"causal{suffix}", causal)
+    if is_causal and kv_len < qo_len:
+        expected = f"{qo_len} keys or more for {qo_len} causal queries"
+        raise Refusal(op)(f"k{suffix}", k.layout, expected)
+    return is_causal

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from fi_ffi.abi.interop import TensorLike
 from fi_ffi.ops.attention import sizes
-from fi_ffi.ops.attention.arrays import Batch
-from fi_ffi.ops.attention.backends import CAUSAL, NON_CAUSAL
-from fi_ffi.ops.attention.options import AttentionKeywords, AttentionOptions
+from fi_ffi.ops.attention.arrays import PAGES_OF_LENGTHS, Batch
+from fi_ffi.ops.attention.backends import CAUSAL, NON_CAUSAL, Target, fa2_lacks
+from fi_ffi.ops.attention.options import (
+    Causal,
+    Choice,
+    Graphs,
+    HeadDim,
+    HeadDimVo,
+    LogitsSoftCap,
+    MaxTotalNumRows,
+    Options,
+    PageSize,
+    dtype,
+)
 from fi_ffi.ops.attention.plan import Plan
-from fi_ffi.ops.attention.rows import FP4
+from fi_ffi.ops.attention.rows import F16, FP4, FP8
 from fi_ffi.ops.attention.run import Values, block_scales, softmax_scale
 from fi_ffi.ops.attention.workspace import Workspace
 from fi_ffi.ops.call.arguments import check_number
-from fi_ffi.ops.call.row import Row
 from fi_ffi.ops.plans.arguments import described
 from fi_ffi.ops.plans.rows import BATCH_ATTENTION, BATCH_ATTENTION_FP4
 
@@ -25,6 +35,64 @@ if TYPE_CHECKING:
 
 # The kernel counts the tokens of all listed pages in 32 bits.
 _TOKEN_LIMIT = 2**32
+
+
+# The work items that the planner reserves, and checks, for tiles of 128 rows and of 16.
+_MAX_WORKS, _TILES = 65536, (128, 16)
+
+
+def workspace_need(g: sizes.Geometry) -> sizes.Need:
+    """`TwoStageHolisticPlan`, which reserves the same for every batch."""
+    blocks = g.multiprocessors * (1 if g.head_dim_vo >= 256 else 2)
+    pieces = 4 * blocks * sum(_TILES)
+    # For each kind of tile, nine arrays of work items and one of each block's start.
+    arrays = [_MAX_WORKS] * 10 * len(_TILES)
+    int_bytes = sizes.bytes_of_ints(*arrays, len(_TILES), pieces, pieces, 1)
+    return sizes.Need(sizes.partial_bytes(g, pieces * g.num_kv_heads, 2), int_bytes)
+
+
+class _Sizes(HeadDim):
+    page_size: PageSize
+
+
+class AttentionKeywords(_Sizes, Graphs, total=False):
+    """Keywords of `BatchAttentionPlan`."""
+
+    head_dim_vo: HeadDimVo
+    causal: Causal
+    q_data_type: Annotated[
+        object, dtype("dtype of q and the output: float16 or bfloat16", "bfloat16", *F16)
+    ]
+    kv_data_type: Annotated[
+        object,
+        dtype(
+            "dtype of k and v: that of q (also if None), fp8, or uint8 for NVFP4, two values a "
+            "byte (FlashInfer 0.6.10 to 0.6.14)",
+            None,
+            *F16,
+            *FP8,
+            *FP4,
+        ),
+    ]
+    logits_soft_cap: LogitsSoftCap
+    max_total_num_rows: MaxTotalNumRows
+
+
+class AttentionOptions(Options, op="BatchAttentionPlan", keywords=AttentionKeywords):
+    """Options of `BatchAttentionPlan`."""
+
+    family = "batch_attention"
+    pos_encoding_mode, window_left, o_data_type = "NONE", -1, None
+
+    def check_together(self) -> None:
+        super().check_together()
+        lacks = fa2_lacks(self.kernel)
+        if lacks:
+            raise self.refuse("kv_data_type", self.kv_data_type, f"{self.q_data_type}: {lacks}")
+
+    def choose(self, target: Target) -> Choice:
+        rows = BATCH_ATTENTION_FP4 if self.kv_data_type in FP4 else BATCH_ATTENTION
+        return Choice("persistent", "batch attention has no other", rows)
 
 
 class BatchAttentionPlan(Plan):
@@ -53,16 +121,8 @@ class BatchAttentionPlan(Plan):
 
     op = "BatchAttentionPlan"
     _options_class = AttentionOptions
-    _names: Mapping[str, str] = {
-        "qo_indptr": "qo_indptr",
-        "kv_indptr": "kv_indptr",
-        "indices": "kv_indices",
-        "kv_len": "kv_len_arr",
-    }
+    _names = PAGES_OF_LENGTHS
     _run_arrays: Mapping[str, str] = {"kv_indices": "indices"}
-    backend = "persistent"
-    _backend_of_module = ""
-    backend_reason = "batch attention has no other"
 
     def __init__(
         self,
@@ -142,9 +202,6 @@ class BatchAttentionPlan(Plan):
     def _fill_defaults(self, values: Values) -> None:
         values.put(sm_scale=softmax_scale(self.op, None, self.options.head_dim_qk), v_scale=1.0)
 
-    def _choose_rows(self) -> Sequence[Row]:
-        return BATCH_ATTENTION_FP4 if self.options.kv_data_type in FP4 else BATCH_ATTENTION
-
     def _facts(self) -> dict[str, Any]:
         mask = CAUSAL if self.options.causal else NON_CAUSAL
         own = {"mask_mode_code": mask, "head_dim_o": self.options.head_dim_vo}
@@ -161,4 +218,4 @@ class BatchAttentionPlan(Plan):
         return batch
 
     def _exact_need(self, batch: Batch) -> sizes.Need:
-        return sizes.attention(self._geometry)
+        return workspace_need(self._geometry)

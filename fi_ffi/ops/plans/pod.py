@@ -13,14 +13,19 @@ from fi_ffi.abi.tensor import TensorDesc
 from fi_ffi.loader import machine
 from fi_ffi.ops.attention.arrays import int32_array
 from fi_ffi.ops.attention.backends import NON_CAUSAL, module_name
-from fi_ffi.ops.attention.masks import check_causal, packed_mask
 from fi_ffi.ops.attention.prefill import BatchPrefillPlan
 from fi_ffi.ops.attention.run import NotOf, Values
 from fi_ffi.ops.attention.workspace import Workspace
 from fi_ffi.ops.call import cuda
 from fi_ffi.ops.call.arguments import check_choice, check_flag, check_int, check_number
 from fi_ffi.ops.call.row import KV_LAYOUTS, Row, as_nhd
-from fi_ffi.ops.plans.arguments import PodKeywords, check_keywords, described
+from fi_ffi.ops.plans.arguments import (
+    PodKeywords,
+    check_causal,
+    check_keywords,
+    described,
+    packed_mask,
+)
 from fi_ffi.ops.plans.rows import POD
 from fi_ffi.ops.plans.single import check_tmp, prefill_bytes
 

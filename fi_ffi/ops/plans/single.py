@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from fi_ffi.abi.interop import TensorLike
 from fi_ffi.abi.tensor import TensorDesc
 from fi_ffi.loader import machine
 from fi_ffi.ops.attention.backends import (
     POS_ENCODING_MODES,
     Kernel,
+    Target,
     check_encoding,
     check_soft_cap,
     choose_backend,
@@ -16,13 +19,12 @@ from fi_ffi.ops.attention.backends import (
     output_type,
     release_for,
 )
-from fi_ffi.ops.attention.masks import check_causal, packed_mask
 from fi_ffi.ops.attention.rows import F16, FORMS, FP4, FP8
 from fi_ffi.ops.attention.run import Values, block_scales, compiled_row, softmax_scale
 from fi_ffi.ops.call.arguments import Refusal, check_choice, check_flag, check_int
 from fi_ffi.ops.call.forms import in_force
 from fi_ffi.ops.call.row import KV_LAYOUTS
-from fi_ffi.ops.plans.arguments import check_heads, described
+from fi_ffi.ops.plans.arguments import check_causal, check_heads, described, packed_mask
 from fi_ffi.ops.plans.rows import SINGLE_DECODE, SINGLE_PREFILL
 from fi_ffi.ops.steps.keyword_call import KeywordCall
 
@@ -164,7 +166,7 @@ def single_decode(
         raise Refusal(op)("q", q.layout, expected)
     qo_heads, head_dim = q.shape
     options = pos_encoding_mode, window_left, logits_soft_cap
-    kernel = _kernel(op, (q, k, out), (head_dim, head_dim), *options)
+    kernel = kernel_of(op, _dtypes(q=q, k=k, o=out), (head_dim, head_dim), *options)
     need = _decode_bytes(kv_len, qo_heads, kv_heads, head_dim, multiprocessors(q.device))
     check_tmp(op, "tmp", tmp, need, op)
     row = in_force(FORMS[SINGLE_DECODE], q.device)
@@ -231,8 +233,9 @@ def single_prefill(
     qo_len, qo_heads, head_dim = q.shape
     head_dim_vo = v.shape[-1] * (2 if v.dtype.name in FP4 else 1)
     options = pos_encoding_mode, window_left, logits_soft_cap, use_fp16_qk_reduction
-    kernel = _kernel(op, (q, k, out), (head_dim, head_dim_vo), *options)
-    chosen, _ = choose_backend(op, backend, kernel, q.device, custom_mask is not None)
+    kernel = kernel_of(op, _dtypes(q=q, k=k, o=out), (head_dim, head_dim_vo), *options)
+    target = Target.of(op, q.device)
+    chosen, _ = choose_backend(target, backend, kernel, custom_mask is not None)
     causal = check_causal(op, causal, k, (qo_len, kv_len))
     if pos_encoding_mode == "ROPE_LLAMA" and 0 < kv_len < qo_len:
         expected = f"{qo_len} keys or more (or none) with pos_encoding_mode='ROPE_LLAMA'"
@@ -260,30 +263,35 @@ def single_prefill(
     return values
 
 
-def _kernel(
+def _dtypes(**tensors: TensorDesc) -> dict[str, str]:
+    return {name: desc.dtype.name for name, desc in tensors.items()}
+
+
+def kernel_of(
     op: str,
-    tensors: tuple[TensorDesc, ...],
+    dtypes: Mapping[str, str],
     dims: tuple[int, int],
     mode: str,
     window_left: int,
     logits_soft_cap: float,
     use_fp16_qk_reduction: bool = False,
 ) -> Kernel:
-    """Return what q, k and o and the options ask of a module; refuse what no module has."""
+    """Return what the dtypes of q, k and o, by the caller's names, and the options ask of a module;
+    refuse what no module has."""
     check_choice(op, "pos_encoding_mode", mode, tuple(POS_ENCODING_MODES))
     window = check_int(op, "window_left", window_left, -1)
     check_flag(op, "use_fp16_qk_reduction", use_fp16_qk_reduction)
     cap = check_soft_cap(op, "logits_soft_cap", logits_soft_cap)
     check_encoding(op, mode, cap)
-    q, kv, o = (desc.dtype.name for desc in tensors)
     is_decode = op == "single_decode"
     of_q, of_kv = (F16, F16 + FP8) if is_decode else (F16 + FP8, F16 + FP8 + FP4)
-    for name, dtype, allowed in (("q", q, of_q), ("k", kv, of_kv)):
+    for (name, dtype), allowed in zip(dtypes.items(), (of_q, of_kv), strict=False):
         if dtype not in allowed:
             raise Refusal(op)(name, dtype, " or ".join(allowed))
-    output_type(op, "o", o, q, is_decode)
+    q, kv, o = dtypes.values()
+    output_type(op, [*dtypes][-1], o, q, is_decode)
     if max(dims) >= 2**29:  # more digits than a module's name has
-        argument, got = ("q", dims[0]) if dims[0] > dims[1] else ("v", dims[1])
-        raise Refusal(op)(argument, f"head_dim = {got}", "64, 128, 256 or such")
+        argument, size = ("q", dims[0]) if dims[0] > dims[1] else ("v", dims[1])
+        raise Refusal(op)(argument, f"head_dim = {size}", "64, 128, 256 or such")
     kv = FP4[0] if kv in FP4 else kv
     return Kernel(op, q, kv, o, *dims, mode, window >= 0, cap > 0, use_fp16_qk_reduction)
