@@ -24,7 +24,8 @@ def prepare(function: Callable[..., Any], *args: Any, stream: object = None, **k
 
     Raises what the call would raise, and `ArgumentTypeError` for another function.
     """
-    from fi_ffi.ops.attention.plan import Plan, PreparedRun
+    from fi_ffi.ops.attention.plan import Plan
+    from fi_ffi.ops.attention.run import PreparedRun
 
     if isinstance(function, Op) or _is_launching(function):
         return function.prepare(*args, stream=stream, **kwargs)  # type: ignore[attr-defined]

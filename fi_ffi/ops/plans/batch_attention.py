@@ -13,7 +13,7 @@ from fi_ffi.ops.attention.backends import CAUSAL, NON_CAUSAL
 from fi_ffi.ops.attention.options import AttentionKeywords, AttentionOptions
 from fi_ffi.ops.attention.plan import Plan
 from fi_ffi.ops.attention.rows import FP4
-from fi_ffi.ops.attention.run import Values, block_scales, softmax_scale
+from fi_ffi.ops.attention.values import Values, block_scales, softmax_scale
 from fi_ffi.ops.attention.workspace import Workspace
 from fi_ffi.ops.call.arguments import check_number
 from fi_ffi.ops.call.row import Row

@@ -10,7 +10,7 @@ from fi_ffi.abi.tensor import Device, TensorDesc, make_desc
 from fi_ffi.loader import machine
 from fi_ffi.ops.attention.backends import module_name, multiprocessors, release_for
 from fi_ffi.ops.attention.rows import FORMS
-from fi_ffi.ops.attention.run import Values, compiled_row
+from fi_ffi.ops.attention.values import Values, compiled_row
 from fi_ffi.ops.call.arguments import Refusal, check_choice, check_int, check_number, shown
 from fi_ffi.ops.call.forms import in_force
 from fi_ffi.ops.call.releases import is_in
