@@ -33,7 +33,7 @@ def prepare(function: Callable[..., Any], *args: Any, stream: object = None, **k
     if not isinstance(plan, Plan) or name not in plan._run_methods:
         expected = "a function of fi_ffi's that launches kernels, or a run of a plan"
         raise ArgumentTypeError("prepare", "function", got=printed(function), expected=expected)
-    return PreparedRun(plan, function, _by_name(plan, function, args, kwargs), stream)
+    return PreparedRun(function, _by_name(function, args, kwargs), stream)
 
 
 def _is_launching(function: object) -> bool:
@@ -42,9 +42,7 @@ def _is_launching(function: object) -> bool:
     return is_ours and hasattr(function, "prepare") and not isinstance(function, type)
 
 
-def _by_name(
-    plan: Any, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, Any]:
+def _by_name(run: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return a run's arguments by name, with tensors described."""
     import inspect
 
@@ -57,7 +55,7 @@ def _by_name(
         if value is None or isinstance(value, (bool, str, numbers.Number)):
             continue
         with contextlib.suppress(ArgumentTypeError):  # packing raises it with the right name
-            given[name] = as_desc(value, plan.op, name)
+            given[name] = as_desc(value, run.__self__.op, name)
     return given
 
 

@@ -18,9 +18,9 @@ from fi_ffi.ops.call.compiled import CompiledRow, Variant
 from fi_ffi.ops.call.notation import parse_axis
 from fi_ffi.ops.call.row import Row, Scalar, Tensor
 
+Kinds = Mapping[str, TensorKind | None]
 _MASK = 2**64 - 1
-# Axes whose size changes with each batch, by the attribute of `Batch` that has the size; and the
-# lower bounds of axes that callers choose.
+# Axes whose size changes with each batch, by the attribute of `Batch` that has the size.
 _BATCH_AXES = {
     "nnz_qo": "room_for_rows",
     "b": "size",
@@ -28,10 +28,13 @@ _BATCH_AXES = {
     "planned_pages": "num_pages",
     "planned_indices": "num_indices",
 }
-_LOWER_BOUNDS = {
-    "nnz_kv": "planned_keys",
-    "num_pages": "planned_pages",
-    "num_indices": "planned_indices",
+# Axes of runs' tensors that grow with the requests' lengths: the noun for errors, and the axis that
+# bounds them from below.
+GROWING_AXES = {
+    "nnz_kv": ("keys", "planned_keys"),
+    "num_pages": ("pages", "planned_pages"),
+    "num_indices": ("page indices", "planned_indices"),
+    "mask_bytes": ("mask bytes", None),
 }
 
 
@@ -46,10 +49,11 @@ class BoundRow:
         self.compiled, self.template = compiled, template
         self.sizes: Sequence[int] = ()
         self.memory: Sequence[int] = (0, 0, 0, 0, 0, 0)
-        self.places = {arg.name: (i, arg) for i, arg in enumerate(compiled.row.args)}
-        # For each bound argument, the words of a frame that it fills, and their values.
-        self._words: dict[str, list[tuple[int, int]]] = {}
-        # Replaced when `_words` change: a frame of an earlier version is written again.
+        self._places = {arg.name: (i, arg) for i, arg in enumerate(compiled.row.args)}
+        # For each bound argument, the words of a frame that it fills, with their values: for a
+        # tensor, the address, then sizes and strides.
+        self.words: dict[str, list[tuple[int, int]]] = {}
+        # Replaced when `words` change: a frame of an earlier version is written again.
         self.version = object()
         self.rest: tuple[Any, ...] = ()
         # Of the known axes: a getter of the sizes that each batch changes, and the fixed sizes.
@@ -59,7 +63,7 @@ class BoundRow:
 
     def put(self, name: str, value: Any) -> None:
         """Bind an argument by the binding's name; ignore a name that the row lacks."""
-        found = self.places.get(name)
+        found = self._places.get(name)
         if found is None or name not in self.compiled.options.bound:
             return
         i, arg = found
@@ -69,21 +73,12 @@ class BoundRow:
             if value is not None:
                 dims = enumerate((*value.shape, *value.strides), layout.dims[i])
                 words = [(layout.tensors[i], value.ptr), *dims]
-        elif isinstance(arg, Scalar) and arg.type is float:
-            words = [(layout.value(i), struct.unpack("Q", struct.pack("d", value))[0])]
         else:
-            words = [(layout.value(i), int(value) & _MASK)]
-        self._words[name] = words
+            is_float = isinstance(arg, Scalar) and arg.type is float
+            word = struct.unpack("Q", struct.pack("d", value))[0] if is_float else int(value)
+            words = [(layout.value(i), word & _MASK)]
+        self.words[name] = words
         self.version = object()
-
-    def has(self, name: str) -> bool:
-        """Whether an argument is bound."""
-        return name in self._words
-
-    def word(self, name: str, number: int = 0) -> int:
-        """Return the index in a frame of one of an argument's words: of a tensor, the address, then
-        sizes."""
-        return self._words[name][number][0]
 
     def changed(self, name: str, number: int, value: int) -> list[tuple[int, int]]:
         """Change one word of a bound argument (of a tensor: its address, then its sizes).
@@ -91,7 +86,7 @@ class BoundRow:
         Return the word and its value, or nothing if the value is the same or the row lacks the
         argument.
         """
-        words = self._words.get(name)
+        words = self.words.get(name)
         if not words or words[number][1] == value:
             return []
         words[number] = words[number][0], value
@@ -117,7 +112,7 @@ class BoundRow:
             frame = variant.new_frame()
         if frame.version is not self.version:
             addresses = frame.addresses
-            for words in self._words.values():
+            for words in self.words.values():
                 for word, value in words:
                     addresses[word] = value
             frame.version = self.version
@@ -143,17 +138,12 @@ class Binder(NamedTuple):
     facts: Mapping[str, Any]
 
     def bind(
-        self,
-        row: Row,
-        kinds: Mapping[str, TensorKind | None],
-        module: str = "",
-        others: Mapping[str, Row] | None = None,
-        **how: Any,
+        self, row: Row, module: str, kinds: Kinds, others: Mapping[str, Row], **how: Any
     ) -> BoundRow:
-        """Compile a row with arguments of these kinds bound, and bind the facts."""
-        module = module or self.module
+        """Compile a row with arguments of these kinds bound, and bind the facts; `others` are the
+        rows of other backends."""
         compiled = compiled_row(row, module, self.dtypes, self.op, self.device, bound=kinds, **how)
-        bound = BoundRow(compiled, Values(self.op, compiled, self.backend, others or {}))
+        bound = BoundRow(compiled, Values(self.op, compiled, self.backend, others))
         for name, value in self.facts.items():
             bound.put(name, value)
         return bound
@@ -173,15 +163,13 @@ class BoundRuns:
     """The runs of a plan, bound to the schedule in force.
 
     `bound` has them by the index of their row, whether the plan has the pages, and the module.
-    `current` has those that were used with the schedule's placement, without the module. `descs`
-    are the schedule's arrays on the device.
+    `current` has those that were used with the schedule's placement, without the module.
     """
 
     def __init__(self, binder: Binder, rows: Sequence[Row], names: RunNames) -> None:
         self.rows, self._binder, self._names = rows, binder, names
         self.bound: dict[tuple[int, bool, str], BoundRow] = {}
         self.current: dict[tuple[int, bool], BoundRow] = {}
-        self.descs: dict[str, TensorDesc] = {}
         # The workspaces and arrays, by the rows' names.
         self.places: dict[str, TensorDesc | None] = {}
         self._memory: Sequence[int] = ()
@@ -203,17 +191,12 @@ class BoundRuns:
 
     def _move(self, workspace: Workspace, placed: Arrays) -> None:
         """Bind the runs to the addresses of another placement or workspace."""
-        self.descs = placed.descs(workspace.int_buffer, self._counts)
-        own = workspace.int_buffer.rows(0, placed.kernel_bytes)
-        self.descs["int_workspace_buffer"] = own
-        buffers = dict(zip(self._names.workspaces, (workspace.float_buffer, own), strict=True))
-        arrays = {name: self.descs.get(array) for name, array in self._names.arrays.items()}
-        self.places = {**buffers, **arrays}
-        memory = [
-            address
-            for buffer in (workspace.float_buffer, workspace.int_buffer)
-            for address in (buffer.ptr, buffer.ptr + buffer.shape[0])
-        ]
+        descs = placed.descs(workspace.int_buffer, self._counts)
+        self.places = {name: descs.get(array) for name, array in self._names.arrays.items()}
+        buffers = workspace.float_buffer, workspace.int_buffer.rows(0, placed.kernel_bytes)
+        self.places.update(zip(self._names.workspaces, buffers, strict=True))
+        whole = workspace.float_buffer, workspace.int_buffer
+        memory = [at for buffer in whole for at in (buffer.ptr, buffer.ptr + buffer.shape[0])]
         self._memory = *memory, min(memory), max(memory)
         self.current.clear()  # pages may come from the plan now, and from runs before
         for bound in self.bound.values():
@@ -239,37 +222,25 @@ class BoundRuns:
             bound.sizes = (*bound.batch_sizes(batch), *bound.own_sizes)
 
     def bind(
-        self,
-        key: tuple[int, bool, str],
-        others: Mapping[str, Row],
-        batch: Batch,
-        info: Array,
+        self, key: tuple[int, bool, str], others: Mapping[str, Row], batch: Batch, info: Array
     ) -> BoundRow:
         """Bind a run to the schedule in force; `key` is that of `bound`."""
         (kind, has_indices, module), names = key, self._names
         row, facts = self.rows[kind], self._binder.facts
         values = {**facts, **self.places, names.info: 0}
+        given = {arg.name for arg in row.given} & values.keys()
         if not has_indices:
-            values = {name: values[name] for name in values if names.arrays.get(name) != "indices"}
-        kinds = {
-            arg.name: getattr(values[arg.name], "kind", None)
-            for arg in row.given
-            if arg.name in values
-        }
-        axes = {
-            name
-            for arg in row.tensors
-            for text in arg.axis_names
-            for name in parse_axis(text).names
-        }
-        not_less = tuple((axis, least) for axis, least in _LOWER_BOUNDS.items() if axis in axes)
+            given = {name for name in given if names.arrays.get(name) != "indices"}
+        kinds = {name: getattr(values[name], "kind", None) for name in values if name in given}
+        texts = {text for arg in row.tensors for text in arg.axis_names}
+        axes = {name for text in texts for name in parse_axis(text).names}
+        bounds = [(axis, least) for axis, (_, least) in GROWING_AXES.items() if axis in axes]
+        not_less = tuple((axis, least) for axis, least in bounds if least)
         axes |= {least for _, least in not_less}
         of_batch = [axis for axis in _BATCH_AXES if axis in axes]
         own = [axis for axis in facts if axis in axes]
-        known, first = (*of_batch, *own), tuple(names.first)
-        bound = self._binder.bind(
-            row, kinds, module, others, known=known, not_less=not_less, first=first
-        )
+        axes_of = {"known": (*of_batch, *own), "not_less": not_less, "first": tuple(names.first)}
+        bound = self._binder.bind(row, module, kinds, others, **axes_of)
         bound.batch_sizes = attrgetter(*(_BATCH_AXES[axis] for axis in of_batch))
         bound.own_sizes = tuple(facts[axis] for axis in own)
         bound.put(names.info, 0)

@@ -26,7 +26,7 @@ from fi_ffi.ops.attention.schedule import Captured, Planner, allocate, place, se
 from fi_ffi.ops.attention.sizes import Need
 from fi_ffi.ops.attention.values import Values
 from fi_ffi.ops.attention.workspace import Workspace
-from fi_ffi.ops.call import cuda
+from fi_ffi.ops.call import cuda, hooks
 from fi_ffi.ops.call.arguments import Refusal
 from fi_ffi.ops.call.forms import in_force
 from fi_ffi.ops.call.row import Row
@@ -62,12 +62,7 @@ class Plan:
     options: Any
     backend: str
     backend_reason: str
-    module: str
     _refuse: ClassVar[Refusal]
-    # The batch in force, and the queries and pages that a replan may need with CUDA graphs.
-    _batch: Batch
-    _max_rows: int
-    _max_indices: int
     # The plan's argument names for the batch's arrays; errors about the number of requests name
     # the first.
     _names: Mapping[str, str]
@@ -112,6 +107,7 @@ class Plan:
         names = RunNames(self._run_given, self._run_arrays, self._run_info, self._run_workspaces)
         self._runs = BoundRuns(binder, run_rows, names)
         batch = self._read(arrays)
+        # The queries and pages that a replan may need with CUDA graphs.
         self._max_rows = getattr(self.options, "max_total_num_rows", None) or batch.rows
         self._max_indices = self.options.max_num_indices or batch.num_indices
         if workspace is _SIZE_ONLY:
@@ -135,11 +131,8 @@ class Plan:
             got, expected = f"one on {self.workspace.device}", f"one on {self.device}"
             raise self._refuse("workspace", got, expected)
 
-    def __copy__(self) -> NoReturn:
-        raise TypeError(f"a {type(self).__name__} has a schedule of its own and cannot be copied")
-
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        raise TypeError(f"a {type(self).__name__} is of this process and cannot be pickled")
+        raise TypeError(f"a {type(self).__name__} is of this process, not to be copied or pickled")
 
     def __repr__(self) -> str:
         batch = getattr(self, "_batch", None)
@@ -161,9 +154,7 @@ class Plan:
     @classmethod
     def workspace_size(cls, *arrays: Any, **arguments: Any) -> WorkspaceSize:
         """Compute the bytes of both workspaces for a plan with these arguments."""
-        made: Any = cls
-        size: WorkspaceSize = made(*arrays, workspace=_SIZE_ONLY, **arguments).size
-        return size
+        return cls(*arrays, workspace=_SIZE_ONLY, **arguments).size  # type: ignore[misc]
 
     @property
     def size(self) -> WorkspaceSize:
@@ -265,7 +256,7 @@ class Plan:
         if is_cuda and cuda.is_capturing(handle):
             raise self._refuse("stream", "one that is capturing a graph", "plan before the capture")
         workspace = self._workspace(need.float_bytes, placed.end)
-        with workspace._lock, cuda.current(self.device):
+        with workspace._lock, cuda.current(self.device), hooks.running(self):
             stage = workspace._stages.take(workspace.int_bytes)
             count = placed.kernel_bytes
             if self.options.enable_cuda_graph and need.split is False:
@@ -275,7 +266,7 @@ class Plan:
             placed.write(stage.words, batch.views)
             if is_cuda:
                 workspace._take(handle)
-            info, start = self._planner.plan(self, workspace, stage.desc, placed, batch, handle)
+            info, start = self._planner.plan(workspace, stage.desc, placed, batch, handle)
             if self.options.enable_cuda_graph:
                 # If a check raises, neither the old plan nor the new one is valid.
                 workspace._generation += 1

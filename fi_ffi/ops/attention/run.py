@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import NoneType
 from typing import Any
 
@@ -57,11 +57,9 @@ class PreparedRun(PackedCall):
 
     __slots__ = ("_given", "_plan", "_run", "_stream", "_tensors", "_version")
 
-    def __init__(
-        self, plan: Any, run: Callable[..., None], given: dict[str, Any], stream: object
-    ) -> None:
-        self._plan, self._given, self._stream = plan, given, stream
-        self._run = run
+    def __init__(self, run: Any, given: dict[str, Any], stream: object) -> None:
+        plan = run.__self__
+        self._plan, self._run, self._given, self._stream = plan, run, given, stream
         if stream is not None:  # refuse what is no stream now, not at the first call
             handle_for(stream, plan.device, plan.op)
         self._version: object = None
@@ -102,8 +100,8 @@ class PreparedRun(PackedCall):
         Raises `ArgumentError` and `ArgumentTypeError`; the call is unchanged then.
         """
         plan, given = self._plan, dict(self._given)
+        known = [name for name in self._tensors if name in given]
         for name, value in tensors.items():
-            known = [name for name in self._tensors if name in given]
             if name not in known or not isinstance(given[name], (TensorDesc, NoneType)):
                 expected = f"one of {', '.join(known)}; prepare another call for other options"
                 raise plan._refuse("update", name, expected)

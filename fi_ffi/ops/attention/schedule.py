@@ -9,14 +9,14 @@ from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.function import array_values
 from fi_ffi.abi.interop import as_desc
 from fi_ffi.abi.objects import Array
-from fi_ffi.abi.tensor import Device, TensorDesc, make_desc
+from fi_ffi.abi.tensor import Device, TensorDesc, TensorKind, make_desc
 from fi_ffi.errors import ArgumentError
 from fi_ffi.ops.attention.arrays import Arrays, Batch
-from fi_ffi.ops.attention.bind import Binder, BoundRow
+from fi_ffi.ops.attention.bind import GROWING_AXES, Binder, BoundRow
 from fi_ffi.ops.attention.rows import WITH_COPY
 from fi_ffi.ops.attention.sizes import Need, aligned
 from fi_ffi.ops.attention.workspace import Workspace
-from fi_ffi.ops.call import cuda, hooks
+from fi_ffi.ops.call import cuda
 from fi_ffi.ops.call.arguments import Refusal
 from fi_ffi.ops.call.launch import launch
 from fi_ffi.ops.call.row import Row
@@ -32,13 +32,6 @@ _PLANNED_ARRAYS = {
     "kv_len": "kv_len",
 }
 _STAGING = "page_locked_int_workspace_buffer"
-# Axes of runs' tensors that grow with the requests' lengths, and the noun for errors.
-_GROWING_AXES = {
-    "nnz_kv": "keys",
-    "num_pages": "pages",
-    "num_indices": "page indices",
-    "mask_bytes": "mask bytes",
-}
 
 
 class Planner:
@@ -46,37 +39,25 @@ class Planner:
 
     def __init__(self, binder: Binder, row: Row) -> None:
         self._device = device = binder.device
-        self._arrays = {
-            arg.name: _PLANNED_ARRAYS[arg.name]
-            for arg in row.tensors
-            if arg.name in _PLANNED_ARRAYS
-        }
+        names = [arg.name for arg in row.tensors if arg.name in _PLANNED_ARRAYS]
+        self._arrays = {name: _PLANNED_ARRAYS[name] for name in names}
         self.needs_kv_len = "kv_len" in self._arrays.values()
         self._has_sent = row.result != WITH_COPY
-        self._bound = binder.bind(
-            row,
-            {arg.name: None for arg in row.given}
-            | {
-                arg.name: make_desc(0, (0,), arg.dtype, None, "cpu" if arg.host else device).kind
-                for arg in row.tensors
-            },
-        )
+        kinds: dict[str, TensorKind | None] = {arg.name: None for arg in row.given}
+        for arg in row.tensors:
+            where = "cpu" if arg.host else device
+            kinds[arg.name] = make_desc(0, (0,), arg.dtype, None, where).kind
+        self._bound = binder.bind(row, binder.module, kinds, {})
         for name in ("batch_size", "total_num_rows"):
             self._bound.put(name, 0)
         # The workspace and the placement that it is bound to.
         self._bound_to: tuple[object, object] = (None, None)
 
     def plan(
-        self,
-        owner: object,
-        workspace: Workspace,
-        stage: TensorDesc,
-        placed: Arrays,
-        batch: Batch,
-        handle: int,
+        self, workspace: Workspace, stage: TensorDesc, placed: Arrays, batch: Batch, handle: int
     ) -> tuple[Array, int]:
-        """Call the planner on the arrays in the stage, as a call of the plan `owner`. Return the
-        plan's info, and the offset in the stage from which it has copied nothing to the device."""
+        """Call the planner on the arrays in the stage. Return the plan's info, and the offset in
+        the stage from which it has copied nothing to the device."""
         bound = self._bound
         if self._bound_to != (workspace, placed):
             self._bind_places(workspace, stage, placed, batch)
@@ -86,8 +67,7 @@ class Planner:
             words, sources = frame.addresses, (stage.ptr, batch.size, batch.room_for_rows)
             for word, of, more in self._changing:
                 words[word] = sources[of] + more
-            with hooks.running(owner):
-                launch(frame, handle if self._device.is_cuda else None)
+            launch(frame, handle if self._device.is_cuda else None)
             result = frame.take_result()
             return (result, placed.kernel_bytes) if self._has_sent else (array_values(result)[0], 0)
         finally:
@@ -103,15 +83,14 @@ class Planner:
         bound.put("float_workspace_buffer", workspace.float_buffer)
         bound.put("int_workspace_buffer", workspace.int_buffer.rows(0, count))
         bound.put(_STAGING, stage.rows(0, count))
-        words = ((_STAGING, 0), ("batch_size", 1), ("total_num_rows", 2))
-        self._changing = [(bound.word(name), of, 0) for name, of in words if bound.has(name)]
+        words, sources = bound.words, ((_STAGING, 0), ("batch_size", 1), ("total_num_rows", 2))
+        self._changing = [(words[name][0][0], of, 0) for name, of in sources if name in words]
         descs = placed.descs(stage, {name: len(view) for name, view in batch.views.items()})
         for argument, name in self._arrays.items():
             bound.put(argument, descs[name])
-            self._changing += [
-                (bound.word(argument), 0, placed.where(name)[0]),
-                (bound.word(argument, 1), 1, len(batch.views[name]) - batch.size),
-            ]
+            (address, _), (length, _), *_ = words[argument]
+            self._changing.append((address, 0, placed.where(name)[0]))
+            self._changing.append((length, 1, len(batch.views[name]) - batch.size))
 
 
 class Captured:
@@ -164,8 +143,8 @@ class Captured:
             shape = as_desc(value, self._refuse.op, arg.name).shape
             axes = arg.axes_in(arguments.get("kv_layout", "NHD"))
             for axis, have in zip(axes, shape, strict=True):
-                if axis in _GROWING_AXES:
-                    of = _GROWING_AXES[axis]
+                if axis in GROWING_AXES:
+                    of, _ = GROWING_AXES[axis]
                     self.room[of] = min(self.room.get(of, have), have)
 
 

@@ -34,20 +34,6 @@ CALLER_NAMES = {
     **{f"maybe_scale_{of}": f"{of}_scale" for of in "qkv"},
     "rope_rcp_scale": "rope_scale",
     "rope_rcp_theta": "rope_theta",
-    # xqa's binding has camel-case names; callers use those of FlashInfer's Python function.
-    "qScaleTensor": "q_scale",
-    "qScale": "q_scale",
-    "kvScaleTensor": "kv_scale",
-    "kvCacheScale": "kv_scale",
-    "attentionSinks": "sinks",
-    "kCacheVLLM": "k_cache",
-    "vCacheVLLM": "v_cache",
-    "kvCachePageList": "page_table",
-    "seqLen": "seq_lens",
-    "slidingWinSize": "sliding_win_size",
-    "rcpOutScale": "rcp_out_scale",
-    "multiProcessorCount": "sm_count",
-    "scratch": "workspace_buffer",
 }
 _ONES = (*(f"scale_{of}_scalar" for of in "qkv"), "rope_rcp_scale", "ckv_scale", "kpe_scale")
 # Values that an entry gets for options that were left out.
@@ -66,7 +52,7 @@ def compiled_row(
 ) -> CompiledRow:
     """Compile a row for a module of these dtypes: see `fi_ffi.ops.call.values`."""
     types = {name: FP4 if dtype in FP4 else (dtype,) for name, dtype in dtypes.items()}
-    return values_.compiled_row(row, module, types, op, *device, names=CALLER_NAMES, **how)
+    return values_.compiled_row(row, module, types, op, *device, **{"names": CALLER_NAMES, **how})
 
 
 class Values(values_.Values):
@@ -121,10 +107,9 @@ class Values(values_.Values):
             try:
                 desc = as_desc(value, self.op, name)
             except ArgumentTypeError:
-                desc = None
-            if desc is None:
                 expected = "a number, or a tensor of one for each head"
-                raise ArgumentTypeError(self.op, name, got=shown(value), expected=expected)
+                got = shown(value)
+                raise ArgumentTypeError(self.op, name, got=got, expected=expected) from None
             if tensor not in self.index:
                 raise self.lacks(name, value, (tensor,))
             self.values[self.index[tensor]] = desc
@@ -132,32 +117,30 @@ class Values(values_.Values):
         plain = check_number(self.op, name, value, -math.inf if of == "v" else 0.0)
         if scalar in self.index:
             self.values[self.index[scalar]] = plain
-        elif of == "v":
-            if plain != 1.0:
-                raise self.lacks("v_scale", value, (scalar,))
-        else:
+        elif of != "v":
             return sm_scale * plain
+        elif plain != 1.0:
+            raise self.lacks("v_scale", value, (scalar,))
         return sm_scale
 
     def positions(
         self, mode: str, rope_scale: float | None, rope_theta: float | None, alibi_slopes: object
     ) -> None:
         """Set the arguments of the position encoding that the kernel was compiled with."""
-        if mode != "ROPE_LLAMA":
-            for name, value in (("rope_scale", rope_scale), ("rope_theta", rope_theta)):
-                if value is not None:
-                    expected = "None without pos_encoding_mode='ROPE_LLAMA'"
-                    raise ArgumentError(self.op, name, got=value, expected=expected)
+        for name, value in (("rope_scale", rope_scale), ("rope_theta", rope_theta)):
+            if value is None:
+                continue
+            if mode != "ROPE_LLAMA":
+                expected = "None without pos_encoding_mode='ROPE_LLAMA'"
+                raise ArgumentError(self.op, name, got=value, expected=expected)
+            # The kernels take the reciprocal, as a float32.
+            reciprocal = 1.0 / check_number(self.op, name, value, 1e-30)
+            self.put(**{name.replace("rope_", "rope_rcp_"): reciprocal})
         if (alibi_slopes is not None) != (mode == "ALIBI"):
             what = "slopes" if mode == "ALIBI" else "None"
             got, expected = shown(alibi_slopes), f"{what} with pos_encoding_mode={mode!r}"
             raise ArgumentError(self.op, "alibi_slopes", got=got, expected=expected)
         self.option("alibi_slopes", alibi_slopes)
-        for name, value in (("rope_scale", rope_scale), ("rope_theta", rope_theta)):
-            if value is not None:
-                # The kernels take the reciprocal, as a float32.
-                given = check_number(self.op, name, value, 1e-30)
-                self.put(**{name.replace("rope_", "rope_rcp_"): 1.0 / given})
 
 
 # Releases whose kernels address the scales of pages by the scales' own strides.
