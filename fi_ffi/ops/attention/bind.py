@@ -20,22 +20,17 @@ from fi_ffi.ops.call.row import Row, Scalar, Tensor
 
 Kinds = Mapping[str, TensorKind | None]
 _MASK = 2**64 - 1
-# Axes whose size changes with each batch, by the attribute of `Batch` that has the size.
-_BATCH_AXES = {
-    "nnz_qo": "room_for_rows",
-    "b": "size",
-    "planned_keys": "kv.total",
-    "planned_pages": "num_pages",
-    "planned_indices": "num_indices",
-}
-# Axes of runs' tensors that grow with the requests' lengths: the noun for errors, and the axis that
-# bounds them from below.
+# Axes of runs' tensors that grow with the requests' lengths: the noun for errors, the axis that
+# bounds them from below ("" for none), and the attribute of `Batch` that has its size.
 GROWING_AXES = {
-    "nnz_kv": ("keys", "planned_keys"),
-    "num_pages": ("pages", "planned_pages"),
-    "num_indices": ("page indices", "planned_indices"),
-    "mask_bytes": ("mask bytes", None),
+    "nnz_kv": ("keys", "planned_keys", "kv.total"),
+    "num_pages": ("pages", "planned_pages", "num_pages"),
+    "num_indices": ("page indices", "planned_indices", "num_indices"),
+    "mask_bytes": ("mask bytes", "", ""),
 }
+# Axes whose size changes with each batch, by the attribute of `Batch` that has the size.
+_BATCH_AXES = {"nnz_qo": "room_for_rows", "b": "size"}
+_BATCH_AXES |= {least: size for _, least, size in GROWING_AXES.values() if least}
 
 
 class BoundRow:
@@ -234,7 +229,7 @@ class BoundRuns:
         kinds = {name: getattr(values[name], "kind", None) for name in values if name in given}
         texts = {text for arg in row.tensors for text in arg.axis_names}
         axes = {name for text in texts for name in parse_axis(text).names}
-        bounds = [(axis, least) for axis, (_, least) in GROWING_AXES.items() if axis in axes]
+        bounds = [(axis, least) for axis, (_, least, _) in GROWING_AXES.items() if axis in axes]
         not_less = tuple((axis, least) for axis, least in bounds if least)
         axes |= {least for _, least in not_less}
         of_batch = [axis for axis in _BATCH_AXES if axis in axes]

@@ -144,7 +144,7 @@ class Captured:
             axes = arg.axes_in(arguments.get("kv_layout", "NHD"))
             for axis, have in zip(axes, shape, strict=True):
                 if axis in GROWING_AXES:
-                    of, _ = GROWING_AXES[axis]
+                    of, *_ = GROWING_AXES[axis]
                     self.room[of] = min(self.room.get(of, have), have)
 
 
