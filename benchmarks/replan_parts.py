@@ -25,7 +25,9 @@ from marks.peers import Peers
 
 import fi_ffi
 from fi_ffi.ops.attention import plan as planning
+from fi_ffi.ops.attention import schedule
 from fi_ffi.ops.attention.arrays import Arrays
+from fi_ffi.ops.attention.bind import BoundRuns
 from fi_ffi.ops.attention.workspace import Workspace
 from fi_ffi.ops.call import cuda
 from fi_ffi.ops.call.staging import StagePool
@@ -34,17 +36,17 @@ _RUNS = 32
 _PAGES = 4096
 # What is timed: the owner of a function, its name, and what the table calls it.
 PARTS = (
-    (planning.Plan, "read", "reading and checking the arrays"),
+    (planning.Plan, "_read", "reading and checking the arrays"),
     (planning.Plan, "_need", "what it takes, and places"),
     (cuda, "is_capturing", "whether the stream records a graph"),
     (StagePool, "take", "a free stage"),
     (Arrays, "write", "arrays written into the stage"),
-    (Workspace, "take", "the stream's turn on the workspace"),
-    (planning.Plan, "_plan", "the planner, with its frame"),
-    (planning, "launch", "  of it the call itself"),
-    (planning.Plan, "_send", "the copy of the arrays"),
+    (Workspace, "_take", "the stream's turn on the workspace"),
+    (schedule.Planner, "plan", "the planner, with its frame"),
+    (schedule, "launch", "  of it the call itself"),
+    (planning, "send", "the copy of the arrays"),
     (StagePool, "record", "the stage's event"),
-    (planning.Plan, "_bind_schedule", "runs bound to the schedule"),
+    (BoundRuns, "follow", "runs bound to the schedule"),
 )
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from engine import Engine, Sampling, load_model
 from engine.device import Cpu
 
-from fi_ffi.ops.attention import plan
+from fi_ffi.ops.attention.schedule import Planner
 from marks.llm_models import MODELS, RandomWeights, config_of
 from marks.llm_sides import Ours, RandomPrompts, prefill
 
@@ -54,18 +54,18 @@ def engine(batch: int, tokens: int) -> Engine:
 @contextmanager
 def no_planner() -> Iterator[None]:
     """Once a kind of plan was made, planning it again returns what that has returned."""
-    real, made = plan.Plan._plan, dict[int, Any]()
+    real, made = Planner.plan, dict[int, Any]()
 
     def planned(self: Any, *given: Any) -> Any:
         if id(self) not in made:
             made[id(self)] = real(self, *given)
         return made[id(self)]
 
-    plan.Plan._plan = planned  # type: ignore[method-assign]
+    Planner.plan = planned  # type: ignore[method-assign]
     try:
         yield
     finally:
-        plan.Plan._plan = real  # type: ignore[method-assign]
+        Planner.plan = real  # type: ignore[method-assign]
 
 
 def step_ms(batch: int, prompt: int = 128) -> float:

@@ -24,7 +24,8 @@ def prepare(function: Callable[..., Any], *args: Any, stream: object = None, **k
 
     Raises what the call would raise, and `ArgumentTypeError` for another function.
     """
-    from fi_ffi.ops.attention.plan import Plan, PreparedRun
+    from fi_ffi.ops.attention.plan import Plan
+    from fi_ffi.ops.attention.run import PreparedRun
 
     if isinstance(function, Op) or _is_launching(function):
         return function.prepare(*args, stream=stream, **kwargs)  # type: ignore[attr-defined]
@@ -32,7 +33,7 @@ def prepare(function: Callable[..., Any], *args: Any, stream: object = None, **k
     if not isinstance(plan, Plan) or name not in plan._run_methods:
         expected = "a function of fi_ffi's that launches kernels, or a run of a plan"
         raise ArgumentTypeError("prepare", "function", got=printed(function), expected=expected)
-    return PreparedRun(plan, function, _by_name(plan, function, args, kwargs), stream)
+    return PreparedRun(function, _by_name(function, args, kwargs), stream)
 
 
 def _is_launching(function: object) -> bool:
@@ -41,9 +42,7 @@ def _is_launching(function: object) -> bool:
     return is_ours and hasattr(function, "prepare") and not isinstance(function, type)
 
 
-def _by_name(
-    plan: Any, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, Any]:
+def _by_name(run: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return a run's arguments by name, with tensors described."""
     import inspect
 
@@ -56,7 +55,7 @@ def _by_name(
         if value is None or isinstance(value, (bool, str, numbers.Number)):
             continue
         with contextlib.suppress(ArgumentTypeError):  # packing raises it with the right name
-            given[name] = as_desc(value, plan.op, name)
+            given[name] = as_desc(value, run.__self__.op, name)
     return given
 
 

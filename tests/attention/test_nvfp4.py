@@ -11,7 +11,7 @@ import pytest
 import fi_ffi
 from fi_ffi.abi.tensor import TensorDesc
 from fi_ffi.ops.attention.backends import Kernel
-from fi_ffi.ops.attention.run import OWN_STRIDES
+from fi_ffi.ops.attention.values import OWN_STRIDES
 from fi_ffi.ops.call.providers import release_in_force
 from fi_ffi.ops.call.releases import is_in
 

@@ -9,7 +9,7 @@ import pytest
 
 import fi_ffi
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.ops.attention.plan import Plan
+from fi_ffi.ops.attention.schedule import Planner
 
 from tests.attention.batches import SPARE
 from tests.attention.cases import Case, refused
@@ -127,7 +127,7 @@ def test_a_replan_that_fails_after_the_workspace_grew(spec, machine, rng, monkey
         raise RuntimeError("the planner failed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Plan, "_plan", fail)
+        patch.setattr(Planner, "plan", fail)
         with pytest.raises(RuntimeError, match="the planner"):
             made.case.replan(made.plan, made.many)
     assert made.plan.workspace is not before
@@ -203,7 +203,7 @@ def test_room_of_prepared_runs(spec, machine, rng):
     for prepared in (False, True):
         made = Runs(spec, machine, rng, enable_cuda_graph=True)
         (made.prepare if prepared else made.run)()
-        room = dict(made.plan._room)
+        room = dict(made.plan._captured.room)
         assert room == {"pages": made.case.room}
         wrong = refused(made.service, made.batch)
         for batch in wrong:

@@ -518,7 +518,7 @@ def test_another_number_of_requests(kind):
 def test_a_launch_that_is_not_the_captured_one(kind):
     """As the planner says, which has written by then: neither plan holds."""
     case, plan = captured(kind)
-    plan._captured = [-1]
+    plan._captured.launch = [-1]
     with pytest.raises(fi_ffi.ArgumentError, match=r"got launch \[.* expected the captured \[-1\]"):
         case.replan(plan)
     refused(case, "self", "stale plan", case.run, plan)
@@ -563,7 +563,7 @@ def test_pages_past_the_cache_that_was_run_with(kind):
     wrong = {"o": changed(case.memory["o"], dtype="float32")}
     refused(case, "o", "float32", case.run, plan, **small, **wrong)
     plan.replan(**case.arrays | {INDICES[kind]: at(case.indices, 0, PAGES - 1)})
-    assert plan._room["pages"] == PAGES
+    assert plan._captured.room["pages"] == PAGES
 
 
 def test_more_keys_than_were_run_with():

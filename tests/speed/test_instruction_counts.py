@@ -209,7 +209,7 @@ def test_the_full_way_is_past_the_budget_and_told(calls: dict[str, Call]) -> Non
     lines, functions = instructions(full), functions_in_c(full)
     assert not is_within(BUDGETS[ways.PLAN_TYPED], lines, functions)
     text = told(ways.PLAN_TYPED, lines, functions)
-    assert "run.py:" in text
+    assert "values.py:" in text
     assert "in C: " in text
 
 

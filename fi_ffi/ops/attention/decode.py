@@ -12,7 +12,7 @@ from fi_ffi.ops.attention import sizes
 from fi_ffi.ops.attention.arrays import PAGES, Batch, host_ints, int32_array
 from fi_ffi.ops.attention.options import DecodeKeywords, DecodeOptions
 from fi_ffi.ops.attention.plan import Plan
-from fi_ffi.ops.attention.run import Values, softmax_scale
+from fi_ffi.ops.attention.values import Values, softmax_scale
 from fi_ffi.ops.attention.workspace import Workspace
 from fi_ffi.ops.call.arguments import INT32_MAX, check_int, shown
 
@@ -151,7 +151,7 @@ class BatchDecodePlan(Plan):
                 on the device, where fi_ffi cannot check them. A request without pages gets zeros.
             others: as in `BatchPrefillPlan.paged_run`.
         """
-        bound = self._bound_runs.get((0, paged_kv_indices is None))
+        bound = self._runs.current.get((0, paged_kv_indices is None))
         if bound is None:
             bound = self._bound_run(0, self._check_indices("paged_kv_indices", paged_kv_indices))
         rest = bound.rest
@@ -209,7 +209,6 @@ class BatchDecodePlan(Plan):
         The planner does not count requests without pages when it splits for a fixed grid. With many
         of them there are more pieces than blocks, and the kernel would skip the last.
         """
-        super()._check_launch(launch, stage, batch)
         if not self.device.is_cuda:
             return
         at = TensorDesc(stage.ptr + launch[_KV_CHUNK_SIZE_OFFSET], (1,), "int32", device="cpu")

@@ -13,7 +13,7 @@ from fi_ffi.ops.attention.backends import CAUSAL, NON_CAUSAL
 from fi_ffi.ops.attention.options import MlaKeywords, MlaOptions
 from fi_ffi.ops.attention.plan import Plan
 from fi_ffi.ops.attention.rows import FP8, NEED_KEYS
-from fi_ffi.ops.attention.run import Values, softmax_scale
+from fi_ffi.ops.attention.values import Values, softmax_scale
 from fi_ffi.ops.attention.workspace import Workspace
 from fi_ffi.ops.call.arguments import check_number, shown
 
@@ -150,7 +150,7 @@ class BatchMlaPlan(Plan):
 
     @cached_property
     def _needs_keys(self) -> bool:
-        return self._run_rows[0] in NEED_KEYS
+        return self._runs.rows[0] in NEED_KEYS
 
     def _facts(self) -> dict[str, Any]:
         mask = {"mask_mode_code": CAUSAL if self.options.causal else NON_CAUSAL}

@@ -6,42 +6,31 @@ schedule, and each run writes the rest.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from operator import attrgetter
-from types import NoneType
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, NoReturn
 
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.function import Frame, array_values
-from fi_ffi.abi.interop import as_desc
 from fi_ffi.abi.objects import Array
-from fi_ffi.abi.streams import current_scope, handle_for
-from fi_ffi.abi.tensor import Device, TensorDesc, TensorKind, make_desc, parse_device
-from fi_ffi.errors import ArgumentError, ArgumentTypeError
+from fi_ffi.abi.streams import handle_for
+from fi_ffi.abi.tensor import Device, TensorDesc, parse_device
+from fi_ffi.errors import ArgumentTypeError
 from fi_ffi.loader import machine
 from fi_ffi.ops.attention.arrays import Arrays, Batch
 from fi_ffi.ops.attention.backends import Target, multiprocessors, release_for
+from fi_ffi.ops.attention.bind import Binder, BoundRow, BoundRuns, RunNames
 from fi_ffi.ops.attention.options import Options, SignatureWithOptions
-from fi_ffi.ops.attention.rows import FORMS, WITH_COPY
-from fi_ffi.ops.attention.run import BoundRow, Values, compiled_row
-from fi_ffi.ops.attention.sizes import Need, aligned
+from fi_ffi.ops.attention.rows import FORMS
+from fi_ffi.ops.attention.run import Packing, launch_run
+from fi_ffi.ops.attention.schedule import Captured, Planner, allocate, place, send
+from fi_ffi.ops.attention.sizes import Need
+from fi_ffi.ops.attention.values import Values
 from fi_ffi.ops.attention.workspace import Workspace
-from fi_ffi.ops.call import cuda, hooks, memory
+from fi_ffi.ops.call import cuda, hooks
 from fi_ffi.ops.call.arguments import Refusal
 from fi_ffi.ops.call.forms import in_force
-from fi_ffi.ops.call.launch import launch
-from fi_ffi.ops.call.notation import parse_axis
-from fi_ffi.ops.call.prepared import PackedCall, tensor_like
-from fi_ffi.ops.call.row import PlanInfo, Row
+from fi_ffi.ops.call.row import Row
 from fi_ffi.ops.call.support import Support, supports
-
-# Bytes that the CPU's reference stores for each request.
-_REFERENCE_BYTES = 64
-# Axes of runs' tensors that grow with the requests' lengths, and the noun for errors.
-_GROWING_AXES = {
-    "nnz_kv": "keys", "num_pages": "pages", "num_indices": "page indices",
-    "mask_bytes": "mask bytes",
-}  # fmt: skip
 
 
 class WorkspaceSize(NamedTuple):
@@ -54,21 +43,15 @@ class WorkspaceSize(NamedTuple):
 # Passed as a workspace by `workspace_size`, which computes sizes and schedules nothing.
 _SIZE_ONLY: Any = object()
 
-# Planner arguments that are arrays of the batch, by the array's name in `Batch.views`.
-_PLANNED_ARRAYS = {
-    "qo_indptr": "qo_indptr", "kv_indptr": "kv_indptr", "indptr": "kv_indptr",
-    "kv_len_arr": "kv_len", "kv_len": "kv_len",
-}  # fmt: skip
-_STAGING = "page_locked_int_workspace_buffer"
-# Axes whose size changes with each batch, by the attribute of `Batch` that has the size; and the
-# lower bounds of axes that callers choose.
-_BATCH_AXES = {
-    "nnz_qo": "room_for_rows", "b": "size", "planned_keys": "kv.total",
-    "planned_pages": "num_pages", "planned_indices": "num_indices",
-}  # fmt: skip
-_LOWER_BOUNDS = {
-    "nnz_kv": "planned_keys", "num_pages": "planned_pages", "num_indices": "planned_indices"
-}  # fmt: skip
+
+class NotOf:
+    """An inherited method that a plan class lacks: its access raises `AttributeError`."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._words = f"{owner.__name__!r} has no {name!r}"
+
+    def __get__(self, instance: object, owner: type | None = None) -> NoReturn:
+        raise AttributeError(self._words)
 
 
 class Plan:
@@ -79,15 +62,7 @@ class Plan:
     options: Any
     backend: str
     backend_reason: str
-    module: str
-    # The planner, and the rows of runs; a run's kind is the index of its row.
-    _planner: BoundRow
-    _planner_needs_kv_len: bool
-    _run_rows: Sequence[Row]
-    # The batch in force, and the queries and pages that a replan may need with CUDA graphs.
-    _batch: Batch
-    _max_rows: int
-    _max_indices: int
+    _refuse: ClassVar[Refusal]
     # The plan's argument names for the batch's arrays; errors about the number of requests name
     # the first.
     _names: Mapping[str, str]
@@ -105,47 +80,34 @@ class Plan:
 
     def __init_subclass__(cls) -> None:
         cls.__doc__ = cls._options_class.documented(cls.__doc__)
+        cls._refuse = Refusal(cls.op)
 
     def __init__(
-        self, arrays: Sequence[object], device: object, workspace: object, stream: object,
+        self,
+        arrays: Sequence[object],
+        device: object,
+        workspace: object,
+        stream: object,
         options: Mapping[str, Any],
-    ) -> None:  # fmt: skip
-        if not (workspace is None or workspace is _SIZE_ONLY or isinstance(workspace, Workspace)):
-            got = type(workspace).__name__
-            raise ArgumentTypeError(self.op, "workspace", got=got, expected="a Workspace or None")
-        self.workspace = workspace if isinstance(workspace, Workspace) else None
-        if self.workspace is not None and device is None:
-            device = self.workspace.device
-        self.device: Device = parse_device("cuda:0" if device is None else device, op=self.op)
-        if self.device.type not in ("cpu", "cuda"):
-            raise ArgumentError(self.op, "device", got=self.device, expected="cpu or cuda")
-        if self.workspace is not None and self.workspace.device is not self.device:
-            got, expected = f"one on {self.workspace.device}", f"one on {self.device}"
-            raise ArgumentError(self.op, "workspace", got=got, expected=expected)
+    ) -> None:
+        self._place_on(device, workspace)
         self._generation = -1
         self._info: Array | None = None
-        self._captured: list[int] | None = None
         self._placed = Arrays(0)
-        self._owns_workspace = workspace is None
-        self._descs: dict[str, TensorDesc] = {}
-        # Lengths of the index arrays from which kernels take the number of requests.
-        self._counts: dict[str, int] = {}
-        # `_descs` and `_counts` were made for this placement, workspace and number of requests.
-        self._described: tuple[object, object, int] = (None, None, 0)
-        # The planner is bound to this workspace and placement.
-        self._planned_in: tuple[object, object] = (None, None)
-        self._runs: dict[tuple[int, bool, str], BoundRow] = {}
-        # Those of `_runs` that are bound to the schedule in force, by kind and `has_indices`.
-        self._bound_runs: dict[tuple[int, bool], BoundRow] = {}
-        # With CUDA graphs: the smallest sizes of growing axes that runs were given.
-        self._room: dict[str, int] = {}
         self.options = self._options_class(**options)
         rows = self._choose_rows()
         self._geometry = self.options.geometry(*self._machine, release_for(self.device))
-        self.module = self.options.kernel.module(self.backend)
-        planner, *self._run_rows = (in_force(FORMS[row], self.device) for row in rows)
-        self._bind_planner(planner)
+        kernel = self.options.kernel
+        self.module = kernel.module(self.backend)
+        self._captured = Captured(self._refuse, self._names)
+        facts = self._facts()
+        binder = Binder(self.op, self.device, self.backend, self.module, kernel.dtypes, facts)
+        planner, *run_rows = (in_force(FORMS[row], self.device) for row in rows)
+        self._planner = Planner(binder, planner)
+        names = RunNames(self._run_given, self._run_arrays, self._run_info, self._run_workspaces)
+        self._runs = BoundRuns(binder, run_rows, names)
         batch = self._read(arrays)
+        # The queries and pages that a replan may need with CUDA graphs.
         self._max_rows = getattr(self.options, "max_total_num_rows", None) or batch.rows
         self._max_indices = self.options.max_num_indices or batch.num_indices
         if workspace is _SIZE_ONLY:
@@ -153,11 +115,24 @@ class Plan:
         else:
             self._schedule(batch, stream)
 
-    def __copy__(self) -> NoReturn:
-        raise TypeError(f"a {type(self).__name__} has a schedule of its own and cannot be copied")
+    def _place_on(self, device: object, workspace: object) -> None:
+        """Set the workspace and the device; refuse those that do not fit."""
+        is_own = self._owns_workspace = workspace is None
+        if not (is_own or workspace is _SIZE_ONLY or isinstance(workspace, Workspace)):
+            got = type(workspace).__name__
+            raise ArgumentTypeError(self.op, "workspace", got=got, expected="a Workspace or None")
+        self.workspace = workspace if isinstance(workspace, Workspace) else None
+        if self.workspace is not None and device is None:
+            device = self.workspace.device
+        self.device: Device = parse_device("cuda:0" if device is None else device, op=self.op)
+        if self.device.type not in ("cpu", "cuda"):
+            raise self._refuse("device", self.device, "cpu or cuda")
+        if self.workspace is not None and self.workspace.device is not self.device:
+            got, expected = f"one on {self.workspace.device}", f"one on {self.device}"
+            raise self._refuse("workspace", got, expected)
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        raise TypeError(f"a {type(self).__name__} is of this process and cannot be pickled")
+        raise TypeError(f"a {type(self).__name__} is of this process, not to be copied or pickled")
 
     def __repr__(self) -> str:
         batch = getattr(self, "_batch", None)
@@ -179,9 +154,7 @@ class Plan:
     @classmethod
     def workspace_size(cls, *arrays: Any, **arguments: Any) -> WorkspaceSize:
         """Compute the bytes of both workspaces for a plan with these arguments."""
-        made: Any = cls
-        size: WorkspaceSize = made(*arrays, workspace=_SIZE_ONLY, **arguments).size
-        return size
+        return cls(*arrays, workspace=_SIZE_ONLY, **arguments).size  # type: ignore[misc]
 
     @property
     def size(self) -> WorkspaceSize:
@@ -203,10 +176,9 @@ class Plan:
 
     def _read(self, arrays: Sequence[object]) -> Batch:
         """Read and check a batch's arrays."""
-        batch = Batch(
-            self.op, self._names, arrays, self.options.page_size or 1, self._kv_indptr_may_be_longer
-        )
-        if self._planner_needs_kv_len:
+        may_be_longer, page_size = self._kv_indptr_may_be_longer, self.options.page_size or 1
+        batch = Batch(self.op, self._names, arrays, page_size, may_be_longer)
+        if self._planner.needs_kv_len:
             batch.use_kv_len()
         return batch
 
@@ -221,6 +193,10 @@ class Plan:
     def _check_same_launch(self, batch: Batch) -> None:
         """Refuse a batch that needs a launch other than the captured one (CUDA graphs only)."""
 
+    def _check_launch(self, launch: list[int], stage: TensorDesc, batch: Batch) -> None:
+        """Raise if a captured run would be wrong for the planner's result (`launch`) and what it
+        wrote (`stage`). Other hooks refuse earlier what they can predict."""
+
     def _other_rows(self, kind: int) -> Mapping[str, Row]:
         """Return the rows of other backends, which may have an option that this one lacks."""
         return {}
@@ -230,23 +206,6 @@ class Plan:
         raise NotImplementedError
 
     # Planning.
-
-    def _bind_planner(self, row: Row) -> None:
-        """Compile the planner with all arguments bound; each frame gets the batch's arrays and
-        sizes."""
-        bound = {arg.name: None for arg in row.given} | {
-            arg.name: make_desc(0, (0,), arg.dtype, None, "cpu" if arg.host else self.device).kind
-            for arg in row.tensors
-        }
-        dtypes = self.options.kernel.dtypes
-        compiled = compiled_row(row, self.module, dtypes, self.op, self.device, bound=bound)
-        self._planner = BoundRow(compiled, Values(self.op, compiled, self.backend, {}))
-        self._planner_needs_kv_len = any(
-            _PLANNED_ARRAYS.get(arg.name) == "kv_len" for arg in row.tensors
-        )
-        facts = {"batch_size": 0, "total_num_rows": 0} | self._facts()
-        for name, value in facts.items():
-            self._planner.put(name, value)
 
     @property
     def _machine(self) -> tuple[int, int]:
@@ -269,27 +228,19 @@ class Plan:
         elif not is_exact:
             need = self._need_at_most(batch)
             if need is not None:
-                placed = self._place(need, batch, num_indices)
+                placed = place(self._placed, need, batch, num_indices, self.device)
                 have = self.workspace
                 if self._owns_workspace or have is None or have._has(need.float_bytes, placed.end):
                     return need, placed
         need = self._exact_need(batch)
-        return need, self._place(need, batch, num_indices)
-
-    def _place(self, need: Need, batch: Batch, num_indices: int) -> Arrays:
-        """Place the arrays after the kernel's part of the int workspace, where the last batch's
-        were if they fit."""
-        least = 0 if self.device.is_cuda else _REFERENCE_BYTES * (batch.size + 4)
-        count, before = max(need.int_bytes, least), self._placed
-        if before.holds(count, batch):
-            return before
-        return Arrays(count, batch.views, batch.size, num_indices)
+        return need, place(self._placed, need, batch, num_indices, self.device)
 
     def _replan_batch(self, arrays: Sequence[object], stream: object) -> None:
         """Plan another batch with the same options, in the same workspace."""
         batch = self._read(arrays)
         if self.options.enable_cuda_graph:
-            self._check_replan(batch)
+            self._captured.check_batch(batch, self._batch)
+            self._check_same_launch(batch)
         self._schedule(batch, stream)
 
     def _schedule(self, batch: Batch, stream: object) -> None:
@@ -298,11 +249,11 @@ class Plan:
         Nothing that another plan uses is written before the kernel's planner has succeeded.
         """
         need, placed = self._need(batch)
-        handle, is_cuda = self._stream_handle(stream), self.device.is_cuda
+        handle, is_cuda = handle_for(stream, self.device, self.op), self.device.is_cuda
         if is_cuda and cuda.is_capturing(handle):
             raise self._refuse("stream", "one that is capturing a graph", "plan before the capture")
         workspace = self._workspace(need.float_bytes, placed.end)
-        with workspace._lock, cuda.current(self.device):
+        with workspace._lock, cuda.current(self.device), hooks.running(self):
             stage = workspace._stages.take(workspace.int_bytes)
             count = placed.kernel_bytes
             if self.options.enable_cuda_graph and need.split is False:
@@ -312,157 +263,31 @@ class Plan:
             placed.write(stage.words, batch.views)
             if is_cuda:
                 workspace._take(handle)
-            info, start = self._plan(workspace, stage.desc, placed, batch, handle)
+            info, start = self._planner.plan(workspace, stage.desc, placed, batch, handle)
             if self.options.enable_cuda_graph:
-                # If `_check_launch` raises, neither the old plan nor the new one is valid.
+                # If a check raises, neither the old plan nor the new one is valid.
                 workspace._generation += 1
-                self._check_launch(array_values(info), stage.desc, batch)
-            self._send(workspace, stage.desc, start, placed.end, handle)
+                launch = array_values(info)
+                self._captured.check_launch(launch)
+                self._check_launch(launch, stage.desc, batch)
+            send(workspace.int_buffer, stage.desc, start, placed.end, handle)
             workspace._stages.record(stage, handle)
             workspace._generation += 1
             self._generation, self._info = workspace._generation, info
-        described, self._described = self._described, (placed, workspace, batch.size)
-        changed: Mapping[str, int] = {}
-        if self._described != described:
-            views = batch.views.items()
-            changed = self._counts = {name: len(view) for name, view in views if name != "indices"}
-        if self._described[:2] != described[:2]:
-            self._descs = placed.descs(workspace.int_buffer, changed)
-            self._descs["int_workspace_buffer"] = workspace.int_buffer.rows(0, count)
-            self._bound_runs.clear()  # pages may come from the plan now, and from runs before
-            for bound in self._runs.values():
-                self._bind_workspace(bound, workspace)
+        self._runs.follow(workspace, placed, batch, info)
         self._needs, self._placed, self._batch = need, placed, batch
-        for bound in self._runs.values():
-            self._bind_schedule(bound, changed)
-
-    def _plan(
-        self, workspace: Workspace, stage: TensorDesc, placed: Arrays, batch: Batch, handle: int
-    ) -> tuple[Array, int]:
-        """Call the planner on the arrays in the stage. Return the plan's info, and the offset in
-        the stage from which it has copied nothing to the device."""
-        planner = self._planner
-        if self._planned_in != (workspace, placed):
-            self._bind_places(workspace, stage, placed, batch)
-            self._planned_in = workspace, placed
-        _, frame = planner.compiled.pack(planner)
-        try:
-            words, given = frame.addresses, (stage.ptr, batch.size, batch.room_for_rows)
-            for word, of, more in self._changing:
-                words[word] = given[of] + more
-            with hooks.running(self):
-                launch(frame, handle if self.device.is_cuda else None)
-            result, has_sent = frame.take_result(), planner.compiled.row.result != WITH_COPY
-            return (result, placed.kernel_bytes) if has_sent else (array_values(result)[0], 0)
-        finally:
-            planner.give_back(frame)
-
-    def _bind_places(
-        self, workspace: Workspace, stage: TensorDesc, placed: Arrays, batch: Batch
-    ) -> None:
-        """Bind the planner to a workspace and a placement. List the frame words that change with
-        each batch: the word, its source (the stage's address 0, requests 1, queries 2), and an
-        offset."""
-        planner, count = self._planner, placed.kernel_bytes
-        planner.put("float_workspace_buffer", workspace.float_buffer)
-        planner.put("int_workspace_buffer", workspace.int_buffer.rows(0, count))
-        planner.put(_STAGING, stage.rows(0, count))
-        words = ((_STAGING, 0), ("batch_size", 1), ("total_num_rows", 2))
-        self._changing = [(planner.word(name), of, 0) for name, of in words if planner.has(name)]
-        descs = placed.descs(stage, {name: len(view) for name, view in batch.views.items()})
-        for arg in planner.compiled.row.tensors:
-            name = _PLANNED_ARRAYS.get(arg.name)
-            if name is not None:
-                planner.put(arg.name, descs[name])
-                self._changing += [
-                    (planner.word(arg.name), 0, placed.where(name)[0]),
-                    (planner.word(arg.name, 1), 1, len(batch.views[name]) - batch.size),
-                ]
 
     def _workspace(self, float_bytes: int, int_bytes: int) -> Workspace:
+        """Return the workspace; replace the plan's own if it is too small and not captured."""
         workspace = self.workspace
-        if workspace is None or (
-            self._owns_workspace
-            and not self._captured
-            and (workspace.float_bytes < float_bytes or workspace.int_bytes < int_bytes)
-        ):
-            # A quarter more, so that a slightly larger batch needs no new allocation.
-            sizes = [aligned(count + count // 4, 2**16) for count in (float_bytes, int_bytes)]
-            try:
-                workspace = self.workspace = Workspace.allocate(self.device, *sizes)
-            except (ArgumentError, MemoryError) as error:
-                expected = f"{float_bytes} and {int_bytes} bytes, which could not be allocated"
-                raise self._refuse("workspace", None, expected) from error
-        workspace._require(self.op, float_bytes, int_bytes)
+        if workspace is None or not workspace._has(float_bytes, int_bytes):
+            if workspace is None or (self._owns_workspace and not self._captured.launch):
+                workspace = allocate(self._refuse, self.device, float_bytes, int_bytes)
+                self.workspace = workspace
+            workspace._require(self.op, float_bytes, int_bytes)
         return workspace
 
-    def _send(self, to: Workspace, stage: TensorDesc, start: int, end: int, handle: int) -> None:
-        """Copy bytes `start` to `end` of the stage to the int workspace."""
-        count = end - start
-        target, source = to.int_buffer.ptr + start, stage.ptr + start
-        if not count:
-            return
-        if self.device.is_cuda:
-            cuda.copy_to_device(target, source, count, handle)
-        else:
-            ffi.memmove(cuda.pointer(target), cuda.pointer(source), count)
-
-    # With CUDA graphs: checks of what a replan must keep.
-
-    def _check_replan(self, batch: Batch) -> None:
-        """Refuse a batch that needs another launch, or larger tensors than runs were given."""
-        names, before = self._names, self._batch.size
-        first, pages = next(iter(names.values())), names.get("indices")
-        if batch.size != before:
-            expected = f"{before}, the number of requests that the launch is for"
-            raise self._refuse(first, f"{batch.size} requests", expected)
-        if pages is None:
-            self._check_captured_size("keys", names["kv_indptr"], batch.kv.total)
-        else:
-            self._check_captured_size("pages", pages, batch.num_pages)
-            self._check_captured_size("page indices", names["kv_indptr"], batch.num_indices)
-        if "mask_indptr" in batch.views:
-            self._check_captured_size("mask bytes", first, batch.mask_indptr[-1])
-        if pages is not None and batch.has_indices != ("indices" in self._descs):
-            # The captured launch has the address of the pages: of the plan's array or of the run's.
-            got, captured = ("an array", "None") if batch.has_indices else ("None", "an array")
-            raise self._refuse(pages, got, f"{captured}, as in the captured plan")
-        self._check_same_launch(batch)
-
-    def _check_captured_size(self, of: str, argument: str, need: int) -> None:
-        have = self._room.get(of)
-        if have is not None and need > have:
-            expected = f"at most {have}, the size that captured runs were given"
-            raise self._refuse(argument, f"{need} {of}", expected)
-
-    def _check_launch(self, launch: list[int], stage: TensorDesc, batch: Batch) -> None:
-        """Raise if a run would be launched otherwise than before: compare with the planner's result
-        (`launch`) and what it wrote (`stage`). Subclasses refuse earlier what they can predict."""
-        if self._captured is not None and launch != self._captured:
-            raise self._refuse("self", f"launch {launch}", f"the captured {self._captured}")
-        self._captured = launch
-
-    def _record_sizes(self, bound: BoundRow, values: Sequence[Any]) -> None:
-        """Record the sizes of a run's growing tensors, which a captured run cannot exceed."""
-        given = dict(zip(bound.template.index, values, strict=True))
-        for arg in bound.compiled.tensors:
-            value = given[arg.name]
-            if value is None:
-                continue
-            shape = as_desc(value, self.op, arg.name).shape
-            for axis, have in zip(arg.axes_in(given.get("kv_layout", "NHD")), shape, strict=True):
-                if axis in _GROWING_AXES:
-                    of = _GROWING_AXES[axis]
-                    self._room[of] = min(self._room.get(of, have), have)
-
     # Running.
-
-    def _stream_handle(self, stream: object) -> int:
-        """Return the handle of the stream to work on; 0 on the CPU."""
-        return handle_for(stream, self.device, self.op)
-
-    def _refuse(self, argument: str, got: object, expected: object) -> ArgumentError:
-        return ArgumentError(self.op, argument, got=got, expected=expected)
 
     @property
     def plan_info(self) -> list[int]:
@@ -479,219 +304,44 @@ class Plan:
         return workspace
 
     def _bound_run(self, kind: int, has_indices: bool, module: str = "") -> BoundRow:
-        """Return a run's row with the plan's arguments bound to the schedule in force."""
+        """Return a run's row with the plan's arguments bound to the schedule in force. A run's kind
+        is the index of its row."""
         self._check_current()
-        key = kind, has_indices, module or self.module
-        found = self._runs.get(key)
-        if found is None:
-            found = self._runs[key] = self._bind_run(*key)
-        self._bound_runs[kind, has_indices] = found
-        return found
-
-    def _bind_schedule(self, bound: BoundRow, counts: Mapping[str, int]) -> None:
-        """Bind what changes with each schedule: the plan's info and the arrays' lengths."""
-        assert self._info is not None
-        info = int(ffi.cast("uintptr_t", self._info.handle))
-        changed = bound.changed(self._run_info, 0, info)
-        if counts:
-            for name, array in self._run_arrays.items():
-                if array in counts:
-                    changed += bound.changed(name, 1, counts[array])
-        bound.change(changed)
-        bound.sizes = (*bound.batch_sizes(self._batch), *bound.own_sizes)
-
-    def _bind_run(self, kind: int, has_indices: bool, module: str) -> BoundRow:
-        row, workspace, facts = self._run_rows[kind], self._check_current(), self._facts()
-        buffers = workspace.float_buffer, self._descs["int_workspace_buffer"]
-        values = facts | dict(zip(self._run_workspaces, buffers, strict=True))
-        for name, array in self._run_arrays.items():
-            if array != "indices" or has_indices:
-                values[name] = self._descs.get(array)
-        bound: dict[str, TensorKind | None] = {}
-        for arg in row.given:
-            if isinstance(arg, PlanInfo):
-                bound[arg.name] = None
-            elif arg.name in values:
-                value = values[arg.name]
-                bound[arg.name] = value.kind if isinstance(value, TensorDesc) else None
-        axes = {
-            name
-            for arg in row.tensors
-            for text in arg.axis_names
-            for name in parse_axis(text).names
-        }
-        not_less = tuple((axis, least) for axis, least in _LOWER_BOUNDS.items() if axis in axes)
-        axes |= {least for _, least in not_less}
-        of_batch = [axis for axis in _BATCH_AXES if axis in axes]
-        own = [axis for axis in facts if axis in axes]
-        compiled = compiled_row(
-            row,
-            module,
-            self.options.kernel.dtypes,
-            self.op,
-            self.device,
-            bound=bound,
-            known=(*of_batch, *own),
-            not_less=not_less,
-            first=tuple(self._run_given),
-        )
-        made = BoundRow(compiled, Values(self.op, compiled, self.backend, self._other_rows(kind)))
-        made.batch_sizes = attrgetter(*(_BATCH_AXES[axis] for axis in of_batch))
-        made.own_sizes = tuple(facts[axis] for axis in own)
-        for name, value in values.items():
-            made.put(name, value)
-        made.put(self._run_info, 0)
-        self._bind_workspace(made, workspace)
-        self._bind_schedule(made, self._counts)
-        self._fill_defaults(made.template)
-        # The arguments after `_run_given`, for a run without options.
-        made.rest = tuple(made.template.values[len(self._run_given) :])
-        return made
-
-    def _bind_workspace(self, bound: BoundRow, workspace: Workspace) -> None:
-        """Bind the workspace's buffers and arrays at their current addresses."""
-        buffers = workspace.float_buffer, self._descs["int_workspace_buffer"]
-        for name, buffer in zip(self._run_workspaces, buffers, strict=True):
-            bound.put(name, buffer)
-        for name, array in self._run_arrays.items():
-            bound.put(name, self._descs.get(array))
-        memory = tuple(
-            address
-            for buffer in (workspace.float_buffer, workspace.int_buffer)
-            for address in (buffer.ptr, buffer.ptr + buffer.shape[0])
-        )
-        bound.memory = *memory, min(memory), max(memory)
-
-    def _pack(self, bound: BoundRow, values: Sequence[Any]) -> Frame | None:
-        """Pack a run; None if there is nothing to launch."""
-        _, frame = bound.compiled.pack(bound, *values)
-        if self.options.enable_cuda_graph:
-            self._record_sizes(bound, values)
-        return frame  # type: ignore[no-any-return]
+        runs, key = self._runs, (kind, has_indices, module or self.module)
+        bound = runs.bound.get(key)
+        if bound is None:
+            assert self._info is not None
+            bound = runs.bind(key, self._other_rows(kind), self._batch, self._info)
+            self._fill_defaults(bound.template)
+            # The arguments after `_run_given`, for a run without options.
+            bound.rest = tuple(bound.template.values[len(self._run_given) :])
+            runs.bound[key] = bound
+        runs.current[kind, has_indices] = bound
+        return bound
 
     def _run_packed(self, bound: BoundRow, values: Sequence[Any], stream: object) -> None:
-        """Launch a run after the plan's copies and before the next plan in the workspace; for a
-        `Packing` as stream, record the arguments and launch nothing."""
+        """Pack a run and launch it, unless there is nothing to launch; for a `Packing` as stream,
+        pass it the frame."""
+        _, frame = bound.compiled.pack(bound, *values)
+        if self.options.enable_cuda_graph:
+            self._captured.record_sizes(bound, values)
         if type(stream) is Packing:
-            stream.bound, stream.values = bound, values
-            return
-        frame = self._pack(bound, values)
-        if frame is None:
-            return
-        try:
-            self._launch_frame(frame, stream)
-        finally:
-            bound.give_back(frame)
+            stream.bound, stream.frame = bound, frame
+        elif frame is not None:
+            try:
+                self._launch_frame(frame, stream)
+            finally:
+                bound.give_back(frame)
 
     def _launch_frame(self, frame: Frame, stream: object) -> None:
-        """Launch a packed run, ordered against the copies and runs on other streams."""
-        workspace, event = self._check_current(), None
-        if self.device.is_cuda and (type(stream) is not int or stream != workspace._stream):
-            scope = current_scope() if stream is None else None
-            if scope is not None and scope.device is self.device:
-                handle = scope.handle
-            else:
-                handle = self._stream_handle(stream)
-                stream = stream if stream is None else handle
-            if handle != workspace._stream:
-                event = workspace._join(handle)
-        if frame.has_objects:
-            frame.place_objects()
-        if memory.recording() is not None:
-            memory.keep_for_graph(workspace, self._info)
-        if hooks.watcher is None:
-            launch(frame, stream)
-        else:
-            with hooks.running(self):
-                launch(frame, stream)
-        if event is not None:
-            event.record(handle)
+        """Launch a packed run after the plan's copies and before the next plan in the workspace."""
+        launch_run(self, self._check_current(), frame, stream)
 
     def _check_indices(self, name: str, indices: object) -> bool:
         """Whether the plan has the pages; raise unless exactly one of plan and run has them."""
-        has_indices = "indices" in self._descs
+        has_indices = "indices" in self._batch.views
         if (indices is None) != has_indices:
             expected = "None: the plan has them" if has_indices else "an array on the device"
             got = "None" if indices is None else "an array"
             raise self._refuse(name, got, expected)
         return has_indices
-
-
-class Packing:
-    """Passed as the stream of a run that is to be packed and not launched."""
-
-    bound: BoundRow
-    values: Sequence[Any]
-
-
-class PreparedRun(PackedCall):
-    """A packed run of a plan: `call()` launches it, `call.update(...)` changes tensors.
-
-    Made by `fi_ffi.prepare`. After a `replan`, the next call packs it anew. Otherwise as
-    `fi_ffi.ops.call.prepared.Prepared`.
-    """
-
-    __slots__ = ("_given", "_plan", "_run", "_stream", "_tensors", "_version")
-
-    def __init__(
-        self, plan: Plan, run: Callable[..., None], given: dict[str, Any], stream: object
-    ) -> None:
-        self._plan, self._given, self._stream = plan, given, stream
-        self._run = run
-        if stream is not None:  # refuse what is no stream now, not at the first call
-            handle_for(stream, plan.device, plan.op)
-        self._version: object = None
-        self.own_frame(self._packed(given))
-
-    @property
-    def op(self) -> str:
-        return self._plan.op
-
-    def _packed(self, given: Mapping[str, Any]) -> Frame | None:
-        self._plan._check_current()
-        packing = Packing()
-        self._run(**given, stream=packing)
-        compiled = packing.bound.compiled
-        frame = self._plan._pack(packing.bound, packing.values)
-        self._version = self._plan._info
-        # Tensors that `update` accepts, by the run's names.
-        self._tensors = [compiled.refuse.name(arg.name) for arg in compiled.tensors]
-        return frame
-
-    def __call__(self) -> None:
-        """Launch the run. Raises as `Prepared` does, and as the run itself if it is packed anew."""
-        try:
-            frame = self.take()
-        except IndexError:
-            frame = self.reclaim()
-        try:
-            if self._plan._info is not self._version:
-                frame = self._packed(self._given)
-            if frame is not None:
-                self._plan._launch_frame(frame, self._stream)
-        finally:
-            self.frame = frame
-            self.give(frame)
-
-    def update(self, **tensors: Any) -> None:
-        """Change tensors by the run's names, to addresses or to tensors of the same layout.
-
-        Raises `ArgumentError` and `ArgumentTypeError`; the call is unchanged then.
-        """
-        plan, given = self._plan, dict(self._given)
-        for name, value in tensors.items():
-            known = [name for name in self._tensors if name in given]
-            if name not in known or not isinstance(given[name], (TensorDesc, NoneType)):
-                expected = f"one of {', '.join(known)}; prepare another call for other options"
-                raise plan._refuse("update", name, expected)
-            given[name] = tensor_like(Refusal(plan.op), name, given[name], value)
-        self.renew(lambda: self._packed(given))
-        self._given = given
-
-    def __repr__(self) -> str:
-        given = ", ".join(
-            f"{name}={value.ptr:#x}" if isinstance(value, TensorDesc) else f"{name}={value!r}"
-            for name, value in self._given.items()
-            if value is not None
-        )
-        return f"<prepared run of {type(self._plan).__name__}({given}) on {self._plan.device}>"

@@ -11,12 +11,12 @@ from fi_ffi.abi.interop import TensorLike, as_desc
 from fi_ffi.ops.attention import sizes
 from fi_ffi.ops.attention.arrays import PAGES, Batch
 from fi_ffi.ops.attention.backends import release_for
+from fi_ffi.ops.attention.bind import BoundRow
 from fi_ffi.ops.attention.options import PrefillKeywords, PrefillOptions
 from fi_ffi.ops.attention.plan import Plan
 from fi_ffi.ops.attention.rows import FP4
-from fi_ffi.ops.attention.run import (
+from fi_ffi.ops.attention.values import (
     OWN_STRIDES,
-    BoundRow,
     Values,
     block_scales,
     only_with,

@@ -1,311 +1,118 @@
-"""Rows compiled for a module, their arguments by keyword, and what a plan binds of them."""
+"""Runs of a plan: launched in the workspace's order, or prepared to be launched many times."""
 
 from __future__ import annotations
 
-import math
-import numbers
-import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NoReturn
+from collections.abc import Mapping
+from types import NoneType
+from typing import Any
 
 from fi_ffi.abi.function import Frame
-from fi_ffi.abi.interop import as_desc
-from fi_ffi.abi.tensor import Device, TensorDesc
-from fi_ffi.errors import ArgumentError, ArgumentTypeError
-from fi_ffi.ops.attention.rows import FP4
-from fi_ffi.ops.call import values as values_
-from fi_ffi.ops.call.arguments import check_number, shown
-from fi_ffi.ops.call.compiled import CompiledRow, Variant
-from fi_ffi.ops.call.row import Row, Scalar, Tensor
-
-# The binding's names of options, if they differ.
-_ABI_NAMES = {
-    name: f"maybe_{name}"
-    for name in (
-        "lse", "custom_mask", "alibi_slopes", "prefix_len_ptr", "token_pos_in_items_ptr",
-        "max_item_len_ptr", "k_cache_sf", "v_cache_sf", "ckv_scale_arr",
-    )
-}  # fmt: skip
-# The caller's names of an entry's arguments.
-CALLER_NAMES = {abi_name: name for name, abi_name in _ABI_NAMES.items()} | {
-    "rope_rcp_scale": "rope_scale", "rope_rcp_theta": "rope_theta",
-    **{f"maybe_scale_{of}": f"{of}_scale" for of in "qkv"},
-    # xqa's binding has camel-case names; callers use those of FlashInfer's Python function.
-    "qScaleTensor": "q_scale", "qScale": "q_scale", "kvScaleTensor": "kv_scale",
-    "kvCacheScale": "kv_scale", "attentionSinks": "sinks", "kCacheVLLM": "k_cache",
-    "vCacheVLLM": "v_cache", "kvCachePageList": "page_table", "seqLen": "seq_lens",
-    "slidingWinSize": "sliding_win_size", "rcpOutScale": "rcp_out_scale",
-    "multiProcessorCount": "sm_count", "scratch": "workspace_buffer",
-}  # fmt: skip
-# Values that an entry gets for options that were left out.
-NEUTRAL = {
-    "logits_soft_cap": 0.0, "rope_rcp_scale": 1.0, "rope_rcp_theta": 1e-4, "enable_pdl": False,
-    "token_pos_in_items_len": 0, "scale_q_scalar": 1.0, "scale_k_scalar": 1.0,
-    "scale_v_scalar": 1.0, "uniform_q_len": 0, "ckv_scale": 1.0, "kpe_scale": 1.0,
-}  # fmt: skip
-_MASK = 2**64 - 1
-_OF_KIND = {"": "", "fp8": " with fp8 queries", "fp4": " with keys of 4 bits"}
+from fi_ffi.abi.streams import current_scope, handle_for
+from fi_ffi.abi.tensor import TensorDesc
+from fi_ffi.ops.attention.bind import BoundRow
+from fi_ffi.ops.attention.workspace import Workspace
+from fi_ffi.ops.call import hooks, memory
+from fi_ffi.ops.call.launch import launch
+from fi_ffi.ops.call.prepared import PackedCall, tensor_like
 
 
-def compiled_row(
-    row: Row, module: str, dtypes: Mapping[str, str], op: str, device: Device | None = None,
-    **how: Any,
-) -> CompiledRow:  # fmt: skip
-    """Compile a row for a module of these dtypes: see `fi_ffi.ops.call.values`."""
-    types = {name: FP4 if dtype in FP4 else (dtype,) for name, dtype in dtypes.items()}
-    return values_.compiled_row(row, module, types, op, device, names=CALLER_NAMES, **how)
-
-
-class Values(values_.Values):
-    """The arguments of an entry of attention; `others` are the rows of the other backends."""
-
-    __slots__ = ("backend", "others")
-
-    def __init__(
-        self, op: str, compiled: CompiledRow, backend: str, others: Mapping[str, Row]
-    ) -> None:
-        super().__init__(op, compiled, NEUTRAL)
-        self.backend, self.others = backend, others
-
-    def of(self, values: list[Any]) -> Values:
-        copy = super().of(values)
-        copy.backend, copy.others = self.backend, self.others
-        return copy
-
-    def option(self, name: str, value: object) -> None:
-        """Set an option that the caller passed; raise `ArgumentError` if this backend lacks it."""
-        if value is None:
-            return
-        abi_name = _ABI_NAMES.get(name, name)
-        if abi_name not in self.index:
-            raise self.lacks(name, value, (abi_name,))
-        self.values[self.index[abi_name]] = value
-
-    def lacks(self, name: str, value: object, abi_names: Iterable[str]) -> ArgumentError:
-        """Make the error for an option that this row lacks, naming the backends that have it."""
-        wanted = set(abi_names)
-        having = sorted(
-            backend
-            for backend, row in self.others.items()
-            if wanted & {arg.name for arg in row.args} and backend != self.backend
-        )
-        who = "none of these kernels has it"
-        if having:
-            backend, _, of = having[0].partition("_")
-            who = f"backend={backend!r}{_OF_KIND[of]} has it"
-        expected = f"None: {self.backend} lacks it ({who})"
-        return ArgumentError(self.op, name, got=shown(value), expected=expected)
-
-    def scale(self, of: str, value: object, sm_scale: float) -> float:
-        """Set a scale of q, k or v, a number or one for each head; return the new `sm_scale`.
-
-        For kernels without an argument for the scale of q or k, multiply `sm_scale` by it.
-        """
-        if value is None:
-            return sm_scale
-        name, scalar, tensor = f"{of}_scale", f"scale_{of}_scalar", f"maybe_scale_{of}"
-        if not isinstance(value, numbers.Real) or isinstance(value, bool):
-            try:
-                desc = as_desc(value, self.op, name)
-            except ArgumentTypeError:
-                desc = None
-            if desc is None:
-                expected = "a number, or a tensor of one for each head"
-                raise ArgumentTypeError(self.op, name, got=shown(value), expected=expected)
-            if tensor not in self.index:
-                raise self.lacks(name, value, (tensor,))
-            self.values[self.index[tensor]] = desc
-            return sm_scale
-        plain = check_number(self.op, name, value, -math.inf if of == "v" else 0.0)
-        if scalar in self.index:
-            self.values[self.index[scalar]] = plain
-        elif of == "v":
-            if plain != 1.0:
-                raise self.lacks("v_scale", value, (scalar,))
+def launch_run(plan: Any, workspace: Workspace, frame: Frame, stream: object) -> None:
+    """Launch a plan's packed run, ordered against the copies and runs on other streams."""
+    event, device = None, plan.device
+    if device.is_cuda and (type(stream) is not int or stream != workspace._stream):
+        scope = current_scope() if stream is None else None
+        if scope is not None and scope.device is device:
+            handle = scope.handle
         else:
-            return sm_scale * plain
-        return sm_scale
-
-    def positions(
-        self, mode: str, rope_scale: float | None, rope_theta: float | None, alibi_slopes: object
-    ) -> None:
-        """Set the arguments of the position encoding that the kernel was compiled with."""
-        if mode != "ROPE_LLAMA":
-            for name, value in (("rope_scale", rope_scale), ("rope_theta", rope_theta)):
-                if value is not None:
-                    expected = "None without pos_encoding_mode='ROPE_LLAMA'"
-                    raise ArgumentError(self.op, name, got=value, expected=expected)
-        if (alibi_slopes is not None) != (mode == "ALIBI"):
-            what = "slopes" if mode == "ALIBI" else "None"
-            got, expected = shown(alibi_slopes), f"{what} with pos_encoding_mode={mode!r}"
-            raise ArgumentError(self.op, "alibi_slopes", got=got, expected=expected)
-        self.option("alibi_slopes", alibi_slopes)
-        for name, value in (("rope_scale", rope_scale), ("rope_theta", rope_theta)):
-            if value is not None:
-                # The kernels take the reciprocal, as a float32.
-                given = check_number(self.op, name, value, 1e-30)
-                self.put(**{name.replace("rope_", "rope_rcp_"): 1.0 / given})
+            handle = handle_for(stream, device, plan.op)
+            stream = stream if stream is None else handle
+        if handle != workspace._stream:
+            event = workspace._join(handle)
+    if frame.has_objects:
+        frame.place_objects()
+    if memory.recording() is not None:
+        memory.keep_for_graph(workspace, plan._info)
+    if hooks.watcher is None:
+        launch(frame, stream)
+    else:
+        with hooks.running(plan):
+            launch(frame, stream)
+    if event is not None:
+        event.record(handle)
 
 
-# Releases whose kernels address the scales of pages by the scales' own strides.
-OWN_STRIDES = ">=0.6.15"
+class Packing:
+    """Passed as the stream of a run that is to be packed and not launched."""
+
+    bound: BoundRow
+    frame: Frame | None
 
 
-def block_scales(
-    values: Values, kv_data_type: str, tensors: Mapping[str, TensorDesc],
-    have_own_strides: bool = False, **scales: object,
-) -> None:  # fmt: skip
-    """Set `k_cache_sf` and `v_cache_sf`, the block scales of NVFP4 keys and values.
+class PreparedRun(PackedCall):
+    """A packed run of a plan: `call()` launches it, `call.update(...)` changes tensors.
 
-    `tensors` are the keys and the values, in the order of `scales`. The kernels load four scales at
-    a time. They address scales by an eighth of the strides of the keys, unless they take the
-    scales' own strides (`have_own_strides`).
-    """
-    op, is_fp4 = values.op, kv_data_type in FP4
-    for (name, given), (of, desc) in zip(scales.items(), tensors.items(), strict=True):
-        if (given is not None) != is_fp4:
-            expected = "scales, for keys and values of 4 bits" if is_fp4 else "None"
-            expected += "" if is_fp4 else f": {of} is of {kv_data_type}, not of 4 bits"
-            raise ArgumentError(op, name, got=shown(given), expected=expected)
-        if given is None:
-            continue
-        found = as_desc(given, op, name)
-        pairs = zip(desc.shape[:-1], desc.strides[:-1], found.strides[:-1], strict=False)
-        if len(found.shape) == len(desc.shape) and any(
-            size > 1 and ((ours != 8 * theirs and not have_own_strides) or theirs % 4)
-            for size, ours, theirs in pairs
-        ):
-            got = f"strides {found.strides} beside {desc.strides}"
-            expected = "strides that are multiples of 4"
-            if not have_own_strides:
-                expected = f"an eighth of `{of}`'s strides, in multiples of 4"
-            raise ArgumentError(op, name, got=got, expected=expected)
-        values.option(name, found)
-
-
-class BoundRow:
-    """A plan's entry with the plan's own arguments bound.
-
-    `sizes` are those of the compiled row's known axes. `memory` has the start and end addresses of
-    both workspaces, then the lowest and the highest of these.
+    Made by `fi_ffi.prepare`. After a `replan`, the next call packs it anew. Otherwise as
+    `fi_ffi.ops.call.prepared.Prepared`.
     """
 
-    def __init__(self, compiled: CompiledRow, template: Values) -> None:
-        self.compiled, self.template = compiled, template
-        self.sizes: Sequence[int] = ()
-        self.memory: Sequence[int] = (0, 0, 0, 0, 0, 0)
-        self._places = {arg.name: (i, arg) for i, arg in enumerate(compiled.row.args)}
-        # For each bound argument, the words of a frame that it fills, and their values.
-        self._words: dict[str, list[tuple[int, int]]] = {}
-        # Replaced when `_words` change: a frame of an earlier version is written again.
-        self.version = object()
-        self.rest: tuple[Any, ...] = ()
-        # Of the known axes: a getter of the sizes that each batch changes, and the fixed sizes.
-        self.batch_sizes: Callable[[Any], tuple[int, ...]]
-        self.own_sizes: tuple[int, ...] = ()
-        self._free: dict[Variant, list[Frame]] = {}
+    __slots__ = ("_given", "_plan", "_run", "_stream", "_tensors", "_version")
 
-    def put(self, name: str, value: Any) -> None:
-        """Bind an argument by the binding's name; ignore a name that the row lacks."""
-        found = self._places.get(name)
-        if found is None or name not in self.compiled.options.bound:
-            return
-        i, arg = found
-        layout = self.compiled.layout
-        if isinstance(arg, Tensor):
-            words = []
-            if value is not None:
-                dims = enumerate((*value.shape, *value.strides), layout.dims[i])
-                words = [(layout.tensors[i], value.ptr), *dims]
-        elif isinstance(arg, Scalar) and arg.type is float:
-            words = [(layout.value(i), struct.unpack("Q", struct.pack("d", value))[0])]
-        else:
-            words = [(layout.value(i), int(value) & _MASK)]
-        self._words[name] = words
-        self.version = object()
+    def __init__(self, run: Any, given: dict[str, Any], stream: object) -> None:
+        plan = run.__self__
+        self._plan, self._run, self._given, self._stream = plan, run, given, stream
+        if stream is not None:  # refuse what is no stream now, not at the first call
+            handle_for(stream, plan.device, plan.op)
+        self._version: object = None
+        self.own_frame(self._packed(given))
 
-    def has(self, name: str) -> bool:
-        """Whether an argument is bound."""
-        return name in self._words
+    @property
+    def op(self) -> str:
+        return str(self._plan.op)
 
-    def word(self, name: str, number: int = 0) -> int:
-        """Return the index in a frame of one of an argument's words: of a tensor, the address, then
-        sizes."""
-        return self._words[name][number][0]
+    def _packed(self, given: Mapping[str, Any]) -> Frame | None:
+        self._plan._check_current()
+        packing = Packing()
+        self._run(**given, stream=packing)
+        compiled = packing.bound.compiled
+        self._version = self._plan._info
+        # Tensors that `update` accepts, by the run's names.
+        self._tensors = [compiled.refuse.name(arg.name) for arg in compiled.tensors]
+        return packing.frame
 
-    def changed(self, name: str, number: int, value: int) -> list[tuple[int, int]]:
-        """Change one word of a bound argument (of a tensor: its address, then its sizes).
-
-        Return the word and its value, or nothing if the value is the same or the row lacks the
-        argument.
-        """
-        words = self._words.get(name)
-        if not words or words[number][1] == value:
-            return []
-        words[number] = words[number][0], value
-        return [words[number]]
-
-    def change(self, changed: Sequence[tuple[int, int]]) -> None:
-        """Write changed words into the frames that no call is using."""
-        if not changed:
-            return
-        before, self.version = self.version, object()
-        for free in self._free.values():
-            for frame in free:
-                if frame.version is before:
-                    for word, value in changed:
-                        frame.addresses[word] = value
-                    frame.version = self.version
-
-    def frame(self, variant: Variant) -> Frame:
-        """Take a frame for one call, with the bound arguments written into it."""
+    def __call__(self) -> None:
+        """Launch the run. Raises as `Prepared` does, and as the run itself if it is packed anew."""
         try:
-            frame = self._free[variant].pop()
-        except (KeyError, IndexError):
-            frame = variant.new_frame()
-        if frame.version is not self.version:
-            addresses = frame.addresses
-            for words in self._words.values():
-                for word, value in words:
-                    addresses[word] = value
-            frame.version = self.version
-        return frame
+            frame = self.take()
+        except IndexError:
+            frame = self.reclaim()
+        try:
+            if self._plan._info is not self._version:
+                frame = self._packed(self._given)
+            if frame is not None:
+                self._plan._launch_frame(frame, self._stream)
+        finally:
+            self.frame = frame
+            self.give(frame)
 
-    def give_back(self, frame: Frame) -> None:
-        """Return a frame to the pool."""
-        variant: Variant = frame.variant
-        if frame.is_referred_to:
-            variant.give_back(frame)
-        else:
-            self._free.setdefault(variant, []).append(frame)
+    def update(self, **tensors: Any) -> None:
+        """Change tensors by the run's names, to addresses or to tensors of the same layout.
 
+        Raises `ArgumentError` and `ArgumentTypeError`; the call is unchanged then.
+        """
+        plan, given = self._plan, dict(self._given)
+        known = [name for name in self._tensors if name in given]
+        for name, value in tensors.items():
+            if name not in known or not isinstance(given[name], (TensorDesc, NoneType)):
+                expected = f"one of {', '.join(known)}; prepare another call for other options"
+                raise plan._refuse("update", name, expected)
+            given[name] = tensor_like(plan._refuse, name, given[name], value)
+        self.renew(lambda: self._packed(given))
+        self._given = given
 
-def only_with(
-    op: str, name: str, value: object, option: str, is_planned: bool, what: str = "a tensor"
-) -> None:
-    """Raise `ArgumentError` unless an argument is given exactly if the plan has the option."""
-    if (value is not None) != is_planned:
-        expected = what if is_planned else "None"
-        expected = f"{expected}: this was planned with {option}={is_planned}"
-        raise ArgumentError(op, name, got=shown(value), expected=expected)
-
-
-def softmax_scale(op: str, sm_scale: object, head_dim: int) -> float:
-    """Return `sm_scale`, by default 1 / sqrt(head_dim).
-
-    0 and negative numbers are refused: the kernels also scale the logit that stands for a hidden
-    key.
-    """
-    if sm_scale is None:
-        return 1.0 / math.sqrt(head_dim)
-    return check_number(op, "sm_scale", sm_scale, 0.0)
-
-
-class NotOf:
-    """An inherited method that a plan class lacks: its access raises `AttributeError`."""
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._words = f"{owner.__name__!r} has no {name!r}"
-
-    def __get__(self, instance: object, owner: type | None = None) -> NoReturn:
-        raise AttributeError(self._words)
+    def __repr__(self) -> str:
+        given = ", ".join(
+            f"{name}={value.ptr:#x}" if isinstance(value, TensorDesc) else f"{name}={value!r}"
+            for name, value in self._given.items()
+            if value is not None
+        )
+        return f"<prepared run of {type(self._plan).__name__}({given}) on {self._plan.device}>"

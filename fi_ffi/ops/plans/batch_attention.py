@@ -24,7 +24,7 @@ from fi_ffi.ops.attention.options import (
 )
 from fi_ffi.ops.attention.plan import Plan
 from fi_ffi.ops.attention.rows import F16, FP4, FP8
-from fi_ffi.ops.attention.run import Values, block_scales, softmax_scale
+from fi_ffi.ops.attention.values import Values, block_scales, softmax_scale
 from fi_ffi.ops.attention.workspace import Workspace
 from fi_ffi.ops.call.arguments import check_number
 from fi_ffi.ops.plans.arguments import described

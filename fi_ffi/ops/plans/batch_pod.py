@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.function import Frame
 from fi_ffi.abi.interop import TensorLike, as_desc
+from fi_ffi.abi.streams import handle_for
 from fi_ffi.abi.tensor import TensorDesc
 from fi_ffi.ops.attention.arrays import Batch
+from fi_ffi.ops.attention.plan import NotOf
 from fi_ffi.ops.attention.prefill import BatchPrefillPlan
-from fi_ffi.ops.attention.run import NotOf
 from fi_ffi.ops.attention.workspace import Workspace
 from fi_ffi.ops.call import cuda, memory
 from fi_ffi.ops.call.arguments import check_choice
@@ -44,14 +45,10 @@ class _Prefills(BatchPrefillPlan):
 
     def run_arguments(self) -> dict[str, Any]:
         """Return this plan's part of a run's arguments, by the row's names."""
-        workspace, info = self._check_current(), self._info
-        assert info is not None
-        arrays = {f"{name}_p": self._descs.get(array) for name, array in self._run_arrays.items()}
-        return arrays | {
-            "float_workspace_buffer_p": workspace.float_buffer,
-            "int_workspace_buffer_p": self._descs["int_workspace_buffer"],
-            "plan_info_vec_p": int(ffi.cast("uintptr_t", info.handle)),
-        }
+        self._check_current()
+        assert self._info is not None
+        places = {f"{name}_p": desc for name, desc in self._runs.places.items()}
+        return places | {"plan_info_vec_p": int(ffi.cast("uintptr_t", self._info.handle))}
 
     def check(self, q: TensorDesc, k: TensorDesc, v: TensorDesc) -> None:
         """Raise if a run's tensors do not fit the planned batch."""
@@ -242,7 +239,7 @@ class BatchPodPlan(PodPlan):
         pass  # the counters are reset on the run's stream
 
     def _launch_frame(self, frame: Frame, stream: object) -> None:
-        handle = self._stream_handle(stream) if self.device.is_cuda else None
+        handle = handle_for(stream, self.device, self.op) if self.device.is_cuda else None
         event = self.prefill.make_wait(handle)
         super()._launch_frame(frame, stream)
         if event is not None and handle is not None:

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.function import Frame
 from fi_ffi.abi.interop import TensorLike
+from fi_ffi.abi.streams import handle_for
 from fi_ffi.abi.tensor import TensorDesc
 from fi_ffi.loader import machine
 from fi_ffi.ops.attention.arrays import int32_array
 from fi_ffi.ops.attention.backends import NON_CAUSAL, module_name
+from fi_ffi.ops.attention.plan import NotOf
 from fi_ffi.ops.attention.prefill import BatchPrefillPlan
-from fi_ffi.ops.attention.run import NotOf, Values
+from fi_ffi.ops.attention.values import Values
 from fi_ffi.ops.attention.workspace import Workspace
 from fi_ffi.ops.call import cuda
 from fi_ffi.ops.call.arguments import check_choice, check_flag, check_int, check_number
@@ -221,7 +223,7 @@ class PodPlan(BatchPrefillPlan):
         """Raise if a launch on this stream would not wait until the counter is reset."""
         if not self.device.is_cuda:
             return
-        handle = self._stream_handle(stream)
+        handle = handle_for(stream, self.device, self.op)
         with cuda.current(self.device):
             if cuda.is_capturing(handle):
                 raise self._refuse("stream", "one that is capturing a graph", "no capture")

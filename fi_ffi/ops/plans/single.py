@@ -20,7 +20,7 @@ from fi_ffi.ops.attention.backends import (
     release_for,
 )
 from fi_ffi.ops.attention.rows import F16, FORMS, FP4, FP8
-from fi_ffi.ops.attention.run import Values, block_scales, compiled_row, softmax_scale
+from fi_ffi.ops.attention.values import Values, block_scales, compiled_row, softmax_scale
 from fi_ffi.ops.call.arguments import Refusal, check_choice, check_flag, check_int
 from fi_ffi.ops.call.forms import in_force
 from fi_ffi.ops.call.row import KV_LAYOUTS

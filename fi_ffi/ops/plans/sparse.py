@@ -14,8 +14,8 @@ from fi_ffi.abi.tensor import TensorDesc, make_desc
 from fi_ffi.errors import ArgumentTypeError
 from fi_ffi.ops.attention.arrays import Batch, Indptr, host_ints
 from fi_ffi.ops.attention.masks import pack_custom_mask
+from fi_ffi.ops.attention.plan import NotOf
 from fi_ffi.ops.attention.prefill import BatchPrefillPlan
-from fi_ffi.ops.attention.run import NotOf
 from fi_ffi.ops.call.arguments import INT32_MAX, Refusal, check_int
 from fi_ffi.ops.plans.arguments import SparseKeywords, check_heads, check_keywords, described
 

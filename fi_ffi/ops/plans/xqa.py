@@ -10,7 +10,7 @@ from fi_ffi.abi.tensor import Device, TensorDesc, make_desc
 from fi_ffi.loader import machine
 from fi_ffi.ops.attention.backends import module_name, multiprocessors, release_for
 from fi_ffi.ops.attention.rows import FORMS
-from fi_ffi.ops.attention.run import Values, compiled_row
+from fi_ffi.ops.attention.values import Values, compiled_row
 from fi_ffi.ops.call.arguments import Refusal, check_choice, check_int, check_number, shown
 from fi_ffi.ops.call.forms import in_force
 from fi_ffi.ops.call.releases import is_in
@@ -19,6 +19,22 @@ from fi_ffi.ops.plans.arguments import described
 from fi_ffi.ops.plans.rows import XQA, XQA_MLA, XQA_ROWS, XQA_SPEC_DEC, query_blocks
 from fi_ffi.ops.steps.keyword_call import KeywordCall
 
+# The binding has camel-case names; callers use those of FlashInfer's Python function.
+_NAMES = {
+    "qScaleTensor": "q_scale",
+    "qScale": "q_scale",
+    "kvScaleTensor": "kv_scale",
+    "kvCacheScale": "kv_scale",
+    "attentionSinks": "sinks",
+    "kCacheVLLM": "k_cache",
+    "vCacheVLLM": "v_cache",
+    "kvCachePageList": "page_table",
+    "seqLen": "seq_lens",
+    "slidingWinSize": "sliding_win_size",
+    "rcpOutScale": "rcp_out_scale",
+    "multiProcessorCount": "sm_count",
+    "scratch": "workspace_buffer",
+}
 _OP, _MLA = "xqa", "xqa_mla"
 _refuse, _refuse_mla = Refusal(_OP), Refusal(_MLA)
 _HOPPER = 9
@@ -118,7 +134,7 @@ def xqa(
         q_seq_len=queries,
     )
     row = in_force(FORMS[XQA if queries == 1 else XQA_SPEC_DEC], q.device)
-    values = Values(_OP, compiled_row(row, module, dtypes, _OP, q.device), "xqa", {})
+    values = Values(_OP, compiled_row(row, module, dtypes, _OP, q.device, names=_NAMES), "xqa", {})
     count = multiprocessors(q.device)
     if sm_count is not None:
         count = min(check_int(_OP, "sm_count", sm_count, 1), count)
@@ -201,7 +217,8 @@ def xqa_mla(
         use_sliding_window=False,
     )
     row = in_force(FORMS[XQA_MLA], q.device)
-    values = Values(_MLA, compiled_row(row, module, {"Q": own}, _MLA, q.device), "xqa_mla", {})
+    compiled = compiled_row(row, module, {"Q": own}, _MLA, q.device, names=_NAMES)
+    values = Values(_MLA, compiled, "xqa_mla", {})
     count = multiprocessors(q.device)
     if sm_count is not None:
         count = check_int(_MLA, "sm_count", sm_count, 1)

@@ -1,0 +1,244 @@
+"""The plan's own arguments, bound: written into a frame once, and kept by it for all runs."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+from fi_ffi.abi._cffi import ffi
+from fi_ffi.abi.function import Frame
+from fi_ffi.abi.objects import Array
+from fi_ffi.abi.tensor import Device, TensorDesc, TensorKind
+from fi_ffi.ops.attention.arrays import Arrays, Batch
+from fi_ffi.ops.attention.values import Values, compiled_row
+from fi_ffi.ops.attention.workspace import Workspace
+from fi_ffi.ops.call.compiled import CompiledRow, Variant
+from fi_ffi.ops.call.notation import parse_axis
+from fi_ffi.ops.call.row import Row, Scalar, Tensor
+
+Kinds = Mapping[str, TensorKind | None]
+_MASK = 2**64 - 1
+# Axes of runs' tensors that grow with the requests' lengths: the noun for errors, the axis that
+# bounds them from below ("" for none), and the attribute of `Batch` that has its size.
+GROWING_AXES = {
+    "nnz_kv": ("keys", "planned_keys", "kv.total"),
+    "num_pages": ("pages", "planned_pages", "num_pages"),
+    "num_indices": ("page indices", "planned_indices", "num_indices"),
+    "mask_bytes": ("mask bytes", "", ""),
+}
+# Axes whose size changes with each batch, by the attribute of `Batch` that has the size.
+_BATCH_AXES = {"nnz_qo": "room_for_rows", "b": "size"}
+_BATCH_AXES |= {least: size for _, least, size in GROWING_AXES.values() if least}
+
+
+class BoundRow:
+    """A plan's entry with the plan's own arguments bound.
+
+    `sizes` are those of the compiled row's known axes. `memory` has the start and end addresses of
+    both workspaces, then the lowest and the highest of these.
+    """
+
+    def __init__(self, compiled: CompiledRow, template: Values) -> None:
+        self.compiled, self.template = compiled, template
+        self.sizes: Sequence[int] = ()
+        self.memory: Sequence[int] = (0, 0, 0, 0, 0, 0)
+        self._places = {arg.name: (i, arg) for i, arg in enumerate(compiled.row.args)}
+        # For each bound argument, the words of a frame that it fills, with their values: for a
+        # tensor, the address, then sizes and strides.
+        self.words: dict[str, list[tuple[int, int]]] = {}
+        # Replaced when `words` change: a frame of an earlier version is written again.
+        self.version = object()
+        self.rest: tuple[Any, ...] = ()
+        # Of the known axes: a getter of the sizes that each batch changes, and the fixed sizes.
+        self.batch_sizes: Callable[[Any], tuple[int, ...]]
+        self.own_sizes: tuple[int, ...] = ()
+        self._free: dict[Variant, list[Frame]] = {}
+
+    def put(self, name: str, value: Any) -> None:
+        """Bind an argument by the binding's name; ignore a name that the row lacks."""
+        found = self._places.get(name)
+        if found is None or name not in self.compiled.options.bound:
+            return
+        i, arg = found
+        layout = self.compiled.layout
+        if isinstance(arg, Tensor):
+            words = []
+            if value is not None:
+                dims = enumerate((*value.shape, *value.strides), layout.dims[i])
+                words = [(layout.tensors[i], value.ptr), *dims]
+        else:
+            is_float = isinstance(arg, Scalar) and arg.type is float
+            word = struct.unpack("Q", struct.pack("d", value))[0] if is_float else int(value)
+            words = [(layout.value(i), word & _MASK)]
+        self.words[name] = words
+        self.version = object()
+
+    def changed(self, name: str, number: int, value: int) -> list[tuple[int, int]]:
+        """Change one word of a bound argument (of a tensor: its address, then its sizes).
+
+        Return the word and its value, or nothing if the value is the same or the row lacks the
+        argument.
+        """
+        words = self.words.get(name)
+        if not words or words[number][1] == value:
+            return []
+        words[number] = words[number][0], value
+        return [words[number]]
+
+    def change(self, changed: Sequence[tuple[int, int]]) -> None:
+        """Write changed words into the frames that no call is using."""
+        if not changed:
+            return
+        before, self.version = self.version, object()
+        for free in self._free.values():
+            for frame in free:
+                if frame.version is before:
+                    for word, value in changed:
+                        frame.addresses[word] = value
+                    frame.version = self.version
+
+    def frame(self, variant: Variant) -> Frame:
+        """Take a frame for one call, with the bound arguments written into it."""
+        try:
+            frame = self._free[variant].pop()
+        except (KeyError, IndexError):
+            frame = variant.new_frame()
+        if frame.version is not self.version:
+            addresses = frame.addresses
+            for words in self.words.values():
+                for word, value in words:
+                    addresses[word] = value
+            frame.version = self.version
+        return frame
+
+    def give_back(self, frame: Frame) -> None:
+        """Return a frame to the pool."""
+        variant: Variant = frame.variant
+        if frame.is_referred_to:
+            variant.give_back(frame)
+        else:
+            self._free.setdefault(variant, []).append(frame)
+
+
+class Binder(NamedTuple):
+    """What all entries of a plan have in common; `facts` are bound arguments and sizes of axes."""
+
+    op: str
+    device: Device
+    backend: str
+    module: str
+    dtypes: Mapping[str, str]
+    facts: Mapping[str, Any]
+
+    def bind(
+        self, row: Row, module: str, kinds: Kinds, others: Mapping[str, Row], **how: Any
+    ) -> BoundRow:
+        """Compile a row with arguments of these kinds bound, and bind the facts; `others` are the
+        rows of other backends."""
+        compiled = compiled_row(row, module, self.dtypes, self.op, self.device, bound=kinds, **how)
+        bound = BoundRow(compiled, Values(self.op, compiled, self.backend, others))
+        for name, value in self.facts.items():
+            bound.put(name, value)
+        return bound
+
+
+class RunNames(NamedTuple):
+    """Names in runs' rows: of the first arguments, the plan's arrays, the schedule, and the float
+    and the int workspace."""
+
+    first: Sequence[str]
+    arrays: Mapping[str, str]
+    info: str
+    workspaces: Sequence[str]
+
+
+class BoundRuns:
+    """The runs of a plan, bound to the schedule in force.
+
+    `bound` has them by the index of their row, whether the plan has the pages, and the module.
+    `current` has those that were used with the schedule's placement, without the module.
+    """
+
+    def __init__(self, binder: Binder, rows: Sequence[Row], names: RunNames) -> None:
+        self.rows, self._binder, self._names = rows, binder, names
+        self.bound: dict[tuple[int, bool, str], BoundRow] = {}
+        self.current: dict[tuple[int, bool], BoundRow] = {}
+        # The workspaces and arrays, by the rows' names.
+        self.places: dict[str, TensorDesc | None] = {}
+        self._memory: Sequence[int] = ()
+        # Lengths of the index arrays from which kernels take the number of requests.
+        self._counts: Mapping[str, int] = {}
+        # All these were made for this placement, workspace and number of requests.
+        self._described: tuple[object, object, int] = (None, None, 0)
+
+    def follow(self, workspace: Workspace, placed: Arrays, batch: Batch, info: Array) -> None:
+        """Bind the runs to another schedule."""
+        before, self._described = self._described, (placed, workspace, batch.size)
+        counts: Mapping[str, int] = {}
+        if self._described != before:
+            views = batch.views.items()
+            counts = self._counts = {name: len(view) for name, view in views if name != "indices"}
+        if self._described[:2] != before[:2]:
+            self._move(workspace, placed)
+        self._update(self.bound.values(), batch, info, counts)
+
+    def _move(self, workspace: Workspace, placed: Arrays) -> None:
+        """Bind the runs to the addresses of another placement or workspace."""
+        descs = placed.descs(workspace.int_buffer, self._counts)
+        self.places = {name: descs.get(array) for name, array in self._names.arrays.items()}
+        buffers = workspace.float_buffer, workspace.int_buffer.rows(0, placed.kernel_bytes)
+        self.places.update(zip(self._names.workspaces, buffers, strict=True))
+        whole = workspace.float_buffer, workspace.int_buffer
+        memory = [at for buffer in whole for at in (buffer.ptr, buffer.ptr + buffer.shape[0])]
+        self._memory = *memory, min(memory), max(memory)
+        self.current.clear()  # pages may come from the plan now, and from runs before
+        for bound in self.bound.values():
+            self._place(bound)
+
+    def _place(self, bound: BoundRow) -> None:
+        for name, desc in self.places.items():
+            bound.put(name, desc)
+        bound.memory = self._memory
+
+    def _update(
+        self, rows: Iterable[BoundRow], batch: Batch, info: Array, counts: Mapping[str, int]
+    ) -> None:
+        """Bind what changes with each schedule: the plan's info and the arrays' lengths."""
+        address, names = int(ffi.cast("uintptr_t", info.handle)), self._names
+        for bound in rows:
+            changed = bound.changed(names.info, 0, address)
+            if counts:
+                for name, array in names.arrays.items():
+                    if array in counts:
+                        changed += bound.changed(name, 1, counts[array])
+            bound.change(changed)
+            bound.sizes = (*bound.batch_sizes(batch), *bound.own_sizes)
+
+    def bind(
+        self, key: tuple[int, bool, str], others: Mapping[str, Row], batch: Batch, info: Array
+    ) -> BoundRow:
+        """Bind a run to the schedule in force; `key` is that of `bound`."""
+        (kind, has_indices, module), names = key, self._names
+        row, facts = self.rows[kind], self._binder.facts
+        values = {**facts, **self.places, names.info: 0}
+        given = {arg.name for arg in row.given} & values.keys()
+        if not has_indices:
+            given = {name for name in given if names.arrays.get(name) != "indices"}
+        kinds = {name: getattr(values[name], "kind", None) for name in values if name in given}
+        texts = {text for arg in row.tensors for text in arg.axis_names}
+        axes = {name for text in texts for name in parse_axis(text).names}
+        bounds = [(axis, least) for axis, (_, least, _) in GROWING_AXES.items() if axis in axes]
+        not_less = tuple((axis, least) for axis, least in bounds if least)
+        axes |= {least for _, least in not_less}
+        of_batch = [axis for axis in _BATCH_AXES if axis in axes]
+        own = [axis for axis in facts if axis in axes]
+        axes_of = {"known": (*of_batch, *own), "not_less": not_less, "first": tuple(names.first)}
+        bound = self._binder.bind(row, module, kinds, others, **axes_of)
+        bound.batch_sizes = attrgetter(*(_BATCH_AXES[axis] for axis in of_batch))
+        bound.own_sizes = tuple(facts[axis] for axis in own)
+        bound.put(names.info, 0)
+        self._place(bound)
+        self._update((bound,), batch, info, self._counts)
+        return bound

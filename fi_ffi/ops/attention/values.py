@@ -1,0 +1,203 @@
+"""The arguments of attention's entries, by name."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from fi_ffi.abi.interop import as_desc
+from fi_ffi.abi.tensor import Device, TensorDesc
+from fi_ffi.errors import ArgumentError, ArgumentTypeError
+from fi_ffi.ops.attention.rows import FP4
+from fi_ffi.ops.call import values as values_
+from fi_ffi.ops.call.arguments import check_number, shown
+from fi_ffi.ops.call.compiled import CompiledRow
+from fi_ffi.ops.call.row import Row
+
+# Options that the binding names with "maybe_" before the name.
+_MAYBE = {
+    "lse",
+    "custom_mask",
+    "alibi_slopes",
+    "prefix_len_ptr",
+    "token_pos_in_items_ptr",
+    "max_item_len_ptr",
+    "k_cache_sf",
+    "v_cache_sf",
+    "ckv_scale_arr",
+}
+# The caller's names of an entry's arguments.
+CALLER_NAMES = {
+    **{f"maybe_{name}": name for name in _MAYBE},
+    **{f"maybe_scale_{of}": f"{of}_scale" for of in "qkv"},
+    "rope_rcp_scale": "rope_scale",
+    "rope_rcp_theta": "rope_theta",
+}
+_ONES = (*(f"scale_{of}_scalar" for of in "qkv"), "rope_rcp_scale", "ckv_scale", "kpe_scale")
+# Values that an entry gets for options that were left out.
+NEUTRAL = {
+    **dict.fromkeys(_ONES, 1.0),
+    **dict.fromkeys(("token_pos_in_items_len", "uniform_q_len"), 0),
+    "logits_soft_cap": 0.0,
+    "rope_rcp_theta": 1e-4,
+    "enable_pdl": False,
+}
+_OF_KIND = {"": "", "fp8": " with fp8 queries", "fp4": " with keys of 4 bits"}
+
+
+def compiled_row(
+    row: Row, module: str, dtypes: Mapping[str, str], op: str, *device: Device, **how: Any
+) -> CompiledRow:
+    """Compile a row for a module of these dtypes: see `fi_ffi.ops.call.values`."""
+    types = {name: FP4 if dtype in FP4 else (dtype,) for name, dtype in dtypes.items()}
+    return values_.compiled_row(row, module, types, op, *device, **{"names": CALLER_NAMES, **how})
+
+
+class Values(values_.Values):
+    """The arguments of an entry of attention; `others` are the rows of the other backends."""
+
+    __slots__ = ("backend", "others")
+
+    def __init__(
+        self, op: str, compiled: CompiledRow, backend: str, others: Mapping[str, Row]
+    ) -> None:
+        super().__init__(op, compiled, NEUTRAL)
+        self.backend, self.others = backend, others
+
+    def of(self, values: list[Any]) -> Values:
+        copy = super().of(values)
+        copy.backend, copy.others = self.backend, self.others
+        return copy
+
+    def option(self, name: str, value: object) -> None:
+        """Set an option that the caller passed; raise `ArgumentError` if this backend lacks it."""
+        if value is None:
+            return
+        abi_name = f"maybe_{name}" if name in _MAYBE else name
+        if abi_name not in self.index:
+            raise self.lacks(name, value, (abi_name,))
+        self.values[self.index[abi_name]] = value
+
+    def lacks(self, name: str, value: object, abi_names: Iterable[str]) -> ArgumentError:
+        """Make the error for an option that this row lacks, naming the backends that have it."""
+        wanted = set(abi_names)
+        having = sorted(
+            backend
+            for backend, row in self.others.items()
+            if wanted & {arg.name for arg in row.args} and backend != self.backend
+        )
+        who = "none of these kernels has it"
+        if having:
+            backend, _, of = having[0].partition("_")
+            who = f"backend={backend!r}{_OF_KIND[of]} has it"
+        expected = f"None: {self.backend} lacks it ({who})"
+        return ArgumentError(self.op, name, got=shown(value), expected=expected)
+
+    def scale(self, of: str, value: object, sm_scale: float) -> float:
+        """Set a scale of q, k or v, a number or one for each head; return the new `sm_scale`.
+
+        For kernels without an argument for the scale of q or k, multiply `sm_scale` by it.
+        """
+        if value is None:
+            return sm_scale
+        name, scalar, tensor = f"{of}_scale", f"scale_{of}_scalar", f"maybe_scale_{of}"
+        if not isinstance(value, numbers.Real) or isinstance(value, bool):
+            try:
+                desc = as_desc(value, self.op, name)
+            except ArgumentTypeError:
+                expected = "a number, or a tensor of one for each head"
+                got = shown(value)
+                raise ArgumentTypeError(self.op, name, got=got, expected=expected) from None
+            if tensor not in self.index:
+                raise self.lacks(name, value, (tensor,))
+            self.values[self.index[tensor]] = desc
+            return sm_scale
+        plain = check_number(self.op, name, value, -math.inf if of == "v" else 0.0)
+        if scalar in self.index:
+            self.values[self.index[scalar]] = plain
+        elif of != "v":
+            return sm_scale * plain
+        elif plain != 1.0:
+            raise self.lacks("v_scale", value, (scalar,))
+        return sm_scale
+
+    def positions(
+        self, mode: str, rope_scale: float | None, rope_theta: float | None, alibi_slopes: object
+    ) -> None:
+        """Set the arguments of the position encoding that the kernel was compiled with."""
+        for name, value in (("rope_scale", rope_scale), ("rope_theta", rope_theta)):
+            if value is None:
+                continue
+            if mode != "ROPE_LLAMA":
+                expected = "None without pos_encoding_mode='ROPE_LLAMA'"
+                raise ArgumentError(self.op, name, got=value, expected=expected)
+            # The kernels take the reciprocal, as a float32.
+            reciprocal = 1.0 / check_number(self.op, name, value, 1e-30)
+            self.put(**{name.replace("rope_", "rope_rcp_"): reciprocal})
+        if (alibi_slopes is not None) != (mode == "ALIBI"):
+            what = "slopes" if mode == "ALIBI" else "None"
+            got, expected = shown(alibi_slopes), f"{what} with pos_encoding_mode={mode!r}"
+            raise ArgumentError(self.op, "alibi_slopes", got=got, expected=expected)
+        self.option("alibi_slopes", alibi_slopes)
+
+
+# Releases whose kernels address the scales of pages by the scales' own strides.
+OWN_STRIDES = ">=0.6.15"
+
+
+def block_scales(
+    values: Values,
+    kv_data_type: str,
+    tensors: Mapping[str, TensorDesc],
+    have_own_strides: bool = False,
+    **scales: object,
+) -> None:
+    """Set `k_cache_sf` and `v_cache_sf`, the block scales of NVFP4 keys and values.
+
+    `tensors` are the keys and the values, in the order of `scales`. The kernels load four scales at
+    a time. They address scales by an eighth of the strides of the keys, unless they take the
+    scales' own strides (`have_own_strides`).
+    """
+    op, is_fp4 = values.op, kv_data_type in FP4
+    for (name, given), (of, desc) in zip(scales.items(), tensors.items(), strict=True):
+        if (given is not None) != is_fp4:
+            expected = "scales, for keys and values of 4 bits" if is_fp4 else "None"
+            expected += "" if is_fp4 else f": {of} is of {kv_data_type}, not of 4 bits"
+            raise ArgumentError(op, name, got=shown(given), expected=expected)
+        if given is None:
+            continue
+        found = as_desc(given, op, name)
+        pairs = zip(desc.shape[:-1], desc.strides[:-1], found.strides[:-1], strict=False)
+        if len(found.shape) == len(desc.shape) and any(
+            size > 1 and ((ours != 8 * theirs and not have_own_strides) or theirs % 4)
+            for size, ours, theirs in pairs
+        ):
+            got = f"strides {found.strides} beside {desc.strides}"
+            expected = "strides that are multiples of 4"
+            if not have_own_strides:
+                expected = f"an eighth of `{of}`'s strides, in multiples of 4"
+            raise ArgumentError(op, name, got=got, expected=expected)
+        values.option(name, found)
+
+
+def only_with(
+    op: str, name: str, value: object, option: str, is_planned: bool, what: str = "a tensor"
+) -> None:
+    """Raise `ArgumentError` unless an argument is given exactly if the plan has the option."""
+    if (value is not None) != is_planned:
+        expected = what if is_planned else "None"
+        expected = f"{expected}: this was planned with {option}={is_planned}"
+        raise ArgumentError(op, name, got=shown(value), expected=expected)
+
+
+def softmax_scale(op: str, sm_scale: object, head_dim: int) -> float:
+    """Return `sm_scale`, by default 1 / sqrt(head_dim).
+
+    0 and negative numbers are refused: the kernels also scale the logit that stands for a hidden
+    key.
+    """
+    if sm_scale is None:
+        return 1.0 / math.sqrt(head_dim)
+    return check_number(op, "sm_scale", sm_scale, 0.0)
