@@ -25,7 +25,7 @@ from marks.timing import Effort, Side, measure
 
 import fi_ffi
 from fi_ffi.abi.tensor import parse_device
-from fi_ffi.ops.attention.backends import POS_ENCODING_MODES, Kernel, choose_backend
+from fi_ffi.ops.attention.backends import POS_ENCODING_MODES, Kernel, Target, choose_backend
 
 Pair = tuple[str, Callable[[], object], Callable[[], object]]
 
@@ -163,7 +163,7 @@ def compared(
 def compare_choices() -> tuple[int, int, list[str]]:
     """How many of all that one could ask for fi_ffi's "auto" serves and refuses, and where
     it serves otherwise than FlashInfer's."""
-    device, differences, served, refused = parse_device("cuda:0"), [], 0, 0
+    target, differences, served, refused = Target.of("benchmark", parse_device("cuda:0")), [], 0, 0
     names = {
         "float16": torch.float16,
         "bfloat16": torch.bfloat16,
@@ -177,7 +177,7 @@ def compare_choices() -> tuple[int, int, list[str]]:
             torch.device("cuda:0"), POS_ENCODING_MODES[encoding], fp16, mask, names[q], names[kv]
         )
         try:
-            mine = choose_backend("benchmark", "auto", kernel, device, mask)[0]
+            mine = choose_backend(target, "auto", kernel, mask)[0]
         except fi_ffi.ArgumentError:
             refused += 1  # what no kernel can do; FlashInfer names one without a look
             continue

@@ -145,7 +145,7 @@ class CallRecord:
         batch = getattr(plan, "_batch", None)
         if batch is not None:
             parts.append(f"{batch.size} requests")
-        parts += [f"{name}={value!r}" for name, value in plan.options.changed().items()]
+        parts.append(str(plan.options))
         if plan._generation != self.plan_generation:
             parts.append("planned since")
         method = "a prepared run" if self.method == "__call__" else self.method
