@@ -102,19 +102,19 @@ class Indptr:
         may_be_longer: bool = False,
     ) -> None:
         self.view = int32_array(op, argument, array, length, may_be_longer)
-        refuse, values = Refusal(op), self.view.tolist()
+        values = self._values = self.view.tolist()
         # `total` is the number of elements of all requests.
-        self._values, self.size = values, len(values) - 1
+        self.size, self.total = len(values) - 1, values[-1] if values else 0
+        if self.size >= 1 and not values[0] and sorted(values) == values:
+            return
+        got, expected = f"{values[0] if values else ''} first", "0 first"
         if self.size < 1:
-            expected = "one more than there are requests: 2 or more"
-            raise refuse(argument, f"{len(values)} elements", expected)
-        self.total = values[-1]
-        if values[0]:
-            raise refuse(argument, f"{values[0]} first", "0 first")
-        if sorted(values) != values:
+            got, expected = f"{len(values)} elements", "one more than there are requests: 2 or more"
+        elif not values[0]:
             at = next(i for i, count in enumerate(self.counts) if count < 0)
             got = f"{values[at + 1]} after {values[at]} (request {at})"
-            raise refuse(argument, got, "positions that do not decrease")
+            expected = "positions that do not decrease"
+        raise Refusal(op)(argument, got, expected)
 
     @cached_property
     def counts(self) -> list[int]:
