@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import ml_dtypes
@@ -27,124 +28,31 @@ def dequantised(packed: Array, scales: Array | None) -> Array:
     return made
 
 
-def single_prefill(
-    q: Array,
-    k: Array,
-    v: Array,
-    tmp: Array,
-    o: Array,
-    lse: Array | None,
-    mask_mode: int,
-    layout: int,
-    window_left: int,
-    *more: Any,
-    compiled: Any,
-) -> None:
+def _decoded(args: Sequence[Any], k: int, scales: int) -> list[Any]:
+    """Return an entry's arguments with decoded keys and values, which stand at `k` and after it; so
+    do their scales at `scales`."""
+    decoded = list(args)
+    for i in range(2):
+        decoded[k + i] = dequantised(args[k + i], args[scales + i])
+    return decoded
+
+
+def single_prefill(*args: Any, compiled: Any) -> None:
     """single_prefill's `run`."""
-    k, v = dequantised(k, more[_OF_ONE]), dequantised(v, more[_OF_ONE + 1])
-    given = q, k, v, tmp, o, lse, mask_mode, layout, window_left, *more
-    runs.single_prefill(fa2_single, *given, compiled=compiled)
+    runs.single_prefill(fa2_single, *_decoded(args, 1, 9 + _OF_ONE), compiled=compiled)
 
 
-def ragged_run(
-    float_workspace: Array,
-    int_workspace: Array,
-    info: Any,
-    q: Array,
-    k: Array,
-    v: Array,
-    qo_indptr: Array,
-    kv_indptr: Array,
-    o: Array,
-    lse: Array | None,
-    mask_mode: int,
-    layout: int,
-    window_left: int,
-    enable_pdl: bool,
-    *more: Any,
-    compiled: Any,
-) -> None:
+def ragged_run(*args: Any, compiled: Any) -> None:
     """`ragged_run`."""
-    k, v = dequantised(k, more[_OF_BATCH]), dequantised(v, more[_OF_BATCH + 1])
-    runs.ragged_run(
-        plan.FA2,
-        fa2,
-        float_workspace,
-        int_workspace,
-        info,
-        q,
-        k,
-        v,
-        qo_indptr,
-        kv_indptr,
-        o,
-        lse,
-        mask_mode,
-        layout,
-        window_left,
-        enable_pdl,
-        *more,
-        compiled=compiled,
-    )
+    runs.ragged_run(plan.FA2, fa2, *_decoded(args, 4, 14 + _OF_BATCH), compiled=compiled)
 
 
-def paged_run(
-    float_workspace: Array,
-    int_workspace: Array,
-    info: Any,
-    q: Array,
-    k: Array,
-    v: Array,
-    qo_indptr: Array,
-    kv_indptr: Array,
-    indices: Array,
-    last_page_len: Array,
-    o: Array,
-    lse: Array | None,
-    mask_mode: int,
-    layout: int,
-    window_left: int,
-    enable_pdl: bool,
-    *more: Any,
-    compiled: Any,
-) -> None:
+def paged_run(*args: Any, compiled: Any) -> None:
     """`paged_run`."""
-    k, v = dequantised(k, more[_OF_BATCH]), dequantised(v, more[_OF_BATCH + 1])
-    runs.paged_run(
-        plan.FA2,
-        fa2,
-        float_workspace,
-        int_workspace,
-        info,
-        q,
-        k,
-        v,
-        qo_indptr,
-        kv_indptr,
-        indices,
-        last_page_len,
-        o,
-        lse,
-        mask_mode,
-        layout,
-        window_left,
-        enable_pdl,
-        *more,
-        compiled=compiled,
-    )
+    runs.paged_run(plan.FA2, fa2, *_decoded(args, 4, 16 + _OF_BATCH), compiled=compiled)
 
 
-def attention_run(
-    float_workspace: Array,
-    int_workspace: Array,
-    info: Any,
-    q: Array,
-    k: Array,
-    v: Array,
-    *more: Any,
-    compiled: Any,
-) -> None:
+def attention_run(*args: Any, compiled: Any) -> None:
     """batch_attention's `run`; the last arguments are the scales."""
-    k, v = dequantised(k, more[-2]), dequantised(v, more[-1])
-    given = float_workspace, int_workspace, info, q, k, v, *more[:-2], None, None
-    runs.attention_run(*given, compiled=compiled)
+    decoded = [*_decoded(args, 4, -2)[:-2], None, None]
+    runs.attention_run(*decoded, compiled=compiled)

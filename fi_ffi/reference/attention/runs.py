@@ -328,102 +328,20 @@ def pod_with_kv_cache_tensor(*values: Any, compiled: Compiled) -> None:
     _pod_decode(*values[_OF_PREFILL:], compiled=compiled)
 
 
-def _pod_prefill(
-    q: Array,
-    k: Array,
-    v: Array,
-    tmp: Array,
-    o: Array,
-    lse: Array | None,
-    mask_mode: int,
-    layout: int,
-    window_left: int,
-    mask: Array | None,
-    slopes: Array | None,
-    *numbers: float,
-    compiled: Compiled,
-) -> None:
-    single_prefill(
-        fa2_single,
-        q,
-        k,
-        v,
-        tmp,
-        o,
-        lse,
-        mask_mode,
-        layout,
-        window_left,
-        mask,
-        slopes,
-        None,
-        None,
-        *numbers,
-        compiled=replace(compiled, use_sliding_window=window_left >= 0),
-    )
+def _pod_prefill(*args: Any, compiled: Compiled) -> None:
+    """The prefill's half: single_prefill's arguments, without the scales of blocks."""
+    compiled = replace(compiled, use_sliding_window=args[8] >= 0)  # window_left
+    before, numbers = args[:11], args[11:]
+    single_prefill(fa2_single, *before, None, None, *numbers, compiled=compiled)
 
 
-def _pod_decode(
-    float_workspace: Array,
-    int_workspace: Array,
-    info: Any,
-    q: Array,
-    k: Array,
-    v: Array,
-    qo_indptr: Array,
-    kv_indptr: Array,
-    indices: Array,
-    last_page_len: Array,
-    o: Array,
-    lse: Array | None,
-    mask_mode: int,
-    layout: int,
-    window_left: int,
-    mask: Array | None,
-    mask_indptr: Array | None,
-    slopes: Array | None,
-    soft_cap: float,
-    sm_scale: float,
-    rope_rcp_scale: float,
-    rope_rcp_theta: float,
-    enable_pdl: bool,
-    *,
-    compiled: Compiled,
-) -> None:
-    paged_run(
-        plan.FA2,
-        fa2,
-        float_workspace,
-        int_workspace,
-        info,
-        q,
-        k,
-        v,
-        qo_indptr,
-        kv_indptr,
-        indices,
-        last_page_len,
-        o,
-        lse,
-        mask_mode,
-        layout,
-        window_left,
-        enable_pdl,
-        mask,
-        mask_indptr,
-        slopes,
-        None,
-        None,
-        None,
-        None,
-        None,
-        soft_cap,
-        sm_scale,
-        rope_rcp_scale,
-        rope_rcp_theta,
-        0,
-        compiled=replace(compiled, use_sliding_window=window_left >= 0),
-    )
+def _pod_decode(*args: Any, compiled: Compiled) -> None:
+    """A half over pages: paged_run's arguments, with `enable_pdl` last and without multi-item
+    scoring and the scales of blocks."""
+    compiled = replace(compiled, use_sliding_window=args[14] >= 0)  # window_left
+    masks, numbers, enable_pdl = args[15:18], args[18:22], args[22]
+    more = *masks, None, None, None, None, None, *numbers, 0
+    paged_run(plan.FA2, fa2, *args[:15], enable_pdl, *more, compiled=compiled)
 
 
 _OF_BATCH = 22  # number of arguments of each half of batched POD attention
