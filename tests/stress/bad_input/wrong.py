@@ -131,8 +131,8 @@ def _none(rng, desc, arg, row) -> Wrong:
 
 def _no_tensor(rng, desc, arg, row) -> Wrong:
     at = rng.randrange(len(odd.NOT_TENSORS))
-    # An array of one number is what some arguments are.
-    is_array = isinstance(odd.NOT_TENSORS[at](), np.ndarray)
+    # An array of one number is what some arguments are, and numpy's numbers are such arrays.
+    is_array = isinstance(odd.NOT_TENSORS[at](), (np.ndarray, np.generic))
     return Wrong(f"no tensor {at}", odd.NOT_TENSORS[at], ALWAYS if arg and not is_array else MAYBE)
 
 
