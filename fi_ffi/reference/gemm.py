@@ -61,7 +61,7 @@ def fp8_products(value: Array, magnitude: Array, terms: int, doubt: Array | floa
 
 
 def bmm_fp8(a: Inputs) -> Exact:
-    scale = a["A_scale"][0] * a["B_scale"][0]
+    scale = a["A_scale"].ravel()[0] * a["B_scale"].ravel()[0]
     value = np.einsum("bmk,bkn->bmn", a["A"], a["B"], optimize=True) * scale
     sizes = np.einsum("bmk,bkn->bmn", abs(a["A"]), abs(a["B"]), optimize=True) * abs(scale)
     return {"D": OneOfMany(lambda: value, fp8_products(value, sizes, a["A"].shape[-1]))}

@@ -31,7 +31,7 @@ _LOG = 2.0**-21
 
 def softmax(a: Inputs) -> Exact:
     temperatures = a.get("maybe_temperature_arr", np.full(len(a["logits"]), a["temperature_val"]))
-    temperatures = temperatures.astype(np.float32).astype(np.float64)[:, None]
+    temperatures = temperatures.ravel().astype(np.float32).astype(np.float64)[:, None]
     with np.errstate(invalid="ignore"):  # -inf * 0
         scaled = np.where(
             temperatures == 0,
