@@ -1,6 +1,6 @@
 """Installed distributions, by the names of their folders.
 
-`importlib.metadata` imports the email package, which takes as long as the rest of a first call.
+`importlib.metadata` imports the email package, which is a good part of a first call.
 """
 
 from __future__ import annotations
