@@ -10,10 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from fi_ffi.reference.attention.formula import Exact
+
+from tests.helpers.rounding import half_step
 
 # What rounding to a dtype takes of a value at most: half a step.
 HALF_STEP = {
@@ -97,12 +98,10 @@ def worst(
 
     `keys` is how many the request has.
     """
-    info = ml_dtypes.finfo(out.dtype)
-    step = np.maximum(np.abs(exact.out) * float(info.eps), float(info.smallest_subnormal))
     logits = (how.logits + how.angles * keys) * (1 + exact.spread)
     pieces = how.pieces if keys > how.least_piece else 0.0
     of_magnitude = how.shares + pieces + 2 * how.per_key * keys
-    allowed = 0.5005 * step + how.sums * np.abs(exact.out)
+    allowed = half_step(exact.out, out.dtype) + how.sums * np.abs(exact.out)
     allowed += (of_magnitude + 2 * logits[..., None]) * exact.magnitude
     found = _largest(np.abs(out.astype(np.float64) - exact.out), allowed)
     if lse is None:

@@ -10,6 +10,8 @@ import numpy as np
 
 from fi_ffi.ops.table.comm import PATTERNS
 
+from tests.helpers.rounding import half_step
+
 Array = np.ndarray[Any, Any]
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 DTYPES = tuple(map(np.dtype, (np.float32, np.float16, ml_dtypes.bfloat16)))
@@ -148,22 +150,19 @@ class Call:
         given = [self.inputs(rank) for rank in range(ranks)]
         addends = np.array([each["allreduce_in"].astype(np.float64) for each in given])
         total, magnitude = addends.sum(axis=0), np.abs(addends).sum(axis=0)
-        eps = float(ml_dtypes.finfo(dtype).eps)
-        # Half a step where they are added in float32, and one for each addition where not.
-        steps = 0.5005 if self.fp32_acc or not self.dtype else (ranks - 1) * 0.5005
-        allowed = steps * eps * magnitude + ranks * 2.0**-23 * magnitude
+        # Rounded once where they are added in float32, and at each addition where not.
+        times = 1 if self.fp32_acc or not self.dtype else ranks - 1
+        allowed = times * half_step(magnitude, dtype) + ranks * 2.0**-23 * magnitude
         if not self.pattern:
             close(outs["allreduce_out"], total, allowed)
             return
         residual = total + given[0]["residual_in"].astype(np.float64)
-        allowed = allowed + 0.5005 * eps * (np.abs(residual) + allowed)
+        allowed = allowed + half_step(np.abs(residual) + allowed, dtype)
         close(outs["residual_out"], residual, allowed)
         stored = outs["residual_out"].astype(np.float64)
         weight = self.weight_bias + given[0]["rms_gamma"].astype(np.float64)
         norm = stored / np.sqrt((stored**2).mean(axis=1, keepdims=True) + 1e-5) * weight
-        # Numbers below the smallest normal one are all as far apart as the smallest ones.
-        least = 0.5005 * float(ml_dtypes.finfo(dtype).smallest_subnormal)
-        of_norm = (0.5005 * eps + 2.0**-20) * np.abs(norm) + least
+        of_norm = half_step(norm, dtype) + 2.0**-20 * np.abs(norm)
         if "norm_out" in outs:
             close(outs["norm_out"], norm, of_norm)
             norm = outs["norm_out"].astype(np.float64)
@@ -312,20 +311,21 @@ class MoeCall:
 
     def judge(self, outs: dict[str, Array], ranks: int) -> None:
         """Every step is rounded to the tensors' dtype."""
-        eps = float(ml_dtypes.finfo(DTYPES[self.dtype]).eps)
+        dtype = DTYPES[self.dtype]
         each = [self.addends(rank) for rank in range(ranks)]
         total, magnitude = (sum(parts) for parts in zip(*each, strict=True))
         steps = 2 * max(self.experts, self.top_k) + ranks + 2
-        allowed = 0.51 * steps * eps * magnitude
+        allowed = 1.02 * steps * half_step(magnitude, dtype)
         if "moe_allreduce_out" in outs:
             close(outs["moe_allreduce_out"], total, allowed)
         given = {name: of.astype(np.float64) for name, of in self.inputs(0).items()}
         residual = total + given["residual_in"]
-        close(outs["residual_out"], residual, allowed + 0.51 * eps * (np.abs(residual) + allowed))
+        last = 1.02 * half_step(np.abs(residual) + allowed, dtype)
+        close(outs["residual_out"], residual, allowed + last)
         stored = outs["residual_out"].astype(np.float64)
         weight = self.weight_bias + given["norm_weight" if self.finalize else "rms_gamma"]
         norm = stored / np.sqrt((stored**2).mean(axis=1, keepdims=True) + 1e-5) * weight
-        close(outs["norm_out"], norm, (0.5005 * eps + 2.0**-20) * np.abs(norm))
+        close(outs["norm_out"], norm, half_step(norm, dtype) + 2.0**-20 * np.abs(norm))
 
 
 def close(found: Array, wanted: Array, allowed: Any) -> None:

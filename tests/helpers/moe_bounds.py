@@ -18,6 +18,8 @@ import numpy as np
 from fi_ffi.reference.arrays import Array
 from fi_ffi.reference.moe import Layer
 
+from tests.helpers.rounding import half_step
+
 _SIGMAS = 5.0
 _BLOCK = 128
 # What of a sum of magnitudes is lost where float32 accumulates, and where Hopper's fp8
@@ -34,13 +36,6 @@ _QUANTISING = (
 _RECIPROCAL = 2.0**-18
 
 _Near = tuple[Array, Array]  # a value, and the radius that the kernel's is within
-
-
-def half_step(value: Array, dtype: Any) -> Array:
-    """Half a step of a 16-bit dtype at a value."""
-    info = ml_dtypes.finfo(dtype)
-    step: Array = np.maximum(np.abs(value) * float(info.eps), float(info.smallest_subnormal)) / 2
-    return step * 1.001
 
 
 def _e4m3(value: Array) -> Array:

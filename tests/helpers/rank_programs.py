@@ -19,6 +19,8 @@ import numpy as np
 from fi_ffi import comm
 from fi_ffi.errors import HangError
 
+from tests.helpers.rounding import step
+
 DTYPES = tuple(map(np.dtype, (np.float32, np.float16, ml_dtypes.bfloat16)))
 P = comm.AllReduceFusionPattern
 # op, elements, number of the dtype, in place, algorithm
@@ -168,11 +170,8 @@ def bound(total: Any, magnitude: Any, dtype: Any, size: int, steps: float = 0.50
 
     NCCL rounds each of its partial sums: `steps` is more there.
     """
-    info = ml_dtypes.finfo(dtype)
-    step = np.maximum(np.abs(total) * float(info.eps), float(info.smallest_subnormal))
-    if steps > 1:
-        step = np.maximum(step, magnitude * float(info.eps))
-    return steps * step + magnitude * size * 2.0**-23
+    of = np.maximum(np.abs(total), magnitude) if steps > 1 else total
+    return steps * step(of, dtype) + magnitude * size * 2.0**-23
 
 
 # ------------------------------------------------------------------------------- random calls
@@ -321,22 +320,21 @@ def check_fused(seed: int, number: int, call: Any, found: list[dict[str, np.ndar
     eps = float(ml_dtypes.finfo(dtype).eps)
     added = total + residual
     # The sum is rounded, and what is added to it once more.
-    tiny = float(ml_dtypes.finfo(dtype).smallest_subnormal)
-    off = off + 0.5001 * np.maximum(eps * np.abs(added), tiny) + eps * off
+    off = off + 0.5001 * step(added, dtype) + eps * off
     assert (np.abs(got["residual_out"] - added) <= off).all()
     # From here on of what was stored, which is exact for what follows.
     stored = got["residual_out"]
     norm = stored / np.sqrt((stored**2).mean(-1, keepdims=True) + 1e-5) * gamma
     if "norm_out" in got:
-        step = np.maximum(eps * np.abs(norm), tiny)
-        assert (np.abs(got["norm_out"] - norm) <= 0.51 * step + 2.0**-16 * np.abs(norm)).all()
+        bound_of_norm = 0.51 * step(norm, dtype) + 2.0**-16 * np.abs(norm)
+        assert (np.abs(got["norm_out"] - norm) <= bound_of_norm).all()
     if "quant_out" in got:
         base = got.get("norm_out", norm)
         scaled = np.clip(base / 0.25, -448, 448)
         # A step of float8 is an eighth; at a boundary the norm's own rounding decides.
-        step = np.maximum(np.abs(scaled) * 2.0**-3, 2.0**-9)
+        of_scaled = np.maximum(np.abs(scaled) * 2.0**-3, 2.0**-9)
         slack = 0.0 if "norm_out" in got else np.abs(scaled) * eps
-        assert (np.abs(got["quant_out"] - scaled) <= 0.5001 * step + slack).all()
+        assert (np.abs(got["quant_out"] - scaled) <= 0.5001 * of_scaled + slack).all()
 
 
 # ---------------------------------------------------------------------------------------- endings

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import ml_dtypes
 import numpy as np
 import pytest
 
 from fi_ffi.reference.attention.formula import Exact
+
+from tests.helpers.rounding import half_step
 
 FLOAT32 = 2.0**-19
 
@@ -29,10 +30,8 @@ def error() -> Callable[..., float]:
     """
 
     def error(exact: Exact, out: np.ndarray, lse: np.ndarray | None = None) -> float:
-        info = ml_dtypes.finfo(out.dtype)
-        step = np.maximum(np.abs(exact.out) * float(info.eps), float(info.smallest_subnormal))
         logits = FLOAT32 * (1 + exact.spread)
-        allowed = 0.5005 * step + 2 * logits[..., None] * exact.magnitude
+        allowed = half_step(exact.out, out.dtype) + 2 * logits[..., None] * exact.magnitude
         worst = _worst(np.abs(out.astype(np.float64) - exact.out), allowed)
         if lse is None:
             return worst

@@ -14,6 +14,7 @@ from fi_ffi.reference.peers import waiting_at_most
 
 from tests.helpers import ranks
 from tests.helpers.ranks import Memory, address_of
+from tests.helpers.rounding import step
 
 DTYPES = tuple(map(np.dtype, (np.float32, np.float16, ml_dtypes.bfloat16)))
 META = 3456
@@ -50,11 +51,6 @@ def drawn(rng: np.random.Generator, count: int) -> Sizes:
     return [(int(size) // 8 * 8, int(rng.integers(3))) for size in sizes]
 
 
-def step(dtype: np.dtype[Any], value: np.ndarray) -> np.ndarray:
-    info = ml_dtypes.finfo(dtype)
-    return np.maximum(np.abs(value) * float(info.eps), float(info.smallest_subnormal))
-
-
 @pytest.mark.parametrize(
     ("kind", "size"), [*(("threads", n) for n in (2, 4, 6, 8)), ("processes", 2), ("processes", 4)]
 )
@@ -71,7 +67,7 @@ def test_all_reduce(kind, size, rng):
         assert isinstance(found[0], list), found[0]
         first = found[0][call]
         error = np.abs(first.astype(np.float64) - total)
-        assert (error <= 0.5001 * step(DTYPES[of], total) + magnitude * size * 2.0**-23).all()
+        assert (error <= 0.5001 * step(total, DTYPES[of]) + magnitude * size * 2.0**-23).all()
         for of_rank in found:
             assert (of_rank[call].view(np.uint8) == first.view(np.uint8)).all()
 
