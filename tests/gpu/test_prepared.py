@@ -7,6 +7,7 @@ import pytest
 from cuda.bindings import runtime
 
 import fi_ffi
+from fi_ffi.cli.cases import case_of
 from fi_ffi.cli.cuda import check
 from fi_ffi.ops.functions import OPS
 
@@ -34,7 +35,8 @@ def test_every_op(op, dtypes, machine, to_gpu):
         if of_loader.capability(0)[0] not in op.row.capabilities:
             pytest.skip("the kernel is for other GPUs")
     # How much scratch is enough, the GPU says: calls bring their own.
-    case = draw(op.row, dtypes, {"without": ("workspace_buffer",)})
+    drawn = draw(op.row, dtypes, {"without": ("workspace_buffer",)})
+    case = case_of(op.row, drawn.arrays, drawn.scalars)
     sets = [OnGpu(case, to_gpu) for _ in range(5)]
     op(**sets[0].descs, **case.scalars, stream=machine.stream)
     assert sets[0].is_right()

@@ -29,11 +29,22 @@ def make_case(
     sizes: Mapping[str, int],
     dtypes: Mapping[str, str],
     rng: np.random.Generator,
+    **more: Any,
+) -> Case:
+    """Arguments of `make_arguments`, and what the op must give of them."""
+    return case_of(row, *make_arguments(row, sizes, dtypes, rng, **more))
+
+
+def make_arguments(
+    row: Row,
+    sizes: Mapping[str, int],
+    dtypes: Mapping[str, str],
+    rng: np.random.Generator,
     tables: Mapping[str, Array] | None = None,
     without: Collection[str] = (),
     **scalars: Any,
-) -> Case:
-    """Fresh random inputs; a tensor that is only written starts as NaN.
+) -> tuple[dict[str, Array], dict[str, Any]]:
+    """Fresh random inputs: arrays, and all else; a tensor that is only written starts as NaN.
 
     `tables` are the index tensors of a paged cache or of ragged sequences; random ones are
     made where there are none.  What an op only moves is random bits, NaN and their payloads
@@ -68,7 +79,7 @@ def make_case(
             arrays[arg.name] = _placed(_random(arg, shape, rng).astype(dtype), arg)
         if arg.parts > 1:
             arrays[arg.name] = _part(arrays[arg.name], arg.parts)
-    return case_of(row, arrays, values)
+    return arrays, values
 
 
 def _placed(array: Array, arg: Tensor) -> Array:

@@ -17,7 +17,7 @@ from fi_ffi.ops.call.row import KvLayout, Row, Scalar, Tensor
 from fi_ffi.ops.functions import OPS
 
 from tests.helpers.calls import EVERY_CALL
-from tests.helpers.cases import default_dtypes, make_case
+from tests.helpers.cases import default_dtypes, make_arguments, make_case
 from tests.helpers.inputs import inputs_of
 
 _ALIGNMENT = 256  # of a scratch argument
@@ -77,9 +77,9 @@ class Placed:
 
     def differs(self, other: Placed) -> list[str]:
         """The names of those whose bytes, or the bytes around them, differ."""
-        ours, theirs = self.bytes(), other.bytes()
-        assert ours.keys() == theirs.keys()
-        return [name for name in ours if ours[name] != theirs[name]]
+        assert self.room.keys() == other.room.keys()
+        pairs = ((name, whole, other.room[name][0]) for name, (whole, _) in self.room.items())
+        return [name for name, ours, theirs in pairs if not np.array_equal(ours, theirs)]
 
 
 def placed(case: Case, more: dict[str, Any], count: int) -> list[Placed]:
@@ -100,29 +100,35 @@ def room_for(array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw(row: Row, dtypes: dict[str, str], more: dict[str, Any], **scalars: Any) -> Case:
-    """A fresh case, its outputs NaN; numbers that may be anything are drawn too."""
+    """Fresh arguments, outputs NaN; numbers that may be anything are drawn too."""
     rng = np.random.default_rng()
     more = {name: value for name, value in more.items() if name != "in place"}
     for arg in row.args:
         if isinstance(arg, Scalar) and arg.type is float:
             scalars.setdefault(arg.name, float(np.exp(rng.uniform(-4, 0))))
-    return make_case(row, inputs_of(row).small, dtypes, rng, **more | scalars)
-
-
-def full(row: Row, placed: Placed) -> None:
-    """The call by a row that was compiled just now."""
-    CompiledRow(row).call(None, **placed.values)
+    drawn = make_arguments(row, inputs_of(row).small, dtypes, rng, **more | scalars)
+    return Case(row, *drawn, {})
 
 
 _compiled = functools.cache(CompiledRow)
 
 
-def refusal_of(row: Row, values: dict[str, Any]) -> fi_ffi.ArgumentError | None:
-    """What a compiled row that knows of no call before says of one; None where it is fine."""
+def _unused(row: Row) -> CompiledRow:
+    """The row, compiled, which remembers no call before."""
     compiled = _compiled(row)
     compiled.forget()
+    return compiled
+
+
+def full(row: Row, placed: Placed) -> None:
+    """The call by a row that remembers none before."""
+    _unused(row).call(None, **placed.values)
+
+
+def refusal_of(row: Row, values: dict[str, Any]) -> fi_ffi.ArgumentError | None:
+    """What a compiled row that remembers no call says of one; None where it is fine."""
     try:
-        compiled.pack(**values)
+        _unused(row).pack(**values)
     except fi_ffi.ArgumentError as error:
         return error
     return None
@@ -269,6 +275,7 @@ class OnGpu:
 
     def is_right(self) -> bool:
         """Waits for the device."""
+        assert self.case.expected
         return all(
             self.case.error(name, self.arrays[name].get())[1] <= 1 for name in self.case.expected
         ) and all(array.intact() for array in self.arrays.values())

@@ -16,6 +16,7 @@ from tests.attention.machines import Cpu
 from tests.attention.pretend import Pretend, current_stream
 from tests.helpers.calls import EVERY_CALL
 from tests.helpers.prepared_calls import Mine
+from tests.helpers.recording import recorded  # noqa: F401
 
 
 @pytest.fixture

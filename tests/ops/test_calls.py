@@ -41,7 +41,7 @@ pytestmark = pytest.mark.usefixtures("settled")
 
 
 @pytest.mark.parametrize(("op", "dtypes", "more"), EVERY_WAY)
-def test_by_place_and_by_keyword(op, dtypes, more):
+def test_by_place_and_by_keyword(op, dtypes, more, recorded):
     """The same bits in memory of their own; then of other numbers."""
     case = draw(op.row, dtypes, more)
     expected, first, second, third = placed(case, more, 4)

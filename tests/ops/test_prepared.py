@@ -34,7 +34,7 @@ INT64 = 2**63
 
 
 @pytest.mark.parametrize(("op", "dtypes", "more"), EVERY_WAY)
-def test_the_same_bits(op, dtypes, more):
+def test_the_same_bits(op, dtypes, more, recorded):
     """Prepared; and updated by place, where what is no tensor nor number stays as it is."""
     expected, first, other = placed(draw(op.row, dtypes, more), more, 3)
     full(op.row, expected)
@@ -115,7 +115,7 @@ def refusal(row, first, arg, value):
 
 
 @pytest.mark.parametrize(("op", "dtypes", "more"), EVERY_OP)
-def test_random_updates(op, dtypes, more):
+def test_random_updates(op, dtypes, more, recorded):
     """Many updates of any arguments one after the other, and a launch after each: what the
     arguments are now is what a call in full is given beside it."""
     rng = np.random.default_rng()
