@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import fi_ffi
-from fi_ffi import BatchDecodePlan, BatchMlaPlan, BatchPrefillPlan
+from fi_ffi import BatchAttentionPlan, BatchDecodePlan, BatchMlaPlan, BatchPrefillPlan
 
 from tests.helpers.children import done
 
@@ -150,12 +150,16 @@ def test_public_functions_say_what_they_take() -> None:
     assert not untyped
 
 
-@pytest.mark.parametrize("plan", [BatchPrefillPlan, BatchDecodePlan, BatchMlaPlan])
-def test_options_of_plans_are_documented(plan: type) -> None:
-    doc = inspect.getdoc(plan) or ""
-    assert {
-        n for n in plan._options_class.table if not re.search(rf"^    {n}[ :]", doc, re.M)
-    } == set()
+@pytest.mark.parametrize(
+    "plan", [BatchPrefillPlan, BatchDecodePlan, BatchMlaPlan, BatchAttentionPlan]
+)
+def test_options_of_plans_are_documented_with_their_defaults(plan: type) -> None:
+    doc, options = inspect.getdoc(plan) or "", plan._options_class
+    for name, option in options.table.items():
+        line = re.search(rf"^    {name}( \((.*) by default\))?: ", doc, re.M)
+        assert line is not None, name
+        has_default = name not in options.required and option.default is not None
+        assert line[2] == (repr(option.default) if has_default else None), name
 
 
 def test_a_first_call_imports_its_family_alone() -> None:

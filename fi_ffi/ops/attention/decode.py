@@ -40,7 +40,21 @@ class BatchDecodePlan(Plan):
             them on the device, where fi_ffi cannot check them.
         last_page_len: [b] int32 on the host: tokens in each request's last page, 1 to `page_size`;
             None for a plan of any lengths.
-        {options}
+        num_qo_heads: heads of q: a multiple of num_kv_heads.
+        num_kv_heads: heads of k and v.
+        q_data_type ('float16' by default): dtype of q.
+        kv_data_type: dtype of k and v, that of q if None; uint8 for NVFP4, two values a byte.
+        o_data_type: dtype of the output, that of q if None (float16 if q is fp8); decode can write
+            fp8.
+        window_left (-1 by default): keys before its own that a query sees; -1 for all.
+        logits_soft_cap (0.0 by default): c > 0 makes logits `c * tanh(logits / c)`.
+        pos_encoding_mode ('NONE' by default): "NONE", "ROPE_LLAMA" or "ALIBI", applied in the
+            kernel.
+        enable_cuda_graph (False by default): keep the arrays' addresses and the launch through
+            `replan(...)`, so that a captured run stays valid for other lengths of as many requests.
+        max_num_indices: with CUDA graphs, the most pages of a replan; this batch's if None.
+        head_dim: size of a head.
+        page_size: tokens in a page.
         device, workspace, stream: as in `BatchPrefillPlan`.
 
     A plan of any lengths, `BatchDecodePlan(b, None, None, ...)`, is made once: each run takes the

@@ -35,7 +35,19 @@ class BatchMlaPlan(Plan):
         kv_indices: [kv_indptr[b] or more] int32 on the host: pages of the cache; None if each run
             passes them on the device, where fi_ffi cannot check them.
         kv_len_arr: [b] int32 on the host: tokens of each request.
-        {options}
+        num_heads: heads of the queries.
+        page_size: tokens in a page.
+        causal (False by default): query i of a request sees keys up to `kv_len - qo_len + i`.
+        backend ('auto' by default): "auto" (as FlashInfer: fa3 on SM90 if it can serve), "fa2" or
+            "fa3".
+        max_total_num_rows: with CUDA graphs, the most queries of a replan; this batch's if None.
+        enable_cuda_graph (False by default): keep the arrays' addresses and the launch through
+            `replan(...)`, so that a captured run stays valid for other lengths of as many requests.
+        max_num_indices: with CUDA graphs, the most pages of a replan; this batch's if None.
+        head_dim_ckv (512 by default): size of the compressed keys and values.
+        head_dim_kpe (64 by default): size of the part with the position encoding.
+        q_data_type ('bfloat16' by default): dtype of q: float16 or bfloat16.
+        kv_data_type: dtype of the cache: that of q (also if None); or fp8 e4m3 with bfloat16 q.
         device, workspace, stream: as in `BatchPrefillPlan`.
 
     With CUDA graphs, `replan` also refuses a batch whose number of queries changes how many blocks

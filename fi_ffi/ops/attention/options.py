@@ -1,13 +1,12 @@
-"""The options of the plans: tables for types, defaults, checks and documentation.
+"""The options of the plans: tables of types, checks and defaults.
 
 Each table is a `TypedDict`, so that type checkers know a plan's keywords. Each annotation carries
-an `Option` with the documentation, the check and the default.
+an `Option` with the check and the default. The plans' docstrings say what the options mean.
 """
 
 # No `from __future__ import annotations` here: `Options` reads the annotations as objects.
 
 import re
-import textwrap
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -50,40 +49,31 @@ Check = Callable[[str, str, Any], Any]
 
 
 class Option(NamedTuple):
-    """An option's documentation, check and default.
+    """An option's check and default.
 
     `check` takes the plan's name, the option's name and a value, and returns the value as plans
     keep it. A default of None is not checked. An option without a check depends on other options.
     """
 
-    doc: str
     check: Check | None
     default: Any = None
 
 
-def count(doc: str) -> Option:
-    return Option(doc, partial(check_int, low=1))
+def dtype(default: str | None, *allowed: str) -> Option:
+    return Option(partial(data_type, allowed=allowed), default)
 
 
-def _from(least: int, doc: str) -> Option:
-    """An int from `least` on, which is the default."""
-    return Option(doc, partial(check_int, low=least), least)
-
-
-def flag(doc: str) -> Option:
-    return Option(doc, check_flag, False)
-
-
-def _word(doc: str, words: Collection[str]) -> Option:
+def _word(words: Collection[str]) -> Option:
     """A choice of words; the first is the default."""
-    return Option(doc, partial(check_choice, allowed=words), next(iter(words)))
+    return Option(partial(check_choice, allowed=words), next(iter(words)))
 
 
-def dtype(doc: str, default: str | None, *names: str) -> Option:
-    return Option(doc, partial(data_type, allowed=names), default)
+def _from(least: int) -> Option:
+    """An int from `least` on, which is the default."""
+    return Option(partial(check_int, low=least), least)
 
 
-def _only(size: int, doc: str) -> Option:
+def _only(size: int) -> Option:
     """A size for which the kernels accept a single value."""
 
     def check(op: str, name: str, value: Any) -> int:
@@ -91,139 +81,79 @@ def _only(size: int, doc: str) -> Option:
             raise Refusal(op)(name, value, f"{size}, the only one there is")
         return size
 
-    return Option(doc, check, size)
+    return Option(check, size)
 
 
-# Options of several plans.
-Causal = Annotated[bool, flag("query i of a request sees keys up to `kv_len - qo_len + i`")]
-HeadDimVo = Annotated[int | None, count("size of a head of v and the output; head_dim_qk if None")]
-LogitsSoftCap = Annotated[
-    float, Option("c > 0 makes logits `c * tanh(logits / c)`", check_soft_cap, 0.0)
-]
-MaxTotalNumRows = Annotated[
-    int | None, count("with CUDA graphs, the most queries of a replan; this batch's if None")
-]
-PageSize = Annotated[int, count("tokens in a page")]
+_count = Option(partial(check_int, low=1))
+Count = Annotated[int, _count]
+OptionalCount = Annotated[int | None, _count]
+Flag = Annotated[bool, Option(check_flag, False)]
+SoftCap = Annotated[float, Option(check_soft_cap, 0.0)]
 
 
 class _Heads(TypedDict):
-    num_qo_heads: Annotated[int, count("heads of q: a multiple of num_kv_heads")]
-    num_kv_heads: Annotated[int, count("heads of k and v")]
+    num_qo_heads: Count
+    num_kv_heads: Count
 
 
 class _Scores(TypedDict, total=False):
-    q_data_type: Annotated[object, dtype("dtype of q", "float16", *F16, *FP8)]
-    kv_data_type: Annotated[
-        object,
-        dtype(
-            "dtype of k and v, that of q if None; uint8 for NVFP4, two values a byte",
-            None,
-            *F16,
-            *FP8,
-            *FP4,
-        ),
-    ]
-    o_data_type: Annotated[
-        object,
-        Option(
-            "dtype of the output, that of q if None (float16 if q is fp8); decode can write fp8",
-            None,
-        ),
-    ]
-    window_left: Annotated[int, _from(-1, "keys before its own that a query sees; -1 for all")]
-    logits_soft_cap: LogitsSoftCap
-    pos_encoding_mode: Annotated[
-        str, _word('"NONE", "ROPE_LLAMA" or "ALIBI", applied in the kernel', POS_ENCODING_MODES)
-    ]
+    q_data_type: Annotated[object, dtype("float16", *F16, *FP8)]
+    kv_data_type: Annotated[object, dtype(None, *F16, *FP8, *FP4)]
+    o_data_type: Annotated[object, Option(None)]
+    window_left: Annotated[int, _from(-1)]
+    logits_soft_cap: SoftCap
+    pos_encoding_mode: Annotated[str, _word(POS_ENCODING_MODES)]
 
 
 class Graphs(TypedDict, total=False):
-    enable_cuda_graph: Annotated[
-        bool,
-        flag(
-            "keep the arrays' addresses and the launch through `replan(...)`, so that a captured "
-            "run stays valid for other lengths of as many requests"
-        ),
-    ]
-    max_num_indices: Annotated[
-        int | None, count("with CUDA graphs, the most pages of a replan; this batch's if None")
-    ]
+    enable_cuda_graph: Flag
+    max_num_indices: OptionalCount
 
 
 class _Queries(TypedDict, total=False):
-    causal: Causal
-    backend: Annotated[
-        str,
-        _word('"auto" (as FlashInfer: fa3 on SM90 if it can serve), "fa2" or "fa3"', BACKENDS),
-    ]
-    max_total_num_rows: MaxTotalNumRows
+    causal: Flag
+    backend: Annotated[str, _word(BACKENDS)]
+    max_total_num_rows: OptionalCount
 
 
 class HeadDim(_Heads):
-    head_dim_qk: Annotated[int, count("size of a head of q and k")]
+    head_dim_qk: Count
 
 
 class PrefillKeywords(HeadDim, _Scores, _Queries, Graphs, total=False):
     """Keywords of `BatchPrefillPlan`."""
 
-    head_dim_vo: HeadDimVo
-    page_size: Annotated[int | None, count("tokens in a page; None for ragged keys")]
-    use_fp16_qk_reduction: Annotated[bool, flag("sum q @ k in float16 (fa2, float16 queries)")]
-    use_custom_mask: Annotated[bool, flag("each run passes a mask (`pack_custom_mask`); fa2")]
-    use_multi_item_scoring: Annotated[
-        bool, flag("each run passes prefix and item lengths; the mask is causal as well")
-    ]
-    use_attention_sink: Annotated[
-        bool, flag("each run passes `sink`, one more logit in each head's softmax (GPT-OSS)")
-    ]
-    fixed_split_size: Annotated[
-        int | None,
-        count(
-            "split requests among blocks in pieces of this many pages, so that results do not "
-            "depend on the batch; fa2"
-        ),
-    ]
-    disable_split_kv: Annotated[bool, flag("do not split requests among blocks; fa2")]
-    num_colocated_ctas: Annotated[
-        int,
-        _from(
-            0,
-            "blocks of another kernel that runs at the same time, subtracted from the pieces that "
-            "requests are split in; fa2",
-        ),
-    ]
-    uniform_q_len: Annotated[
-        int,
-        _from(
-            0,
-            "with CUDA graphs, the number of queries if all requests of all batches have the "
-            "same, which sets the tile size; 0 for any; fa2, FlashInfer 0.6.16 and later",
-        ),
-    ]
+    head_dim_vo: OptionalCount
+    page_size: OptionalCount
+    use_fp16_qk_reduction: Flag
+    use_custom_mask: Flag
+    use_multi_item_scoring: Flag
+    use_attention_sink: Flag
+    fixed_split_size: OptionalCount
+    disable_split_kv: Flag
+    num_colocated_ctas: Annotated[int, _from(0)]
+    uniform_q_len: Annotated[int, _from(0)]
 
 
 class DecodeKeywords(_Heads, _Scores, Graphs):
     """Keywords of `BatchDecodePlan`."""
 
-    head_dim: Annotated[int, count("size of a head")]
-    page_size: PageSize
+    head_dim: Count
+    page_size: Count
 
 
 class _Mla(TypedDict):
-    num_heads: Annotated[int, count("heads of the queries")]
-    page_size: PageSize
+    num_heads: Count
+    page_size: Count
 
 
 class MlaKeywords(_Mla, _Queries, Graphs, total=False):
     """Keywords of `BatchMlaPlan`."""
 
-    head_dim_ckv: Annotated[int, _only(512, "size of the compressed keys and values")]
-    head_dim_kpe: Annotated[int, _only(64, "size of the part with the position encoding")]
-    q_data_type: Annotated[object, dtype("dtype of q: float16 or bfloat16", "bfloat16", *F16)]
-    kv_data_type: Annotated[
-        object,
-        Option("dtype of the cache: that of q (also if None); or fp8 e4m3 with bfloat16 q", None),
-    ]
+    head_dim_ckv: Annotated[int, _only(512)]
+    head_dim_kpe: Annotated[int, _only(64)]
+    q_data_type: Annotated[object, dtype("bfloat16", *F16)]
+    kv_data_type: Annotated[object, Option(None)]
 
 
 class Choice(NamedTuple):
@@ -261,7 +191,7 @@ class Options:
         missing = [name for name in self.table if name in self.required and name not in options]
         if missing:
             raise TypeError(f"{self.op}() missing required keyword arguments: {', '.join(missing)}")
-        for name, (_, check, default) in self.table.items():
+        for name, (check, default) in self.table.items():
             value = options.get(name, default)
             if check is not None and not (value is default is None and name not in self.required):
                 value = check(self.op, name, value)
@@ -282,21 +212,6 @@ class Options:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self})"
-
-    @classmethod
-    def documented(cls, doc: str | None) -> str | None:
-        """Replace `{options}` in a docstring by the list of options."""
-        if doc is None or "{options}" not in doc:
-            return doc  # None under python -OO
-        head, _, tail = doc.partition("{options}")
-        indent = head[head.rindex("\n") + 1 :]
-        wrap = textwrap.TextWrapper(96, indent, f"{indent}    ").wrap
-        lines = []
-        for name, option in cls.table.items():
-            has_default = name not in cls.required and option.default is not None
-            default = f" ({option.default!r} by default)" if has_default else ""
-            lines += wrap(f"{name}{default}: {option.doc}.")
-        return head + "\n".join(lines).lstrip() + tail
 
     def check_together(self) -> None:
         """Check combinations of options, and set those that were left out."""

@@ -79,7 +79,6 @@ class Plan:
     __signature__ = SignatureWithOptions()
 
     def __init_subclass__(cls) -> None:
-        cls.__doc__ = cls._options_class.documented(cls.__doc__)
         cls._refuse = Refusal(cls.op)
 
     def __init__(

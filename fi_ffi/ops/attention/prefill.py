@@ -52,7 +52,40 @@ class BatchPrefillPlan(Plan):
         paged_kv_indices: [paged_kv_indptr[-1] or more] pages of the cache; None if each run passes
             them on the device, where fi_ffi cannot check them.
         paged_kv_last_page_len: [b] tokens in each request's last page: 1 to `page_size`.
-        {options}
+        num_qo_heads: heads of q: a multiple of num_kv_heads.
+        num_kv_heads: heads of k and v.
+        head_dim_qk: size of a head of q and k.
+        q_data_type ('float16' by default): dtype of q.
+        kv_data_type: dtype of k and v, that of q if None; uint8 for NVFP4, two values a byte.
+        o_data_type: dtype of the output, that of q if None (float16 if q is fp8); decode can write
+            fp8.
+        window_left (-1 by default): keys before its own that a query sees; -1 for all.
+        logits_soft_cap (0.0 by default): c > 0 makes logits `c * tanh(logits / c)`.
+        pos_encoding_mode ('NONE' by default): "NONE", "ROPE_LLAMA" or "ALIBI", applied in the
+            kernel.
+        causal (False by default): query i of a request sees keys up to `kv_len - qo_len + i`.
+        backend ('auto' by default): "auto" (as FlashInfer: fa3 on SM90 if it can serve), "fa2" or
+            "fa3".
+        max_total_num_rows: with CUDA graphs, the most queries of a replan; this batch's if None.
+        enable_cuda_graph (False by default): keep the arrays' addresses and the launch through
+            `replan(...)`, so that a captured run stays valid for other lengths of as many requests.
+        max_num_indices: with CUDA graphs, the most pages of a replan; this batch's if None.
+        head_dim_vo: size of a head of v and the output; head_dim_qk if None.
+        page_size: tokens in a page; None for ragged keys.
+        use_fp16_qk_reduction (False by default): sum q @ k in float16 (fa2, float16 queries).
+        use_custom_mask (False by default): each run passes a mask (`pack_custom_mask`); fa2.
+        use_multi_item_scoring (False by default): each run passes prefix and item lengths; the mask
+            is causal as well.
+        use_attention_sink (False by default): each run passes `sink`, one more logit in each head's
+            softmax (GPT-OSS).
+        fixed_split_size: split requests among blocks in pieces of this many pages, so that results
+            do not depend on the batch; fa2.
+        disable_split_kv (False by default): do not split requests among blocks; fa2.
+        num_colocated_ctas (0 by default): blocks of another kernel that runs at the same time,
+            subtracted from the pieces that requests are split in; fa2.
+        uniform_q_len (0 by default): with CUDA graphs, the number of queries if all requests of all
+            batches have the same, which sets the tile size; 0 for any; fa2, FlashInfer 0.6.16 and
+            later.
         device: where runs happen; "cuda:0", or the workspace's device.
         workspace: a `Workspace`, which this plan owns until another plan takes it; by default
             fi_ffi allocates one and grows it.

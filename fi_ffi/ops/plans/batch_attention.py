@@ -11,15 +11,14 @@ from fi_ffi.ops.attention import sizes
 from fi_ffi.ops.attention.arrays import PAGES_OF_LENGTHS, Batch
 from fi_ffi.ops.attention.backends import CAUSAL, NON_CAUSAL, Target, fa2_lacks
 from fi_ffi.ops.attention.options import (
-    Causal,
     Choice,
+    Count,
+    Flag,
     Graphs,
     HeadDim,
-    HeadDimVo,
-    LogitsSoftCap,
-    MaxTotalNumRows,
+    OptionalCount,
     Options,
-    PageSize,
+    SoftCap,
     dtype,
 )
 from fi_ffi.ops.attention.plan import Plan
@@ -52,30 +51,18 @@ def workspace_need(g: sizes.Geometry) -> sizes.Need:
 
 
 class _Sizes(HeadDim):
-    page_size: PageSize
+    page_size: Count
 
 
 class AttentionKeywords(_Sizes, Graphs, total=False):
     """Keywords of `BatchAttentionPlan`."""
 
-    head_dim_vo: HeadDimVo
-    causal: Causal
-    q_data_type: Annotated[
-        object, dtype("dtype of q and the output: float16 or bfloat16", "bfloat16", *F16)
-    ]
-    kv_data_type: Annotated[
-        object,
-        dtype(
-            "dtype of k and v: that of q (also if None), fp8, or uint8 for NVFP4, two values a "
-            "byte (FlashInfer 0.6.10 to 0.6.14)",
-            None,
-            *F16,
-            *FP8,
-            *FP4,
-        ),
-    ]
-    logits_soft_cap: LogitsSoftCap
-    max_total_num_rows: MaxTotalNumRows
+    head_dim_vo: OptionalCount
+    causal: Flag
+    q_data_type: Annotated[object, dtype("bfloat16", *F16)]
+    kv_data_type: Annotated[object, dtype(None, *F16, *FP8, *FP4)]
+    logits_soft_cap: SoftCap
+    max_total_num_rows: OptionalCount
 
 
 class AttentionOptions(Options, op="BatchAttentionPlan", keywords=AttentionKeywords):
@@ -108,7 +95,20 @@ class BatchAttentionPlan(Plan):
         kv_indices: [kv_indptr[-1] or more] int32 on the host: pages of the cache; None if each run
             passes them on the device, where fi_ffi cannot check them.
         kv_len_arr: [b] int32 on the host: tokens of each request.
-        {options}
+        num_qo_heads: heads of q: a multiple of num_kv_heads.
+        num_kv_heads: heads of k and v.
+        head_dim_qk: size of a head of q and k.
+        page_size: tokens in a page.
+        enable_cuda_graph (False by default): keep the arrays' addresses and the launch through
+            `replan(...)`, so that a captured run stays valid for other lengths of as many requests.
+        max_num_indices: with CUDA graphs, the most pages of a replan; this batch's if None.
+        head_dim_vo: size of a head of v and the output; head_dim_qk if None.
+        causal (False by default): query i of a request sees keys up to `kv_len - qo_len + i`.
+        q_data_type ('bfloat16' by default): dtype of q and the output: float16 or bfloat16.
+        kv_data_type: dtype of k and v: that of q (also if None), fp8, or uint8 for NVFP4, two
+            values a byte (FlashInfer 0.6.10 to 0.6.14).
+        logits_soft_cap (0.0 by default): c > 0 makes logits `c * tanh(logits / c)`.
+        max_total_num_rows: with CUDA graphs, the most queries of a replan; this batch's if None.
         device, workspace, stream: as in `BatchPrefillPlan`.
 
     The size of the workspace depends on the GPU and the heads alone: 302 MiB and 6 MiB for 132
