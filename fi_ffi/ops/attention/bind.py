@@ -145,13 +145,13 @@ class Binder(NamedTuple):
 
 
 class RunNames(NamedTuple):
-    """Names in runs' rows: of the first arguments, the plan's arrays, the schedule, and the float
-    and the int workspace."""
+    """Names in runs' rows: of the plan's arrays (with their names here), the schedule, the float
+    and the int workspace, and the arguments that runs pass first."""
 
-    first: Sequence[str]
     arrays: Mapping[str, str]
-    info: str
-    workspaces: Sequence[str]
+    info: str = "plan_info_vec"
+    workspaces: Sequence[str] = ("float_workspace_buffer", "int_workspace_buffer")
+    first: tuple[str, ...] = ()
 
 
 class BoundRuns:
@@ -234,7 +234,7 @@ class BoundRuns:
         axes |= {least for _, least in not_less}
         of_batch = [axis for axis in _BATCH_AXES if axis in axes]
         own = [axis for axis in facts if axis in axes]
-        axes_of = {"known": (*of_batch, *own), "not_less": not_less, "first": tuple(names.first)}
+        axes_of = {"known": (*of_batch, *own), "not_less": not_less, "first": names.first}
         bound = self._binder.bind(row, module, kinds, others, **axes_of)
         bound.batch_sizes = attrgetter(*(_BATCH_AXES[axis] for axis in of_batch))
         bound.own_sizes = tuple(facts[axis] for axis in own)

@@ -10,9 +10,10 @@ from fi_ffi.abi.interop import TensorLike
 from fi_ffi.abi.tensor import TensorDesc
 from fi_ffi.ops.attention import sizes
 from fi_ffi.ops.attention.arrays import PAGES, Batch, host_ints, int32_array
+from fi_ffi.ops.attention.bind import RunNames
 from fi_ffi.ops.attention.options import DecodeKeywords, DecodeOptions
 from fi_ffi.ops.attention.plan import Plan
-from fi_ffi.ops.attention.values import Values, softmax_scale
+from fi_ffi.ops.attention.values import Values
 from fi_ffi.ops.attention.workspace import Workspace
 from fi_ffi.ops.call.arguments import INT32_MAX, check_int, shown
 
@@ -70,16 +71,8 @@ class BatchDecodePlan(Plan):
     op = "BatchDecodePlan"
     _options_class = DecodeOptions
     _names: Mapping[str, str] = {array: array.removeprefix("kv_") for array in PAGES.values()}
-    _run_arrays: Mapping[str, str] = PAGES
-    _run_given = (
-        "q",
-        "paged_k_cache",
-        "paged_v_cache",
-        "o",
-        "maybe_lse",
-        "kv_layout",
-        "enable_pdl",
-    )
+    _first = ("q", "paged_k_cache", "paged_v_cache", "o", "maybe_lse", "kv_layout", "enable_pdl")
+    _run_names = RunNames(PAGES, first=_first)
     # The most that `_most_of` requests need, kept for the next replan.
     _most_need: sizes.Need
     _most_of = 0
@@ -96,7 +89,7 @@ class BatchDecodePlan(Plan):
         **options: Unpack[DecodeKeywords],
     ) -> None:
         if isinstance(indptr, numbers.Integral) and indices is None and last_page_len is None:
-            self._run_arrays = {}  # runs pass all
+            self._run_names = self._run_names._replace(arrays={})  # runs pass all
         super().__init__((indptr, indices, last_page_len), device, workspace, stream, options)
 
     def replan(
@@ -113,7 +106,7 @@ class BatchDecodePlan(Plan):
 
     @property
     def _is_of_any_lengths(self) -> bool:
-        return not self._run_arrays
+        return not self._run_names.arrays
 
     def _read(self, arrays: Sequence[object]) -> Batch:
         """Read the arrays; where runs pass them, plan a page a request, which is never split."""
@@ -175,8 +168,9 @@ class BatchDecodePlan(Plan):
         no_arrays = alibi_slopes is pages[0] is pages[1] is pages[2] is None
         if not (no_numbers and no_arrays) or self.options.pos_encoding_mode == "ALIBI":
             values = bound.template.fresh()
-            positions = rope_scale, rope_theta, alibi_slopes
-            self._fill_options(values, sm_scale, q_scale, k_scale, *positions)
+            values.scales(self.options.head_dim, sm_scale, q_scale, k_scale)
+            mode = self.options.pos_encoding_mode
+            values.positions(mode, rope_scale, rope_theta, alibi_slopes)
             lengths = {
                 "paged_kv_indptr": paged_kv_indptr,
                 "paged_kv_last_page_len": paged_kv_last_page_len,
@@ -185,22 +179,13 @@ class BatchDecodePlan(Plan):
                 if array is not None and not self._is_of_any_lengths:
                     raise self._refuse(name, shown(array), "None: the plan has it")
             values.put(paged_kv_indices=paged_kv_indices, **lengths)
-            rest = tuple(values.values[len(self._run_given) :])
+            rest = tuple(values.values[len(self._first) :])
         arguments = q, paged_k_cache, paged_v_cache, o, lse, kv_layout, enable_pdl, *rest
         self._run_packed(bound, arguments, stream)
 
     def _fill_defaults(self, values: Values) -> None:
-        if self.options.pos_encoding_mode == "ALIBI":
-            return  # every run passes slopes
-        self._fill_options(values, None, None, None, None, None, None)
-
-    def _fill_options(
-        self, values: Values, sm_scale: object, q_scale: object, k_scale: object, *positions: Any
-    ) -> None:
-        scale = softmax_scale(self.op, sm_scale, self.options.head_dim)
-        scale = values.scale("q", q_scale, scale)
-        values.put(sm_scale=values.scale("k", k_scale, scale))
-        values.positions(self.options.pos_encoding_mode, *positions)
+        if self.options.pos_encoding_mode != "ALIBI":  # with which every run passes slopes
+            values.scales(self.options.head_dim)
 
     def _facts(self) -> dict[str, Any]:
         return super()._facts() | {"empty_q_data": _NOTHING, "empty_kv_data": _NOTHING}

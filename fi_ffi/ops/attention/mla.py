@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ from fi_ffi.abi.interop import TensorLike
 from fi_ffi.ops.attention import sizes
 from fi_ffi.ops.attention.arrays import PAGES_OF_LENGTHS, Batch
 from fi_ffi.ops.attention.backends import CAUSAL, NON_CAUSAL
+from fi_ffi.ops.attention.bind import RunNames
 from fi_ffi.ops.attention.options import MlaKeywords, MlaOptions
 from fi_ffi.ops.attention.plan import Plan
 from fi_ffi.ops.attention.rows import FP8, NEED_KEYS
@@ -60,7 +61,7 @@ class BatchMlaPlan(Plan):
     op = "BatchMlaPlan"
     _options_class = MlaOptions
     _names = PAGES_OF_LENGTHS
-    _run_arrays: Mapping[str, str] = {"kv_indices": "indices"}
+    _run_names = RunNames({"kv_indices": "indices"})
     _kv_indptr_may_be_longer = True
 
     def __init__(

@@ -7,7 +7,7 @@ an `Option` with the check and the default. The plans' docstrings say what the o
 # No `from __future__ import annotations` here: `Options` reads the annotations as objects.
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, TypedDict, get_type_hints
@@ -165,6 +165,14 @@ class Choice(NamedTuple):
     rows: Sequence[Row]
 
 
+def check_keywords(op: str, known: Collection[str], names: Iterable[str]) -> None:
+    """Refuse options that a call lacks, as Python refuses unknown keywords."""
+    for name in names:
+        if name not in known:
+            near = nearest(name, known)
+            raise TypeError(f"{op}() got an unexpected keyword argument {name!r}{near}")
+
+
 class Options:
     """A plan's checked options, as attributes."""
 
@@ -184,10 +192,7 @@ class Options:
 
     def __init__(self, **options: Any) -> None:
         """Check a plan's keywords. A `TypeError` names the plan, as for a plain Python call."""
-        for name in options:
-            if name not in self.table:
-                near = nearest(name, self.table)
-                raise TypeError(f"{self.op}() got an unexpected keyword argument {name!r}{near}")
+        check_keywords(self.op, self.table, options)
         missing = [name for name in self.table if name in self.required and name not in options]
         if missing:
             raise TypeError(f"{self.op}() missing required keyword arguments: {', '.join(missing)}")

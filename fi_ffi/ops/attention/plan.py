@@ -44,16 +44,6 @@ class WorkspaceSize(NamedTuple):
 _SIZE_ONLY: Any = object()
 
 
-class NotOf:
-    """An inherited method that a plan class lacks: its access raises `AttributeError`."""
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._words = f"{owner.__name__!r} has no {name!r}"
-
-    def __get__(self, instance: object, owner: type | None = None) -> NoReturn:
-        raise AttributeError(self._words)
-
-
 class Plan:
     """A schedule for a batch; the base of the plan classes."""
 
@@ -70,11 +60,7 @@ class Plan:
     _kv_indptr_may_be_longer: ClassVar[bool] = False
     # The methods that `fi_ffi.prepare` accepts.
     _run_methods: Sequence[str] = ("run",)
-    # Names in runs' rows: of the first arguments, the plan's arrays, the schedule, the workspaces.
-    _run_given: Sequence[str] = ()
-    _run_arrays: Mapping[str, str] = {}
-    _run_info: ClassVar[str] = "plan_info_vec"
-    _run_workspaces: ClassVar[Sequence[str]] = ("float_workspace_buffer", "int_workspace_buffer")
+    _run_names: RunNames
 
     __signature__ = SignatureWithOptions()
 
@@ -103,8 +89,7 @@ class Plan:
         binder = Binder(self.op, self.device, self.backend, self.module, kernel.dtypes, facts)
         planner, *run_rows = (in_force(FORMS[row], self.device) for row in rows)
         self._planner = Planner(binder, planner)
-        names = RunNames(self._run_given, self._run_arrays, self._run_info, self._run_workspaces)
-        self._runs = BoundRuns(binder, run_rows, names)
+        self._runs = BoundRuns(binder, run_rows, self._run_names)
         batch = self._read(arrays)
         # The queries and pages that a replan may need with CUDA graphs.
         self._max_rows = getattr(self.options, "max_total_num_rows", None) or batch.rows
@@ -312,8 +297,8 @@ class Plan:
             assert self._info is not None
             bound = runs.bind(key, self._other_rows(kind), self._batch, self._info)
             self._fill_defaults(bound.template)
-            # The arguments after `_run_given`, for a run without options.
-            bound.rest = tuple(bound.template.values[len(self._run_given) :])
+            # The arguments after the first, for a run without options.
+            bound.rest = tuple(bound.template.values[len(self._run_names.first) :])
             runs.bound[key] = bound
         runs.current[kind, has_indices] = bound
         return bound

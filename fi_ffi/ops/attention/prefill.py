@@ -11,19 +11,12 @@ from fi_ffi.abi.interop import TensorLike, as_desc
 from fi_ffi.ops.attention import sizes
 from fi_ffi.ops.attention.arrays import PAGES, Batch
 from fi_ffi.ops.attention.backends import release_for
-from fi_ffi.ops.attention.bind import BoundRow
-from fi_ffi.ops.attention.options import PrefillKeywords, PrefillOptions
+from fi_ffi.ops.attention.bind import BoundRow, RunNames
+from fi_ffi.ops.attention.options import PrefillKeywords, PrefillOptions, check_keywords
 from fi_ffi.ops.attention.plan import Plan
-from fi_ffi.ops.attention.rows import FP4
-from fi_ffi.ops.attention.values import (
-    OWN_STRIDES,
-    Values,
-    block_scales,
-    only_with,
-    softmax_scale,
-)
+from fi_ffi.ops.attention.values import OWN_STRIDES, Values, block_scales
 from fi_ffi.ops.attention.workspace import Workspace
-from fi_ffi.ops.call.arguments import check_int
+from fi_ffi.ops.call.arguments import check_int, shown
 from fi_ffi.ops.call.releases import is_in
 from fi_ffi.ops.call.row import Row
 
@@ -35,6 +28,18 @@ _RAGGED, _PAGED = 0, 1
 _REQUIRED_PAGES = ("paged_kv_indptr", "paged_kv_last_page_len")
 _RAGGED_NAMES = {"qo_indptr": "qo_indptr", "kv_indptr": "kv_indptr"}
 _PAGED_NAMES = {"qo_indptr": "qo_indptr"} | {array: name for name, array in PAGES.items()}
+# Arguments of runs that the plan's options require: of an option, and what it takes.
+_PLANNED = {
+    "sink": ("use_attention_sink", "a tensor"),
+    "custom_mask": ("use_custom_mask", "a tensor"),
+    "prefix_len_ptr": ("use_multi_item_scoring", "a value"),
+    "token_pos_in_items_ptr": ("use_multi_item_scoring", "a value"),
+    "token_pos_in_items_len": ("use_multi_item_scoring", "a value"),
+    "max_item_len_ptr": ("use_multi_item_scoring", "a value"),
+}
+_SCALES = ("sm_scale", "q_scale", "k_scale", "v_scale")
+_POSITIONS = ("rope_scale", "rope_theta", "alibi_slopes")
+_RUN_OPTIONS = (*_SCALES, *_POSITIONS, "enable_pdl", *_PLANNED)
 
 
 class BatchPrefillPlan(Plan):
@@ -103,7 +108,7 @@ class BatchPrefillPlan(Plan):
     op = "BatchPrefillPlan"
     _options_class = PrefillOptions
     _run_methods: Sequence[str] = ("ragged_run", "paged_run")
-    _run_arrays: Mapping[str, str] = {**_RAGGED_NAMES, **PAGES, "maybe_mask_indptr": "mask_indptr"}
+    _run_names = RunNames(_RAGGED_NAMES | PAGES | {"maybe_mask_indptr": "mask_indptr"})
 
     def __init__(
         self,
@@ -229,7 +234,8 @@ class BatchPrefillPlan(Plan):
             raise self._refuse("self", "ragged_run", "paged_run: only that has multi-item scoring")
         bound = self._bound_run(_RAGGED, False)
         values = self._values(bound, q, o, lse, kv_layout, options)
-        self._put_scales(values, k_cache_sf, v_cache_sf, {"k": k, "v": v})
+        dtype = self.options.kv_data_type
+        block_scales(values, dtype, {"k": k, "v": v}, k_cache_sf, v_cache_sf)
         values.put(k=k, v=v)
         self._run_packed(bound, values.values, stream)
 
@@ -285,17 +291,10 @@ class BatchPrefillPlan(Plan):
         bound = self._bound_run(_PAGED, has_indices)
         values = self._values(bound, q, o, lse, kv_layout, options)
         caches = {"paged_k_cache": paged_k_cache, "paged_v_cache": paged_v_cache}
-        self._put_scales(values, k_cache_sf, v_cache_sf, caches)
+        dtype, own = self.options.kv_data_type, self._have_own_strides
+        block_scales(values, dtype, caches, k_cache_sf, v_cache_sf, own)
         values.put(**caches, paged_kv_indices=paged_kv_indices)
         self._run_packed(bound, values.values, stream)
-
-    def _put_scales(self, values: Values, k_sf: Any, v_sf: Any, tensors: dict[str, Any]) -> None:
-        """Set the block scales of NVFP4 keys and values."""
-        dtype = self.options.kv_data_type
-        if dtype in FP4 or k_sf is not None or v_sf is not None:
-            descs = {name: as_desc(tensor, self.op, name) for name, tensor in tensors.items()}
-            own = "paged_k_cache" in tensors and self._have_own_strides
-            block_scales(values, dtype, descs, own, k_cache_sf=k_sf, v_cache_sf=v_sf)
 
     @cached_property
     def _have_own_strides(self) -> bool:
@@ -308,87 +307,55 @@ class BatchPrefillPlan(Plan):
     ) -> Values:
         values = bound.template.fresh()
         if options or self._needs_options:
-            self._apply(values, **options)
+            self._apply(values, options)
         values.put(q=q, o=o, maybe_lse=lse, kv_layout=kv_layout)
         return values
 
-    @property
+    @cached_property
     def _needs_options(self) -> bool:
         """Whether the plan's options require an argument of every run."""
-        chosen = self.options
-        masks = chosen.use_custom_mask or chosen.use_multi_item_scoring
-        return bool(masks or chosen.use_attention_sink or chosen.pos_encoding_mode == "ALIBI")
+        planned = [getattr(self.options, option) for option, _ in _PLANNED.values()]
+        return any(planned) or self.options.pos_encoding_mode == "ALIBI"
 
     def _fill_defaults(self, values: Values) -> None:
         if not self._needs_options:
-            self._apply(values)
+            self._apply(values, {})
 
-    def _apply(
-        self,
-        values: Values,
-        *,
-        sm_scale: float | None = None,
-        rope_scale: float | None = None,
-        rope_theta: float | None = None,
-        alibi_slopes: TensorLike | None = None,
-        custom_mask: TensorLike | None = None,
-        prefix_len_ptr: TensorLike | None = None,
-        token_pos_in_items_ptr: TensorLike | None = None,
-        token_pos_in_items_len: int | None = None,
-        max_item_len_ptr: TensorLike | None = None,
-        sink: TensorLike | None = None,
-        q_scale: TensorLike | float | None = None,
-        k_scale: TensorLike | float | None = None,
-        v_scale: TensorLike | float | None = None,
-        enable_pdl: bool = False,
-    ) -> None:
+    def _apply(self, values: Values, options: Mapping[str, Any]) -> None:
         """Set the options of a run."""
+        check_keywords("BatchPrefillPlan.paged_run", _RUN_OPTIONS, options)
         chosen = self.options
-        scale = softmax_scale(self.op, sm_scale, chosen.head_dim_qk)
-        for of, value in (("q", q_scale), ("k", k_scale), ("v", v_scale)):
-            scale = values.scale(of, value, scale)
-        values.put(sm_scale=scale, enable_pdl=enable_pdl)
-        values.positions(chosen.pos_encoding_mode, rope_scale, rope_theta, alibi_slopes)
-        only_with(self.op, "sink", sink, "use_attention_sink", chosen.use_attention_sink)
-        values.put(sink=sink)
-        self._apply_mask(values, custom_mask)
-        self._apply_items(
-            values,
-            prefix_len_ptr=prefix_len_ptr,
-            token_pos_in_items_ptr=token_pos_in_items_ptr,
-            token_pos_in_items_len=token_pos_in_items_len,
-            max_item_len_ptr=max_item_len_ptr,
-        )
-
-    def _apply_items(self, values: Values, **items: Any) -> None:
-        is_planned = self.options.use_multi_item_scoring
-        for name, value in items.items():
-            only_with(self.op, name, value, "use_multi_item_scoring", is_planned, "a value")
+        values.scales(chosen.head_dim_qk, *map(options.get, _SCALES))
+        values.positions(chosen.pos_encoding_mode, *map(options.get, _POSITIONS))
+        values.put(enable_pdl=options.get("enable_pdl", False))
+        for name, (option, what) in _PLANNED.items():
+            value, is_planned = options.get(name), getattr(chosen, option)
+            if (value is not None) != is_planned:
+                expected = f"{what if is_planned else 'None'}: this was planned with "
+                raise self._refuse(name, shown(value), f"{expected}{option}={is_planned}")
             values.option(name, value)
-        if is_planned:
-            length, name = "token_pos_in_items_len", "token_pos_in_items_ptr"
-            each, (*_, last) = check_int(self.op, length, items[length], 0), self._batch.qo_lens
-            most, least = each * self._batch.size, each * (self._batch.size - 1)
-            least += each if self.options.enable_cuda_graph else min(last, each)
-            desc = as_desc(items[name], self.op, name)
-            if len(desc.shape) != 1 or not least <= desc.shape[0] <= most:
-                expected = f"{most} positions: {length} for each of {self._batch.size} requests"
-                if least < most:
-                    expected += f", or {least} and more: the last has {last} queries"
-                raise self._refuse(name, desc.layout, expected)
+        if chosen.use_custom_mask:
+            self._put_mask(values, options["custom_mask"])
+        if chosen.use_multi_item_scoring:
+            self._check_items(options)
 
-    def _apply_mask(self, values: Values, custom_mask: Any) -> None:
-        is_planned = self.options.use_custom_mask
-        only_with(self.op, "custom_mask", custom_mask, "use_custom_mask", is_planned)
-        if not is_planned:
-            return
+    def _check_items(self, options: Mapping[str, Any]) -> None:
+        length, name = "token_pos_in_items_len", "token_pos_in_items_ptr"
+        each = check_int(self.op, length, options[length], 0)
+        last, requests = self._batch.qo_lens[-1], self._batch.size
+        most, least = each * requests, each * (requests - 1)
+        least += each if self.options.enable_cuda_graph else min(last, each)
+        desc = as_desc(options[name], self.op, name)
+        if len(desc.shape) != 1 or not least <= desc.shape[0] <= most:
+            expected = f"{most} positions: {length} for each of {requests} requests"
+            if least < most:
+                expected += f", or {least} and more: the last has {last} queries"
+            raise self._refuse(name, desc.layout, expected)
+
+    def _put_mask(self, values: Values, custom_mask: Any) -> None:
         desc, need = as_desc(custom_mask, self.op, "custom_mask"), self._batch.mask_indptr[-1]
         have = desc.shape[0] if len(desc.shape) == 1 else -1
         if have != need and not (self.options.enable_cuda_graph and have > need):
             expected = f"{need} bytes, as the lengths say: see pack_custom_mask"
             raise self._refuse("custom_mask", desc.layout, expected)
         values.put(maybe_custom_mask=desc)
-
-
-# Python's error for an unknown keyword shows this name.
-BatchPrefillPlan._apply.__qualname__ = "BatchPrefillPlan.paged_run"

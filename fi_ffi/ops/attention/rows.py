@@ -76,9 +76,14 @@ def _maybe(name: str, axes: str, dtype: str, doc: str, since: str = "") -> Tenso
 
 
 def number(
-    name: str, doc: str, type_: type[int] | type[float] | type[bool] = float, since: str = ""
+    name: str,
+    doc: str,
+    type_: type[int] | type[float] | type[bool] = float,
+    neutral: float | None = None,
+    since: str = "",
 ) -> Scalar:
-    return Scalar(name, type_, None, doc, since=since)
+    """A number; `neutral` stands for an option that the caller leaves out."""
+    return Scalar(name, type_, neutral, doc, since=since)
 
 
 # Arguments of several entries; those of one stand with its row.
@@ -111,7 +116,7 @@ _SHARED: tuple[Arg, ...] = (
     number("mask_mode_code", "0 none, 1 causal, 2 custom, 3 multi-item scoring", int),
     KvLayout(),
     number("window_left", "visible tokens to the left; -1: all", int),
-    number("enable_pdl", "programmatic dependent launch", bool),
+    number("enable_pdl", "programmatic dependent launch", bool, False),
     number("causal", "True: each query sees the tokens up to its own", bool),
     number("total_num_rows", "queries in all", int),
     number("batch_size", "requests", int),
@@ -126,7 +131,8 @@ _SHARED: tuple[Arg, ...] = (
     number("fixed_split_size", "pages in each piece of a split request; -1: any", int),
     number("disable_split_kv", "True: never split requests", bool),
     number("num_colocated_ctas", "thread blocks reserved for another kernel", int),
-    number("uniform_q_len", "queries of every request, with CUDA graphs; 0: any", int, "0.6.16"),
+    number("uniform_q_len", "queries of every request, with CUDA graphs; 0: any", int,
+           since="0.6.16"),
     # What modules.py adds, by kernel.
     _maybe("maybe_custom_mask", "mask_bytes", "uint8", "the packed mask"),
     _maybe("maybe_mask_indptr", "b+1", "int32", "start of each request's mask"),
@@ -135,7 +141,7 @@ _SHARED: tuple[Arg, ...] = (
     _maybe("maybe_token_pos_in_items_ptr", "num_positions", "uint16",
            "each token's position in its item"),
     _maybe("maybe_max_item_len_ptr", "b", "uint16", "tokens in each request's longest item"),
-    number("token_pos_in_items_len", "positions for each request", int),
+    number("token_pos_in_items_len", "positions for each request", int, 0),
     _maybe("maybe_k_cache_sf", "num_k_sf", "uint8", "block scales of NVFP4 keys", "0.6.10"),
     _maybe("maybe_v_cache_sf", "num_v_sf", "uint8", "block scales of NVFP4 values", "0.6.10"),
     _maybe("maybe_scale_q", "num_qo_heads", "float32", "scale of each head of q"),
@@ -143,13 +149,25 @@ _SHARED: tuple[Arg, ...] = (
     _maybe("maybe_scale_v", "num_kv_heads", "float32", "scale of each head of v"),
     replace(_maybe("sink", "num_qo_heads", "float32",
                    "a logit of each head that joins the softmax's sum"), optional=False),
-    number("logits_soft_cap", "cap of the logits, `cap * tanh(logits / cap)`; 0: none"),
+    number("logits_soft_cap", "cap of the logits, `cap * tanh(logits / cap)`; 0: none", float, 0.0),
     number("sm_scale", "factor of q @ k"),
-    number("rope_rcp_scale", "1 / rope_scale"),
-    number("rope_rcp_theta", "1 / rope_theta"),
-    number("scale_q_scalar", "scale of q"),
-    number("scale_k_scalar", "scale of k"),
-    number("scale_v_scalar", "scale of v"),
+    number("rope_rcp_scale", "1 / rope_scale", float, 1.0),
+    number("rope_rcp_theta", "1 / rope_theta", float, 1e-4),
+    number("scale_q_scalar", "scale of q", float, 1.0),
+    number("scale_k_scalar", "scale of k", float, 1.0),
+    number("scale_v_scalar", "scale of v", float, 1.0),
+    # MLA's.
+    index("kv_len", "b", "tokens in each request"),
+    Tensor("q_nope", "nnz_qo num_heads head_dim_ckv", "Q", "queries, absorbed"),
+    Tensor("q_pe", "nnz_qo num_heads head_dim_kpe", "Q", "queries' part with the encoding"),
+    number("return_lse_base_on_e", "True: natural logarithms; False: base 2", bool),
+    number("ckv_scale", "scale of an fp8 cache's compressed keys and values", float, 1.0,
+           since="0.6.14"),
+    number("kpe_scale", "scale of an fp8 cache's part with the encoding", float, 1.0,
+           since="0.6.14"),
+    Tensor("maybe_ckv_scale_arr", "num_pages page_size head_dim_ckv/128", "float32",
+           "scales of an fp8 cache", optional=True, contiguous=True, in_vectors=False,
+           offset_limit=2**32, since="0.6.18"),
 )  # fmt: skip
 SHARED: Mapping[str, Any] = {arg.name: arg for arg in _SHARED}
 
@@ -349,8 +367,6 @@ _MLA_PLAN = (
 _MLA_RUN = f"{_RUN} q_nope q_pe ckv_cache kpe_cache kv_indices o maybe_lse mask_mode_code num_heads"
 _MLA_RUN += " page_size sm_scale return_lse_base_on_e ckv_scale kpe_scale maybe_ckv_scale_arr"
 _MLA_ARGS = (
-    Tensor("q_nope", "nnz_qo num_heads head_dim_ckv", "Q", "queries, absorbed"),
-    Tensor("q_pe", "nnz_qo num_heads head_dim_kpe", "Q", "queries' part with the encoding"),
     *_caches(offset_limit=2**32, until=_SOUND),
     *_caches(offset_limit=FAR, since=_SOUND),
     replace(SHARED["o"], axes="nnz_qo num_heads head_dim_ckv", dtype="Q", contiguous=False),
@@ -358,20 +374,6 @@ _MLA_ARGS = (
         SHARED["maybe_lse"],
         axes="nnz_qo num_heads",
         doc="receives the log-sum-exp of each row",
-    ),
-    number("return_lse_base_on_e", "True: natural logarithms; False: base 2", bool),
-    number("ckv_scale", "scale of an fp8 cache's compressed keys and values", since="0.6.14"),
-    number("kpe_scale", "scale of an fp8 cache's part with the encoding", since="0.6.14"),
-    Tensor(
-        "maybe_ckv_scale_arr",
-        "num_pages page_size head_dim_ckv/128",
-        "float32",
-        "scales of an fp8 cache",
-        optional=True,
-        contiguous=True,
-        in_vectors=False,
-        offset_limit=2**32,
-        since="0.6.18",
     ),
 )
 _MLA_SIZES = (

@@ -4,46 +4,27 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from fi_ffi.abi.interop import as_desc
-from fi_ffi.abi.tensor import Device, TensorDesc
+from fi_ffi.abi.interop import TensorLike, as_desc
+from fi_ffi.abi.tensor import Device
 from fi_ffi.errors import ArgumentError, ArgumentTypeError
-from fi_ffi.ops.attention.rows import FP4
+from fi_ffi.ops.attention.rows import FP4, SHARED
 from fi_ffi.ops.call import values as values_
-from fi_ffi.ops.call.arguments import check_number, shown
+from fi_ffi.ops.call.arguments import Refusal, check_number, shown
 from fi_ffi.ops.call.compiled import CompiledRow
-from fi_ffi.ops.call.row import Row
+from fi_ffi.ops.call.row import Row, Scalar
 
-# Options that the binding names with "maybe_" before the name.
-_MAYBE = {
-    "lse",
-    "custom_mask",
-    "alibi_slopes",
-    "prefix_len_ptr",
-    "token_pos_in_items_ptr",
-    "max_item_len_ptr",
-    "k_cache_sf",
-    "v_cache_sf",
-    "ckv_scale_arr",
-}
 # The caller's names of an entry's arguments.
 CALLER_NAMES = {
-    **{f"maybe_{name}": name for name in _MAYBE},
+    **{name: name.removeprefix("maybe_") for name in SHARED if name.startswith("maybe_")},
     **{f"maybe_scale_{of}": f"{of}_scale" for of in "qkv"},
     "rope_rcp_scale": "rope_scale",
     "rope_rcp_theta": "rope_theta",
 }
-_ONES = (*(f"scale_{of}_scalar" for of in "qkv"), "rope_rcp_scale", "ckv_scale", "kpe_scale")
 # Values that an entry gets for options that were left out.
-NEUTRAL = {
-    **dict.fromkeys(_ONES, 1.0),
-    **dict.fromkeys(("token_pos_in_items_len", "uniform_q_len"), 0),
-    "logits_soft_cap": 0.0,
-    "rope_rcp_theta": 1e-4,
-    "enable_pdl": False,
-}
+_NEUTRAL = {arg.name: arg.default for arg in SHARED.values() if isinstance(arg, Scalar)}
 _OF_KIND = {"": "", "fp8": " with fp8 queries", "fp4": " with keys of 4 bits"}
 
 
@@ -63,7 +44,7 @@ class Values(values_.Values):
     def __init__(
         self, op: str, compiled: CompiledRow, backend: str, others: Mapping[str, Row]
     ) -> None:
-        super().__init__(op, compiled, NEUTRAL)
+        super().__init__(op, compiled, _NEUTRAL)
         self.backend, self.others = backend, others
 
     def of(self, values: list[Any]) -> Values:
@@ -75,27 +56,33 @@ class Values(values_.Values):
         """Set an option that the caller passed; raise `ArgumentError` if this backend lacks it."""
         if value is None:
             return
-        abi_name = f"maybe_{name}" if name in _MAYBE else name
-        if abi_name not in self.index:
-            raise self.lacks(name, value, (abi_name,))
-        self.values[self.index[abi_name]] = value
+        names = f"maybe_{name}", name
+        index = next((self.index[of] for of in names if of in self.index), None)
+        if index is None:
+            raise self.lacks(name, value, *names)
+        self.values[index] = value
 
-    def lacks(self, name: str, value: object, abi_names: Iterable[str]) -> ArgumentError:
+    def lacks(self, name: str, value: object, *abi_names: str) -> ArgumentError:
         """Make the error for an option that this row lacks, naming the backends that have it."""
-        wanted = set(abi_names)
         having = sorted(
             backend
             for backend, row in self.others.items()
-            if wanted & {arg.name for arg in row.args} and backend != self.backend
+            if {*abi_names} & {arg.name for arg in row.args} and backend != self.backend
         )
         who = "none of these kernels has it"
         if having:
             backend, _, of = having[0].partition("_")
             who = f"backend={backend!r}{_OF_KIND[of]} has it"
-        expected = f"None: {self.backend} lacks it ({who})"
-        return ArgumentError(self.op, name, got=shown(value), expected=expected)
+        return Refusal(self.op)(name, shown(value), f"None: {self.backend} lacks it ({who})")
 
-    def scale(self, of: str, value: object, sm_scale: float) -> float:
+    def scales(self, head_dim: int, sm_scale: object = None, *scales: object) -> None:
+        """Set the scale of the softmax, and those of q, k and v."""
+        scale = softmax_scale(self.op, sm_scale, head_dim)
+        for of, value in zip("qkv", scales, strict=False):
+            scale = self._scale(of, value, scale)
+        self.put(sm_scale=scale)
+
+    def _scale(self, of: str, value: object, sm_scale: float) -> float:
         """Set a scale of q, k or v, a number or one for each head; return the new `sm_scale`.
 
         For kernels without an argument for the scale of q or k, multiply `sm_scale` by it.
@@ -108,10 +95,9 @@ class Values(values_.Values):
                 desc = as_desc(value, self.op, name)
             except ArgumentTypeError:
                 expected = "a number, or a tensor of one for each head"
-                got = shown(value)
-                raise ArgumentTypeError(self.op, name, got=got, expected=expected) from None
+                raise Refusal(self.op).type(name, value, expected) from None
             if tensor not in self.index:
-                raise self.lacks(name, value, (tensor,))
+                raise self.lacks(name, value, tensor)
             self.values[self.index[tensor]] = desc
             return sm_scale
         plain = check_number(self.op, name, value, -math.inf if of == "v" else 0.0)
@@ -120,26 +106,26 @@ class Values(values_.Values):
         elif of != "v":
             return sm_scale * plain
         elif plain != 1.0:
-            raise self.lacks("v_scale", value, (scalar,))
+            raise self.lacks("v_scale", value, scalar)
         return sm_scale
 
     def positions(
         self, mode: str, rope_scale: float | None, rope_theta: float | None, alibi_slopes: object
     ) -> None:
         """Set the arguments of the position encoding that the kernel was compiled with."""
+        refuse = Refusal(self.op)
         for name, value in (("rope_scale", rope_scale), ("rope_theta", rope_theta)):
             if value is None:
                 continue
             if mode != "ROPE_LLAMA":
-                expected = "None without pos_encoding_mode='ROPE_LLAMA'"
-                raise ArgumentError(self.op, name, got=value, expected=expected)
+                raise refuse(name, value, "None without pos_encoding_mode='ROPE_LLAMA'")
             # The kernels take the reciprocal, as a float32.
             reciprocal = 1.0 / check_number(self.op, name, value, 1e-30)
             self.put(**{name.replace("rope_", "rope_rcp_"): reciprocal})
         if (alibi_slopes is not None) != (mode == "ALIBI"):
             what = "slopes" if mode == "ALIBI" else "None"
-            got, expected = shown(alibi_slopes), f"{what} with pos_encoding_mode={mode!r}"
-            raise ArgumentError(self.op, "alibi_slopes", got=got, expected=expected)
+            expected = f"{what} with pos_encoding_mode={mode!r}"
+            raise refuse("alibi_slopes", shown(alibi_slopes), expected)
         self.option("alibi_slopes", alibi_slopes)
 
 
@@ -150,46 +136,39 @@ OWN_STRIDES = ">=0.6.15"
 def block_scales(
     values: Values,
     kv_data_type: str,
-    tensors: Mapping[str, TensorDesc],
+    tensors: Mapping[str, TensorLike],
+    k_cache_sf: TensorLike | None,
+    v_cache_sf: TensorLike | None,
     have_own_strides: bool = False,
-    **scales: object,
 ) -> None:
-    """Set `k_cache_sf` and `v_cache_sf`, the block scales of NVFP4 keys and values.
+    """Set `k_cache_sf` and `v_cache_sf`, the block scales of NVFP4 keys and values (`tensors`).
 
-    `tensors` are the keys and the values, in the order of `scales`. The kernels load four scales at
-    a time. They address scales by an eighth of the strides of the keys, unless they take the
-    scales' own strides (`have_own_strides`).
+    The kernels load four scales at a time. They address scales by an eighth of the strides of the
+    keys, unless they take the scales' own strides (`have_own_strides`).
     """
-    op, is_fp4 = values.op, kv_data_type in FP4
-    for (name, given), (of, desc) in zip(scales.items(), tensors.items(), strict=True):
-        if (given is not None) != is_fp4:
-            expected = "scales, for keys and values of 4 bits" if is_fp4 else "None"
-            expected += "" if is_fp4 else f": {of} is of {kv_data_type}, not of 4 bits"
-            raise ArgumentError(op, name, got=shown(given), expected=expected)
-        if given is None:
+    is_fp4 = kv_data_type in FP4
+    if not is_fp4 and k_cache_sf is v_cache_sf is None:
+        return
+    refuse, scales = Refusal(values.op), {"k_cache_sf": k_cache_sf, "v_cache_sf": v_cache_sf}
+    for (name, scale), (of, tensor) in zip(scales.items(), tensors.items(), strict=True):
+        if (scale is not None) != is_fp4:
+            expected = "scales, for keys and values of 4 bits"
+            if not is_fp4:
+                expected = f"None: {of} is of {kv_data_type}, not of 4 bits"
+            raise refuse(name, shown(scale), expected)
+        if scale is None:
             continue
-        found = as_desc(given, op, name)
-        pairs = zip(desc.shape[:-1], desc.strides[:-1], found.strides[:-1], strict=False)
-        if len(found.shape) == len(desc.shape) and any(
+        desc, like = as_desc(scale, refuse.op, name), as_desc(tensor, refuse.op, of)
+        pairs = zip(like.shape[:-1], like.strides[:-1], desc.strides[:-1], strict=False)
+        if len(desc.shape) == len(like.shape) and any(
             size > 1 and ((ours != 8 * theirs and not have_own_strides) or theirs % 4)
             for size, ours, theirs in pairs
         ):
-            got = f"strides {found.strides} beside {desc.strides}"
             expected = "strides that are multiples of 4"
             if not have_own_strides:
                 expected = f"an eighth of `{of}`'s strides, in multiples of 4"
-            raise ArgumentError(op, name, got=got, expected=expected)
-        values.option(name, found)
-
-
-def only_with(
-    op: str, name: str, value: object, option: str, is_planned: bool, what: str = "a tensor"
-) -> None:
-    """Raise `ArgumentError` unless an argument is given exactly if the plan has the option."""
-    if (value is not None) != is_planned:
-        expected = what if is_planned else "None"
-        expected = f"{expected}: this was planned with {option}={is_planned}"
-        raise ArgumentError(op, name, got=shown(value), expected=expected)
+            raise refuse(name, f"strides {desc.strides} beside {like.strides}", expected)
+        values.option(name, desc)
 
 
 def softmax_scale(op: str, sm_scale: object, head_dim: int) -> float:

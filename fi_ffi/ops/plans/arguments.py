@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, TypedDict
+from collections.abc import Sequence
+from typing import Any, NoReturn, TypedDict
 
 from fi_ffi.abi.interop import TensorLike, as_desc
 from fi_ffi.abi.tensor import TensorDesc
-from fi_ffi.errors import nearest
 from fi_ffi.ops.attention.backends import CAUSAL, CUSTOM, NON_CAUSAL
 from fi_ffi.ops.attention.workspace import Workspace
 from fi_ffi.ops.call.arguments import Refusal, check_flag, check_int
@@ -69,13 +68,14 @@ class PodKeywords(_PodSizes, _Options, total=False):
     fixed_split_size: int | None
 
 
-def check_keywords(op: str, keywords: Any, options: Iterable[str]) -> None:
-    """Refuse options that a plan lacks, as Python refuses unknown keywords."""
-    known = keywords.__annotations__
-    for name in options:
-        if name not in known:
-            near = nearest(name, known)
-            raise TypeError(f"{op}() got an unexpected keyword argument {name!r}{near}")
+class NotOf:
+    """An inherited method that a plan class lacks: its access raises `AttributeError`."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._words = f"{owner.__name__!r} has no {name!r}"
+
+    def __get__(self, instance: object, owner: type | None = None) -> NoReturn:
+        raise AttributeError(self._words)
 
 
 def described(op: str, **tensors: TensorLike) -> dict[str, TensorDesc]:

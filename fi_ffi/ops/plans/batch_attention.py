@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fi_ffi.abi.interop import TensorLike
 from fi_ffi.ops.attention import sizes
 from fi_ffi.ops.attention.arrays import PAGES_OF_LENGTHS, Batch
 from fi_ffi.ops.attention.backends import CAUSAL, NON_CAUSAL, Target, fa2_lacks
+from fi_ffi.ops.attention.bind import RunNames
 from fi_ffi.ops.attention.options import (
     Choice,
     Count,
@@ -23,10 +24,9 @@ from fi_ffi.ops.attention.options import (
 )
 from fi_ffi.ops.attention.plan import Plan
 from fi_ffi.ops.attention.rows import F16, FP4, FP8
-from fi_ffi.ops.attention.values import Values, block_scales, softmax_scale
+from fi_ffi.ops.attention.values import Values, block_scales
 from fi_ffi.ops.attention.workspace import Workspace
 from fi_ffi.ops.call.arguments import check_number
-from fi_ffi.ops.plans.arguments import described
 from fi_ffi.ops.plans.rows import BATCH_ATTENTION, BATCH_ATTENTION_FP4
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ class BatchAttentionPlan(Plan):
     op = "BatchAttentionPlan"
     _options_class = AttentionOptions
     _names = PAGES_OF_LENGTHS
-    _run_arrays: Mapping[str, str] = {"kv_indices": "indices"}
+    _run_names = RunNames({"kv_indices": "indices"})
 
     def __init__(
         self,
@@ -187,20 +187,19 @@ class BatchAttentionPlan(Plan):
         bound = self._bound_run(0, self._check_indices("kv_indices", kv_indices))
         values = bound.template.fresh()
         if sm_scale is not None or k_scale is not None:
-            scale = softmax_scale(self.op, sm_scale, self.options.head_dim_qk)
-            values.put(sm_scale=values.scale("k", k_scale, scale))
+            values.scales(self.options.head_dim_qk, sm_scale, None, k_scale)
         if v_scale is not None:
             values.put(v_scale=check_number(self.op, "v_scale", v_scale, -math.inf))
         dtype = self.options.kv_data_type
-        if dtype in FP4 or k_cache_sf is not None or v_cache_sf is not None:
-            caches = described(self.op, k_cache=k_cache, v_cache=v_cache)
-            block_scales(values, dtype, caches, k_cache_sf=k_cache_sf, v_cache_sf=v_cache_sf)
+        caches = {"k_cache": k_cache, "v_cache": v_cache}
+        block_scales(values, dtype, caches, k_cache_sf, v_cache_sf)
         values.put(q=q, k_cache=k_cache, v_cache=v_cache, o=o, maybe_lse=lse)
         values.put(kv_layout=kv_layout, kv_indices=kv_indices)
         self._run_packed(bound, values.values, stream)
 
     def _fill_defaults(self, values: Values) -> None:
-        values.put(sm_scale=softmax_scale(self.op, None, self.options.head_dim_qk), v_scale=1.0)
+        values.scales(self.options.head_dim_qk)
+        values.put(v_scale=1.0)
 
     def _facts(self) -> dict[str, Any]:
         mask = CAUSAL if self.options.causal else NON_CAUSAL

@@ -11,13 +11,12 @@ from fi_ffi.abi.interop import TensorLike, as_desc
 from fi_ffi.abi.streams import handle_for
 from fi_ffi.abi.tensor import TensorDesc
 from fi_ffi.ops.attention.arrays import Batch
-from fi_ffi.ops.attention.plan import NotOf
 from fi_ffi.ops.attention.prefill import BatchPrefillPlan
 from fi_ffi.ops.attention.workspace import Workspace
 from fi_ffi.ops.call import cuda, memory
 from fi_ffi.ops.call.arguments import check_choice
 from fi_ffi.ops.call.row import KV_LAYOUTS, Row, as_nhd
-from fi_ffi.ops.plans.arguments import PodKeywords, described, workspace_for_each
+from fi_ffi.ops.plans.arguments import NotOf, PodKeywords, described, workspace_for_each
 from fi_ffi.ops.plans.pod import POD_RUN, PodPlan
 from fi_ffi.ops.plans.rows import BATCH_POD
 
@@ -98,7 +97,7 @@ class BatchPodPlan(PodPlan):
     _pod_row: ClassVar[Row] = BATCH_POD
     _family = "batch_pod"
     _last_page_len = "paged_kv_last_page_len_d"
-    _run_info = "plan_info_vec_d"
+    _run_names = PodPlan._run_names._replace(info="plan_info_vec_d")
     workspace_size: Any = NotOf()
     _names: Mapping[str, str] = {
         "qo_indptr": "paged_kv_last_page_len_d",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fi_ffi.abi.interop import TensorLike
 from fi_ffi.ops import functions
 from fi_ffi.ops.attention.arrays import Indptr, host_ints
-from fi_ffi.ops.attention.options import PrefillOptions, SignatureWithOptions
+from fi_ffi.ops.attention.options import PrefillOptions, SignatureWithOptions, check_keywords
 from fi_ffi.ops.attention.prefill import BatchPrefillPlan
 from fi_ffi.ops.attention.workspace import Workspace
 from fi_ffi.ops.call.arguments import Refusal, check_int
@@ -17,7 +17,6 @@ from fi_ffi.ops.call.refuse import may_overlap
 from fi_ffi.ops.call.support import Support, supports
 from fi_ffi.ops.plans.arguments import (
     CascadeKeywords,
-    check_keywords,
     described,
     workspace_for_each,
 )
@@ -58,7 +57,7 @@ class _Cascade:
         return merged if planned and not merged else planned
 
     def _check_options(self, options: Mapping[str, object]) -> None:
-        check_keywords(self.op, CascadeKeywords, options)
+        check_keywords(self.op, CascadeKeywords.__annotations__, options)
         size = options.get("head_dim_vo") or options.get("head_dim_qk")
         if size not in _MERGED_HEAD_DIMS and size is not None:
             expected = f"one of {_MERGED_HEAD_DIMS}, which can be merged"

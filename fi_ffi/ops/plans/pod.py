@@ -14,7 +14,8 @@ from fi_ffi.abi.tensor import TensorDesc
 from fi_ffi.loader import machine
 from fi_ffi.ops.attention.arrays import int32_array
 from fi_ffi.ops.attention.backends import NON_CAUSAL, module_name
-from fi_ffi.ops.attention.plan import NotOf
+from fi_ffi.ops.attention.bind import RunNames
+from fi_ffi.ops.attention.options import check_keywords
 from fi_ffi.ops.attention.prefill import BatchPrefillPlan
 from fi_ffi.ops.attention.values import Values
 from fi_ffi.ops.attention.workspace import Workspace
@@ -22,9 +23,9 @@ from fi_ffi.ops.call import cuda
 from fi_ffi.ops.call.arguments import check_choice, check_flag, check_int, check_number
 from fi_ffi.ops.call.row import KV_LAYOUTS, Row, as_nhd
 from fi_ffi.ops.plans.arguments import (
+    NotOf,
     PodKeywords,
     check_causal,
-    check_keywords,
     described,
     packed_mask,
 )
@@ -65,13 +66,15 @@ class PodPlan(BatchPrefillPlan):
     """
 
     op = "PodPlan"
-    _run_arrays: Mapping[str, str] = {
-        "qo_indptr_d": "qo_indptr",
-        "paged_kv_indptr_d": "kv_indptr",
-        "paged_kv_indices_d": "indices",
-        "paged_kv_last_page_len_d": "last_page_len",
-    }
-    _run_workspaces = ("float_workspace_buffer_d", "int_workspace_buffer_d")
+    _run_names = RunNames(
+        {
+            "qo_indptr_d": "qo_indptr",
+            "paged_kv_indptr_d": "kv_indptr",
+            "paged_kv_indices_d": "indices",
+            "paged_kv_last_page_len_d": "last_page_len",
+        },
+        workspaces=("float_workspace_buffer_d", "int_workspace_buffer_d"),
+    )
     _run_methods = ("run",)
     # The row of the run, the module's family, and the argument that has the last pages' lengths.
     _pod_row: ClassVar[Row] = POD
@@ -90,7 +93,7 @@ class PodPlan(BatchPrefillPlan):
         workspace: Workspace | None = None,
         **options: Unpack[PodKeywords],
     ) -> None:
-        check_keywords(self.op, PodKeywords, options)
+        check_keywords(self.op, PodKeywords.__annotations__, options)
         super().__init__(
             self._each_one(paged_kv_last_page_len),
             paged_kv_indptr=paged_kv_indptr,

@@ -20,7 +20,7 @@ from fi_ffi.ops.attention.backends import (
     release_for,
 )
 from fi_ffi.ops.attention.rows import F16, FORMS, FP4, FP8
-from fi_ffi.ops.attention.values import Values, block_scales, compiled_row, softmax_scale
+from fi_ffi.ops.attention.values import Values, block_scales, compiled_row
 from fi_ffi.ops.call.arguments import Refusal, check_choice, check_flag, check_int
 from fi_ffi.ops.call.forms import in_force
 from fi_ffi.ops.call.row import KV_LAYOUTS
@@ -172,11 +172,10 @@ def single_decode(
     row = in_force(FORMS[SINGLE_DECODE], q.device)
     compiled = compiled_row(row, kernel.module(""), kernel.dtypes, op, q.device)
     values = Values(op, compiled, "these kernels", {})
-    scale = softmax_scale(op, sm_scale, head_dim)
-    scale = values.scale("k", k_scale, values.scale("q", q_scale, scale))
+    values.scales(head_dim, sm_scale, q_scale, k_scale)
     values.positions(pos_encoding_mode, rope_scale, rope_theta, alibi_slopes)
     values.put(q=q, k=k, v=v, tmp=tmp, o=out, maybe_lse=lse, kv_layout=kv_layout)
-    values.put(window_left=window_left, logits_soft_cap=logits_soft_cap, sm_scale=scale)
+    values.put(window_left=window_left, logits_soft_cap=logits_soft_cap)
     return values
 
 
@@ -249,16 +248,12 @@ def single_prefill(
         check_tmp(op, "tmp", tmp, need, op)
     compiled = compiled_row(row, kernel.module(chosen), kernel.dtypes, op, q.device)
     values = Values(op, compiled, chosen, rows)
-    scale = softmax_scale(op, sm_scale, head_dim)
-    for of, value in (("q", q_scale), ("k", k_scale), ("v", v_scale)):
-        scale = values.scale(of, value, scale)
-    block_scales(
-        values, kernel.kv_data_type, {"k": k, "v": v}, k_cache_sf=k_cache_sf, v_cache_sf=v_cache_sf
-    )
+    values.scales(head_dim, sm_scale, q_scale, k_scale, v_scale)
     values.positions(pos_encoding_mode, rope_scale, rope_theta, alibi_slopes)
+    block_scales(values, kernel.kv_data_type, {"k": k, "v": v}, k_cache_sf, v_cache_sf)
     mask, mode = packed_mask(op, custom_mask, causal, (qo_len, kv_len))
     values.put(q=q, k=k, v=v, tmp=tmp, o=out, maybe_lse=lse, kv_layout=kv_layout)
-    values.put(window_left=window_left, logits_soft_cap=float(logits_soft_cap), sm_scale=scale)
+    values.put(window_left=window_left, logits_soft_cap=float(logits_soft_cap))
     values.put(maybe_custom_mask=mask, mask_mode_code=mode)
     return values
 

@@ -14,10 +14,10 @@ from fi_ffi.abi.tensor import TensorDesc, make_desc
 from fi_ffi.errors import ArgumentTypeError
 from fi_ffi.ops.attention.arrays import Batch, Indptr, host_ints
 from fi_ffi.ops.attention.masks import pack_custom_mask
-from fi_ffi.ops.attention.plan import NotOf
+from fi_ffi.ops.attention.options import check_keywords
 from fi_ffi.ops.attention.prefill import BatchPrefillPlan
 from fi_ffi.ops.call.arguments import INT32_MAX, Refusal, check_int
-from fi_ffi.ops.plans.arguments import SparseKeywords, check_heads, check_keywords, described
+from fi_ffi.ops.plans.arguments import NotOf, SparseKeywords, check_heads, described
 
 if TYPE_CHECKING:
     import numpy
@@ -96,7 +96,7 @@ class BlockSparseAttentionPlan(BatchPrefillPlan):
         if N % C:
             raise self._refuse("N", N, f"a multiple of C = {C}")
         self.M, self.N, self.R, self.C = M, N, R, C
-        check_keywords(self.op, SparseKeywords, options)
+        check_keywords(self.op, SparseKeywords.__annotations__, options)
         super().__init__(
             **self._arrays(indptr, indices),
             page_size=C,
@@ -198,7 +198,7 @@ class VariableBlockSparseAttentionPlan(BatchPrefillPlan):
     ) -> None:
         self.group = check_heads(self.op, num_qo_heads, num_kv_heads)
         self.num_kv_heads = num_kv_heads
-        check_keywords(self.op, SparseKeywords, options)
+        check_keywords(self.op, SparseKeywords.__annotations__, options)
         arrays, lens = self._arrays(block_mask_map, block_row_sz, block_col_sz)
         # Each key head becomes MB requests with one key head and `group` query heads.
         super().__init__(
