@@ -38,35 +38,35 @@ _Dtypes = dict[str, tuple[str, ...]]
 
 
 def add_row(
-    family: str,
-    symbol: str,
+    name: str,
     variant: str,
-    source: str,
     doc: str,
     args: tuple[Arg, ...],
     later: Mapping[str, Mapping[str, Any]] | None = None,
     **fields: Any,
 ) -> Row:
-    """Add a row with what most entries have in common; return its first form."""
+    """Add a row, named by family and symbol, with what most entries have in common; return its
+    first form."""
+    family, _, symbol = name.partition(".")
+    source = family.removesuffix("_with_attention_sink") + "_sm90" * ("fa3" in variant)
+    source += "_binding.cu" if family == "batch_mla" else "_jit_binding.cu"
     common: dict[str, Any] = {
+        "source": f"csrc/{source}",
         "releases": f">={OLDEST}",
         "dtypes": {"Q": F16, "KV": F16 + FP8, "O": F16},
         "requires": HEADS,
         "vector": Vector(("head_dim_qk", "head_dim_vo")),
         "offset_limit": 2**31,
     }
-    fields = common | fields
-    row = Row(
-        f"{family}.{symbol}", family, symbol, f"csrc/{source}", doc, args, variant=variant, **fields
-    )
+    row = Row(name, family, symbol, doc=doc, args=args, variant=variant, **common | fields)
     forms = forms_of(row, later)
     FORMS[forms[0]] = forms
     return forms[0]
 
 
-def index(name: str, axes: str, doc: str, host: bool = False) -> Tensor:
+def index(name: str, axes: str, doc: str) -> Tensor:
     """An array of positions or pages."""
-    return Tensor(name, axes, "int32", doc, contiguous=True, host=host)
+    return Tensor(name, axes, "int32", doc, contiguous=True)
 
 
 def _maybe(name: str, axes: str, dtype: str, doc: str, since: str = "") -> Tensor:
@@ -93,6 +93,8 @@ _SHARED: tuple[Arg, ...] = (
     Tensor("page_locked_int_workspace_buffer", "int_bytes", "uint8",
            "the schedule, before its copy to the device", writes=True, host=True),
     PlanInfo(),
+    Tensor("empty_q_data", "0", "uint8", "of the query's dtype"),
+    Tensor("empty_kv_data", "0", "uint8", "of the cache's dtype"),
     Tensor("q", "nnz_qo num_qo_heads head_dim_qk", "Q", "queries"),
     Tensor("k", "nnz_kv num_kv_heads head_dim_qk", "KV", "keys", kv=True),
     Tensor("v", "nnz_kv num_kv_heads head_dim_vo", "KV", "values", kv=True),
@@ -108,7 +110,10 @@ _SHARED: tuple[Arg, ...] = (
     Tensor("paged_v_cache", "num_pages page_size num_kv_heads head_dim_vo", "KV",
            "the values' pages", kv=True, offset_limit=FAR, stride_limit=2**32),
     index("qo_indptr", "b+1", "start of each request's queries"),
-    index("kv_indptr", "b+1", "start of each request's keys"),
+    index("kv_indptr", "b+1", "start of each request's keys, or of its pages"),
+    index("indptr", "b+1", "start of each request's pages"),
+    index("kv_len_arr", "b", "tokens in each request"),
+    index("kv_len", "b", "tokens in each request"),
     index("paged_kv_indptr", "b+1", "start of each request's pages"),
     index("paged_kv_indices", "num_indices", "the pages"),
     index("paged_kv_last_page_len", "b", "tokens in each request's last page"),
@@ -157,7 +162,6 @@ _SHARED: tuple[Arg, ...] = (
     number("scale_k_scalar", "scale of k", float, 1.0),
     number("scale_v_scalar", "scale of v", float, 1.0),
     # MLA's.
-    index("kv_len", "b", "tokens in each request"),
     Tensor("q_nope", "nnz_qo num_heads head_dim_ckv", "Q", "queries, absorbed"),
     Tensor("q_pe", "nnz_qo num_heads head_dim_kpe", "Q", "queries' part with the encoding"),
     number("return_lse_base_on_e", "True: natural logarithms; False: base 2", bool),
@@ -230,45 +234,35 @@ PREFILL_DTYPES: dict[str, _Dtypes] = {
 DECODE_DTYPES: _Dtypes = {"Q": F16, "KV": F16 + FP8, "O": F16 + FP8}
 
 
-def prefill_source(family: str, kind: str) -> str:
-    return f"{family}{'' if kind.startswith('fa2') else '_sm90'}_jit_binding.cu"
-
-
 def output(kind: str) -> Tensor:
     """The output of a prefill kernel."""
     o: Tensor = SHARED["o"]
     return o if kind.startswith("fa2") else replace(o, contiguous=False)
 
 
-def add_plan(
-    family: str, variant: str, source: str, names: str, *own: Arg, later: Any = None
-) -> Row:
+def add_plan(family: str, variant: str, names: str, **more: Any) -> Row:
     """Add the row of a planner: workspaces, then host arrays and numbers."""
-    args = arguments(f"{WORKSPACES} page_locked_int_workspace_buffer {names}", *own)
+    args = list(arguments(f"{WORKSPACES} page_locked_int_workspace_buffer"))
+    for arg in arguments(names):
+        args.append(replace(arg, host=True) if isinstance(arg, Tensor) else arg)
     fields: dict[str, Any] = {"dtypes": {}, "vector": Vector(()), "result": "Array<int>"}
-    return add_row(family, "plan", variant, source, "Schedule a batch.", args, later, **fields)
+    return add_row(f"{family}.plan", variant, "Schedule a batch.", tuple(args), **fields, **more)
 
 
 BATCH_DECODE_PLAN = add_plan(
     "batch_decode",
     "",
-    "batch_decode_jit_binding.cu",
     "indptr batch_size num_qo_heads num_kv_heads page_size enable_cuda_graph window_left "
     "logits_soft_cap head_dim_qk head_dim_vo empty_q_data empty_kv_data",
-    index("indptr", "b+1", "start of each request's pages", host=True),
-    Tensor("empty_q_data", "0", "uint8", "of the query's dtype", host=True),
-    Tensor("empty_kv_data", "0", "uint8", "of the cache's dtype", host=True),
 )
 BATCH_DECODE_RUN = add_row(
-    "batch_decode",
-    "run",
+    "batch_decode.run",
     "",
-    "batch_decode_jit_binding.cu",
     "Attention of a query a request.",
     arguments(
         f"{_RUN} q {' '.join(PAIR)} {PAGES} o maybe_lse kv_layout window_left enable_pdl "
         f"maybe_alibi_slopes {FA2_SCALARS}",
-        Tensor("q", "b num_qo_heads head_dim_qk", "Q", "queries"),
+        replace(SHARED["q"], axes="b num_qo_heads head_dim_qk"),
         replace(SHARED["o"], axes="b num_qo_heads head_dim_vo"),
         replace(SHARED["maybe_lse"], axes="b num_qo_heads"),
     ),
@@ -282,64 +276,50 @@ _FA3_PLAN += "page_size enable_cuda_graph head_dim_qk head_dim_vo causal window_
 _FA2_PLAN = f"{_FA3_PLAN} fixed_split_size disable_split_kv num_colocated_ctas uniform_q_len"
 
 
-_PREFILL_PLAN = (
-    index("qo_indptr", "b+1", "start of each request's queries", host=True),
-    index("kv_indptr", "b+1", "start of each request's pages (or tokens)", host=True),
-    index("kv_len_arr", "b", "tokens in each request", host=True),
-)
-
-
-def _prefill_plan(family: str, kind: str, variant: str) -> Row:
-    names, source = _FA2_PLAN if kind == "fa2" else _FA3_PLAN, prefill_source("batch_prefill", kind)
-    return add_plan(family, variant, source, names, *_PREFILL_PLAN)
+def variant_of(kind: str) -> str:
+    """The suffix of the rows of a kernel and a kind of dtypes; fa2's plain ones have none."""
+    return f"_{kind}".removeprefix("_fa2")
 
 
 def _prefill_runs(
-    family: str, kind: str, variant: str, added: str, docs: tuple[str, str], **fields: Any
+    family: str, kind: str, variant: str, added: str, **fields: Any
 ) -> tuple[Row, Row]:
     """Add a batch-prefill family's ragged_run and paged_run."""
-    source = prefill_source("batch_prefill", kind)
+    fields |= {"nothing_axis": "nnz_qo"}
     tail = f"o maybe_lse mask_mode_code kv_layout window_left enable_pdl {added}"
-    fields = {"nothing_axis": "nnz_qo"} | fields
+    is_fp4 = kind == "fa2_fp4"
 
-    def add(symbol: str, k: str, v: str, positions: str, doc: str, **more: Any) -> Row:
-        own = [*in_4_bits(SHARED[k], SHARED[v])] if kind == "fa2_fp4" else []
-        names = f"{_RUN} q {k} {v} {positions} {tail}"
-        args = arguments(names, output(kind), *own)
-        return add_row(family, symbol, variant, source, doc, args, **more, **fields)
+    def add(symbol: str, k: str, v: str, positions: str, where: str, **more: Any) -> Row:
+        own = in_4_bits(SHARED[k], SHARED[v]) if is_fp4 else ()
+        args = arguments(f"{_RUN} q {k} {v} {positions} {tail}", output(kind), *own)
+        doc = f"Attention over keys and values{' of 4 bits' * is_fp4}{where}."
+        return add_row(f"{family}.{symbol}", variant, doc, args, **more, **fields)
 
+    pages = f"qo_indptr {PAGES}", ", in a paged cache"
     return (
-        add("ragged_run", "k", "v", "qo_indptr kv_indptr", docs[0]),
-        add("paged_run", *PAIR, f"qo_indptr {PAGES}", docs[1], same_strides=PAIR),
+        add("ragged_run", "k", "v", "qo_indptr kv_indptr", ", side by side"),
+        add("paged_run", *PAIR, *pages, same_strides=PAIR),
     )
 
 
-_DOCS = "Attention over keys and values side by side.", "Attention over a paged cache."
-_DOCS_FP4 = (
-    "Attention over keys and values of 4 bits, side by side.",
-    "Attention over a paged cache of 4 bits.",
-)
+def _prefill(family: str, kind: str, variant: str, added: str, dtypes: _Dtypes) -> tuple[Row, ...]:
+    plan = add_plan(family, variant, _FA2_PLAN if kind == "fa2" else _FA3_PLAN)
+    return plan, *_prefill_runs(family, kind, variant, added, dtypes=dtypes)
+
+
 # Of each kernel: plan, ragged_run, paged_run.
-BATCH_PREFILL: dict[str, tuple[Row, Row, Row]] = {}
-for _kind, _added in _OF_BATCH.items():
-    _variant = "" if _kind == "fa2" else f"_{_kind}"
-    BATCH_PREFILL[_kind] = (
-        _prefill_plan("batch_prefill", _kind, _variant),
-        *_prefill_runs(
-            "batch_prefill", _kind, _variant, _added, _DOCS, dtypes=PREFILL_DTYPES[_kind]
-        ),
-    )
+BATCH_PREFILL = {
+    kind: _prefill("batch_prefill", kind, variant_of(kind), added, PREFILL_DTYPES[kind])
+    for kind, added in _OF_BATCH.items()
+}
 BATCH_PREFILL["fa2_fp4"] = (
     BATCH_PREFILL["fa2"][0],
-    *_prefill_runs("batch_prefill", "fa2_fp4", "_fp4", _OF_BATCH["fa2"], _DOCS_FP4, **IN_4_BITS),
+    *_prefill_runs("batch_prefill", "fa2_fp4", "_fp4", _OF_BATCH["fa2"], **IN_4_BITS),
 )
 _SINK = "batch_prefill_with_attention_sink"
 BATCH_PREFILL_SINK = {
-    kind: (
-        _prefill_plan(_SINK, kind, variant),
-        *_prefill_runs(_SINK, kind, variant, "sink sm_scale", _DOCS, dtypes=_SAME),
-    )
-    for kind, variant in {"fa2": "_sink", "fa3": "_sink_fa3"}.items()
+    kind: _prefill(_SINK, kind, f"_sink{variant_of(kind)}", "sink sm_scale", _SAME)
+    for kind in ("fa2", "fa3")
 }
 
 # Multi-head latent attention over a paged cache.  From 0.7.0 on the planner leaves the copy to
@@ -359,64 +339,38 @@ def _caches(**more: Any) -> Iterator[Tensor]:
         yield Tensor(f"{part}_cache", axes, "KV", doc, stride_limit=2**32, **more)
 
 
-_MLA_PLAN = (
-    index("qo_indptr", "b+1", "start of each request's queries", host=True),
-    index("kv_indptr", "b+1", "start of each request's pages", host=True),
-    index("kv_len", "b", "tokens in each request", host=True),
-)
 _MLA_RUN = f"{_RUN} q_nope q_pe ckv_cache kpe_cache kv_indices o maybe_lse mask_mode_code num_heads"
 _MLA_RUN += " page_size sm_scale return_lse_base_on_e ckv_scale kpe_scale maybe_ckv_scale_arr"
 _MLA_ARGS = (
     *_caches(offset_limit=2**32, until=_SOUND),
     *_caches(offset_limit=FAR, since=_SOUND),
     replace(SHARED["o"], axes="nnz_qo num_heads head_dim_ckv", dtype="Q", contiguous=False),
-    replace(
-        SHARED["maybe_lse"],
-        axes="nnz_qo num_heads",
-        doc="receives the log-sum-exp of each row",
-    ),
+    replace(SHARED["maybe_lse"], axes="nnz_qo num_heads", doc="receives each row's log-sum-exp"),
 )
-_MLA_SIZES = (
-    "num_heads >= 1",
-    "page_size >= 1",
-    "head_dim_ckv in (512,)",
-    "head_dim_kpe in (64,)",
-)
-
-
-def _mla_source(kind: str) -> str:
-    return f"batch_mla{'_sm90' if 'fa3' in kind else ''}_binding.cu"
-
-
-def _mla_plan(kind: str, variant: str) -> Row:
-    names, later = "qo_indptr kv_indptr kv_len num_heads head_dim_o causal", {"result": WITH_COPY}
-    source = _mla_source(kind)
-    return add_plan("batch_mla", variant, source, names, *_MLA_PLAN, later={"0.7.0": later})
-
-
-def _mla_run(kind: str, variant: str, **fields: Any) -> Row:
-    return add_row(
-        "batch_mla",
-        "run",
-        variant,
-        _mla_source(kind),
-        "Multi-head latent attention over a paged cache.",
-        arguments(_MLA_RUN, *_MLA_ARGS),
-        vector=Vector(("head_dim_ckv", "head_dim_kpe")),
-        nothing_axis="nnz_qo",
-        requires=_MLA_SIZES,
-        **fields,
-    )
-
-
-_FP8_CACHE: _Dtypes = {"Q": ("bfloat16",), "KV": ("float8_e4m3fn",)}
-# Of each kernel: plan, run.
-BATCH_MLA = {
-    kind: (_mla_plan(kind, variant), _mla_run(kind, variant, dtypes={"Q": F16, "KV": F16}))
-    for kind, variant in {"fa2": "", "fa3": "_fa3"}.items()
+_MLA_SIZES = ("head_dim_ckv in (512,)", "head_dim_kpe in (64,)")
+_MLA: dict[str, Any] = {
+    "vector": Vector(("head_dim_ckv", "head_dim_kpe")),
+    "nothing_axis": "nnz_qo",
+    "requires": ("num_heads >= 1", "page_size >= 1", *_MLA_SIZES),
 }
+
+
+def _mla_run(variant: str, **fields: Any) -> Row:
+    doc, args = "Multi-head latent attention over a paged cache.", arguments(_MLA_RUN, *_MLA_ARGS)
+    return add_row("batch_mla.run", variant, doc, args, **_MLA, **fields)
+
+
+def _mla(kind: str) -> tuple[Row, Row]:
+    names, later = "qo_indptr kv_indptr kv_len num_heads head_dim_o causal", {"result": WITH_COPY}
+    plan = add_plan("batch_mla", variant_of(kind), names, later={"0.7.0": later})
+    return plan, _mla_run(variant_of(kind), dtypes={"Q": F16, "KV": F16})
+
+
+# Of each kernel: plan, run.
+BATCH_MLA = {kind: _mla(kind) for kind in MLA_FP8}
+_FP8_CACHE: _Dtypes = {"Q": ("bfloat16",), "KV": ("float8_e4m3fn",)}
 for _kind, _since in MLA_FP8.items():
-    _run = _mla_run(_kind, f"_{_kind}_fp8", dtypes=_FP8_CACHE, releases=_since)
+    _run = _mla_run(f"_{_kind}_fp8", dtypes=_FP8_CACHE, releases=_since)
     BATCH_MLA[f"{_kind}_fp8"] = BATCH_MLA[_kind][0], _run
 # Runs whose every request needs a key.
 NEED_KEYS = frozenset(

@@ -29,7 +29,7 @@ from fi_ffi.ops.attention.rows import (
     index,
     number,
     output,
-    prefill_source,
+    variant_of,
 )
 from fi_ffi.ops.attention.rows import FORMS as FORMS
 from fi_ffi.ops.call.row import Arg, IntArray, PlanInfo, Row, Rule, Tensor, Vector
@@ -55,11 +55,10 @@ _OF_ONE = {
 
 
 def _single_prefill(kind: str, doc: str, *own: Tensor, **fields: Any) -> Row:
-    variant = {"fa2": "", "fa2_fp4": "_fp4"}.get(kind, f"_{kind}")
     names = f"{_TENSORS} mask_mode_code kv_layout window_left {_OF_ONE[kind.removesuffix('_fp4')]}"
-    args, source = arguments(names, output(kind), *own), prefill_source("single_prefill", kind)
+    args = arguments(names, output(kind), *own)
     fields |= {"nothing_axis": "nnz_qo"}
-    return add_row("single_prefill", "run", variant, source, doc, args, **fields)
+    return add_row("single_prefill.run", variant_of(kind), doc, args, **fields)
 
 
 SINGLE_PREFILL = {
@@ -77,26 +76,18 @@ _POOL_K = replace(SHARED["paged_k_cache"], name="k_cache", offset_limit=2**32)
 _POOL_V = replace(SHARED["paged_v_cache"], name="v_cache", offset_limit=2**32)
 
 
-_BATCH_SOURCE = "batch_attention_jit_binding.cu"
-_BATCH_PLAN = (
-    index("qo_indptr", "b+1", "start of each request's queries", host=True),
-    index("kv_indptr", "b+1", "start of each request's pages", host=True),
-    index("kv_len", "b", "tokens in each request", host=True),
-)
-
-
 def _attention_run(variant: str, of: str, *own: Tensor, **fields: Any) -> Row:
     names = f"{WORKSPACES} plan_info_vec q k_cache v_cache kv_indices o maybe_lse mask_mode_code "
     names += "kv_layout num_qo_heads num_kv_heads page_size v_scale sm_scale logits_soft_cap "
     args = arguments(names + BLOCK_SCALES, *own, number("v_scale", "factor of the output"))
     fields |= {"same_strides": ("k_cache", "v_cache"), "nothing_axis": "nnz_qo"}
     doc = f"Attention over a paged cache{of}, of prefills and decodes at once."
-    return add_row("batch_attention", "run", variant, _BATCH_SOURCE, doc, args, **fields)
+    return add_row("batch_attention.run", variant, doc, args, **fields)
 
 
 _PLANNED = "qo_indptr kv_indptr kv_len batch_size num_qo_heads num_kv_heads head_dim_o causal"
 BATCH_ATTENTION = (
-    add_plan("batch_attention", "", _BATCH_SOURCE, _PLANNED, *_BATCH_PLAN),
+    add_plan("batch_attention", "", _PLANNED),
     _attention_run("", "", _POOL_K, _POOL_V),
 )
 # The same over keys and values of 4 bits.  Later releases find scales by strides of their own,
@@ -192,6 +183,7 @@ _PAGE_SIZES = "page_size in (16, 32, 64, 128)"
 _SIZES = ("head_dim % 16 == 0", f"b <= {_GRID}", f"num_kv_heads <= {_GRID}")
 _XQA: dict[str, Any] = {
     "dtypes": {"Q": F16, "KV": (*F16, "float8_e4m3fn"), "O": (*F16, "float8_e4m3fn")} | _LENGTHS,
+    "source": "csrc/flashinfer_xqa_binding.cu",
     "vector": Vector(("head_dim",)),
     "same_strides": ("kCacheVLLM", "vCacheVLLM"),
     "requires": (*HEADS, _PAGE_SIZES, *_SIZES, _IN_A_GRID),
@@ -317,25 +309,22 @@ _COUNTERS = replace(
     doc="counters of blocks: set to zero first",
 )
 
-_XQA_SOURCE = "flashinfer_xqa_binding.cu"
 SINGLE_DECODE, XQA, XQA_SPEC_DEC, XQA_MLA, POD, BATCH_POD = (
-    add_row("single_decode", "run", "", "single_decode_jit_binding.cu",
-            "Attention of one query.",
+    add_row("single_decode.run", "", "Attention of one query.",
             _SINGLE_DECODE_ARGS, requires=(*HEADS, "nnz_kv >= 1"), dtypes=DECODE_DTYPES),
-    add_row("xqa", "xqa_wrapper", "", _XQA_SOURCE,
-            "Attention of one query of each request over a paged cache.",
+    add_row("xqa.xqa_wrapper", "", "Attention of one query of each request over a paged cache.",
             _XQA_ARGS, **_XQA),
-    add_row("xqa", "xqa_wrapper", "_spec_dec", _XQA_SOURCE,
+    add_row("xqa.xqa_wrapper", "_spec_dec",
             "Attention of several queries of each request over a paged cache.",
             _XQA_SPEC_DEC_ARGS, **_XQA),
-    add_row("xqa_mla", "xqa_wrapper_mla", "", _XQA_SOURCE,
+    add_row("xqa_mla.xqa_wrapper_mla", "",
             "Multi-head latent attention of one query of each request over a paged cache.",
             _XQA_MLA_ARGS, **_XQA_MLA),
-    add_row("pod", "pod_with_kv_cache_tensor", "", "pod_jit_binding.cu",
+    add_row("pod.pod_with_kv_cache_tensor", "",
             "A request's prefill and a batch's decode in one launch.",
             (*_POD_PREFILL, *_UNNAMED, SHARED["enable_pdl"]),
             requires=(*HEADS, "qo_len >= 1", "kv_len >= 1", "b >= 1"), **_POD),
-    add_row("batch_pod", "batch_pod_with_kv_cache_tensor", "", "batch_pod_jit_binding.cu",
+    add_row("batch_pod.batch_pod_with_kv_cache_tensor", "",
             "A batch's prefills and another's decode in one launch.",
             (*_BATCH_POD_PREFILL, *_POD_DECODE, SHARED["enable_pdl"], _COUNTERS),
             requires=(*HEADS, "nnz_p >= 1", "b >= 1"), **_POD),
