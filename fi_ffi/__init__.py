@@ -78,8 +78,6 @@ _ATTENTION = (
     "BatchPrefillPlan",
     "Workspace",
     "WorkspaceSize",
-    "alibi_slopes",
-    "pack_custom_mask",
 )
 _PLANS = (
     "BatchAttentionPlan",
@@ -89,7 +87,9 @@ _PLANS = (
     "PodPlan",
     "SharedPrefixPlan",
     "VariableBlockSparseAttentionPlan",
+    "alibi_slopes",
     "pack_block_mask",
+    "pack_custom_mask",
     "single_decode",
     "single_decode_workspace_size",
     "single_prefill",

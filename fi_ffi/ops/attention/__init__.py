@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from fi_ffi.ops.attention.decode import BatchDecodePlan
-from fi_ffi.ops.attention.masks import alibi_slopes, pack_custom_mask
 from fi_ffi.ops.attention.mla import BatchMlaPlan
 from fi_ffi.ops.attention.plan import WorkspaceSize
 from fi_ffi.ops.attention.prefill import BatchPrefillPlan
@@ -15,6 +14,4 @@ __all__ = [
     "BatchPrefillPlan",
     "Workspace",
     "WorkspaceSize",
-    "alibi_slopes",
-    "pack_custom_mask",
 ]

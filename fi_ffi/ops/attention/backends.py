@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from fi_ffi.abi.tensor import Device, DType, parse_dtype
+from fi_ffi.abi.tensor import Device, parse_dtype
 from fi_ffi.errors import ArgumentError, printed
 from fi_ffi.loader import machine
 from fi_ffi.ops.attention.rows import DECODE_GROUPS, F16, FP4, FP8, MLA_FP8
@@ -57,28 +57,27 @@ class Kernel:
 
     def module(self, backend: str, of: str | None = None) -> str:
         """Return the module's name in a release, by default that of the kernels in use."""
-        kv, of = self.kv_data_type, of or release_in_force()
-        if kv in FP4:  # named after the tensor's dtype, from 0.6.18 on after the kernel's
-            kv = "fp4"
-        parameters: dict[str, Any] = {
-            "dtype_q": self.q_data_type,
-            "dtype_kv": kv,
-            "dtype_o": self.o_data_type,
-        }
-        if self.family == "batch_mla":
-            parameters |= {"head_dim_ckv": self.head_dim_qk, "head_dim_kpe": self.head_dim_vo}
-            return module_name(self.family, of, backend=backend, **parameters)
-        parameters |= {"head_dim_qk": self.head_dim_qk, "head_dim_vo": self.head_dim_vo}
-        if self.family != "batch_attention":
-            parameters["use_sliding_window"] = self.use_sliding_window
-            if "decode" not in self.family:
-                parameters["backend"] = backend
-        if "sink" not in self.family:
-            parameters["pos_encoding_mode"] = POS_ENCODING_MODES[self.pos_encoding_mode]
-            parameters["use_logits_soft_cap"] = self.use_logits_soft_cap
-            if "prefill" in self.family:
-                parameters["use_fp16_qk_reduction"] = self.use_fp16_qk_reduction
-        return module_name(self.family, of, **parameters)
+        return _kernel_module(self, backend, of or release_in_force())
+
+
+@functools.lru_cache(256)
+def _kernel_module(kernel: Kernel, backend: str, of: str) -> str:
+    from fi_ffi.loader.uris import family_row, uri  # imported late: it has a large table
+
+    parameters = vars(kernel) | {
+        "backend": backend,
+        "dtype_q": kernel.q_data_type,
+        # Named after the tensor's dtype, from 0.6.18 on after the kernel's.
+        "dtype_kv": "fp4" if kernel.kv_data_type in FP4 else kernel.kv_data_type,
+        "dtype_o": kernel.o_data_type,
+        # MLA's names of the head sizes.
+        "head_dim_ckv": kernel.head_dim_qk,
+        "head_dim_kpe": kernel.head_dim_vo,
+        "pos_encoding_mode": POS_ENCODING_MODES[kernel.pos_encoding_mode],
+    }
+    # A family's names have some of these.
+    known = family_row(kernel.family, of).kinds
+    return uri(kernel.family, release=of, **{n: v for n, v in parameters.items() if n in known})
 
 
 def module_name(family: str, of: str | None = None, **parameters: Any) -> str:
@@ -89,7 +88,7 @@ def module_name(family: str, of: str | None = None, **parameters: Any) -> str:
 
 @functools.lru_cache(256)
 def _module_name(family: str, of: str, **parameters: Any) -> str:
-    from fi_ffi.loader.uris import uri  # imported late: it has a large table
+    from fi_ffi.loader.uris import uri
 
     return uri(family, release=of, **parameters)
 
@@ -101,7 +100,7 @@ def multiprocessors(device: Device) -> int:
 
 def data_type(op: str, argument: str, value: object, allowed: tuple[str, ...]) -> str:
     """Return a dtype's name; refuse one that is not allowed."""
-    dtype = value if isinstance(value, DType) else parse_dtype(value, op=op, argument=argument)
+    dtype = parse_dtype(value, op=op, argument=argument)
     if dtype.name not in allowed:
         raise ArgumentError(op, argument, got=dtype, expected=" or ".join(allowed))
     return dtype.name
@@ -111,7 +110,7 @@ def output_type(op: str, argument: str, value: object, q: str, is_decode: bool) 
     """The output's dtype, for queries of one: the same, 16 bits for fp8 queries, or, of the
     kernels without tensor cores, fp8."""
     allowed = (F16 if q in FP8 else (q,)) + (FP8 if is_decode else ())
-    dtype = value if isinstance(value, DType) else parse_dtype(value, op=op, argument=argument)
+    dtype = parse_dtype(value, op=op, argument=argument)
     if dtype.name in FP8 and not is_decode:
         expected = f"{' or '.join(allowed)}: prefill kernels write 16-bit elements; "
         expected += "BatchDecodePlan, single_decode and xqa have fp8 outputs"

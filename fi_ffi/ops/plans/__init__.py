@@ -1,10 +1,11 @@
-"""Attention above the core: cascades, POD, sparse plans, XQA, and calls of single requests."""
+"""Attention above the core: cascades, POD, sparse plans, masks, XQA, calls of single requests."""
 
 from __future__ import annotations
 
 from fi_ffi.ops.plans.batch_attention import BatchAttentionPlan
 from fi_ffi.ops.plans.batch_pod import BatchPodPlan
 from fi_ffi.ops.plans.cascade import MultiLevelCascadePlan, SharedPrefixPlan
+from fi_ffi.ops.plans.masks import alibi_slopes, pack_custom_mask
 from fi_ffi.ops.plans.pod import PodPlan
 from fi_ffi.ops.plans.single import (
     single_decode,
@@ -27,7 +28,9 @@ __all__ = [
     "PodPlan",
     "SharedPrefixPlan",
     "VariableBlockSparseAttentionPlan",
+    "alibi_slopes",
     "pack_block_mask",
+    "pack_custom_mask",
     "single_decode",
     "single_decode_workspace_size",
     "single_prefill",

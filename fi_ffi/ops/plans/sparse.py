@@ -13,18 +13,18 @@ from fi_ffi.abi.interop import TensorLike, as_desc
 from fi_ffi.abi.tensor import TensorDesc, make_desc
 from fi_ffi.errors import ArgumentTypeError
 from fi_ffi.ops.attention.arrays import Batch, Indptr, host_ints
-from fi_ffi.ops.attention.masks import pack_custom_mask
 from fi_ffi.ops.attention.options import check_keywords
 from fi_ffi.ops.attention.prefill import BatchPrefillPlan
 from fi_ffi.ops.call.arguments import INT32_MAX, Refusal, check_int
 from fi_ffi.ops.plans.arguments import NotOf, SparseKeywords, check_heads, described
+from fi_ffi.ops.plans.masks import pack_custom_mask
 
 if TYPE_CHECKING:
     import numpy
     import numpy.typing
     from typing_extensions import Unpack
 
-    from fi_ffi.ops.attention.masks import Bytes
+    from fi_ffi.ops.plans.masks import Bytes
 
     _Array = numpy.ndarray[Any, numpy.dtype[Any]]
 
