@@ -209,7 +209,7 @@ class Batch:
             raise self._refuse("indices", least, "pages from 0 on")
 
     def _refuse(self, array: str, got: object, expected: str) -> ArgumentError:
-        return ArgumentError(self._op, self._names[array], got=got, expected=expected)
+        return Refusal(self._op)(self._names[array], got, expected)
 
     @property
     def num_pages(self) -> int:

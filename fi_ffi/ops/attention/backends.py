@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from fi_ffi.abi.tensor import Device, parse_dtype
-from fi_ffi.errors import ArgumentError, printed
+from fi_ffi.errors import printed
 from fi_ffi.loader import machine
 from fi_ffi.ops.attention.rows import DECODE_GROUPS, F16, FP4, FP8, MLA_FP8
-from fi_ffi.ops.call.arguments import check_choice, check_number
+from fi_ffi.ops.call.arguments import Refusal, check_choice, check_number
 from fi_ffi.ops.call.providers import release_in_force
 from fi_ffi.ops.call.releases import is_in
 
@@ -57,40 +57,32 @@ class Kernel:
 
     def module(self, backend: str, of: str | None = None) -> str:
         """Return the module's name in a release, by default that of the kernels in use."""
-        return _kernel_module(self, backend, of or release_in_force())
-
-
-@functools.lru_cache(256)
-def _kernel_module(kernel: Kernel, backend: str, of: str) -> str:
-    from fi_ffi.loader.uris import family_row, uri  # imported late: it has a large table
-
-    parameters = vars(kernel) | {
-        "backend": backend,
-        "dtype_q": kernel.q_data_type,
-        # Named after the tensor's dtype, from 0.6.18 on after the kernel's.
-        "dtype_kv": "fp4" if kernel.kv_data_type in FP4 else kernel.kv_data_type,
-        "dtype_o": kernel.o_data_type,
-        # MLA's names of the head sizes.
-        "head_dim_ckv": kernel.head_dim_qk,
-        "head_dim_kpe": kernel.head_dim_vo,
-        "pos_encoding_mode": POS_ENCODING_MODES[kernel.pos_encoding_mode],
-    }
-    # A family's names have some of these.
-    known = family_row(kernel.family, of).kinds
-    return uri(kernel.family, release=of, **{n: v for n, v in parameters.items() if n in known})
+        parameters = vars(self) | {
+            "backend": backend,
+            "dtype_q": self.q_data_type,
+            # Named after the tensor's dtype, from 0.6.18 on after the kernel's.
+            "dtype_kv": "fp4" if self.kv_data_type in FP4 else self.kv_data_type,
+            "dtype_o": self.o_data_type,
+            # MLA's names of the head sizes.
+            "head_dim_ckv": self.head_dim_qk,
+            "head_dim_kpe": self.head_dim_vo,
+            "pos_encoding_mode": POS_ENCODING_MODES[self.pos_encoding_mode],
+        }
+        return module_name(of=of, **parameters)
 
 
 def module_name(family: str, of: str | None = None, **parameters: Any) -> str:
     """Return a module's name from what it is compiled for, in a release (by default that of the
-    kernels in use)."""
+    kernels in use). Parameters that the family's names lack are ignored."""
     return _module_name(family, of or release_in_force(), **parameters)
 
 
 @functools.lru_cache(256)
 def _module_name(family: str, of: str, **parameters: Any) -> str:
-    from fi_ffi.loader.uris import uri
+    from fi_ffi.loader.uris import family_row, uri  # imported late: it has a large table
 
-    return uri(family, release=of, **parameters)
+    known = family_row(family, of).kinds
+    return uri(family, release=of, **{n: v for n, v in parameters.items() if n in known})
 
 
 def multiprocessors(device: Device) -> int:
@@ -102,7 +94,7 @@ def data_type(op: str, argument: str, value: object, allowed: tuple[str, ...]) -
     """Return a dtype's name; refuse one that is not allowed."""
     dtype = parse_dtype(value, op=op, argument=argument)
     if dtype.name not in allowed:
-        raise ArgumentError(op, argument, got=dtype, expected=" or ".join(allowed))
+        raise Refusal(op)(argument, dtype, " or ".join(allowed))
     return dtype.name
 
 
@@ -114,7 +106,7 @@ def output_type(op: str, argument: str, value: object, q: str, is_decode: bool) 
     if dtype.name in FP8 and not is_decode:
         expected = f"{' or '.join(allowed)}: prefill kernels write 16-bit elements; "
         expected += "BatchDecodePlan, single_decode and xqa have fp8 outputs"
-        raise ArgumentError(op, argument, got=dtype, expected=expected)
+        raise Refusal(op)(argument, dtype, expected)
     return data_type(op, argument, dtype, allowed)
 
 
@@ -122,7 +114,7 @@ def check_soft_cap(op: str, argument: str, value: object) -> float:
     """`logits_soft_cap`: 0 for none."""
     cap = check_number(op, argument, value)
     if cap < 0:
-        raise ArgumentError(op, argument, got=value, expected="0 or more")
+        raise Refusal(op)(argument, value, "0 or more")
     return cap
 
 
@@ -142,10 +134,9 @@ def release_for(device: Device) -> str | None:
 def check_encoding(op: str, mode: str, logits_soft_cap: float) -> None:
     """Raise `ArgumentError` for ALiBi with a soft cap: the kernels apply `sm_scale` twice."""
     if mode == "ALIBI" and logits_soft_cap > 0:
-        expected = (
-            "0 with pos_encoding_mode='ALIBI': the kernels apply sm_scale twice (docs/attention.md)"
-        )
-        raise ArgumentError(op, "logits_soft_cap", got=logits_soft_cap, expected=expected)
+        expected = "0 with pos_encoding_mode='ALIBI': the kernels apply sm_scale twice "
+        expected += "(docs/attention.md)"
+        raise Refusal(op)("logits_soft_cap", logits_soft_cap, expected)
 
 
 # In earlier releases, fa3's fp8 main loop ended at the first tile that a window hides in part.
@@ -266,5 +257,5 @@ def choose_backend(
         expected = f"{other!r}: {lacks[chosen]}"
         if lacks[other]:
             expected = f"what a backend has: {lacks['fa2']}; {lacks['fa3']}"
-        raise ArgumentError(op, "backend", got=printed(asked), expected=expected)
+        raise Refusal(op)("backend", printed(asked), expected)
     return chosen, reason

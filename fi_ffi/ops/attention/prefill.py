@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 # Kinds of run: indices into a family's rows after the planner's.
 _RAGGED, _PAGED = 0, 1
-_REQUIRED_PAGES = ("paged_kv_indptr", "paged_kv_last_page_len")
 _RAGGED_NAMES = {"qo_indptr": "qo_indptr", "kv_indptr": "kv_indptr"}
 _PAGED_NAMES = {"qo_indptr": "qo_indptr"} | {array: name for name, array in PAGES.items()}
 # Arguments of runs that the plan's options require: of an option, and what it takes.
@@ -159,15 +158,14 @@ class BatchPrefillPlan(Plan):
     def _read(self, arrays: Sequence[object]) -> Batch:
         chosen, (qo_indptr, kv_indptr, *paged) = self.options, arrays
         is_ragged = chosen.page_size is None
-        if is_ragged and kv_indptr is None:
-            expected = "an array; a paged cache comes with page_size"
-            raise self._refuse("kv_indptr", None, expected)
         for name, array in zip(("kv_indptr", *PAGES), arrays[1:], strict=True):
-            if (name == "kv_indptr") != is_ragged and array is not None:
+            is_read = (name == "kv_indptr") == is_ragged
+            if array is not None and not is_read:
                 word = "without" if is_ragged else "with"
                 raise self._refuse(name, "an array", f"None {word} page_size")
-            if not is_ragged and array is None and name in _REQUIRED_PAGES:
-                raise self._refuse(name, None, "an array with page_size")
+            if array is None and is_read and name != "paged_kv_indices":
+                how = "; a paged cache comes" if is_ragged else ""
+                raise self._refuse(name, None, f"an array{how} with page_size")
         batch = super()._read((qo_indptr, kv_indptr) if is_ragged else (qo_indptr, *paged))
         if chosen.causal:
             batch.check_keys("with causal=True")
