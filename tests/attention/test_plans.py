@@ -32,6 +32,7 @@ from tests.attention.cases import (
     refused,
 )
 from tests.attention.tables import FIXED_SPLIT, GRAPHS, REFUSED_OR_RIGHT, SERVED, Spec
+from tests.helpers import plan_calls
 
 SERVICES = pytest.mark.parametrize("spec", SERVED.values(), ids=SERVED)
 
@@ -365,3 +366,10 @@ def test_decodes_of_any_lengths_refused(machine):
     )  # fmt: skip
     machine.synchronize()
     assert not out.get().any()
+
+
+def test_unknown_options_of_runs():
+    """A run refuses an option that it lacks as Python does, and names one like it."""
+    case = plan_calls.Case("paged")
+    with pytest.raises(TypeError, match=r"paged_run\(\) got an .* 'sm_scal'.*sm_scale"):
+        case.run(case.plan(), sm_scal=1.0)

@@ -60,6 +60,7 @@ class Plan:
     _kv_indptr_may_be_longer: ClassVar[bool] = False
     # The methods that `fi_ffi.prepare` accepts.
     _run_methods: Sequence[str] = ("run",)
+    # The plan's own arguments, by their names in runs' rows.
     _run_names: RunNames
 
     __signature__ = SignatureWithOptions()

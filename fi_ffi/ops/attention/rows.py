@@ -86,7 +86,7 @@ def number(
     return Scalar(name, type_, neutral, doc, since=since)
 
 
-# Arguments of several entries; those of one stand with its row.
+# Arguments by name. Where an entry's own differs, its row has that.
 _SHARED: tuple[Arg, ...] = (
     Tensor("float_workspace_buffer", "float_bytes", "uint8", "partial results", writes=True),
     Tensor("int_workspace_buffer", "int_bytes", "uint8", "the schedule", writes=True),
