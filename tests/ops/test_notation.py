@@ -10,7 +10,7 @@ from packaging.specifiers import SpecifierSet
 import fi_ffi
 from fi_ffi.catalogue.ahead_of_time import known_releases
 from fi_ffi.ops.call.compiled import CompiledRow
-from fi_ffi.ops.call.notation import Condition, names_in, replaced, round_up
+from fi_ffi.ops.call.notation import Condition, parse_expression, round_up
 from fi_ffi.ops.call.releases import forms_of, is_in, span_of
 from fi_ffi.ops.call.row import Row, Rule, Scalar, Tensor
 
@@ -111,9 +111,10 @@ def test_two_functions_of_one_name_are_a_mistake():
 
 def test_names_are_replaced_and_words_are_not():
     text = "a > 1.5e-07 or not a or b in (None, 1, a) and f(a, b) == 'a' if b else min(ab, a)"
-    assert names_in(text) == ("a", "b", "ab")
-    now = replaced(text, {"a": "x", "b": "y", "f": "wrong", "min": "wrong"}).split(" or not ")
-    assert now == ["x > 1.5e-07", "x or y in (None, 1, x) and f(x, y) == 'a' if y else min(ab, x)"]
+    template, names = parse_expression(text)
+    assert names == ("a", "b", "ab")
+    now = template.format_map({"a": "x", "b": "y", "ab": "z"}).split(" or not ")
+    assert now == ["x > 1.5e-07", "x or y in (None, 1, x) and f(x, y) == 'a' if y else min(z, x)"]
 
 
 def test_limits_are_those_of_one_size():

@@ -99,7 +99,7 @@ class Gpu:
     ) -> call_record.CallRecord:
         """What `launch` does with a watchdog open, but for the kernel."""
         compiled, descs = OPS[name].compiled, self.descs(name)
-        variant = Variant(compiled, descs, "NHD")
+        variant = Variant(compiled, descs, "NHD", CUDA)
         variant.entry = entry_for(compiled.row, CPU)
         frame = variant.new_frame()
         for i, arg in enumerate(compiled.row.args):

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from fi_ffi.abi.function import FrameLayout
 from fi_ffi.abi.tensor import DTYPES, TensorKind
 from fi_ffi.ops.call.arguments import INT64_MAX
-from fi_ffi.ops.call.notation import Axis, names_in, parse_axis, replaced
-from fi_ffi.ops.call.refuse import PLANNED, unlimited
+from fi_ffi.ops.call.notation import parse_axis
+from fi_ffi.ops.call.refuse import unlimited
 from fi_ffi.ops.call.row import (
     IN_PLACE,
     MULTIPROCESSORS,
@@ -43,16 +43,9 @@ def parameters(row: Row) -> str:
 
 def call_text(row: Row) -> str:
     """Return how an op is called, for the errors of calls with other arguments."""
-    names = parameters(row).replace(f"={REQUIRED!r}", "")
+    names = parameters(row).replace(f"={REQUIRED}", "")
     written = [arg.name for arg in row.tensors if arg.writes and not arg.is_scratch]
     return f"{row.name}({names}) writes {' and '.join(written) or 'no argument'}"
-
-
-def frame_layout(row: Row, last: frozenset[str] = frozenset()) -> FrameLayout:
-    """Return where a row's arguments are in a frame; the shapes of those in `last` come last."""
-    ranks = [arg.entry_rank if isinstance(arg, (Tensor, Absent)) else None for arg in row.slots]
-    places = [i for i, arg in enumerate(row.slots) if arg.name in last]
-    return FrameLayout(ranks, places, len(row.args))
 
 
 @dataclass(frozen=True)
@@ -72,11 +65,17 @@ class CompileOptions:
     # Parameters of `pack` that come before the others.
     first: tuple[str, ...] = ()
 
-    @property
-    def last(self) -> frozenset[str]:
-        """The arguments whose shapes calls do not write with the others: bound ones, and
-        scratch."""
-        return frozenset((*self.bound, *(arg.name for arg in self.row.tensors if arg.is_scratch)))
+    # The arguments whose shapes calls do not write with the others: bound ones, and scratch.
+    last: frozenset[str] = field(init=False)
+    # Where the row's arguments are in a frame; the shapes of those in `last` come last.
+    layout: FrameLayout = field(init=False)
+
+    def __post_init__(self) -> None:
+        row, scratch = self.row, (arg.name for arg in self.row.tensors if arg.is_scratch)
+        last = frozenset((*self.bound, *scratch))
+        ranks = [arg.entry_rank if isinstance(arg, (Tensor, Absent)) else None for arg in row.slots]
+        places = [i for i, arg in enumerate(row.slots) if arg.name in last]
+        vars(self).update(last=last, layout=FrameLayout(ranks, places, len(row.args)))
 
     @property
     def packed_names(self) -> list[str]:
@@ -94,7 +93,7 @@ class Checks:
 
     def __init__(self, options: CompileOptions, is_packing: bool = False) -> None:
         self.options, self.row, self.is_packing = options, options.row, is_packing
-        self.layout = frame_layout(options.row, options.last)
+        self.layout = options.layout
         # Arguments that each call passes, with their index.
         self.given = [
             (i, arg)
@@ -107,7 +106,11 @@ class Checks:
         self.fixed_by: dict[str, str] = {}
         self.maybe: set[str] = set()  # axes that only optional tensors have
         self.dims: dict[str, list[str]] = {}
-        self.named: dict[str, dict[str, str]] = {}
+        # For each tensor the itemsize, the elements loaded at a time, and the bits that its address
+        # must not have.
+        self.itemsizes: dict[str, str] = {}
+        self.steps: dict[str, str] = {}
+        self.masks: dict[str, str] = {}
         if is_packing:
             self.memo = "memo_of_pack"
 
@@ -120,7 +123,7 @@ class Checks:
             if arg.or_zeros:
                 first = self.tensors[0][1]
                 lines.append(f"if {name} is None: {name} = zeros({first.name}.device, {arg.axes})")
-            present = f"{name} is not None and " if self._may_be_none(arg) else ""
+            present = f"{name} is not None and " if arg.may_be_none else ""
             refusal = (
                 f"describe({name}, {self.options.op!r}, {self.options.names.get(name, name)!r})"
             )
@@ -128,10 +131,6 @@ class Checks:
             if arg.is_loose:
                 lines.append(f"if {present}{name}.kind.rank != 1: {name} = as_vector({name})")
         return lines
-
-    @staticmethod
-    def _may_be_none(arg: Tensor) -> bool:
-        return arg.optional or arg.is_scratch
 
     def _find_variant(self) -> list[str]:
         lines, key = [], []
@@ -142,9 +141,7 @@ class Checks:
             key.append(layout.name)
         for _, arg in self.tensors:
             kind = f"{arg.name}.kind"
-            key.append(
-                f"None if {arg.name} is None else {kind}" if self._may_be_none(arg) else kind
-            )
+            key.append(f"None if {arg.name} is None else {kind}" if arg.may_be_none else kind)
         descs = "".join(f"{arg.name}, " for _, arg in self.tensors)
         kv = layout.name if layout is not None else "'NHD'"
         return [
@@ -155,7 +152,7 @@ class Checks:
 
     def _shapes(self) -> list[str]:
         """Read shapes and strides, and compare sizes with each other."""
-        required = [arg for _, arg in self.tensors if not self._may_be_none(arg)]
+        required = [arg for _, arg in self.tensors if not arg.may_be_none]
         lines: list[str] = []
         if any(arg.kv for _, arg in self.tensors):
             lines.append("is_nhd = variant.is_nhd")
@@ -208,38 +205,32 @@ class Checks:
                 targets[targets.index(size)] = self.sizes[text]
         return lines
 
-    def _expression(self, axis: Axis, without: str = "") -> str:
-        """Return an axis' size in terms of known sizes."""
-        terms = [
-            f"{times} * {self.sizes[name]}" if times > 1 else self.sizes[name]
-            for name, times in axis.terms
-            if name != without
-        ]
-        if axis.more or not terms:
-            terms.append(str(axis.more))
-        total = " + ".join(terms)
-        return total if axis.over == 1 else f"({total}) // {axis.over}"
-
     def _solve_axis(self, arg: Tensor, text: str, size: str) -> list[str]:
         """Compare a size with what is known, or solve it for an unknown term."""
         axis = parse_axis(text)
         unknown = [(name, times) for name, times in axis.terms if name not in self.sizes]
+        terms = [
+            f"{times} * {self.sizes[name]}" if times > 1 else self.sizes[name]
+            for name, times in axis.terms
+            if name in self.sizes
+        ]
+        if axis.more or not terms:
+            terms.append(str(axis.more))
+        known = " + ".join(terms)
         if not unknown:
-            wanted = self._expression(axis)
+            wanted = known if axis.over == 1 else f"({known}) // {axis.over}"
             fixed = next((self.fixed_by[name] for name in axis.names if name in self.fixed_by), "")
             fixed = "" if fixed == arg.name else fixed
-            if any(name in self.options.known for name in axis.names):
-                fixed = PLANNED
             refusal = f"refuse.size({arg.name!r}, {arg.name}, {text!r}, {wanted}, {fixed!r})"
             return [f"if {size} != {wanted}: {refusal}"]
         ((name, times),) = unknown
-        solved, rest = f"size__{name}", self._expression(axis, without=name)
+        solved = f"size__{name}"
         self.sizes[name], self.fixed_by[name] = solved, arg.name
         if axis.over > 1:  # several values in each element
             assert (len(axis.terms), times, axis.more) == (1, 1, 0), f"{self.row.name}: {text}"
             return [f"{solved} = {size} * {axis.over}"]
-        minus = "" if rest == "0" else f" - ({rest})"
-        unsolved = f"refuse.unsolved({arg.name!r}, {arg.name}, {text!r}, {size}, {rest}, {times})"
+        minus = "" if known == "0" else f" - ({known})"
+        unsolved = f"refuse.unsolved({arg.name!r}, {arg.name}, {text!r}, {size}, {known}, {times})"
         if times == 1:
             return [f"{solved} = {size}{minus}", f"if {solved} < 0: {unsolved}"]
         return [
@@ -344,50 +335,18 @@ class Checks:
     def _conditions(self) -> list[str]:
         """Check the row's conditions, if the tensors with those sizes are given."""
         lines = []
-        for condition in self.row.conditions:
-            names = names_in(condition.text)
-            axis = condition.axis
+        for number, condition in enumerate(self.row.conditions):
+            axis, names = condition.axis, condition.names
             first = self.fixed_by.get(axis) or next(
                 (arg.name for _, arg in self.tensors if axis in arg.axis_variables), None
             )
             if first is None or not {*names} <= self.sizes.keys():
                 continue
-            test = replaced(condition.text, self.sizes)
-            for divisor in condition.divisors:
-                test = f"{self.sizes[divisor]} and {test}"
+            sizes = [self.sizes[name] for name in names]
             maybe = [f"{self.sizes[name]} is None" for name in names if name in self.maybe]
-            expected = condition.expected(self._shown, self._braced)
-            refusal = f"refuse.limit({first!r}, {first}, f{expected!r})"
-            lines.append(f"if not ({' or '.join([*maybe, test])}): {refusal}")
-        return lines
-
-    def _braced(self, text: str) -> str:
-        return f"{{{replaced(text, self.sizes)}}}"
-
-    def _shown(self, axis: str) -> str:
-        """Return a size and its value, for an f-string."""
-        if axis in self.options.known:
-            return f"{self._braced(axis)}, as planned"
-        return f"{axis} = {self._braced(axis)}"
-
-    def _block(self) -> list[str]:
-        """Check what one thread block covers."""
-        lines: list[str] = []
-        if not self.row.block:
-            return lines
-        for _, arg in self.tensors:
-            axis = self._vector_axis(arg)
-            if axis is None or not {*self.row.block} <= {*arg.axis_names}:
-                continue
-            threads = f"-(-{self.sizes[axis]} // {self._width(arg)})"
-            if self.row.vector.threads:
-                threads = f"min({threads}, {self.row.vector.threads})"
-            count = " * ".join(self.sizes[name] for name in self.row.block)
-            lines += [
-                f"threads = max({threads}, 1)",
-                f"if {count} * threads > 1024: "
-                f"refuse.block({arg.name!r}, {arg.name}, threads, {count})",
-            ]
+            test = " or ".join([*maybe, condition.template.format_map(self.sizes)])
+            refusal = f"refuse.limit({first!r}, {first}, {number}, ({', '.join(sizes)},))"
+            lines.append(f"if not ({test}): {refusal}")
         return lines
 
     def _together(self) -> list[str]:
@@ -400,59 +359,72 @@ class Checks:
                 present.append(f"({arg.name!r} if {test} else '')")
         return [f"refuse.together([name for name in ({', '.join(present)}) if name])"]
 
-    # Strides.
+    # How tensors are loaded, and their strides.
 
-    def _vector_axis(self, arg: Tensor) -> str | None:
-        """Return the axis along which several elements are loaded at a time."""
-        if arg.broadcast or not arg.in_vectors:
-            return None
-        return next((n for n in arg.axis_variables if n in self.row.vector.axes), None)
+    def _loads(self) -> list[str]:
+        """Compute how each tensor is loaded; equal values share a variable."""
+        lines: list[str] = []
+        row, vector, shared = self.row, self.row.vector, dict[str, str]()
+
+        def variable(prefix: str, value: str) -> str:
+            if value.isdigit():
+                return value
+            if value not in shared:
+                shared[value] = f"{prefix}__{len(shared)}"
+                lines.append(f"{shared[value]} = {value}")
+            return shared[value]
+
+        for _, arg in self.tensors:
+            axes = [] if arg.broadcast or not arg.in_vectors else arg.axis_variables
+            axis = next((name for name in axes if name in vector.axes), None)
+            item, step = self._itemsize(arg.dtype), "1"
+            if axis is not None:  # the width of a load is a power of 2
+                of = self._itemsize(vector.dtype or arg.dtype)
+                width = (
+                    str(vector.bytes // int(of)) if of.isdigit() else f"({vector.bytes} // {of})"
+                )
+                if row.block and {*row.block} <= {*arg.axis_names}:
+                    lines += self._block(arg, f"-(-{self.sizes[axis]} // {width})")
+                step = variable("step", f"gcd({width}, {self.sizes[axis]})")
+                loaded = f"{step} * {item}"
+                loaded = f"max({loaded}, {arg.alignment})" if arg.alignment > 1 else loaded
+                mask = f"({loaded} - 1)"
+            elif item.isdigit():
+                mask = str(math.lcm(int(item), arg.alignment) - 1)
+            else:
+                mask = f"(max({item}, {arg.alignment}) - 1)"
+            self.itemsizes[arg.name], self.steps[arg.name] = item, step
+            self.masks[arg.name] = variable("mask", mask)
+        return lines
+
+    def _block(self, arg: Tensor, threads: str) -> list[str]:
+        """Check what one thread block covers."""
+        if self.row.vector.threads:
+            threads = f"min({threads}, {self.row.vector.threads})"
+        count = " * ".join(self.sizes[name] for name in self.row.block)
+        refusal = f"refuse.block({arg.name!r}, {arg.name}, threads, {count})"
+        return [
+            f"threads = max({threads}, 1)",
+            f"if {count} * threads > 1024: {refusal}",
+        ]
 
     def _itemsize(self, dtype: str) -> str:
         """Return the itemsize: a number if all dtypes have the same, otherwise the variant's."""
         sizes = {DTYPES[name].itemsize for name in self.row.dtypes.get(dtype, (dtype,))}
         return str(*sizes) if len(sizes) == 1 else f"variant.itemsizes[{dtype!r}]"
 
-    def _width(self, arg: Tensor) -> str:
-        """Return the elements of a vector load."""
-        vector = self.row.vector
-        item = self._itemsize(vector.dtype or arg.dtype)
-        is_fixed = item.isdigit()
-        return str(vector.bytes // int(item)) if is_fixed else f"({vector.bytes} // {item})"
-
-    def _named(self, prefix: str, value: str) -> tuple[list[str], str]:
-        """Return lines that compute a value, and its variable, which equal values share."""
-        if value.isdigit():
-            return [], value
-        names = self.named.setdefault(prefix, {})
-        is_new = value not in names
-        name = names.setdefault(value, f"{prefix}__{len(names)}")
-        return [f"{name} = {value}"] * is_new, name
-
-    def _step(self, arg: Tensor) -> tuple[list[str], str]:
-        """Return lines that compute the elements loaded at a time, and the variable."""
-        axis = self._vector_axis(arg)
-        value = "1" if axis is None else f"gcd({self._width(arg)}, {self.sizes[axis]})"
-        return self._named("step", value)
-
-    def _loaded(self, arg: Tensor) -> tuple[list[str], str]:
-        """Return lines that compute the bits that an address must not have, and the variable."""
-        return self._named("mask", self._mask(arg))
-
     def _strides(self, is_scratch: bool) -> list[str]:
         lines = []
         for _, arg in self.tensors:
             if arg.is_scratch is not is_scratch:
                 continue
-            first, step = self._step(arg)
-            lines += first
+            step, item = self.steps[arg.name], self.itemsizes[arg.name]
             lines.append(f"{arg.name}__span = {self._span(arg)}")
             wrong = self._wrong_strides(arg, step)
             present = f"{arg.name} is not None and " if arg.optional else ""
             if wrong:
                 refusal = f"refuse.strides({arg.name!r}, {arg.name}, {step})"
                 lines.append(f"if {present}({' or '.join(wrong)}): {refusal}")
-            item = self._itemsize(arg.dtype)
             if item != "1":  # convert to bytes
                 lines.append(f"{arg.name}__span *= {item}")
         if is_scratch:
@@ -463,10 +435,6 @@ class Checks:
             refusal = f"refuse.same_strides({arg.name!r}, {arg.name}, {first_name!r}, {first_name})"
             lines.append(f"if {arg.name}.strides != {first_name}.strides: {refusal}")
         return lines
-
-    def _masks(self) -> list[str]:
-        """Compute the bits that addresses must not have."""
-        return [line for _, arg in self.tensors for line in self._loaded(arg)[0]]
 
     def _wrong_strides(self, arg: Tensor, step: str) -> list[str]:
         """Return when strides must be judged; row-major strides need no further look."""
@@ -526,7 +494,7 @@ class Checks:
                 continue
             values = {name: self._value(name) for name in rule.names}
             refusal = f"refuse.rule({number}, ({', '.join(values.values())},))"
-            lines.append(f"if not ({replaced(rule.condition, values)}): {refusal}")
+            lines.append(f"if not ({rule.template.format_map(values)}): {refusal}")
         return lines
 
     def _value(self, name: str) -> str:
@@ -552,7 +520,7 @@ class Checks:
         """Compute where each tensor starts and ends; both are 0 for a missing one."""
         lines, required = [], dict[str, list[tuple[str, str]]]()
         for _, arg in self.tensors:
-            name, mask = arg.name, self._loaded(arg)[1]
+            name, mask = arg.name, self.masks[arg.name]
             start, end = f"{name}__p = {name}.ptr", f"{name}__end = {name}__p + {name}__span"
             refusal = f"refuse.address({name!r}, {name}, {mask} + 1)"
             if arg.optional:
@@ -568,18 +536,6 @@ class Checks:
             lines.append(f"if ({' | '.join(each)}) & {mask} or not ({' and '.join(each)}):")
             lines += (f"    if {p} & {mask} or not {p}: {refusal}" for p, refusal in those)
         return lines
-
-    def _mask(self, arg: Tensor) -> str:
-        """Return the bits that an address must not have; the width of a load is a power of 2."""
-        item = self._itemsize(arg.dtype)
-        if self._vector_axis(arg) is None:
-            if item.isdigit():
-                return str(math.lcm(int(item), arg.alignment) - 1)
-            return f"(max({item}, {arg.alignment}) - 1)"
-        loaded = f"{self._step(arg)[1]} * {item}"
-        if arg.alignment > 1:
-            loaded = f"max({loaded}, {arg.alignment})"
-        return f"({loaded} - 1)"
 
     def _overlap(self) -> list[str]:
         """Refuse outputs that share memory with inputs or with other outputs."""
@@ -605,8 +561,8 @@ class Checks:
             arg.name if arg.name not in self.options.bound else "None" for arg in self.row.tensors
         )
         for optional, those in tests.items():
-            for chosen in _batched(those, 8):
-                any_of = " or ".join(chosen)
+            for at in range(0, len(those), 8):
+                any_of = " or ".join(those[at : at + 8])
                 test = f"{optional}__p and ({any_of})" if optional else any_of
                 lines.append(f"if {test}: refuse.overlap({descs})")
         if self.options.bound and self.tensors:
@@ -634,7 +590,3 @@ def _wrong_numbers(arg: Scalar) -> list[str]:
     if arg.multiple_of > 1:
         wrong.append(f"{name} % {arg.multiple_of}")
     return wrong
-
-
-def _batched(items: Sequence[str], count: int) -> list[Sequence[str]]:
-    return [items[start : start + count] for start in range(0, len(items), count)]

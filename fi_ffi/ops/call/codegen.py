@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from fi_ffi.abi.library import TypeIndex
 from fi_ffi.ops.call.arguments import INT64_MAX
 from fi_ffi.ops.call.checks import Checks, CompileOptions, parameters
-from fi_ffi.ops.call.notation import replaced
+from fi_ffi.ops.call.notation import parse_expression
 from fi_ffi.ops.call.row import (
     Absent,
     Arg,
@@ -29,15 +29,18 @@ from fi_ffi.ops.call.row import (
 _LOCALS = re.compile(r"\b(?:size__\w+|\w+__[ds]\d+|\w+__span|mask__\d+|step__\d+)\b")
 
 
-def call_source(options: CompileOptions) -> str:
-    """Return a method `call(self, /, ..., *, stream=None)` that launches."""
+Source = tuple[str, Sequence[str]]  # a function's header, and its lines
+
+
+def call_source(options: CompileOptions) -> Source:
+    """Write a method `call(self, /, ..., *, stream=None)` that launches."""
     writer = _Writer(options)
     header = f"def call(self, /, {parameters(options.row)}):"
-    return _function(header, writer.lines(writer.launch))
+    return header, writer.lines(writer.launch)
 
 
-def pack_source(options: CompileOptions) -> str:
-    """Return a function of the same parameters that packs.
+def pack_source(options: CompileOptions) -> Source:
+    """Write a function of the same parameters that packs.
 
     It returns the variant, a frame (None if there is nothing to do), the scratch memory taken, and
     the bits that new addresses must not have; with bound arguments, only the first two.
@@ -45,11 +48,11 @@ def pack_source(options: CompileOptions) -> str:
     writer, given = _Writer(options, is_packing=True), parameters(options.row)
     if options.bound:
         given = f"bound_row, {', '.join(options.packed_names)}"
-    return _function(f"def pack({given}):", writer.lines(lambda: [writer.packed("frame")]))
+    return f"def pack({given}):", writer.lines(lambda: [writer.packed("frame")])
 
 
-def check_source(options: CompileOptions) -> str:
-    """Return a function of the same parameters without the stream that raises what a call would; it
+def check_source(options: CompileOptions) -> Source:
+    """Write a function of the same parameters without the stream that raises what a call would; it
     returns the tensors by name, and the axes' sizes."""
     row, writer = options.row, _Writer(options)
     writer.memo = "memo_of_check"
@@ -59,25 +62,28 @@ def check_source(options: CompileOptions) -> str:
         sizes = ", ".join(f"{axis!r}: {size}" for axis, size in writer.sizes.items())
         return [f"return {{{tensors}}}, {{{sizes}}}"]
 
-    header = f"def check({parameters(row)}):"
-    return _function(header, writer.lines(end, is_checking=True))
+    return f"def check({parameters(row)}):", writer.lines(end, is_checking=True)
 
 
-def arguments_source(options: CompileOptions) -> str:
-    """Return a function of the same parameters that returns them by name, and the stream."""
+def arguments_source(options: CompileOptions) -> Source:
+    """Write a function of the same parameters that returns them by name, and the stream."""
     names = ", ".join(f"{arg.name!r}: {arg.name}" for arg in options.row.given)
-    header = f"def arguments({parameters(options.row)}):"
-    return _function(header, [f"return {{{names}}}, stream"])
+    return f"def arguments({parameters(options.row)}):", [f"return {{{names}}}, stream"]
 
 
-def update_source(options: CompileOptions) -> str:
-    """Return a method of prepared calls that changes addresses of tensors with unchanged
-    layouts."""
-    return _function(*_Writer(options).update())
+def update_source(options: CompileOptions) -> Source:
+    """Write a method of prepared calls that changes addresses of tensors with unchanged layouts."""
+    return _Writer(options).update()
 
 
-def _function(header: str, lines: Sequence[str]) -> str:
-    return "\n".join([header, *(f"    {line}" for line in lines)])
+# The functions that are compiled from a row, by name.
+SOURCES: dict[str, Callable[[CompileOptions], Source]] = {
+    "call": call_source,
+    "pack": pack_source,
+    "check": check_source,
+    "arguments": arguments_source,
+    "update": update_source,
+}
 
 
 class _Writer(Checks):
@@ -89,9 +95,8 @@ class _Writer(Checks):
         checks = [
             *self._shapes(),
             *self._conditions(),
-            *self._block(),
+            *self._loads(),
             *self._strides(is_scratch=False),
-            *self._masks(),
             *self._packed_dims(),
         ]
         after = [
@@ -104,7 +109,7 @@ class _Writer(Checks):
             *self._addresses(),
             *self._overlap(),
             *self._rules(of_memory=True),
-            *([] if is_checking else [*self._frame(), *self._writes()]),
+            *([] if is_checking else self._writes()),
             *end(),
         ]
         return [*self._describe(), *self._find_variant(), *self._checked(checks, after), *after]
@@ -136,19 +141,19 @@ class _Writer(Checks):
             f"_, {names}{',' * (not kept)} = memo" if kept else "pass",
         ]
 
-    def _frame(self) -> list[str]:
-        if self.options.bound:
-            return ["frame = bound_row.frame(variant)"]
-        return [
-            "try:",
-            "    frame = variant.frames.pop()",
-            "except IndexError:",
-            "    frame = None",
-            f"if frame is None: frame = variant.new_frame({'' if self.is_packing else 'stream'})",
-        ]
-
     def _writes(self) -> list[str]:
-        lines = []
+        """Get a frame, and write into it what the memo of layouts does not have."""
+        if self.options.bound:
+            lines = ["frame = bound_row.frame(variant)"]
+        else:
+            stream = "" if self.is_packing else "stream"
+            lines = [
+                "try:",
+                "    frame = variant.frames.pop()",
+                "except IndexError:",
+                "    frame = None",
+                f"if frame is None: frame = variant.new_frame({stream})",
+            ]
         if any(isinstance(arg, (Tensor, IntArray)) for _, arg in self.given):
             lines.append("addresses = frame.addresses")
         words = "frame.words"
@@ -168,14 +173,14 @@ class _Writer(Checks):
                 if arg.library:
                     value = f"{value} or own_handle({arg.library!r}, variant.device)"
                 if arg.zero:
-                    value = f"{value} or {replaced(arg.zero, self.sizes)}"
+                    value = f"{value} or {parse_expression(arg.zero)[0].format_map(self.sizes)}"
                 view = "frame.floats" if arg.type is float else words
                 lines.append(f"{view}[{word}] = {value}")
         for i, other in enumerate(self.row.args):
             if isinstance(other, Absent) and other.of:
-                number = replaced(other.of, self.sizes)
+                number = parse_expression(other.of)[0].format_map(self.sizes)
                 lines.append(f"{words}[{self.layout.value(i)}] = {number}")
-        if self._tensors_with_dims():
+        if self.layout.last_dims > self.layout.first_dims:
             lines.append("frame.dims[:] = dims__d0")
         for i, arg in self.tensors:
             if arg.is_scratch:
@@ -184,19 +189,15 @@ class _Writer(Checks):
                 lines += [f"frame.words[{word}] = {value}" for word, value in dims]
         return lines
 
-    def _tensors_with_dims(self) -> list[Arg]:
-        """Return the tensors whose shapes and strides are adjacent in a frame."""
-        last = self.options.last
-        return [
-            arg
-            for arg, rank in zip(self.row.slots, self.layout.ranks, strict=True)
-            if rank is not None and arg.name not in last
-        ]
-
     def _packed_dims(self) -> list[str]:
-        """Return lines that pack all shapes and strides into bytes, as in a frame."""
-        dims = [part for arg in self._tensors_with_dims() for part in self._dims(arg)]
-        return [f"dims__d0 = pack_dims({', '.join(dims)})"] if self._tensors_with_dims() else []
+        """Pack all shapes and strides that are adjacent in a frame into bytes."""
+        dims = [
+            part
+            for i, arg in enumerate(self.row.slots)
+            if i in self.layout.tensors and arg.name not in self.options.last
+            for part in self._dims(arg)
+        ]
+        return [f"dims__d0 = pack_dims({', '.join(dims)})"] if dims else []
 
     def _dims(self, arg: Arg) -> list[str]:
         if isinstance(arg, Absent):
@@ -228,7 +229,7 @@ class _Writer(Checks):
         if self.options.bound:
             return f"return variant, {frame}"
         scratch = "".join(f"{arg.name}, " for _, arg in self.tensors if arg.is_scratch)
-        masks = "".join(f"{self._loaded(arg)[1]}, " for _, arg in self.tensors)
+        masks = "".join(f"{self.masks[arg.name]}, " for _, arg in self.tensors)
         return f"return variant, {frame}, ({scratch}), ({masks})"
 
     def launch(self) -> list[str]:
@@ -248,7 +249,7 @@ class _Writer(Checks):
             "    variant.frames.append(frame)",
         ]
 
-    def update(self) -> tuple[str, list[str]]:
+    def update(self) -> Source:
         """Return header and lines of a prepared call's `update`, with a fast path for addresses."""
         row = self.row
         header = f"def update(self, /, {', '.join(f'{arg.name}=KEEP' for arg in row.given)}):"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import linecache
 import math
 import struct
@@ -24,18 +23,12 @@ from fi_ffi.abi.tensor import (
 )
 from fi_ffi.loader import generation, machine
 from fi_ffi.ops.call import cuda, memory
-from fi_ffi.ops.call.checks import CompileOptions, call_text, frame_layout
-from fi_ffi.ops.call.codegen import (
-    arguments_source,
-    call_source,
-    check_source,
-    pack_source,
-    update_source,
-)
+from fi_ffi.ops.call.checks import CompileOptions, call_text
+from fi_ffi.ops.call.codegen import SOURCES
 from fi_ffi.ops.call.launch import LaunchTarget, launch
 from fi_ffi.ops.call.notation import FUNCTIONS
 from fi_ffi.ops.call.providers import entry_for
-from fi_ffi.ops.call.refuse import Refusals
+from fi_ffi.ops.call.refuse import DEVICE_TYPES, Refusals
 from fi_ffi.ops.call.releases import GUARDED
 from fi_ffi.ops.call.row import (
     KV_LAYOUTS,
@@ -74,13 +67,15 @@ class Variant:
     """A row's calls with tensors of these kinds: everything that does not depend on sizes."""
 
     def __init__(
-        self, compiled: CompiledRow, passed: Mapping[str, TensorDesc | None], layout: str
+        self,
+        compiled: CompiledRow,
+        passed: Mapping[str, TensorDesc | None],
+        layout: str,
+        device: Device,
     ) -> None:
         row = compiled.row
-        self.compiled, self.is_nhd = compiled, layout == "NHD"
+        self.compiled, self.device, self.is_nhd = compiled, device, layout == "NHD"
         self.kinds = {name: None if desc is None else desc.kind for name, desc in passed.items()}
-        device = compiled.refuse.devices([passed.get(arg.name) for arg in row.tensors])
-        self.device: Device = device or compiled.device or _CPU
         # Of the tensors that are not missing; bound ones come last.
         kinds = {**self.kinds, **compiled.options.bound}
         dtypes = {arg.name: arg.dtype for arg in row.tensors}
@@ -225,41 +220,32 @@ class CompiledRow:
         self.device, self.find_entry = device, find_entry
         self.options = CompileOptions(row, op or row.name, **options)
         bound, names = self.options.bound, self.options.names
-        self.layout = frame_layout(row, self.options.last)
-        self.refuse = Refusals(row, self.options.op, names, device if bound else None)
+        self.layout = self.options.layout
+        self.refuse = Refusals(row, self.options.op, names, self.options.known)
         self.tensors = [arg for arg in row.tensors if arg.name not in bound]
         self.variants: dict[object, Variant] = {}
         if follows:
             generation.follow(self)
 
-    @functools.cached_property
-    def call(self) -> Callable[..., Any]:
-        """A method for ops, with the op's parameters, that launches."""
-        return self._compile("call", call_source)
+    # A method for ops, with the op's parameters, that launches.
+    call: Callable[..., Any]
+    # A function that packs the same call without launching it: see `pack_source`.
+    pack: Callable[..., Any]
+    # A function that only checks a call; it returns the tensors by name (None for missing ones) and
+    # the axes' sizes.
+    check: Callable[..., tuple[dict[str, Any], dict[str, int]]]
+    # A function that returns the arguments of a call by name, and its stream.
+    arguments: Callable[..., tuple[dict[str, Any], object]]
+    # The `update` of prepared calls.
+    update: Callable[..., None]
 
-    @functools.cached_property
-    def pack(self) -> Callable[..., Any]:
-        """A function that packs the same call without launching it: see `pack_source`."""
-        return self._compile("pack", pack_source)
-
-    @functools.cached_property
-    def check(self) -> Callable[..., tuple[dict[str, Any], dict[str, int]]]:
-        """A function that only checks a call; it returns the tensors by name (None for missing
-        ones) and the axes' sizes."""
-        return self._compile("check", check_source)
-
-    @functools.cached_property
-    def arguments(self) -> Callable[..., tuple[dict[str, Any], object]]:
-        """A function that returns the arguments of a call by name, and its stream."""
-        return self._compile("arguments", arguments_source)
-
-    @functools.cached_property
-    def update(self) -> Callable[..., None]:
-        """The `update` of prepared calls."""
-        return self._compile("update", update_source)
-
-    def _compile(self, name: str, write: Callable[[CompileOptions], str]) -> Callable[..., Any]:
-        row, source = self.row, write(self.options)
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        """Compile a function of `SOURCES` at its first use."""
+        if name not in SOURCES:
+            raise AttributeError(name)
+        row, (header, lines) = self.row, SOURCES[name](self.options)
+        source = "\n".join([header, *(f"    {line}" for line in lines)])
+        called = call_text(row)
         namespace: dict[str, Any] = {
             "KEEP": KEEP,
             "KV_LAYOUTS": KV_LAYOUTS,
@@ -276,7 +262,7 @@ class CompiledRow:
             "refuse": self.refuse,
             "scratch_for": memory.scratch_for,
             "variants": self.variants,
-            repr(REQUIRED): Required(call_text(row)),
+            REQUIRED: Required(called),
             "zeros": memory.zeros,
         }
         namespace |= FUNCTIONS
@@ -296,20 +282,69 @@ class CompiledRow:
         exec(compile(source, file, "exec"), namespace)
         function: Callable[..., Any] = namespace[name]
         # Python's own TypeError for missing and unknown arguments begins with the second.
-        function.__name__, function.__qualname__ = row.name, f"{call_text(row)}: {self.refuse.op}"
+        function.__name__, function.__qualname__ = row.name, f"{called}: {self.refuse.op}"
+        setattr(self, name, function)
         return function
 
     def _add_variant(self, descs: Sequence[TensorDesc | None], layout: str) -> Variant:
         """Make the variant for tensors of these kinds; raise if the row does not allow them."""
-        passed = {arg.name: desc for arg, desc in zip(self.tensors, descs, strict=True)}
-        self.refuse.kinds([passed.get(arg.name) for arg in self.row.tensors], layout)
-        variant = Variant(self, passed, layout)
+        pairs = [*zip(self.tensors, descs, strict=True)]
+        device = self._check_kinds([(arg, desc) for arg, desc in pairs if desc is not None], layout)
+        variant = Variant(self, {arg.name: desc for arg, desc in pairs}, layout, device)
         if len(self.variants) >= _MAX_VARIANTS:
             self.variants.clear()
         has_layout = any(isinstance(arg, KvLayout) for arg in self.row.args)
         kinds = [None if desc is None else desc.kind for desc in descs]
         key = (layout, *kinds) if has_layout else tuple(kinds)
         return self.variants.setdefault(key, variant)
+
+    def _check_kinds(self, present: Sequence[tuple[Tensor, TensorDesc]], layout: str) -> Device:
+        """Refuse ranks, dtypes, devices and read-only memory for which the row has no kernel.
+
+        Returns the device of all tensors except those that are read on the host.
+        """
+        row, error, dtypes = self.row, self.refuse.error, dict[str, Any]()
+        for arg, desc in present:
+            if desc.kind.rank != len(arg.axis_names):
+                axes = arg.axes_in(layout)
+                raise error(arg.name, desc.layout, f"rank {len(axes)} ({' '.join(axes)})")
+        for arg, desc in present:
+            dtype, allowed = desc.kind.dtype, row.dtypes.get(arg.dtype, (arg.dtype,))
+            if dtype.name not in allowed:
+                raise error(arg.name, dtype, " or ".join(allowed))
+            same = dtypes.setdefault(arg.dtype, dtype)
+            if dtype is not same:
+                raise error(arg.name, dtype, f"{same}, the {arg.dtype} of this call")
+        for lacking in row.lacks:
+            if all(
+                name in dtypes and dtypes[name].name == dtype for name, dtype in lacking.items()
+            ):
+                arg = next(arg for arg in row.tensors if arg.dtype in lacking)
+                others = " and ".join(name for name in lacking if name != arg.dtype)
+                raise error(arg.name, dtypes[arg.dtype], f"another dtype beside this {others}")
+        device = self._device_of(present)
+        for arg, desc in present:
+            if arg.writes and desc.kind.readonly:
+                raise error(arg.name, "read-only memory", "writable")
+        return device
+
+    def _device_of(self, present: Sequence[tuple[Tensor, TensorDesc]]) -> Device:
+        first, of = (self.device if self.options.bound else None), ""
+        for arg, desc in present:
+            device, expected = desc.kind.device, ""
+            if arg.host:
+                if device.type != "cpu":
+                    expected = "an array on the host: it is read before anything is launched"
+            elif device.type not in DEVICE_TYPES:
+                expected = " or ".join(DEVICE_TYPES)
+            elif first is None:
+                first, of = device, arg.name
+            elif device is not first:
+                whose = f"the device of `{self.refuse.name(of)}`" if of else "as planned"
+                expected = f"{first}, {whose}"
+            if expected:
+                raise self.refuse.error(arg.name, device, expected)
+        return first or self.device or _CPU
 
     def forget(self) -> None:
         """Drop what earlier calls cached, after the source of kernels changed."""

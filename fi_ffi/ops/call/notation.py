@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +19,8 @@ class Axis:
 
     terms: tuple[tuple[str, int], ...]
     more: int
-    over: int = 1
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(name for name, _ in self.terms)
+    over: int
+    names: tuple[str, ...]
 
     def size(self, sizes: Mapping[str, int]) -> int:
         """Compute the size; all of its names must be known."""
@@ -42,7 +39,7 @@ def parse_axis(text: str) -> Axis:
             more += int(name) * int(times or 1)
         else:
             terms[name] = terms.get(name, 0) + (int(times) if star else 1)
-    return Axis(tuple(terms.items()), more, int(over or 1))
+    return Axis(tuple(terms.items()), more, int(over or 1), tuple(terms))
 
 
 _WORDS = frozenset({"and", "or", "not", "in", "if", "else", "is", "None", "True", "False"})
@@ -67,15 +64,18 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {"ceil_div": ceil_div, "round_up": ro
 
 
 @functools.cache
-def names_in(text: str) -> tuple[str, ...]:
-    """Return the sizes and arguments in a condition, in order."""
-    found = (match[1] for match in _NAME.finditer(text))
-    return tuple(dict.fromkeys(name for name in found if name and name not in _WORDS))
+def parse_expression(text: str) -> tuple[str, tuple[str, ...]]:
+    """Return an expression as a template for `format_map`, and the names in it, in order."""
+    names: dict[str, None] = {}
 
+    def braced(match: re.Match[str]) -> str:
+        name = match[1]
+        if name is None or name in _WORDS:
+            return match[0]
+        names[name] = None
+        return f"{{{name}}}"
 
-def replaced(text: str, values: Mapping[str, str]) -> str:
-    """Replace the names of a condition by other expressions."""
-    return _NAME.sub(lambda match: values.get(match[1] or "", match[0]), text)
+    return _NAME.sub(braced, text), tuple(names)
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,10 @@ class Condition:
     left: str
     operator: str
     right: str
+    axis: str  # the size that an error names
+    # The text with its `names` in braces.
+    template: str
+    names: tuple[str, ...]
 
     @classmethod
     @functools.cache
@@ -105,48 +109,47 @@ class Condition:
             else:
                 assert extreme is not None, f"{text!r} is no condition that has words"
                 operator = extreme[1]
-        return cls(text, guard, left, operator, right)
+        template, names = parse_expression(text)
+        if operator == "%" and right in names:  # a multiple of 0 is refused
+            template = f"{{{right}}} and {template}"
+        axis = parse_expression(left)[1][0]
+        return cls(text, guard, left, operator, right, axis, template, names)
 
-    @property
-    def axis(self) -> str:
-        """The size that an error names."""
-        return names_in(self.left)[0]
+    def expected(self, sizes: Mapping[str, int], planned: Collection[str] = ()) -> str:
+        """Return what must hold, for an error; a plan has fixed the `planned` sizes."""
 
-    @property
-    def divisors(self) -> tuple[str, ...]:
-        """The sizes that the condition divides by; none of them may be 0."""
-        return (self.right,) if self.operator == "%" and self.right.isidentifier() else ()
+        def shown(axis: str) -> str:
+            size = sizes[axis]
+            return f"{size}, as planned" if axis in planned else f"{axis} = {size}"
 
-    def expected(self, shown: Callable[[str], str], value: Callable[[str], str]) -> str:
-        """Return what must hold, as the text of an f-string.
-
-        `shown` renders a size with its value, and `value` the value of an expression.
-        """
-        left, right = self.left, self.right
-        limit = shown(right) if right.isidentifier() else right
-        words = {
-            "%": f"{left} = {value(left)} to be a multiple of {limit}",
-            "in": f"{left} of {_either(right)}",
-            ">=": f"{left} of at least {limit}",
-            "<=": f"{left} = {value(left)} of at most {limit}, as far as the kernel counts",
-        }
-        of = " and ".join(map(shown, names_in(right)))
-        told = words.get(self.operator) or f"{left} = {value(right)}, the {self.operator} of {of}"
+        # The value of an expression: that of the extreme, if the size must be one.
+        side = self.right if self.operator in ("max", "min") else self.left
+        value = eval(side, {**FUNCTIONS}, {**sizes})
+        told = {
+            "%": "{} = {} to be {}",
+            "in": "{0} of {2}",
+            ">=": "{0} of {2}",
+            "<=": "{} = {} of {}, as far as the kernel counts",
+        }.get(self.operator, "{} = {}, {}")
+        told = told.format(self.left, value, self._limit(shown))
         return f"{told}, for {shown(self.guard)}" if self.guard else told
 
     @property
     def sentence(self) -> str:
         """What must hold, as a sentence for documentation."""
+        unless = f", unless {self.guard} is 0" if self.guard else ""
+        return f"{self.left} is {self._limit(str)}{unless}."
+
+    def _limit(self, shown: Callable[[str], str]) -> str:
+        """Say what the left side must be; `shown` renders a size."""
+        names = parse_expression(self.right)[1]
+        limit = shown(self.right) if self.right in names else self.right
         words = {
-            "%": f"a multiple of {self.right}",
-            "in": _either(self.right),
-            ">=": f"at least {self.right}",
-            "<=": f"at most {self.right}",
+            "%": f"a multiple of {limit}",
+            "in": " or ".join(re.findall(r"\d+", self.right)),
+            ">=": f"at least {limit}",
+            "<=": f"at most {limit}",
         }
-        of = " and ".join(names_in(self.right))
-        told = f"{self.left} is {words.get(self.operator) or f'the {self.operator} of {of}'}"
-        return f"{told}, unless {self.guard} is 0." if self.guard else f"{told}."
-
-
-def _either(numbers: str) -> str:
-    return " or ".join(re.findall(r"\d+", numbers))
+        return (
+            words.get(self.operator) or f"the {self.operator} of {' and '.join(map(shown, names))}"
+        )

@@ -7,23 +7,18 @@ is never used). Methods that "judge" look again, and return if nothing is wrong.
 from __future__ import annotations
 
 import numbers
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from fi_ffi.abi.tensor import TensorDesc, c_strides, is_row_major
 from fi_ffi.errors import ArgumentError, ArgumentTypeError, printed
 from fi_ffi.ops.call.arguments import INT64_MAX, Refusal
+from fi_ffi.ops.call.notation import parse_axis
 from fi_ffi.ops.call.row import Required, Row, Scalar, Tensor
 
-if TYPE_CHECKING:
-    from fi_ffi.abi.tensor import Device
-
-PLANNED = "what was planned"  # a plan fixed the size, not an argument
 _BLOCK_THREADS = 1024  # CUDA's limit, on every GPU
 DEVICE_TYPES = ("cpu", "cuda")
-
-Descs = Sequence[TensorDesc | None]
 
 
 def check_scalar(op: str, name: str, arg: Scalar, value: Any) -> Any:
@@ -67,14 +62,14 @@ def unlimited(arg: Scalar) -> Scalar:
 class Refusals(Refusal):
     """Errors that name the op and its arguments as the caller knows them.
 
-    A plan, which has memory of its own, passes the `device` on which all tensors must be.
+    A plan has fixed the sizes of the axes in `planned`.
     """
 
     def __init__(
-        self, row: Row, op: str, names: Mapping[str, str], device: Device | None = None
+        self, row: Row, op: str, names: Mapping[str, str], planned: Collection[str] = ()
     ) -> None:
         super().__init__(op)
-        self.row, self._names, self._device = row, names, device
+        self.row, self._names, self._planned = row, names, planned
         self._scalars = {arg.name: arg for arg in row.args if isinstance(arg, Scalar)}
         self._tensors = {arg.name: arg for arg in row.tensors}
 
@@ -91,7 +86,8 @@ class Refusals(Refusal):
     ) -> NoReturn:
         """Refuse a size that differs from the one fixed by another argument or a plan."""
         source = f", as in `{self.name(fixed_by)}`" if fixed_by else ""
-        source = ", as planned" if fixed_by == PLANNED else source
+        if any(name in self._planned for name in parse_axis(axis).names):
+            source = ", as planned"
         expected = f"{axis} = {size}{source}"
         if axis.isdecimal():  # an axis of one size only
             names = self._tensors[argument].axis_names
@@ -107,10 +103,14 @@ class Refusals(Refusal):
         )
         raise self.error(argument, desc.layout, expected)
 
-    def limit(self, argument: str, desc: TensorDesc | None, expected: str) -> NoReturn:
-        """Refuse a size outside the row's limits."""
+    def limit(
+        self, argument: str, desc: TensorDesc | None, number: int, sizes: Sequence[int]
+    ) -> NoReturn:
+        """Refuse a size for which a condition of the row is false."""
+        condition = self.row.conditions[number]
+        by_name = dict(zip(condition.names, sizes, strict=True))
         got = "what was planned" if desc is None else desc.layout
-        raise self.error(argument, got, expected)
+        raise self.error(argument, got, condition.expected(by_name, self._planned))
 
     def number(self, name: str, value: Any, is_free: bool = False) -> Any:
         """Convert a number that cannot be written as it is, or refuse it.
@@ -252,62 +252,6 @@ class Refusals(Refusal):
             missing = next(name for name in self.row.together if name not in present)
             expected = f"a value, as `{self.name(present[0])}` has one: they go together"
             raise self.error(missing, "none", expected)
-
-    # Checks of a combination of kinds, made once for each combination.
-
-    def kinds(self, descs: Descs, kv_layout: str) -> None:
-        """Refuse ranks, dtypes, devices and read-only memory for which the row has no kernel."""
-        for tensor, desc in self._present(descs):
-            names = tensor.axes_in(kv_layout)
-            if desc.kind.rank != len(names):
-                raise self.error(tensor.name, desc.layout, f"rank {len(names)} ({' '.join(names)})")
-        self._dtypes(descs)
-        self.devices(descs)
-        for tensor, desc in self._present(descs):
-            if tensor.writes and desc.readonly:
-                raise self.error(tensor.name, "read-only memory", "writable")
-
-    def _present(self, descs: Descs) -> list[tuple[Tensor, TensorDesc]]:
-        pairs = zip(self.row.tensors, descs, strict=True)
-        return [(tensor, desc) for tensor, desc in pairs if desc is not None]
-
-    def _dtypes(self, descs: Descs) -> None:
-        row, bound = self.row, dict[str, Any]()
-        for tensor, desc in self._present(descs):
-            allowed = row.dtypes.get(tensor.dtype, (tensor.dtype,))
-            if desc.dtype.name not in allowed:
-                raise self.error(tensor.name, desc.dtype, " or ".join(allowed))
-            same = bound.setdefault(tensor.dtype, desc.dtype)
-            if desc.dtype is not same:
-                raise self.error(
-                    tensor.name, desc.dtype, f"{same}, the {tensor.dtype} of this call"
-                )
-        for lacking in row.lacks:
-            if all(name in bound and bound[name].name == dtype for name, dtype in lacking.items()):
-                tensor = next(tensor for tensor in row.tensors if tensor.dtype in lacking)
-                others = " and ".join(name for name in lacking if name != tensor.dtype)
-                raise self.error(
-                    tensor.name, bound[tensor.dtype], f"another dtype beside this {others}"
-                )
-
-    def devices(self, descs: Descs) -> Device | None:
-        """Return the device of all tensors except those that are read on the host."""
-        first = None if self._device is None else ("as planned", self._device)
-        for tensor, desc in self._present(descs):
-            device = desc.device
-            if tensor.host:
-                if device.type != "cpu":
-                    expected = "an array on the host: it is read before anything is launched"
-                    raise self.error(tensor.name, device, expected)
-                continue
-            if device.type not in DEVICE_TYPES:
-                raise self.error(tensor.name, device, " or ".join(DEVICE_TYPES))
-            if first is None:
-                first = f"the device of `{self.name(tensor.name)}`", device
-            elif device is not first[1]:
-                expected = f"{first[1]}, {first[0]}"
-                raise self.error(tensor.name, device, expected)
-        return first[1] if first else None
 
 
 def _axes_of(desc: TensorDesc) -> list[tuple[int, int]]:

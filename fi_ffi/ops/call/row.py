@@ -14,7 +14,12 @@ from typing import Any
 from fi_ffi.abi.signature import Signature
 from fi_ffi.abi.tensor import TensorDesc, frozen
 from fi_ffi.errors import ArgumentTypeError
-from fi_ffi.ops.call.notation import Condition, names_in, parse_axis
+from fi_ffi.ops.call.notation import Condition, parse_axis, parse_expression
+
+
+def derived() -> Any:
+    """Return the field of a value that a frozen class computes from others, once."""
+    return field(init=False, repr=False, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,39 +94,39 @@ class Tensor(Ranged):
     # axes here. Several indices are merged into one axis, and must be adjacent in memory.
     view: tuple[tuple[int, ...], ...] = ()
 
+    axis_names: tuple[str, ...] = derived()
+    # The names of sizes in the axes.
+    axis_variables: tuple[str, ...] = derived()
+    is_scratch: bool = derived()
+    # Whether a call may leave it out: it is optional, or memory that fi_ffi has.
+    may_be_none: bool = derived()
+    # Whether the tensor may be passed with fewer or more axes: [] and [1, 1] for [1].
+    is_loose: bool = derived()
+    abi_type: str = derived()
+
+    def __post_init__(self) -> None:
+        axes = tuple(self.axes.split())
+        is_scratch = bool(self.bytes or self.bytes_per_multiprocessor or self.bytes_for)
+        kind = "ffi.Tensor" if self.as_object else "DLTensor*"
+        is_optional = (self.optional or self.entry_optional) and not self.empty
+        vars(self).update(
+            axis_names=axes,
+            axis_variables=tuple(name for text in axes for name in parse_axis(text).names),
+            is_scratch=is_scratch,
+            may_be_none=self.optional or is_scratch,
+            is_loose=self.column or (self.axes == "1" and not is_scratch),
+            abi_type=f"Optional<{kind}>" if is_optional else kind,
+        )
+
     @property
     def entry_rank(self) -> int:
         """The rank in which the entry takes the tensor."""
         return len(self.view or self.axis_names)
 
-    @property
-    def is_scratch(self) -> bool:
-        return bool(self.bytes or self.bytes_per_multiprocessor or self.bytes_for)
-
-    @property
-    def is_loose(self) -> bool:
-        """Whether the tensor may be passed with fewer or more axes: [] and [1, 1] for [1]."""
-        return self.column or (self.axes == "1" and not self.is_scratch)
-
-    @property
-    def axis_names(self) -> tuple[str, ...]:
-        return tuple(self.axes.split())
-
-    @property
-    def axis_variables(self) -> list[str]:
-        """The names of sizes in the axes."""
-        return [name for text in self.axis_names for name in parse_axis(text).names]
-
     def axes_in(self, kv_layout: str) -> tuple[str, ...]:
         """Return the axes in the order of a tensor of this layout."""
         names = self.axis_names
         return names if not self.kv or kv_layout == "NHD" else exchanged(names)
-
-    @property
-    def abi_type(self) -> str:
-        kind = "ffi.Tensor" if self.as_object else "DLTensor*"
-        is_optional = (self.optional or self.entry_optional) and not self.empty
-        return f"Optional<{kind}>" if is_optional else kind
 
 
 @dataclass(frozen=True)
@@ -149,11 +154,11 @@ class Scalar(Ranged):
     zero: str = ""
     # The entry takes an optional type, but always gets a value.
     entry_optional: bool = False
+    abi_type: str = derived()
 
-    @property
-    def abi_type(self) -> str:
+    def __post_init__(self) -> None:
         name = self.type.__name__
-        return f"Optional<{name}>" if self.entry_optional else name
+        vars(self).update(abi_type=f"Optional<{name}>" if self.entry_optional else name)
 
 
 PDL = Scalar(
@@ -278,10 +283,13 @@ class Rule(Ranged):
     condition: str
     expected: str | Callable[..., str]
     using: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    # The condition with its names in braces.
+    template: str = derived()
+    names: tuple[str, ...] = derived()
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        return names_in(self.condition)
+    def __post_init__(self) -> None:
+        template, names = parse_expression(self.condition)
+        vars(self).update(template=template, names=names)
 
 
 def default_of(arg: Arg) -> str | None:
@@ -295,6 +303,10 @@ def default_of(arg: Arg) -> str | None:
     return None if default is None else repr(default)
 
 
+REQUIRED = "REQUIRED"  # the name of a `Required` in generated code
+
+
+@dataclass(frozen=True)
 class Required:
     """The default of a required parameter that follows an optional one.
 
@@ -302,17 +314,10 @@ class Required:
     tensor, when its memory is asked for.
     """
 
-    def __init__(self, call: str = "") -> None:
-        self.call = call
+    call: str = field(compare=False)
 
     def __repr__(self) -> str:
-        return "REQUIRED"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Required)
-
-    def __hash__(self) -> int:
-        return hash(Required)
+        return REQUIRED
 
     @property
     def __array_interface__(self) -> dict[str, Any]:
@@ -323,14 +328,11 @@ class Required:
         return error.of(op, argument) if op else error  # type: ignore[return-value]
 
 
-REQUIRED = Required()
-
-
 def defaults(args: Sequence[Arg]) -> list[str | None]:
     """Return the defaults of a Python function with these parameters."""
     written = [default_of(arg) for arg in args]
     first = next((i for i, default in enumerate(written) if default), len(written))
-    return [default or (repr(REQUIRED) if i > first else None) for i, default in enumerate(written)]
+    return [default or (REQUIRED if i > first else None) for i, default in enumerate(written)]
 
 
 @dataclass(frozen=True)
@@ -399,6 +401,31 @@ class Row:
     order: tuple[str, ...] = ()
     # Returns the row for the module compiled for these dtypes, by name of a given tensor.
     compiled_for: Callable[[Row, Mapping[str, str]], Row] | None = None
+    # The entry's arguments, then the tensors of its Arrays.
+    slots: tuple[Arg, ...] = derived()
+    # The op's arguments in its order: all but the absent ones.
+    given: tuple[Arg, ...] = derived()
+    tensors: tuple[Tensor, ...] = derived()
+    conditions: tuple[Condition, ...] = derived()
+    rules: tuple[Rule, ...] = derived()
+    # The signature that the binary must report.
+    signature: Signature = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        arrays = (arg.items for arg in self.args if isinstance(arg, TensorArray))
+        slots = (*self.args, *itertools.chain.from_iterable(arrays))
+        given = [arg for arg in slots if not isinstance(arg, (Absent, TensorArray))]
+        if self.order:
+            given.sort(key=lambda arg: self.order.index(arg.name))
+        texts = (each for each in self.requires if isinstance(each, str))
+        vars(self).update(
+            slots=slots,
+            given=tuple(given),
+            tensors=tuple(arg for arg in slots if isinstance(arg, Tensor)),
+            conditions=tuple(map(Condition.of, texts)),
+            rules=tuple(each for each in self.requires if isinstance(each, Rule)),
+            signature=Signature(self.symbol, tuple(arg.abi_type for arg in self.args), self.result),
+        )
 
     def module_on(self, capability: tuple[int, int] | None) -> str:
         """Return the module that has the entry for a GPU."""
@@ -413,36 +440,10 @@ class Row:
         return f"GPUs of compute capability {able}{why}"
 
     @property
-    def conditions(self) -> tuple[Condition, ...]:
-        return tuple(Condition.of(each) for each in self.requires if isinstance(each, str))
-
-    @property
     def is_in_python(self) -> bool:
         """Whether the kernel is written in Python (CuTe DSL), so that nothing in csrc exports
         it."""
         return self.source.startswith("flashinfer/")
-
-    @property
-    def rules(self) -> tuple[Rule, ...]:
-        return tuple(each for each in self.requires if isinstance(each, Rule))
-
-    @property
-    def slots(self) -> tuple[Arg, ...]:
-        """The entry's arguments, then the tensors of its Arrays."""
-        arrays = (arg.items for arg in self.args if isinstance(arg, TensorArray))
-        return (*self.args, *itertools.chain.from_iterable(arrays))
-
-    @property
-    def given(self) -> tuple[Arg, ...]:
-        """The op's arguments in its order: all but the absent ones."""
-        found = [arg for arg in self.slots if not isinstance(arg, (Absent, TensorArray))]
-        if self.order:
-            found.sort(key=lambda arg: self.order.index(arg.name))
-        return tuple(found)
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return tuple(arg for arg in self.slots if isinstance(arg, Tensor))
 
     @property
     def reference(self) -> str:
@@ -453,11 +454,6 @@ class Row:
     def formula(self) -> str:
         """The name of the formula in float64."""
         return self.name + self.variant
-
-    @property
-    def signature(self) -> Signature:
-        """The signature that the binary must report."""
-        return Signature(self.symbol, tuple(arg.abi_type for arg in self.args), self.result)
 
 
 def form_on(forms: Sequence[Row], capability: tuple[int, int] | None) -> Row:
