@@ -22,7 +22,6 @@ from fi_ffi.ops.call.row import (
     REQUIRED,
     SHARED_MEMORY,
     Absent,
-    KvLayout,
     Row,
     Scalar,
     Tensor,
@@ -88,12 +87,11 @@ class CompileOptions:
 class Checks:
     """Lines that check a call's arguments, before a frame is written."""
 
-    # The variant's memo that this function uses; each function keeps other values.
-    memo = "memo"
-
-    def __init__(self, options: CompileOptions, is_packing: bool = False) -> None:
-        self.options, self.row, self.is_packing = options, options.row, is_packing
+    def __init__(self, options: CompileOptions, function: str) -> None:
+        self.options, self.row, self.function = options, options.row, function
         self.layout = options.layout
+        # The variant's memo that this function uses; each function keeps other values.
+        self.memo = "memo" if function == "call" else f"memo_of_{function}"
         # Arguments that each call passes, with their index.
         self.given = [
             (i, arg)
@@ -111,8 +109,6 @@ class Checks:
         self.itemsizes: dict[str, str] = {}
         self.steps: dict[str, str] = {}
         self.masks: dict[str, str] = {}
-        if is_packing:
-            self.memo = "memo_of_pack"
 
     # Tensors, their kinds and shapes.
 
@@ -134,11 +130,12 @@ class Checks:
 
     def _find_variant(self) -> list[str]:
         lines, key = [], []
-        layout = next((arg for _, arg in self.given if isinstance(arg, KvLayout)), None)
+        layout = self.row.kv_layout
         if layout is not None:
-            wrong = f"type({layout.name}) is not str or {layout.name} not in KV_LAYOUTS"
-            lines.append(f"if {wrong}: refuse.word({layout.name!r}, {layout.name}, KV_LAYOUTS)")
-            key.append(layout.name)
+            name = layout.name
+            wrong = f"type({name}) is not str or {name} not in KV_LAYOUTS"
+            lines.append(f"if {wrong}: refuse.word({name!r}, {name}, KV_LAYOUTS)")
+            key.append(name)
         for _, arg in self.tensors:
             kind = f"{arg.name}.kind"
             key.append(f"None if {arg.name} is None else {kind}" if arg.may_be_none else kind)
@@ -305,7 +302,7 @@ class Checks:
         lines = []
         asks = any({MULTIPROCESSORS, SHARED_MEMORY} & {*rule.names} for rule in self.row.rules)
         asks = asks or any(arg.is_scratch for _, arg in self.tensors)
-        if asks and not self.is_packing:
+        if asks and self.function != "pack":
             # Refuse a missing stream before asking for a GPU, which may not exist.
             checked = "handle_for(stream, variant.device, refuse.op)"
             lines.append(f"if variant.entry is None: {checked}")
@@ -321,7 +318,8 @@ class Checks:
             size = f"{name}__d0"
             self.dims[name] = [size]
             have = f"{size} * {DTYPES[arg.dtype].itemsize}"
-            asked = f"scratch{i}, variant.device, need, stream, {self.is_packing}"
+            is_own = self.function == "pack"
+            asked = f"scratch{i}, variant.device, need, stream, {is_own}"
             lines.append(f"need = {need}")
             lines.append(f"if {name} is None: {name} = scratch_for(refuse, {asked})")
             lines += self._read(arg, [size])

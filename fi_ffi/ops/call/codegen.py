@@ -13,85 +13,88 @@ from collections.abc import Callable, Sequence
 
 from fi_ffi.abi.library import TypeIndex
 from fi_ffi.ops.call.arguments import INT64_MAX
-from fi_ffi.ops.call.checks import Checks, CompileOptions, parameters
+from fi_ffi.ops.call.checks import Checks, parameters
 from fi_ffi.ops.call.notation import parse_expression
-from fi_ffi.ops.call.row import (
-    Absent,
-    Arg,
-    IntArray,
-    KvLayout,
-    Scalar,
-    Tensor,
-    Text,
-)
+from fi_ffi.ops.call.row import Absent, Arg, IntArray, Scalar, Tensor, Text
 
 # Local variables that checks of shapes and strides set.
 _LOCALS = re.compile(r"\b(?:size__\w+|\w+__[ds]\d+|\w+__span|mask__\d+|step__\d+)\b")
+Source = tuple[str, list[str]]  # a function's header, and its lines
+# What is compiled from a row: methods of `Writer`, and of `CompiledRow`.
+FUNCTIONS = ("call", "pack", "check", "arguments", "update")
 
 
-Source = tuple[str, Sequence[str]]  # a function's header, and its lines
+class Writer(Checks):
+    """Writes one of a row's functions."""
 
+    def call(self) -> Source:
+        """Write a method `call(self, /, ..., *, stream=None)` that launches."""
+        return f"def call(self, /, {parameters(self.row)}):", self._lines(self._launch)
 
-def call_source(options: CompileOptions) -> Source:
-    """Write a method `call(self, /, ..., *, stream=None)` that launches."""
-    writer = _Writer(options)
-    header = f"def call(self, /, {parameters(options.row)}):"
-    return header, writer.lines(writer.launch)
+    def pack(self) -> Source:
+        """Write a function of the same parameters that packs.
 
+        It returns the variant, a frame (None if there is nothing to do), the scratch memory taken,
+        and the bits that new addresses must not have; with bound arguments, only the first two.
+        """
+        bound = f"bound_row, {', '.join(self.options.packed_names)}"
+        header = f"def pack({bound if self.options.bound else parameters(self.row)}):"
+        return header, self._lines(lambda: [self._packed("frame")])
 
-def pack_source(options: CompileOptions) -> Source:
-    """Write a function of the same parameters that packs.
+    def check(self) -> Source:
+        """Write a function of the same parameters that raises what a call would; it returns the
+        tensors by name, and the axes' sizes."""
 
-    It returns the variant, a frame (None if there is nothing to do), the scratch memory taken, and
-    the bits that new addresses must not have; with bound arguments, only the first two.
-    """
-    writer, given = _Writer(options, is_packing=True), parameters(options.row)
-    if options.bound:
-        given = f"bound_row, {', '.join(options.packed_names)}"
-    return f"def pack({given}):", writer.lines(lambda: [writer.packed("frame")])
+        def end() -> list[str]:
+            sizes = ", ".join(f"{axis!r}: {size}" for axis, size in self.sizes.items())
+            return [f"return {_by_name(self.row.tensors)}, {{{sizes}}}"]
 
+        return f"def check({parameters(self.row)}):", self._lines(end)
 
-def check_source(options: CompileOptions) -> Source:
-    """Write a function of the same parameters without the stream that raises what a call would; it
-    returns the tensors by name, and the axes' sizes."""
-    row, writer = options.row, _Writer(options)
-    writer.memo = "memo_of_check"
+    def arguments(self) -> Source:
+        """Write a function of the same parameters that returns them by name, and the stream."""
+        header = f"def arguments({parameters(self.row)}):"
+        return header, [f"return {_by_name(self.row.given)}, stream"]
 
-    def end() -> list[str]:
-        tensors = ", ".join(f"{arg.name!r}: {arg.name}" for arg in row.tensors)
-        sizes = ", ".join(f"{axis!r}: {size}" for axis, size in writer.sizes.items())
-        return [f"return {{{tensors}}}, {{{sizes}}}"]
+    def update(self) -> Source:
+        """Write a prepared call's `update`, with a fast path for addresses."""
+        row = self.row
+        header = f"def update(self, /, {', '.join(f'{arg.name}=KEEP' for arg in row.given)}):"
+        change = [f"self.change({_by_name(row.given)})"]
+        if row.allocates or any(arg.optional or arg.is_scratch for arg in row.tensors):
+            return header, change
+        places = [(i, arg.name) for i, arg in enumerate(row.slots) if isinstance(arg, Tensor)]
+        now, then, tests = list[str](), list[str](), list[str]()
+        for k, (i, name) in enumerate(places):
+            word, p = self.layout.value(i), f"{name}__p"
+            now.append(f"{p} = {name} if {name} is not KEEP else addresses[{word}]")
+            then.append(f"addresses[{word}] = {p}")
+            then.append(f"if {name} is not KEEP: self.owners[{k}] = None")
+            tests.append(f"type({p}) is int and 0 < {p} <= {INT64_MAX} and not {p} & masks[{k}]")
+        tests += [f"{arg.name} is KEEP" for arg in row.given if not isinstance(arg, Tensor)]
+        for (a, one), (b, other) in itertools.combinations(enumerate(row.tensors), 2):
+            if one.writes or other.writes:
+                x, y = f"{one.name}__p", f"{other.name}__p"
+                tests.append(f"({x} >= {y} + spans[{b}] or {y} >= {x} + spans[{a}])")
+        return header, [
+            "try:",
+            "    frame = self.take()",
+            "except IndexError:",
+            "    frame = self.reclaim()",
+            "try:",
+            "    if frame is not None:",
+            "        addresses, masks, spans = frame.addresses, self.masks, self.spans",
+            *(f"        {line}" for line in now),
+            f"        if {' and '.join(tests)}:",
+            *(f"            {line}" for line in (*then, "return")),
+            "finally:",
+            "    self.give(frame)",
+            *change,
+        ]
 
-    return f"def check({parameters(row)}):", writer.lines(end, is_checking=True)
-
-
-def arguments_source(options: CompileOptions) -> Source:
-    """Write a function of the same parameters that returns them by name, and the stream."""
-    names = ", ".join(f"{arg.name!r}: {arg.name}" for arg in options.row.given)
-    return f"def arguments({parameters(options.row)}):", [f"return {{{names}}}, stream"]
-
-
-def update_source(options: CompileOptions) -> Source:
-    """Write a method of prepared calls that changes addresses of tensors with unchanged layouts."""
-    return _Writer(options).update()
-
-
-# The functions that are compiled from a row, by name.
-SOURCES: dict[str, Callable[[CompileOptions], Source]] = {
-    "call": call_source,
-    "pack": pack_source,
-    "check": check_source,
-    "arguments": arguments_source,
-    "update": update_source,
-}
-
-
-class _Writer(Checks):
-    """The lines of one function; `lines` are those up to a written frame."""
-
-    def lines(self, end: Callable[[], Sequence[str]], is_checking: bool = False) -> list[str]:
-        """Return the function's lines. `end` makes the last ones; with `is_checking` the others are
-        only checks."""
+    def _lines(self, end: Callable[[], Sequence[str]]) -> list[str]:
+        """Return a function's lines up to a written frame, and those of `end`."""
+        writes = self.function != "check"
         checks = [
             *self._shapes(),
             *self._conditions(),
@@ -105,11 +108,11 @@ class _Writer(Checks):
             *self._scratch(),
             *self._strides(is_scratch=True),
             *self._rules(of_memory=False),
-            *([] if is_checking else self._nothing()),
+            *(self._nothing() if writes else []),
             *self._addresses(),
             *self._overlap(),
             *self._rules(of_memory=True),
-            *([] if is_checking else self._writes()),
+            *(self._writes() if writes else []),
             *end(),
         ]
         return [*self._describe(), *self._find_variant(), *self._checked(checks, after), *after]
@@ -146,7 +149,7 @@ class _Writer(Checks):
         if self.options.bound:
             lines = ["frame = bound_row.frame(variant)"]
         else:
-            stream = "" if self.is_packing else "stream"
+            stream = "" if self.function == "pack" else "stream"
             lines = [
                 "try:",
                 "    frame = variant.frames.pop()",
@@ -208,14 +211,13 @@ class _Writer(Checks):
         if arg.view:
             sizes = (" * ".join(self.dims[name][k] for k in axes) for axes in arg.view)
             return [*sizes, *(f"{name}__s{axes[-1]}" for axes in arg.view)]
-        layout = next((other for _, other in self.given if isinstance(other, KvLayout)), None)
-        if arg.kv and layout is not None and not layout.strided:
+        if arg.kv and self.row.kv_layout is not None and not self.row.kv_layout.strided:
             return [f"*{name}.shape", f"*{name}.strides"]
         return [*self.dims[name], *(f"{name}__s{k}" for k in range(rank))]
 
     def _nothing(self) -> list[str]:
         row = self.row
-        nothing = self.packed("None") if self.is_packing else "return None"
+        nothing = self._packed("None") if self.function == "pack" else "return None"
         if row.nothing_axis:
             return [f"if not {self.sizes[row.nothing_axis]}: {nothing}"]
         written = [arg for _, arg in self.tensors if arg.writes and not arg.is_scratch]
@@ -224,7 +226,7 @@ class _Writer(Checks):
         empty = [f"not ({' * '.join(self.dims[arg.name]) or '1'})" for arg in written]
         return [f"if {' and '.join(empty)}: {nothing}"]
 
-    def packed(self, frame: str) -> str:
+    def _packed(self, frame: str) -> str:
         """Return the expression that a packed call returns."""
         if self.options.bound:
             return f"return variant, {frame}"
@@ -232,7 +234,7 @@ class _Writer(Checks):
         masks = "".join(f"{self.masks[arg.name]}, " for _, arg in self.tensors)
         return f"return variant, {frame}, ({scratch}), ({masks})"
 
-    def launch(self) -> list[str]:
+    def _launch(self) -> list[str]:
         row = self.row
         if row.allocates or any(arg.as_object for arg in row.tensors):
             return [
@@ -249,42 +251,7 @@ class _Writer(Checks):
             "    variant.frames.append(frame)",
         ]
 
-    def update(self) -> Source:
-        """Return header and lines of a prepared call's `update`, with a fast path for addresses."""
-        row = self.row
-        header = f"def update(self, /, {', '.join(f'{arg.name}=KEEP' for arg in row.given)}):"
-        changes = ", ".join(f"{arg.name!r}: {arg.name}" for arg in row.given)
-        change = [f"self.change({{{changes}}})"]
-        names = [arg.name for arg in row.tensors]
-        fixed = [arg.name for arg in row.given if not isinstance(arg, Tensor)]
-        if row.allocates or any(arg.optional or arg.is_scratch for arg in row.tensors):
-            return header, change
-        words = [self.layout.value(i) for i, arg in enumerate(row.slots) if isinstance(arg, Tensor)]
-        places = [*zip(names, words, strict=True)]
-        now = [
-            f"{name}__p = {name} if {name} is not KEEP else addresses[{w}]" for name, w in places
-        ]
-        then = [f"addresses[{word}] = {name}__p" for name, word in places]
-        then += [f"if {name} is not KEEP: self.owners[{k}] = None" for k, name in enumerate(names)]
-        tests = [f"type({name}__p) is int and 0 < {name}__p <= {INT64_MAX}" for name in names]
-        tests += [f"not {name}__p & masks[{k}]" for k, name in enumerate(names)]
-        tests += [f"{name} is KEEP" for name in fixed]
-        for a, b in itertools.combinations(range(len(names)), 2):
-            if row.tensors[a].writes or row.tensors[b].writes:
-                x, y = f"{names[a]}__p", f"{names[b]}__p"
-                tests.append(f"({x} >= {y} + spans[{b}] or {y} >= {x} + spans[{a}])")
-        return header, [
-            "try:",
-            "    frame = self.take()",
-            "except IndexError:",
-            "    frame = self.reclaim()",
-            "try:",
-            "    if frame is not None:",
-            "        addresses, masks, spans = frame.addresses, self.masks, self.spans",
-            *(f"        {line}" for line in now),
-            f"        if {' and '.join(tests)}:",
-            *(f"            {line}" for line in (*then, "return")),
-            "finally:",
-            "    self.give(frame)",
-            *change,
-        ]
+
+def _by_name(args: Sequence[Arg]) -> str:
+    """Return the source of a dict of arguments."""
+    return f"{{{', '.join(f'{arg.name!r}: {arg.name}' for arg in args)}}}"

@@ -22,11 +22,10 @@ from fi_ffi.abi.tensor import (
     tensor_kind,
 )
 from fi_ffi.loader import generation, machine
-from fi_ffi.ops.call import cuda, memory
+from fi_ffi.ops.call import cuda, memory, notation
 from fi_ffi.ops.call.checks import CompileOptions, call_text
-from fi_ffi.ops.call.codegen import SOURCES
+from fi_ffi.ops.call.codegen import FUNCTIONS, Writer
 from fi_ffi.ops.call.launch import LaunchTarget, launch
-from fi_ffi.ops.call.notation import FUNCTIONS
 from fi_ffi.ops.call.providers import entry_for
 from fi_ffi.ops.call.refuse import DEVICE_TYPES, Refusals
 from fi_ffi.ops.call.releases import GUARDED
@@ -229,7 +228,7 @@ class CompiledRow:
 
     # A method for ops, with the op's parameters, that launches.
     call: Callable[..., Any]
-    # A function that packs the same call without launching it: see `pack_source`.
+    # A function that packs the same call without launching it: see `Writer.pack`.
     pack: Callable[..., Any]
     # A function that only checks a call; it returns the tensors by name (None for missing ones) and
     # the axes' sizes.
@@ -240,10 +239,10 @@ class CompiledRow:
     update: Callable[..., None]
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        """Compile a function of `SOURCES` at its first use."""
-        if name not in SOURCES:
+        """Compile one of the functions at its first use."""
+        if name not in FUNCTIONS:
             raise AttributeError(name)
-        row, (header, lines) = self.row, SOURCES[name](self.options)
+        row, (header, lines) = self.row, getattr(Writer(self.options, name), name)()
         source = "\n".join([header, *(f"    {line}" for line in lines)])
         called = call_text(row)
         namespace: dict[str, Any] = {
@@ -265,7 +264,7 @@ class CompiledRow:
             REQUIRED: Required(called),
             "zeros": memory.zeros,
         }
-        namespace |= FUNCTIONS
+        namespace |= notation.FUNCTIONS
         for rule in row.rules:
             for own, helper in rule.using.items():
                 assert namespace.setdefault(own, helper) is helper, f"{row.name}: {own}"
@@ -293,9 +292,8 @@ class CompiledRow:
         variant = Variant(self, {arg.name: desc for arg, desc in pairs}, layout, device)
         if len(self.variants) >= _MAX_VARIANTS:
             self.variants.clear()
-        has_layout = any(isinstance(arg, KvLayout) for arg in self.row.args)
         kinds = [None if desc is None else desc.kind for desc in descs]
-        key = (layout, *kinds) if has_layout else tuple(kinds)
+        key = tuple(kinds) if self.row.kv_layout is None else (layout, *kinds)
         return self.variants.setdefault(key, variant)
 
     def _check_kinds(self, present: Sequence[tuple[Tensor, TensorDesc]], layout: str) -> Device:

@@ -406,6 +406,7 @@ class Row:
     # The op's arguments in its order: all but the absent ones.
     given: tuple[Arg, ...] = derived()
     tensors: tuple[Tensor, ...] = derived()
+    kv_layout: KvLayout | None = field(init=False, repr=False)
     conditions: tuple[Condition, ...] = derived()
     rules: tuple[Rule, ...] = derived()
     # The signature that the binary must report.
@@ -422,6 +423,7 @@ class Row:
             slots=slots,
             given=tuple(given),
             tensors=tuple(arg for arg in slots if isinstance(arg, Tensor)),
+            kv_layout=next((arg for arg in slots if isinstance(arg, KvLayout)), None),
             conditions=tuple(map(Condition.of, texts)),
             rules=tuple(each for each in self.requires if isinstance(each, Rule)),
             signature=Signature(self.symbol, tuple(arg.abi_type for arg in self.args), self.result),
