@@ -11,7 +11,7 @@ import pytest
 import fi_ffi
 from fi_ffi.catalogue import api_map
 from fi_ffi.errors import ArgumentError, ArgumentTypeError
-from fi_ffi.ops.call.row import Required, Scalar, defaults
+from fi_ffi.ops.call.row import Required, Scalar
 from fi_ffi.ops.functions import OPS
 
 HINTS = {
@@ -112,7 +112,7 @@ def test_no_error_shows_a_default_of_fi_ffis_own() -> None:
     tried = 0
     for name, op in OPS.items():
         row = op.rows[0]
-        for arg, default in zip(row.given, defaults(row.given), strict=True):
+        for arg, default in zip(row.given, row.defaults, strict=True):
             if default != "REQUIRED":
                 continue
             value = Required("how")

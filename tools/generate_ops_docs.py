@@ -22,7 +22,7 @@ from fi_ffi.loader.fetch.wheels_lock import the_lock  # noqa: E402
 from fi_ffi.ops import attention, plans  # noqa: E402
 from fi_ffi.ops.call.op import Op  # noqa: E402
 from fi_ffi.ops.call.releases import span_of  # noqa: E402
-from fi_ffi.ops.call.row import Arg, Row, Tensor, default_of, defaults  # noqa: E402
+from fi_ffi.ops.call.row import Arg, Row, Tensor, default_of  # noqa: E402
 from fi_ffi.ops.functions import OPS  # noqa: E402
 from fi_ffi.ops.moe import interface  # noqa: E402
 from fi_ffi.ops.plans.rows import FORMS  # noqa: E402
@@ -62,7 +62,7 @@ def _anchor(name: str) -> str:
 
 
 def _signature(row: Row) -> str:
-    written = defaults(row.given)
+    written = row.defaults
     parameters = [
         arg.name if default is None else f"{arg.name}={default}"
         for arg, default in zip(row.given, written, strict=True)

@@ -23,7 +23,6 @@ from fi_ffi.ops.call.row import (  # noqa: E402
     Tensor,
     Text,
     default_of,
-    defaults,
 )
 from fi_ffi.ops.table import ROWS  # noqa: E402
 
@@ -67,7 +66,7 @@ def _default(arg: Scalar | Text, written: str | None) -> str:
 
 def _call(row: Row) -> str:
     """The declaration of `__call__`: in a line, or its parameters in as many as they take."""
-    given = [_parameter(*each) for each in zip(row.given, defaults(row.given), strict=True)]
+    given = [_parameter(*each) for each in zip(row.given, row.defaults, strict=True)]
     parameters = ["self", *given, "*", "stream: object = None"]
     result = _RESULTS.get(row.result, row.result)
     call = f"    def __call__({', '.join(parameters)}) -> {result}: ..."

@@ -13,7 +13,7 @@ import fi_ffi
 from fi_ffi import reference
 from fi_ffi.ops import functions
 from fi_ffi.ops.call.op import Op
-from fi_ffi.ops.call.row import Row, Scalar, Tensor, default_of, defaults
+from fi_ffi.ops.call.row import Row, Scalar, Tensor, default_of
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.table import ROWS
 from fi_ffi.reference import EXACT, MOVES, norm
@@ -35,7 +35,7 @@ def test_python_signature_is_the_abis_order_and_then_the_stream(row):
     parameters = inspect.signature(Op(row)).parameters
     assert list(parameters) == [arg.name for arg in row.given] + ["stream"]
     assert parameters["stream"].kind is inspect.Parameter.KEYWORD_ONLY
-    for arg, written in zip(row.given, defaults(row.given), strict=True):
+    for arg, written in zip(row.given, row.defaults, strict=True):
         default = parameters[arg.name].default
         assert (default is inspect.Parameter.empty) == (written is None)
         assert written in (None, repr(default))

@@ -27,7 +27,6 @@ from fi_ffi.ops.call.row import (
     Tensor,
     TensorArray,
     Text,
-    defaults,
 )
 
 _FAR = 2**62  # no tensor reaches this limit
@@ -35,7 +34,7 @@ _FAR = 2**62  # no tensor reaches this limit
 
 def parameters(row: Row) -> str:
     """Return an op's Python parameters: the ABI's order, then the stream by keyword."""
-    both = zip(row.given, defaults(row.given), strict=True)
+    both = zip(row.given, row.defaults, strict=True)
     parts = [arg.name + ("" if default is None else f"={default}") for arg, default in both]
     return ", ".join([*parts, "*", "stream=None"])
 
@@ -112,35 +111,29 @@ class Checks:
 
     # Tensors, their kinds and shapes.
 
-    def _describe(self) -> list[str]:
-        lines = []
+    def _kinds(self) -> list[str]:
+        """Describe the tensors, and find the variant for their kinds."""
+        lines, key = list[str](), list[str]()
         for _, arg in self.tensors:
-            name = arg.name
+            name, kind, present = arg.name, f"{arg.name}.kind", ""
             if arg.or_zeros:
                 first = self.tensors[0][1]
                 lines.append(f"if {name} is None: {name} = zeros({first.name}.device, {arg.axes})")
-            present = f"{name} is not None and " if arg.may_be_none else ""
-            refusal = (
-                f"describe({name}, {self.options.op!r}, {self.options.names.get(name, name)!r})"
-            )
-            lines.append(f"if {present}type({name}) is not TensorDesc: {name} = {refusal}")
+            if arg.may_be_none:
+                kind, present = f"None if {name} is None else {kind}", f"{name} is not None and "
+            caller = self.options.names.get(name, name)
+            described = f"describe({name}, {self.options.op!r}, {caller!r})"
+            lines.append(f"if {present}type({name}) is not TensorDesc: {name} = {described}")
             if arg.is_loose:
                 lines.append(f"if {present}{name}.kind.rank != 1: {name} = as_vector({name})")
-        return lines
-
-    def _find_variant(self) -> list[str]:
-        lines, key = [], []
-        layout = self.row.kv_layout
-        if layout is not None:
-            name = layout.name
-            wrong = f"type({name}) is not str or {name} not in KV_LAYOUTS"
-            lines.append(f"if {wrong}: refuse.word({name!r}, {name}, KV_LAYOUTS)")
-            key.append(name)
-        for _, arg in self.tensors:
-            kind = f"{arg.name}.kind"
-            key.append(f"None if {arg.name} is None else {kind}" if arg.may_be_none else kind)
+            key.append(kind)
         descs = "".join(f"{arg.name}, " for _, arg in self.tensors)
-        kv = layout.name if layout is not None else "'NHD'"
+        layout, kv = self.row.kv_layout, "'NHD'"
+        if layout is not None:
+            kv = layout.name
+            wrong = f"type({kv}) is not str or {kv} not in KV_LAYOUTS"
+            lines.append(f"if {wrong}: refuse.word({kv!r}, {kv}, KV_LAYOUTS)")
+            key.insert(0, kv)
         return [
             *lines,
             f"variant = variants.get(({', '.join(key)}{',' * (len(key) == 1)}))",

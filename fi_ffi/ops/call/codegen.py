@@ -115,7 +115,7 @@ class Writer(Checks):
             *(self._writes() if writes else []),
             *end(),
         ]
-        return [*self._describe(), *self._find_variant(), *self._checked(checks, after), *after]
+        return [*self._kinds(), *self._checked(checks, after), *after]
 
     def _checked(self, checks: Sequence[str], after: Sequence[str]) -> list[str]:
         """Skip the checks of shapes and strides if these are those of the call before.

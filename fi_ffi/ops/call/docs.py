@@ -4,39 +4,22 @@ from __future__ import annotations
 
 import textwrap
 
-from fi_ffi.ops.call.row import (
-    Absent,
-    Arg,
-    IntArray,
-    KvLayout,
-    PlanInfo,
-    Row,
-    Scalar,
-    Tensor,
-    TensorArray,
-    Text,
-    default_of,
-)
+from fi_ffi.ops.call.row import Absent, Arg, IntArray, Row, Scalar, Tensor, TensorArray, Text
 
 _WIDTH = 96
 
 
 def _argument(arg: Arg) -> str:
+    """Describe an argument: its type, its default, and its limits."""
     assert not isinstance(arg, (Absent, TensorArray))
     if isinstance(arg, IntArray):
-        what = "the result of the plan" if isinstance(arg, PlanInfo) else "an Array object"
-        return f"{arg.name}: {what}."
-    words = f": {' or '.join(map(repr, arg.words))}" if isinstance(arg, Text) else ""
-    return f"{arg.name} ({_kind_of(arg)}): {arg.doc}{words}."
-
-
-def _kind_of(arg: Tensor | Scalar | Text | KvLayout) -> str:
-    """Describe an argument's type, its default, and its limits."""
+        return f"{arg.name}: {arg.doc}."
     if isinstance(arg, Tensor):
-        return _kind_of_tensor(arg)
+        return f"{arg.name} ({_kind_of_tensor(arg)}): {arg.doc}."
     default = "" if arg.default is None else f" = {arg.default!r}"
     if not isinstance(arg, Scalar):
-        return f"str{default}"
+        words = f": {' or '.join(map(repr, arg.words))}" if isinstance(arg, Text) else ""
+        return f"{arg.name} (str{default}): {arg.doc}{words}."
     limits = "" if arg.low is None else f", {arg.low} or more"
     limits += "" if arg.high is None else f", {arg.high} or less"
     limits += f", a multiple of {arg.multiple_of}" if arg.multiple_of > 1 else ""
@@ -44,13 +27,13 @@ def _kind_of(arg: Tensor | Scalar | Text | KvLayout) -> str:
         default = " or None = None"
         limits += f", {'up to ' * arg.or_less}the size of {arg.size_of}"
     limits += f"; ignored if {arg.instead} is given" if arg.instead else ""
-    return f"{arg.type.__name__}{default}{limits}"
+    return f"{arg.name} ({arg.type.__name__}{default}{limits}): {arg.doc}."
 
 
 def _kind_of_tensor(arg: Tensor) -> str:
     how = ["contiguous"] if arg.contiguous else []
     how += ["written"] if arg.writes else []
-    how += ["or None"] if default_of(arg) else []
+    how += ["or None"] if arg.may_be_none or arg.or_zeros else []
     how += ["in NHD order"] if arg.kv else []
     how += ["the last two axes transposed in memory"] if arg.transposed else []
     how += ["on the host"] if arg.host else []

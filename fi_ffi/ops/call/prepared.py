@@ -17,7 +17,7 @@ from fi_ffi.ops.call.arguments import Refusal
 from fi_ffi.ops.call.compiled import KEEP, CompiledRow, Variant
 from fi_ffi.ops.call.launch import launch
 from fi_ffi.ops.call.memory import keep
-from fi_ffi.ops.call.row import Absent, KvLayout, Scalar, Tensor
+from fi_ffi.ops.call.row import KvLayout, Scalar, Tensor
 
 _reclaiming = threading.Lock()
 _HAS_GIL = getattr(sys, "_is_gil_enabled", lambda: True)()
@@ -213,16 +213,12 @@ class Prepared(PackedCall):
         return arguments
 
     def __repr__(self) -> str:
-        arguments = self._given_now()
-        parts = []
-        for arg in self.compiled.row.args:
-            if isinstance(arg, Absent):
-                continue
-            value = arguments.get(arg.name)
-            if isinstance(arg, Tensor):
-                parts.append(f"{arg.name}={value.ptr if value else 0:#x}")
-            else:
-                parts.append(f"{arg.name}={value}")
+        values = self._given_now()
+        parts = [
+            f"{arg.name}={value.ptr:#x}" if isinstance(value, TensorDesc) else f"{arg.name}={value}"
+            for arg in self.compiled.row.given
+            for value in (values.get(arg.name),)
+        ]
         name, device = self.compiled.row.name, self.variant.device
         return f"<prepared {name}({', '.join(parts)}) on {device}>"
 

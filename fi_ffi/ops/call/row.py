@@ -217,6 +217,7 @@ class IntArray(Ranged):
 
     name: str
     abi_type: str = "Array<int>"
+    doc: str = "an Array object"
 
     @property
     def optional(self) -> bool:
@@ -228,6 +229,7 @@ class PlanInfo(IntArray):
     """The result of a plan entry, passed on to its run entry."""
 
     name: str = "plan_info_vec"
+    doc: str = "the result of the plan"
 
 
 @dataclass(frozen=True)
@@ -328,13 +330,6 @@ class Required:
         return error.of(op, argument) if op else error  # type: ignore[return-value]
 
 
-def defaults(args: Sequence[Arg]) -> list[str | None]:
-    """Return the defaults of a Python function with these parameters."""
-    written = [default_of(arg) for arg in args]
-    first = next((i for i, default in enumerate(written) if default), len(written))
-    return [default or (REQUIRED if i > first else None) for i, default in enumerate(written)]
-
-
 @dataclass(frozen=True)
 class Vector:
     """How wide a kernel loads: along the axes named, `bytes` at a time.
@@ -405,6 +400,8 @@ class Row:
     slots: tuple[Arg, ...] = derived()
     # The op's arguments in its order: all but the absent ones.
     given: tuple[Arg, ...] = derived()
+    # Their defaults in a Python function; None for none.
+    defaults: tuple[str | None, ...] = derived()
     tensors: tuple[Tensor, ...] = derived()
     kv_layout: KvLayout | None = field(init=False, repr=False)
     conditions: tuple[Condition, ...] = derived()
@@ -418,10 +415,14 @@ class Row:
         given = [arg for arg in slots if not isinstance(arg, (Absent, TensorArray))]
         if self.order:
             given.sort(key=lambda arg: self.order.index(arg.name))
+        written = [default_of(arg) for arg in given]
+        first = next((i for i, default in enumerate(written) if default), len(written))
+        written[first + 1 :] = [default or REQUIRED for default in written[first + 1 :]]
         texts = (each for each in self.requires if isinstance(each, str))
         vars(self).update(
             slots=slots,
             given=tuple(given),
+            defaults=tuple(written),
             tensors=tuple(arg for arg in slots if isinstance(arg, Tensor)),
             kv_layout=next((arg for arg in slots if isinstance(arg, KvLayout)), None),
             conditions=tuple(map(Condition.of, texts)),
