@@ -99,7 +99,8 @@ class Gpu:
     ) -> call_record.CallRecord:
         """What `launch` does with a watchdog open, but for the kernel."""
         compiled, descs = OPS[name].compiled, self.descs(name)
-        variant = Variant(compiled, descs, "NHD", CUDA)
+        kinds = {arg: desc.kind for arg, desc in descs.items()}
+        variant = Variant(compiled, kinds, "NHD", CUDA)
         variant.entry = entry_for(compiled.row, CPU)
         frame = variant.new_frame()
         for i, arg in enumerate(compiled.row.args):

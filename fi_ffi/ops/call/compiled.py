@@ -62,23 +62,20 @@ class _Keep:
 KEEP: Any = _Keep()  # an argument of an update that stays as it is
 
 
+Kinds = Mapping[str, TensorKind | None]  # of tensors by name; None for a missing one
+
+
 class Variant:
     """A row's calls with tensors of these kinds: everything that does not depend on sizes."""
 
-    def __init__(
-        self,
-        compiled: CompiledRow,
-        passed: Mapping[str, TensorDesc | None],
-        layout: str,
-        device: Device,
-    ) -> None:
+    def __init__(self, compiled: CompiledRow, kinds: Kinds, layout: str, device: Device) -> None:
         row = compiled.row
         self.compiled, self.device, self.is_nhd = compiled, device, layout == "NHD"
-        self.kinds = {name: None if desc is None else desc.kind for name, desc in passed.items()}
+        self.kinds = dict(kinds)
         # Of the tensors that are not missing; bound ones come last.
-        kinds = {**self.kinds, **compiled.options.bound}
+        every = {**kinds, **compiled.options.bound}
         dtypes = {arg.name: arg.dtype for arg in row.tensors}
-        self.dtypes = {dtypes[name]: kind.dtype.name for name, kind in kinds.items() if kind}
+        self.dtypes = {dtypes[name]: kind.dtype.name for name, kind in every.items() if kind}
         # Missing tensors get any allowed dtype.
         some = {name: names[0] for name, names in row.dtypes.items() if names} | self.dtypes
         self.itemsizes = {name: DTYPES[dtype].itemsize for name, dtype in some.items()}
@@ -124,13 +121,15 @@ class Variant:
     def _slot(self, arg: Arg) -> Slot:
         if isinstance(arg, Tensor):
             kind = self.kind_of(arg)
-            if kind is None:
-                return self._null_tensor(Absent(arg.name)) if arg.empty else None
-            return kind, arg.as_object
-        if isinstance(arg, Absent):
-            if arg.abi_type == "None" or arg.abi_type.startswith("Optional<"):
+            if kind is not None:
+                return kind, arg.as_object
+            if not arg.empty:
                 return None
-            return _NUMBERS.get(arg.abi_type) or self._null_tensor(arg)
+            arg = Absent(arg.name)
+        if isinstance(arg, Absent):
+            if arg.entry_rank is None:
+                return _NUMBERS.get(arg.abi_type)
+            return tensor_kind(DTYPES[arg.dtype], self.device, arg.entry_rank), False
         if isinstance(arg, TensorArray):
             slots = self.compiled.row.slots
             first = slots.index(arg.items[0])
@@ -147,10 +146,6 @@ class Variant:
         if kind is None or not arg.view:
             return kind
         return tensor_kind(kind.dtype, kind.device, arg.entry_rank, kind.readonly)
-
-    def _null_tensor(self, arg: Absent) -> Slot:
-        """Return a tensor without an address."""
-        return tensor_kind(DTYPES[arg.dtype], self.device, len(arg.shape)), False
 
     def start(self) -> None:
         """Find the entry, once."""
@@ -289,11 +284,11 @@ class CompiledRow:
         """Make the variant for tensors of these kinds; raise if the row does not allow them."""
         pairs = [*zip(self.tensors, descs, strict=True)]
         device = self._check_kinds([(arg, desc) for arg, desc in pairs if desc is not None], layout)
-        variant = Variant(self, {arg.name: desc for arg, desc in pairs}, layout, device)
+        kinds = {arg.name: None if desc is None else desc.kind for arg, desc in pairs}
+        variant = Variant(self, kinds, layout, device)
         if len(self.variants) >= _MAX_VARIANTS:
             self.variants.clear()
-        kinds = [None if desc is None else desc.kind for desc in descs]
-        key = tuple(kinds) if self.row.kv_layout is None else (layout, *kinds)
+        key = (*kinds.values(),) if self.row.kv_layout is None else (layout, *kinds.values())
         return self.variants.setdefault(key, variant)
 
     def _check_kinds(self, present: Sequence[tuple[Tensor, TensorDesc]], layout: str) -> Device:
