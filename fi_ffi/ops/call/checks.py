@@ -311,8 +311,7 @@ class Checks:
             size = f"{name}__d0"
             self.dims[name] = [size]
             have = f"{size} * {DTYPES[arg.dtype].itemsize}"
-            is_own = self.function == "pack"
-            asked = f"scratch{i}, variant.device, need, stream, {is_own}"
+            asked = f"scratch{i}, variant.device, need, stream, {self.function == 'pack'}"
             lines.append(f"need = {need}")
             lines.append(f"if {name} is None: {name} = scratch_for(refuse, {asked})")
             lines += self._read(arg, [size])

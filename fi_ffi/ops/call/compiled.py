@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import linecache
 import math
 import struct
@@ -31,9 +32,7 @@ from fi_ffi.ops.call.refuse import DEVICE_TYPES, Refusals
 from fi_ffi.ops.call.releases import GUARDED
 from fi_ffi.ops.call.row import (
     KV_LAYOUTS,
-    MULTIPROCESSORS,
     REQUIRED,
-    SHARED_MEMORY,
     Absent,
     Arg,
     KvLayout,
@@ -50,7 +49,6 @@ from fi_ffi.ops.call.row import (
 _FILE = __file__.removesuffix("compiled.py") + "<{}>"
 _CPU = parse_device("cpu")
 _NUMBERS: dict[str, Slot] = {"int": int, "bool": bool, "float": float}
-_OF_GPU = (MULTIPROCESSORS, SHARED_MEMORY, "scratch")
 _MAX_VARIANTS = 4096
 
 
@@ -101,22 +99,22 @@ class Variant:
         # Free frames. list.pop and append are atomic, so concurrent calls get different frames.
         self.frames: list[Frame] = []
 
-    def __getattr__(self, name: str) -> Any:
-        """Query what checks ask of the GPU, on first use: errors in arguments come before a missing
-        GPU. On the CPU, rules find no limits."""
-        if name not in _OF_GPU:
-            raise AttributeError(name)
-        answer: Any = sys.maxsize
-        if name == "scratch":  # the bytes that scratch arguments need independent of sizes
-            answer = {
-                arg.name: memory.scratch_bytes(arg, self.device)
-                for arg in self.compiled.row.tensors
-                if arg.is_scratch
-            }
-        elif self.device.is_cuda:
-            answer = getattr(machine, name)(self.device.index)
-        setattr(self, name, answer)
-        return answer
+    # What checks ask of the GPU, on first use: errors in arguments come before a missing GPU. Rules
+    # find no limits on the CPU.
+
+    @functools.cached_property
+    def multiprocessors(self) -> int:
+        return machine.multiprocessors(self.device.index) if self.device.is_cuda else sys.maxsize
+
+    @functools.cached_property
+    def shared_memory(self) -> int:
+        return machine.shared_memory(self.device.index) if self.device.is_cuda else sys.maxsize
+
+    @functools.cached_property
+    def scratch(self) -> dict[str, int]:
+        """The bytes that scratch arguments need independent of sizes."""
+        args = [arg for arg in self.compiled.row.tensors if arg.is_scratch]
+        return {arg.name: memory.scratch_bytes(arg, self.device) for arg in args}
 
     def _slot(self, arg: Arg) -> Slot:
         if isinstance(arg, Tensor):

@@ -106,16 +106,13 @@ def docstring(row: Row) -> str:
     dtypes = "; ".join(f"{name} is {' or '.join(types)}" for name, types in row.dtypes.items())
     nothing = f"{row.nothing_axis} = 0" if row.nothing_axis else "no rows"
     able = " or ".join(f"{major}.x" for major in row.capabilities)
+    other = f", `ArchitectureError` on GPUs other than of compute capability {able}" if able else ""
     paragraphs = (
         f"{dtypes and f'{dtypes}. '}All tensors are on one device. The last axis has stride 1. "
         f"{_width(row)} {_limits(row)} {_memory(row)} With {nothing}, nothing is launched.",
         "Raises `ArgumentError` or `ArgumentTypeError` before anything is launched, `AbiError` "
-        "if the kernel file has another interface, `KernelError` with the kernel's own message"
-        + (
-            f", `ArchitectureError` on GPUs other than of compute capability {able}."
-            if able
-            else "."
-        ),
+        f"if the kernel file has another interface, `KernelError` with the kernel's own message"
+        f"{other}.",
         f"Kernel: `{row.symbol}` of module `{row.module}`, FlashInfer {row.releases}, "
         f"`{row.source}`.",
     )

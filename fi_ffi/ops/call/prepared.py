@@ -227,8 +227,7 @@ class Prepared(PackedCall):
 def _class_of(compiled: CompiledRow, by_caller: bool) -> type[Prepared]:
     """Return the class of a row's prepared calls, with an update of the row's own."""
     update = _update_by_caller(compiled) if by_caller else compiled.update
-    own = {"update": update}
-    return type(f"Prepared_{compiled.row.name}", (Prepared,), own)
+    return type(f"Prepared_{compiled.row.name}", (Prepared,), {"update": update})
 
 
 def prepare_call(

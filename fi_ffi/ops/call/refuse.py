@@ -21,39 +21,6 @@ _BLOCK_THREADS = 1024  # CUDA's limit, on every GPU
 DEVICE_TYPES = ("cpu", "cuda")
 
 
-def check_scalar(op: str, name: str, arg: Scalar, value: Any) -> Any:
-    """Return `value` as the scalar's type, within its limits. A bool is no number; an int is a
-    float.
-
-    None is kept if it stands for a size.
-    """
-    if value is None and arg.size_of:
-        return None
-    if type(value) is not arg.type:
-        wanted = {int: numbers.Integral, float: numbers.Real, bool: bool}[arg.type]
-        if not isinstance(value, wanted) or (isinstance(value, bool) and arg.type is not bool):
-            got = f"{type(value).__name__} {printed(value)}"
-            raise ArgumentTypeError(op, name, got=got, expected=arg.type.__name__)
-        try:
-            value = arg.type(value)  # type: ignore[call-overload,arg-type]
-        except OverflowError:
-            raise ArgumentError(op, name, got=value, expected="a finite number") from None
-    expected = ""
-    if arg.type is int and not -INT64_MAX - 1 <= value <= INT64_MAX:
-        expected = "an int64"
-    elif arg.type is float and not abs(value) < float("inf"):
-        expected = "a finite number"
-    elif arg.low is not None and value < arg.low:
-        expected = f"{arg.low} or more"
-    elif arg.high is not None and value > arg.high:
-        expected = f"{arg.high} or less"
-    elif arg.multiple_of > 1 and value % arg.multiple_of:
-        expected = f"a multiple of {arg.multiple_of}"
-    if expected:
-        raise ArgumentError(op, name, got=value, expected=expected)
-    return value
-
-
 def unlimited(arg: Scalar) -> Scalar:
     """Return the scalar without limits of its own."""
     return replace(arg, low=None, high=None, multiple_of=1)
@@ -115,12 +82,37 @@ class Refusals(Refusal):
     def number(self, name: str, value: Any, is_free: bool = False) -> Any:
         """Convert a number that cannot be written as it is, or refuse it.
 
-        With `is_free`, its value is unlimited: the kernel does not use it.
+        A bool is no number; an int is a float; None is kept if it stands for a size. With
+        `is_free`, the value is unlimited: the kernel does not use it.
         """
-        arg = self._scalars[name]
+        arg = unlimited(self._scalars[name]) if is_free else self._scalars[name]
         if isinstance(value, Required):
             raise value.missing(self.op, self.name(name))
-        return check_scalar(self.op, self.name(name), unlimited(arg) if is_free else arg, value)
+        if value is None and arg.size_of:
+            return None
+        if type(value) is not arg.type:
+            wanted = {int: numbers.Integral, float: numbers.Real, bool: bool}[arg.type]
+            if not isinstance(value, wanted) or (isinstance(value, bool) and arg.type is not bool):
+                got, expected = f"{type(value).__name__} {printed(value)}", arg.type.__name__
+                raise ArgumentTypeError(self.op, self.name(name), got=got, expected=expected)
+            try:
+                value = arg.type(value)  # type: ignore[call-overload,arg-type]
+            except OverflowError:
+                raise self.error(name, value, "a finite number") from None
+        expected = ""
+        if arg.type is int and not -INT64_MAX - 1 <= value <= INT64_MAX:
+            expected = "an int64"
+        elif arg.type is float and not abs(value) < float("inf"):
+            expected = "a finite number"
+        elif arg.low is not None and value < arg.low:
+            expected = f"{arg.low} or more"
+        elif arg.high is not None and value > arg.high:
+            expected = f"{arg.high} or less"
+        elif arg.multiple_of > 1 and value % arg.multiple_of:
+            expected = f"a multiple of {arg.multiple_of}"
+        if expected:
+            raise self.error(name, value, expected)
+        return value
 
     def word(self, name: str, value: object, words: Iterable[str]) -> NoReturn:
         raise self.error(name, printed(value), " or ".join(map(repr, words)))
