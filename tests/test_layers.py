@@ -89,7 +89,7 @@ def test_it_counts_lines_of_code(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def core(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the package that has the core alone, and the numpy kernels."""
-    return copied(tmp_path_factory.mktemp("core"), "reference")
+    return copied(tmp_path_factory.mktemp("core"), "reference", "module names")
 
 
 def copied(folder: Path, *kept: str) -> Path:

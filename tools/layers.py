@@ -40,6 +40,7 @@ LAYERS = (
     Layer("ops", ("fi_ffi.ops",), True),
     Layer("on_host", ("fi_ffi.ops.on_host", "fi_ffi.ops.philox")),
     Layer("loader/fetch", ("fi_ffi.loader.fetch",)),
+    Layer("module names", ("fi_ffi.module_names",)),
     Layer("reference", ("fi_ffi.reference",)),
     Layer("catalogue", ("fi_ffi.catalogue",)),
     Layer("ops/steps", ("fi_ffi.ops.steps",)),

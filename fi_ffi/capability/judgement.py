@@ -36,7 +36,7 @@ from fi_ffi.loader.kernels import KernelSource, release_of
 from fi_ffi.loader.lock import wanted_release
 from fi_ffi.loader.permission import fetching
 from fi_ffi.loader.search import Candidate
-from fi_ffi.loader.uris import parse
+from fi_ffi.module_names import parse
 from fi_ffi.ops.call.arguments import Refusal
 from fi_ffi.ops.call.releases import fits, span_of
 from fi_ffi.ops.call.row import Row, Tensor, form_on

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from fi_ffi.loader.fatbin import CudaCode, sass_named
-from fi_ffi.loader.uris import ModuleName, Value, parse, version_of
+from fi_ffi.loader.uris import Value, version_of
+from fi_ffi.module_names import ModuleName, parse
 
 _DATA = Path(__file__).with_name("data") / "modules.json"
 # The first release whose `flashinfer-jit-cache` has no kernels, but names those of each SM.

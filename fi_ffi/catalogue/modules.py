@@ -11,8 +11,9 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from fi_ffi.loader.kernels import KernelDirectory, KernelSource, release_of
-from fi_ffi.loader.uris import ModuleName, Value, parse
+from fi_ffi.loader.uris import Value
 from fi_ffi.loader.wheel import Wheel
+from fi_ffi.module_names import ModuleName, parse
 
 NEAREST = 3  # modules that an error lists
 _HEAD_DIM = "head_dim"

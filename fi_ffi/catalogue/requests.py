@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from fi_ffi.catalogue.families import FAMILIES, OPTIONS, Family, every_option
 from fi_ffi.errors import ArgumentError
 from fi_ffi.loader.fatbin import architecture_named
-from fi_ffi.loader.uris import DTYPES, ModuleName, Row, Value, family_row, parse, uri
+from fi_ffi.loader.uris import DTYPES, Row, Value, family_row, uri
+from fi_ffi.module_names import ModuleName, parse
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from fi_ffi.loader.fetch.pinned_wheels import PinnedKernels, pinned
 from fi_ffi.loader.held import facts_of
 from fi_ffi.loader.lock import wanted_release
 from fi_ffi.loader.permission import fetching
-from fi_ffi.loader.uris import parse
+from fi_ffi.module_names import parse
 from fi_ffi.ops.call.support import REFUSED
 
 _FEW = 3  # members of a family that an error lists

@@ -25,7 +25,7 @@ from fi_ffi.loader.held import facts_of
 from fi_ffi.loader.kernels import KernelSource, open_source
 from fi_ffi.loader.lock import wanted_release
 from fi_ffi.loader.permission import fetching
-from fi_ffi.loader.uris import ModuleName
+from fi_ffi.module_names import ModuleName
 from fi_ffi.ops.call.support import WORDS, Support
 from fi_ffi.ops.table import ROWS
 

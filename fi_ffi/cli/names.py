@@ -15,7 +15,7 @@ from fi_ffi.capability.matrix import Line, lines
 from fi_ffi.catalogue.ahead_of_time import listed_in
 from fi_ffi.errors import LoaderError, nearest
 from fi_ffi.loader.kernels import KernelSource
-from fi_ffi.loader.uris import parse
+from fi_ffi.module_names import parse
 from fi_ffi.ops.table import ROWS
 
 

@@ -1,19 +1,18 @@
-"""Names of kernel modules: building and parsing.
+"""Names of kernel modules.
 
     uri("batch_prefill", release="0.6.13", dtype_q="bf16", head_dim_qk=128, backend="fa3")
-    parse("batch_prefill_with_kv_cache_dtype_q_bf16_…_f16qk_False_sm90").params
 
-are inverse to each other. FlashInfer builds a module's name from its family and all parameters it
+FlashInfer builds a module's name from its family and all parameters it
 was compiled for, and releases differ in how. `data/names.json` has a row for each family and range
 of releases: a template whose parameters are named as in FlashInfer's generator, and the parameters'
-kinds. docs/catalogue.md describes pitfalls and the changes between releases.
+kinds. `fi_ffi.module_names` parses names by the same rows. docs/catalogue.md describes pitfalls and
+the changes between releases.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import re
 import string
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -61,12 +60,6 @@ class Words:
     words: Mapping[Value, str]
 
     @property
-    def pattern(self) -> str:
-        """A regular expression without groups that matches exactly the values' texts."""
-        # Longest first: "sm10" must not hide "sm100".
-        return "|".join(re.escape(text) for text in sorted(self.words.values(), key=len)[::-1])
-
-    @property
     def expected(self) -> str:
         return " or ".join(str(value) for value in self.words)
 
@@ -98,13 +91,6 @@ class Number:
     low: int
     before: str = ""
     is_dtype = False
-
-    @property
-    def pattern(self) -> str:
-        digits = "[1-9][0-9]{0,8}"
-        if self.before:
-            return f"(?:{self.before}{digits})?"
-        return digits if self.low else f"0|{digits}"
 
     @property
     def expected(self) -> str:
@@ -163,29 +149,11 @@ class Row:
         parsed = string.Formatter().parse(self.template)
         return {name: KINDS[kind or ""] for _, name, kind, _ in parsed if name is not None}
 
-    @functools.cached_property
-    def pattern(self) -> re.Pattern[str]:
-        pieces = []
-        for literal, name in self.parts:
-            pieces.append(re.escape(literal))
-            if name is not None:
-                pieces.append(f"(?P<{name}>{self.kinds[name].pattern})")
-        return re.compile("".join(pieces))
-
     def holds_for(self, release: str) -> bool:
         found = version_of(release)
         return not (self.since and found < version_of(self.since)) and not (
             self.until and found >= version_of(self.until)
         )
-
-    def match(self, name: str) -> dict[str, Value] | None:
-        """Return the parameters in a name, or None if this rule does not apply."""
-        # Before the pattern is compiled, which takes longer than all the rest.
-        found = self.pattern.fullmatch(name) if name.startswith(self.parts[0][0]) else None
-        if found is None:
-            return None
-        params = {key: self.kinds[key].value(text) for key, text in found.groupdict().items()}
-        return None if self.refusal(params) else params
 
     def refusal(self, params: Params) -> str | None:
         """Return the requirement that this combination violates; None if it is valid."""
@@ -229,7 +197,7 @@ class Row:
         return "".join(texts)
 
     def _read(self, name: str, value: Value) -> Value:
-        """Return the value as `match` would give it, for any accepted spelling."""
+        """Return the value that the name's text stands for, for any accepted spelling."""
         return self.kinds[name].value(self.text(name, value))
 
     def text(self, name: str, value: Value) -> str:
@@ -315,42 +283,6 @@ KINDS: dict[str, Kind] = {name: _kind(data) for name, data in _DATA["kinds"].ite
 ROWS: tuple[Row, ...] = tuple(row for data in _DATA["rows"] for row in _split(_row(data)))
 
 
-@dataclass(frozen=True)
-class ModuleName:
-    """A parsed module name.
-
-    `params` are named as in FlashInfer's generators; dtypes are short names (`DTYPES` has the long
-    ones).
-    """
-
-    name: str
-    family: str
-    params: Params = field(hash=False)
-    row: Row = field(repr=False, compare=False)
-
-    @property
-    def backend(self) -> str:
-        """`fa2` or `fa3`, or "" if the family has no such choice."""
-        return str(self.params.get("backend", ""))
-
-    @property
-    def dtypes(self) -> dict[str, str]:
-        """The dtype parameters, without those that are None."""
-        kinds, given = self.row.kinds, self.params.items()
-        return {name: str(v) for name, v in given if v is not None and kinds[name].is_dtype}
-
-    @property
-    def head_dims(self) -> tuple[int, ...]:
-        """The head sizes: (qk, vo), (ckv, kpe), or a single one."""
-        given = self.params.items()
-        return tuple(v for name, v in given if name.startswith("head_dim") and isinstance(v, int))
-
-    @property
-    def releases(self) -> str:
-        """The releases that use this name, as text."""
-        return span(row for row in ROWS if row.match(self.name) is not None)
-
-
 def span(rows: Iterable[Row]) -> str:
     """Return the releases that rows cover, as text."""
     rows = tuple(rows)
@@ -358,11 +290,6 @@ def span(rows: Iterable[Row]) -> str:
     until = max((row.until for row in rows), key=lambda text: version_of(text or "9999"))
     words = [f"from {since}" if since else "", f"before {until}" if until else ""]
     return " and ".join(filter(None, words)) or "every release"
-
-
-@functools.lru_cache(maxsize=8)
-def _rows(release: str | None) -> tuple[Row, ...]:
-    return tuple(row for row in ROWS if release is None or row.holds_for(release))
 
 
 def family_row(family: str, release: str) -> Row:
@@ -393,14 +320,3 @@ def uri(family: str, *, release: str, **params: Value) -> str:
     """
     row = family_row(family, release)
     return row.render(row.complete(params))
-
-
-def parse(name: str, release: str | None = None) -> ModuleName | None:
-    """Parse a name by the rules of `release`, or of any release; None if it follows none."""
-    if release is not None:
-        version_of(release)
-    for row in _rows(release):
-        params = row.match(name)
-        if params is not None:
-            return ModuleName(name, row.family, params, row)
-    return None

@@ -116,10 +116,10 @@ def entry(
 @generation.cached
 def compiled_for(module: str) -> Compiled:
     """Return what a module of a family was compiled for, from its name and the release in force."""
-    from fi_ffi.loader import uris  # imported late: only attention needs module names
+    from fi_ffi.module_names import parse  # imported late: only attention needs module names
 
     release = release_in_force()
-    parsed = uris.parse(module)
+    parsed = parse(module)
     if parsed is None:
         return ()
     options = tuple((name, parsed.params[name]) for name in _IN_NAMES if name in parsed.params)

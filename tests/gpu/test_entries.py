@@ -14,7 +14,7 @@ import pytest
 from fi_ffi.loader import search
 from fi_ffi.loader.fetch.wheels_lock import the_lock
 from fi_ffi.loader.kernels import open_source
-from fi_ffi.loader.uris import parse
+from fi_ffi.module_names import parse
 from tools.entries import entries_of
 
 from tests.helpers.children import done

@@ -12,7 +12,7 @@ from fi_ffi.abi.function import Entry
 from fi_ffi.capability.judgement import key_of
 from fi_ffi.cli.cuda import gpus
 from fi_ffi.loader import search
-from fi_ffi.loader.uris import parse
+from fi_ffi.module_names import parse
 from tools.entries import entries_of
 
 # More arguments than these ask a function for its signature, and call nothing.

@@ -21,7 +21,8 @@ from fi_ffi.catalogue.modules import modules_of, nearest
 from fi_ffi.catalogue.requests import parse_request
 from fi_ffi.errors import ArgumentError
 from fi_ffi.loader.kernels import open_source
-from fi_ffi.loader.uris import DTYPES, KINDS, ROWS, Number, Words, family_row, parse, uri
+from fi_ffi.loader.uris import DTYPES, KINDS, ROWS, Number, Words, family_row, uri
+from fi_ffi.module_names import match, parse, pattern_of, row_pattern
 from fi_ffi_build.build import available
 from fi_ffi_build.questions import question_of
 from tools import gpu_kernels
@@ -116,7 +117,7 @@ def test_parse_is_the_inverse_of_uri(drawn):
     name = uri(row.family, release=release, **params)
     found = parse(name, release)
     assert (found.family, dict(found.params)) == (row.family, params)
-    assert [other for other in ROWS if other.holds_for(release) and other.match(name)] == [row]
+    assert [other for other in ROWS if other.holds_for(release) and match(other, name)] == [row]
 
 
 @given(st.sampled_from(listed(DEFAULT_RELEASE)), st.data())
@@ -255,8 +256,8 @@ def test_a_name_of_another_release_is_read_without_one():
 
 def test_every_template_has_a_pattern_without_groups_of_its_own():
     for kind in KINDS.values():
-        assert "(" not in kind.pattern.replace("(?:", "").replace(r"\(", "")
-    assert all(family_row(row.family, row.since or "0.6.3").pattern for row in ROWS)
+        assert "(" not in pattern_of(kind).replace("(?:", "").replace(r"\(", "")
+    assert all(row_pattern(family_row(row.family, row.since or "0.6.3")) for row in ROWS)
 
 
 # What an artifact has, and what is said of what it lacks.

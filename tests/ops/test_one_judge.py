@@ -22,7 +22,7 @@ from fi_ffi.errors import FetchError, LoaderError
 from fi_ffi.loader import machine, runtime, search
 from fi_ffi.loader.fetch import wheels_lock
 from fi_ffi.loader.permission import fetching, is_withheld
-from fi_ffi.loader.uris import parse
+from fi_ffi.module_names import parse
 from fi_ffi.ops.call.support import REFUSED, UNKNOWN, Support
 from fi_ffi.ops.functions import OPS
 

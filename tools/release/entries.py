@@ -14,7 +14,7 @@ from typing import Any
 
 from fi_ffi.abi.signature import Signature
 from fi_ffi.catalogue.ahead_of_time import ParameterGrid
-from fi_ffi.loader.uris import parse
+from fi_ffi.module_names import parse
 
 
 @dataclass(frozen=True)

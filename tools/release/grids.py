@@ -9,7 +9,8 @@ import itertools
 from collections.abc import Iterable
 
 from fi_ffi.catalogue.ahead_of_time import ParameterGrid
-from fi_ffi.loader.uris import ModuleName, Value, parse, uri
+from fi_ffi.loader.uris import Value, uri
+from fi_ffi.module_names import ModuleName, parse
 
 
 def write(grid: ParameterGrid) -> dict[str, object]:

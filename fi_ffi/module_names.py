@@ -1,0 +1,99 @@
+"""Parses names of kernel modules: the inverse of `fi_ffi.loader.uris.uri`.
+
+    parse("batch_prefill_with_kv_cache_dtype_q_bf16_…_f16qk_False_sm90").params
+
+Loading a kernel needs no name's parts. What lists, explains or judges modules does, and so do the
+numpy kernels, which one module's name tells what to compute.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from dataclasses import dataclass, field
+
+from fi_ffi.loader.uris import ROWS, Kind, Params, Row, Value, Words, span, version_of
+
+
+@dataclass(frozen=True)
+class ModuleName:
+    """A parsed module name.
+
+    `params` are named as in FlashInfer's generators; dtypes are short names (`DTYPES` has the long
+    ones).
+    """
+
+    name: str
+    family: str
+    params: Params = field(hash=False)
+    row: Row = field(repr=False, compare=False)
+
+    @property
+    def backend(self) -> str:
+        """`fa2` or `fa3`, or "" if the family has no such choice."""
+        return str(self.params.get("backend", ""))
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """The dtype parameters, without those that are None."""
+        kinds, given = self.row.kinds, self.params.items()
+        return {name: str(v) for name, v in given if v is not None and kinds[name].is_dtype}
+
+    @property
+    def head_dims(self) -> tuple[int, ...]:
+        """The head sizes: (qk, vo), (ckv, kpe), or a single one."""
+        given = self.params.items()
+        return tuple(v for name, v in given if name.startswith("head_dim") and isinstance(v, int))
+
+    @property
+    def releases(self) -> str:
+        """The releases that use this name, as text."""
+        return span(row for row in ROWS if match(row, self.name) is not None)
+
+
+def pattern_of(kind: Kind) -> str:
+    """Return a regular expression without groups that matches exactly the texts of a kind."""
+    if isinstance(kind, Words):
+        # Longest first: "sm10" must not hide "sm100".
+        return "|".join(re.escape(text) for text in sorted(kind.words.values(), key=len)[::-1])
+    digits = "[1-9][0-9]{0,8}"
+    if kind.before:
+        return f"(?:{kind.before}{digits})?"
+    return digits if kind.low else f"0|{digits}"
+
+
+@functools.cache
+def row_pattern(row: Row) -> re.Pattern[str]:
+    """Return the pattern of a row's names, with a group for each parameter."""
+    pieces = []
+    for literal, name in row.parts:
+        pieces.append(re.escape(literal))
+        if name is not None:
+            pieces.append(f"(?P<{name}>{pattern_of(row.kinds[name])})")
+    return re.compile("".join(pieces))
+
+
+def match(row: Row, name: str) -> dict[str, Value] | None:
+    """Return the parameters in a name, or None if the row's rule does not apply."""
+    # Before the pattern is compiled, which takes longer than all the rest.
+    found = row_pattern(row).fullmatch(name) if name.startswith(row.parts[0][0]) else None
+    if found is None:
+        return None
+    params = {key: row.kinds[key].value(text) for key, text in found.groupdict().items()}
+    return None if row.refusal(params) else params
+
+
+@functools.lru_cache(maxsize=8)
+def _rows(release: str | None) -> tuple[Row, ...]:
+    return tuple(row for row in ROWS if release is None or row.holds_for(release))
+
+
+def parse(name: str, release: str | None = None) -> ModuleName | None:
+    """Parse a name by the rules of `release`, or of any release; None if it follows none."""
+    if release is not None:
+        version_of(release)
+    for row in _rows(release):
+        params = match(row, name)
+        if params is not None:
+            return ModuleName(name, row.family, params, row)
+    return None
