@@ -30,7 +30,7 @@ from filelock import FileLock, Timeout
 from packaging.requirements import Requirement
 
 from fi_ffi.errors import ArgumentError, BuildError
-from fi_ffi.loader import cache, libraries, trust
+from fi_ffi.loader import cache, machine, trust
 from fi_ffi.loader.lock import parse_release
 from fi_ffi.loader.machine import CPUS, CUDA_MAJORS, majors_here
 
@@ -471,7 +471,7 @@ def _unpack_cudart(environment: Environment, toolkit: Toolkit, say: Say, cpu: st
         options += [f"--platform=manylinux{tag}_{cpu}" for tag in ("2014", "_2_17", "_2_28")]
     else:
         options.append(f"--python-platform={cpu}-manylinux_2_28")
-    requirement = f"{libraries.package('cudart', toolkit.major)}=={release}.*"
+    requirement = f"{machine.package('cudart', toolkit.major)}=={release}.*"
     name = f"cuda-{release}-cudart-{cpu}"
     return _unpack(environment, name, requirement, say, *options)
 

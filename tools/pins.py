@@ -26,7 +26,6 @@ from tomlkit.exceptions import TOMLKitError  # noqa: E402
 from fi_ffi.cli.lock import entries  # noqa: E402
 from fi_ffi.errors import ArgumentError, ArtifactError, FiFfiError, LoaderError  # noqa: E402
 from fi_ffi.loader import cache  # noqa: E402
-from fi_ffi.loader.fatbin import sass_named  # noqa: E402
 from fi_ffi.loader.fetch.download import Reporter, fetch_file  # noqa: E402
 from fi_ffi.loader.fetch.pinning import append, describe, write  # noqa: E402
 from fi_ffi.loader.fetch.progress import reporter  # noqa: E402
@@ -34,6 +33,7 @@ from fi_ffi.loader.fetch.remote import RemoteWheel  # noqa: E402
 from fi_ffi.loader.fetch.urls import check_url, is_file_url, redact  # noqa: E402
 from fi_ffi.loader.fetch.wheels_lock import PinnedWheel, read_lock  # noqa: E402
 from fi_ffi.loader.lock import lock_path  # noqa: E402
+from fi_ffi.loader.machine import sass_named  # noqa: E402
 from fi_ffi.loader.wheel import Wheel  # noqa: E402
 
 

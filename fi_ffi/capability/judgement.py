@@ -29,11 +29,11 @@ from fi_ffi.catalogue.families import FAMILIES
 from fi_ffi.catalogue.modules import members
 from fi_ffi.errors import FiFfiError, printed
 from fi_ffi.loader import machine, search
-from fi_ffi.loader.fatbin import CudaCode, architecture_named, sass_named
 from fi_ffi.loader.fetch import pinned_wheels
 from fi_ffi.loader.fetch.wheels_lock import PinnedWheel, the_lock
 from fi_ffi.loader.kernels import KernelSource, release_of
 from fi_ffi.loader.lock import wanted_release
+from fi_ffi.loader.machine import CudaCode, architecture_named, sass_named
 from fi_ffi.loader.permission import fetching
 from fi_ffi.loader.search import Candidate
 from fi_ffi.module_names import parse
@@ -256,7 +256,7 @@ def _cuda_refusal(query: Query) -> str:
         return ""
     served = " and ".join(f"cu{major}x" for major in sorted(machine.CUDA_MAJORS))
     return (
-        f"{query.cuda} kernels need {machine.cudart(query.cuda_major)}, and fi_ffi serves those of "
+        f"{query.cuda} kernels need libcudart.so.{query.cuda_major}, and fi_ffi serves those of "
         f"{served} wheels"
     )
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fi_ffi.loader.fatbin import CudaCode, sass_named
+from fi_ffi.loader.machine import CudaCode, sass_named
 from fi_ffi.loader.uris import Value, version_of
 from fi_ffi.module_names import ModuleName, parse
 

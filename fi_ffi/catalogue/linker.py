@@ -6,7 +6,7 @@ import contextlib
 import re
 
 from fi_ffi.errors import LoaderError
-from fi_ffi.loader import libraries, machine
+from fi_ffi.loader import machine
 from fi_ffi.loader.elf import Source, open_elf
 from fi_ffi.loader.linking import SYMBOL
 
@@ -41,7 +41,7 @@ def _about_runtime(path: str, family: str) -> str:
 def _about_cuda(symbol: str, version: str) -> str:
     """Return advice about a function that CUDA's runtime or the driver lacks."""
     if match := re.fullmatch(r"libcudart\.so\.(\d+)", version):
-        wanted = libraries.requirement("cudart", int(match[1]))
+        wanted = machine.requirement("cudart", int(match[1]))
         return (
             f"{machine.load_cudart()[1]} lacks it: it was compiled with a later CUDA {match[1]}; "
             f"`pip install -U '{wanted}'`"

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from fi_ffi.catalogue.families import FAMILIES, OPTIONS, Family, every_option
 from fi_ffi.errors import ArgumentError
-from fi_ffi.loader.fatbin import architecture_named
+from fi_ffi.loader.machine import architecture_named
 from fi_ffi.loader.uris import DTYPES, Row, Value, family_row, uri
 from fi_ffi.module_names import ModuleName, parse
 

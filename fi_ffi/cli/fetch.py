@@ -16,8 +16,7 @@ from fi_ffi.catalogue.requests import parse_arch, parse_request
 from fi_ffi.cli import output
 from fi_ffi.cli.names import ResolvedName, named
 from fi_ffi.errors import ArchitectureError, FiFfiError, KernelNotFoundError
-from fi_ffi.loader import cache, search
-from fi_ffi.loader.fatbin import runs_on
+from fi_ffi.loader import cache, machine, search
 from fi_ffi.loader.fetch import progress
 from fi_ffi.loader.fetch.pinned_wheels import PinnedKernels, pinned
 from fi_ffi.loader.held import facts_of
@@ -164,9 +163,9 @@ def _put(source: PinnedKernels, module: str, capabilities: Sequence[Capability])
         file = source.file(module)
         codes = facts_of(file).codes
         for capability in capabilities:
-            verdict = runs_on(codes, capability)
-            if not verdict.ok:
-                raise ArchitectureError(f"{module} {verdict.reason}")
+            reason = machine.unfit(codes, capability)
+            if reason:
+                raise ArchitectureError(f"{module} {reason}")
     except FiFfiError as error:
         return Put(module, "fail", problem=str(error))
     return Put(

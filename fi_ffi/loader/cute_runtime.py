@@ -11,8 +11,8 @@ from __future__ import annotations
 import functools
 
 from fi_ffi.abi import library
-from fi_ffi.loader import libraries, tvm_ffi
-from fi_ffi.loader.machine import CUDA_MAJORS
+from fi_ffi.loader import tvm_ffi
+from fi_ffi.loader.machine import CUDA_MAJORS, library_in_process
 
 FILE = "libcute_dsl_runtime.so"
 # Tested: 4.7.1 and 4.8.1, between which functions were only added.
@@ -34,7 +34,7 @@ def load() -> tvm_ffi.Found:
     One thread at a time may call it.
     """
     found = tvm_ffi.in_process(FILE)
-    if found is not None and libraries.in_process(FILE) is not None:
+    if found is not None and library_in_process(FILE) is not None:
         return found
     found = installed()
     found.load(library.open_global)

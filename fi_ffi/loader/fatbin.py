@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Literal, cast
 
-from fi_ffi.errors import ArtifactError
 from fi_ffi.loader.elf import Source, Window, malformed, open_image, open_sections
+from fi_ffi.loader.machine import CudaCode, Suffix
 
 SECTION = ".nv_fatbin"
 MAGIC = 0xBA55ED50
@@ -31,9 +30,6 @@ _PIECE = 1 << 20
 _CONTAINER = struct.Struct("<IHHQ")  # magic, version, header size, size of all entries
 _ENTRY = struct.Struct("<HHIQIIHHIIIQ")  # up to the flags; the rest depends on the kind
 _VERSION = 1
-# Tegra GPUs: machine code of another minor version is not guaranteed to run there, nor vice versa.
-_JETSONS = ((7, 2), (8, 7))
-Suffix = Literal["", "a", "f"]
 _KINDS: dict[int, Literal["ptx", "sass"]] = {1: "ptx", 2: "sass"}
 _ARCH_SPECIFIC = 1 << 20
 _FAMILY_SPECIFIC = 1 << 21
@@ -41,64 +37,6 @@ _FAMILY_SPECIFIC = 1 << 21
 _SM_RANGE = range(10, 10_000)
 # Containers are aligned to 8 bytes; a larger gap than a page is not padding.
 _MAX_PADDING = 4096
-
-
-@dataclass(frozen=True)
-class CudaCode:
-    """One architecture that device code was compiled for."""
-
-    kind: Literal["sass", "ptx"]
-    """"sass" is machine code, "ptx" is compiled by the driver when it is loaded."""
-    sm: int
-    """Ten times the compute capability: 90 for 9.0."""
-    suffix: Suffix = ""
-    """"a": for this architecture only; "f": for its family; "": for later ones too."""
-
-    @property
-    def name(self) -> str:
-        """The name in nvcc's `-gencode ...,code=`: "sm_90a", "compute_90a"."""
-        return f"{'sm' if self.kind == 'sass' else 'compute'}_{self.sm}{self.suffix}"
-
-    def runs_on(self, capability: tuple[int, int]) -> bool:
-        """Return whether a device of this (major, minor) compute capability can run the code."""
-        made_for = divmod(self.sm, 10)
-        is_sass = self.kind == "sass"
-        is_exact = is_sass and (capability in _JETSONS or made_for in _JETSONS)
-        if self.suffix == "a" or is_exact:
-            return capability == made_for
-        if self.suffix == "f" or is_sass:
-            return capability[0] == made_for[0] and capability[1] >= made_for[1]
-        return capability >= made_for
-
-
-_NAME = re.compile(r"(?:sm_?)?(\d{1,2})\.?(\d)([af]?)", re.ASCII | re.IGNORECASE)
-
-
-def architecture_named(name: str) -> tuple[int, int, Suffix] | None:
-    """Return the architecture that a person names: 90a, 9.0a, sm90a and sm_90a are one.
-
-    The parts are the compute capability and the suffix. Every option and argument that takes a GPU
-    is read by this; None is for a text that names none.
-    """
-    found = _NAME.fullmatch(name.strip())
-    return found and (int(found[1]), int(found[2]), cast(Suffix, found[3].lower()))
-
-
-def sass_named(name: str) -> CudaCode:
-    """Return the machine code for an architecture's name."""
-    found = architecture_named(name)
-    if found is None:
-        raise ArtifactError(f"{name!r} names no architecture; one looks like sm90a")
-    major, minor, suffix = found
-    return CudaCode("sass", 10 * major + minor, suffix)
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Whether a device can run a library's code, and why."""
-
-    ok: bool
-    reason: str
 
 
 def architectures(source: Source) -> tuple[CudaCode, ...]:
@@ -115,21 +53,6 @@ def architectures(source: Source) -> tuple[CudaCode, ...]:
         else:
             found = {code for window in windows.values() for code in _cubins(window)}
     return tuple(sorted(found, key=lambda code: (code.sm, code.suffix, code.kind != "sass")))
-
-
-def runs_on(codes: Iterable[CudaCode], capability: tuple[int, int]) -> Verdict:
-    """Return whether a device of compute capability (major, minor) can run any of `codes`."""
-    codes = tuple(codes)
-    device = "the device is sm_{}{}".format(*capability)
-    usable = [code for code in codes if code.runs_on(capability)]
-    # The driver prefers machine code, and the nearest architecture.
-    best = max(usable, key=lambda code: (code.kind == "sass", code.sm, code.suffix), default=None)
-    if best is not None:
-        how = "runs as it is" if best.kind == "sass" else "is compiled by the driver when loaded"
-        return Verdict(True, f"has {best.name}, which {how}; {device}")
-    if not codes:
-        return Verdict(False, f"has no device code; {device}")
-    return Verdict(False, f"has {', '.join(code.name for code in codes)} only; {device}")
 
 
 @contextmanager

@@ -24,8 +24,9 @@ from pathlib import Path
 from fi_ffi.errors import ArchitectureError, ArtifactError, LoaderError
 from fi_ffi.loader import cache, trust
 from fi_ffi.loader.elf import inspect_elf
-from fi_ffi.loader.fatbin import CudaCode, architectures
+from fi_ffi.loader.fatbin import architectures
 from fi_ffi.loader.kernels import ModuleFile
+from fi_ffi.loader.machine import CudaCode
 
 _FORMAT = 5  # version of the stored facts' format
 

@@ -1,28 +1,51 @@
-"""This machine's driver and GPUs, and the CUDA runtime of this process.
+"""CUDA on this machine: the driver, the GPUs and the code that they run, and CUDA's libraries.
 
 The driver and the devices are queried through the driver, which is the same for every CUDA version;
 no context is created. The CUDA runtime is the one that the kernels name by file (`libcudart.so.12`,
 `.so.13`). A process has only one: kernels of another CUDA version are refused before anything is
-loaded.
+loaded. A module names CUDA's other libraries by file too, and the dynamic linker takes the library
+that this process has under that name. So they are loaded first and globally, from wherever they are
+installed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+import re
 import sys
 import threading
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
 
 from fi_ffi.abi import failure, library, streams
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.errors import AbiError, KernelError, LoaderError
+from fi_ffi.errors import AbiError, ArtifactError, KernelError, LoaderError
 from fi_ffi.loader import cuda_errors
 
 CUDA_MAJORS = (13, 12)  # CUDA versions of supported kernels, the preferred one first
 CPUS = ("x86_64", "aarch64")  # processors that kernels are built for
 DRIVER = "libcuda.so.1"
+
+# The package that provides a library; those for CUDA 12 have a suffix in their names.
+PACKAGES = {
+    "cudart": "nvidia-cuda-runtime",
+    "cublas": "nvidia-cublas",
+    "cublasLt": "nvidia-cublas",
+    "nvrtc": "nvidia-cuda-nvrtc",
+}
+# The extra of fi_ffi that provides a library, by CUDA version.
+_EXTRAS = {
+    12: {"cudart": "cu12", "cublas": "gemm-cu12", "cublasLt": "gemm-cu12", "nvrtc": "gemm-cu12"},
+    13: {"cudart": "cu13", "cublas": "gemm", "cublasLt": "gemm", "nvrtc": "gemm"},
+}
+# Dependencies that the linker may not find itself.
+_FIRST = {"cublas": "cublasLt"}
+
+_LIBRARY = r"lib(\w+)\.so\.(\d+)"
 
 # CUdevice_attribute of cuda.h
 _MULTIPROCESSORS, _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 16, 75, 76
@@ -47,11 +70,6 @@ library.renew_after_fork(globals(), "_lock", threading.RLock)
 
 # Returns the CUDA major version of the kernels in use, or None; set by the search for kernels.
 ask_kernels: Callable[[], int | None] | None = None
-
-
-def cudart(major: int) -> str:
-    """Return the file name of a CUDA runtime."""
-    return f"libcudart.so.{major}"
 
 
 def runtimes_in_process() -> dict[int, str]:
@@ -103,9 +121,7 @@ def use_cuda(major: int, wanted_by: str = "") -> tuple[Any, str]:
         check_cuda(major, wanted_by)
         if _runtime is None or _runtime[2] != major:
             refuse_after_fork()
-            from fi_ffi.loader import libraries  # imported late: a CPU needs none
-
-            found, place = libraries.load(cudart(major))
+            found, place = load_library(f"libcudart.so.{major}")
             _runtime = found, runtimes_in_process().get(major, place), major
             failure.examine = root_cause
         return _runtime[:2]
@@ -123,14 +139,14 @@ def check_cuda(major: int, wanted_by: str = "") -> None:
     wanted_by = wanted_by or "this call"
     if major not in CUDA_MAJORS:
         raise AbiError(
-            f"{wanted_by} needs {cudart(major)}, and fi_ffi serves kernels of CUDA "
+            f"{wanted_by} needs libcudart.so.{major}, and fi_ffi serves kernels of CUDA "
             f"{' and '.join(map(str, sorted(CUDA_MAJORS)))}"
         )
     here = {_runtime[2]: _runtime[1]} if _runtime else runtimes_in_process()
     if here and major not in here:
         other, path = next(iter(here.items()))
         raise AbiError(
-            f"{wanted_by} needs {cudart(major)}, and this process has {cudart(other)} "
+            f"{wanted_by} needs libcudart.so.{major}, and this process has libcudart.so.{other} "
             f"({path}{_torch_here(other)}): a process has one CUDA. Use kernels of CUDA {other} "
             f"here (`fi-ffi build --cuda {other}` makes some), or these in a process of their own"
         )
@@ -155,6 +171,87 @@ def check_driver(major: int, wanted_by: str) -> None:
             f"(`fi-ffi build --cuda {driver[0]}` makes some, `pip install 'fi-ffi[cu{driver[0]}]'` "
             "brings what they need)"
         )
+
+
+def package(name: str, major: int) -> str:
+    """Return the name of the distribution that provides a library for a CUDA version."""
+    return f"{PACKAGES[name]}-cu12" if major == 12 else PACKAGES[name]
+
+
+@functools.cache
+def load_library(file: str) -> tuple[Any, str]:
+    """Load a library of CUDA; return it and where it was found.
+
+    A copy in this process comes first, then installed packages, the system, conda and CUDA_HOME. If
+    none has it, raises `LoaderError` with the package to install.
+    """
+    match = re.fullmatch(_LIBRARY, file)
+    assert match is not None, file
+    loaded = library_in_process(file)
+    if loaded is not None:
+        return loaded, "already in this process"
+    if match[1] in _FIRST:
+        with contextlib.suppress(LoaderError):  # the linker may still find it
+            load_library(file.replace(match[1], _FIRST[match[1]]))
+    reasons = []
+    for path in _library_places(file):
+        try:
+            found = ffi.dlopen(path, os.RTLD_NOW | os.RTLD_GLOBAL)
+        except OSError as error:
+            reasons.append(str(error).partition("\n")[0])
+            continue
+        return found, path
+    raise _absent(file, match[1], int(match[2]), reasons[0])
+
+
+def _library_places(file: str) -> Iterator[str]:
+    """Yield the possible locations of a library: paths, and its name for the dynamic linker."""
+    for folder in dict.fromkeys(sys.path):
+        # Packages of CUDA 13 share a folder; each of CUDA 12 has its own.
+        yield from map(str, sorted(Path(folder or ".").glob(f"nvidia/*/lib/{file}")))
+    yield file
+    roots = [
+        os.environ.get("CONDA_PREFIX"),
+        os.environ.get("CUDA_PATH"),
+        os.environ.get("CUDA_HOME"),
+    ]
+    for root in filter(None, (*roots, "/usr/local/cuda")):
+        for lib in ("lib64", "lib", "targets/*/lib"):
+            yield from map(str, sorted(Path(root).glob(f"{lib}/{file}")))
+
+
+def library_in_process(file: str) -> Any:
+    """Return a library that is already loaded under this name, with its symbols made global."""
+    # cffi's dlopen would expect dlerror to report a reason, and there is none.
+    if library.in_process(file) is None:
+        return None
+    return ffi.dlopen(file, os.RTLD_NOW | os.RTLD_GLOBAL)
+
+
+def requirement(name: str, major: int) -> str:
+    """Return the pip requirement for a library of this CUDA major version."""
+    return f"{package(name, major)}>={major},<{major + 1}"
+
+
+def _absent(file: str, name: str, major: int, reason: str) -> LoaderError:
+    wanted = requirement(name, major)
+    extra = _EXTRAS.get(major, {}).get(name)
+    also = f" (or fi-ffi[{extra}])" if extra else ""
+    return LoaderError(
+        f"{file} was not found: `pip install '{wanted}'`{also}, or set CUDA_HOME to a CUDA "
+        f"{major} toolkit ({reason})"
+    )
+
+
+def load_needed(needed: Iterable[str]) -> None:
+    """Load CUDA's other libraries among the files that a module needs.
+
+    Raises `LoaderError` if one is missing.
+    """
+    for file in needed:
+        match = re.fullmatch(_LIBRARY, file)
+        if match and match[1] in PACKAGES and match[1] != "cudart":
+            load_library(file)
 
 
 def forked_after_cuda() -> bool:
@@ -320,6 +417,70 @@ def _hint(code: int) -> str:
 def capability(device: int) -> tuple[int, int]:
     """Return a device's compute capability; `LoaderError` if there is no such device."""
     return _attribute(device, _CAPABILITY_MAJOR), _attribute(device, _CAPABILITY_MINOR)
+
+
+# Tegra GPUs: machine code of another minor version is not guaranteed to run there, nor vice versa.
+_JETSONS = ((7, 2), (8, 7))
+Suffix = Literal["", "a", "f"]
+
+
+@dataclass(frozen=True)
+class CudaCode:
+    """One architecture that device code was compiled for."""
+
+    kind: Literal["sass", "ptx"]
+    """"sass" is machine code, "ptx" is compiled by the driver when it is loaded."""
+    sm: int
+    """Ten times the compute capability: 90 for 9.0."""
+    suffix: Suffix = ""
+    """"a": for this architecture only; "f": for its family; "": for later ones too."""
+
+    @property
+    def name(self) -> str:
+        """The name in nvcc's `-gencode ...,code=`: "sm_90a", "compute_90a"."""
+        return f"{'sm' if self.kind == 'sass' else 'compute'}_{self.sm}{self.suffix}"
+
+    def runs_on(self, capability: tuple[int, int]) -> bool:
+        """Return whether a device of this (major, minor) compute capability can run the code."""
+        made_for = divmod(self.sm, 10)
+        is_sass = self.kind == "sass"
+        is_exact = is_sass and (capability in _JETSONS or made_for in _JETSONS)
+        if self.suffix == "a" or is_exact:
+            return capability == made_for
+        if self.suffix == "f" or is_sass:
+            return capability[0] == made_for[0] and capability[1] >= made_for[1]
+        return capability >= made_for
+
+
+_ARCHITECTURE = r"(?:sm_?)?(\d{1,2})\.?(\d)([af]?)"
+
+
+def architecture_named(name: str) -> tuple[int, int, Suffix] | None:
+    """Return the architecture that a person names: 90a, 9.0a, sm90a and sm_90a are one.
+
+    The parts are the compute capability and the suffix. Every option and argument that takes a GPU
+    is read by this; None is for a text that names none.
+    """
+    found = re.fullmatch(_ARCHITECTURE, name.strip(), re.ASCII | re.IGNORECASE)
+    return found and (int(found[1]), int(found[2]), cast(Suffix, found[3].lower()))
+
+
+def sass_named(name: str) -> CudaCode:
+    """Return the machine code for an architecture's name."""
+    found = architecture_named(name)
+    if found is None:
+        raise ArtifactError(f"{name!r} names no architecture; one looks like sm90a")
+    major, minor, suffix = found
+    return CudaCode("sass", 10 * major + minor, suffix)
+
+
+def unfit(codes: Iterable[CudaCode], capability: tuple[int, int]) -> str:
+    """Return why no device of this compute capability runs any of the codes; "" if one does."""
+    codes = tuple(codes)
+    if any(code.runs_on(capability) for code in codes):
+        return ""
+    has = f"{', '.join(code.name for code in codes)} only" if codes else "no device code"
+    return "has {}; the device is sm_{}{}".format(has, *capability)
 
 
 def _reset_after_fork() -> None:

@@ -18,7 +18,7 @@ from fi_ffi.abi import library
 from fi_ffi.abi.function import Entry, probe
 from fi_ffi.abi.objects import Object
 from fi_ffi.abi.signature import Signature, parse_signature
-from fi_ffi.errors import AbiError, KernelNotFoundError, LoaderError
+from fi_ffi.errors import AbiError, ArtifactError, KernelNotFoundError, LoaderError
 from fi_ffi.loader import (
     cache,
     cuda_errors,
@@ -26,22 +26,25 @@ from fi_ffi.loader import (
     generation,
     held,
     imports,
-    libraries,
     linking,
     machine,
     per_device,
     search,
     services,
+    trust,
     tvm_ffi,
 )
 from fi_ffi.loader.elf import FUNCTION_PREFIX, inspect_elf
-from fi_ffi.loader.fatbin import CudaCode, runs_on
 from fi_ffi.loader.held import Facts, check_processor, cuda_of, remember
 from fi_ffi.loader.kernels import KernelSource, ModuleFile
+from fi_ffi.loader.machine import CudaCode
 
 # An export of modules that copy a number from the current GPU while they are loaded and throw if
 # that fails (`configureKernel` of csrc/xqa/mla_sm120.cu); nothing catches the exception.
 GPU_AT_LOAD_EXPORT = "xqa_wrapper_mla"
+# An export of modules that can compile DeepGEMM's kernels.
+DEEPGEMM_EXPORT = "set_deepgemm_jit_include_dirs"
+DEEPGEMM_FOLDER = "TRTLLM_DG_CACHE_DIR"
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,9 @@ def prepare_and_load(
         machine.use_cuda(cuda, path)
     if GPU_AT_LOAD_EXPORT in facts.functions:
         _check_gpu(facts.codes)
-    libraries.prepare(facts.functions, facts.needed)
+    if DEEPGEMM_EXPORT in facts.functions:
+        check_deepgemm_folder()
+    machine.load_needed(facts.needed)
     if cute_runtime.FILE in facts.needed:
         with _linking:
             cute_runtime.load()
@@ -140,14 +145,46 @@ def _check_gpu(codes: Sequence[CudaCode]) -> None:
     why = "this process sees none"
     if machine.device_count():
         device = machine.current_device()
-        verdict = runs_on(codes, machine.capability(device))
-        if verdict.ok:
+        reason = machine.unfit(codes, machine.capability(device))
+        if not reason:
             return
-        why = f"cuda:{device}, which is current, is another: it {verdict.reason}"
+        why = f"cuda:{device}, which is current, is another: it {reason}"
     raise LoaderError(
         f"the module asks its GPU when it is loaded, and would end the process: {why}. "
         "`fi-ffi inspect --no-load` reads the file alone"
     )
+
+
+def deepgemm_folder() -> Path:
+    """Return the folder in which a module with DeepGEMM's compiler keeps its results."""
+    if DEEPGEMM_FOLDER in os.environ:
+        return Path(os.environ[DEEPGEMM_FOLDER])
+    if "HOME" in os.environ:
+        return Path(os.environ["HOME"], ".tensorrt_llm")
+    import tempfile  # imported late: most modules have no such compiler
+
+    return Path(tempfile.gettempdir(), "tensorrt_llm")
+
+
+def check_deepgemm_folder() -> None:
+    """Raise `LoaderError` if a module with DeepGEMM's compiler could not create its folders.
+
+    The module creates them while it is loaded, even if it never compiles. If that fails it throws
+    an exception that nothing catches, and the process ends.
+    """
+    folder = deepgemm_folder()
+    try:
+        if os.environ.get(DEEPGEMM_FOLDER) == "":
+            raise FileNotFoundError(f"{DEEPGEMM_FOLDER} is empty")
+        for name in ("tmp", "cache"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            trust.check_owner(folder / name)
+            trust.check_user_path(folder / name)
+    except (OSError, ArtifactError) as error:
+        raise LoaderError(
+            f"the module makes {folder} when it is loaded, which fails here ({error}); "
+            f"{DEEPGEMM_FOLDER} may name another folder"
+        ) from error
 
 
 def _opened(source: KernelSource, file: ModuleFile, facts: Facts) -> Loaded:

@@ -31,7 +31,6 @@ from fi_ffi.errors import (
 )
 from fi_ffi.loader import cache, distributions, generation, machine, services, trust
 from fi_ffi.loader.distributions import Distribution
-from fi_ffi.loader.fatbin import runs_on, sass_named
 from fi_ffi.loader.held import Facts, cuda_of, facts_of
 from fi_ffi.loader.kernels import (
     KernelDirectory,
@@ -48,6 +47,7 @@ from fi_ffi.loader.lock import (
     named_release,
     wanted_release,
 )
+from fi_ffi.loader.machine import sass_named, unfit
 from fi_ffi.loader.permission import FetchNotAllowed, fetching, is_withheld
 from fi_ffi.loader.wheel import Wheel, hex_of
 
@@ -355,9 +355,9 @@ def ask(
     if source is None:
         return Answer(place, NONE, place.note)
     if place.sm and capability is not None:
-        named = runs_on([sass_named(place.sm)], capability)
-        if not named.ok:
-            return Answer(place, OTHER_GPU, f"{source.location}: {named.reason}")
+        reason = unfit([sass_named(place.sm)], capability)
+        if reason:
+            return Answer(place, OTHER_GPU, f"{source.location}: {reason}")
     other: Answer | None = None
     try:
         names: Sequence[str] = _names_in(source, module, members, place.names_of)
@@ -369,10 +369,10 @@ def ask(
         except LoaderError as error:
             return Answer(place, LATER if is_withheld(error) else FAILS, str(error))
         facts = facts_of(file)
-        verdict = runs_on(facts.codes, capability) if capability is not None else None
-        if verdict is None or verdict.ok:
+        reason = "" if capability is None else unfit(facts.codes, capability)
+        if not reason:
             return Answer(place, HERE, "", file, facts)
-        reason = f"{source.location}: {name} {verdict.reason}"
+        reason = f"{source.location}: {name} {reason}"
         other = Answer(place, OTHER_GPU, reason, file, facts)
     return other or Answer(place, LACKS, f"{source.location} has no module {module}")
 

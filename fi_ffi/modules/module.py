@@ -23,7 +23,6 @@ from fi_ffi.errors import (
 )
 from fi_ffi.loader import cute_runtime, held, machine, runtime
 from fi_ffi.loader.elf import FUNCTION_PREFIX
-from fi_ffi.loader.fatbin import runs_on
 from fi_ffi.loader.runtime import Loaded
 from fi_ffi.modules.entry import HandleGuard, ModuleEntry, Origin, unknown
 from fi_ffi.modules.files import load_file
@@ -66,10 +65,10 @@ class AtPath(Unique):
         """Return the file; raise if it has no code for the GPU."""
         if device is not None and device not in self._able:
             codes = self._loaded.facts.codes
-            verdict = runs_on(codes, machine.capability(device)) if codes else None
-            if verdict is not None and not verdict.ok:
+            reason = machine.unfit(codes, machine.capability(device)) if codes else ""
+            if reason:
                 path = self._loaded.file.path
-                raise ArchitectureError(f"{path} {verdict.reason}, on cuda:{device}")
+                raise ArchitectureError(f"{path} {reason}, on cuda:{device}")
             self._able.add(device)
         return self._loaded
 

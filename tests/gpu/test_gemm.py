@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 import fi_ffi
-from fi_ffi.loader import libraries
 from fi_ffi.loader import machine as of_loader
 from fi_ffi.ops.call.cuda import own_handle
 from fi_ffi.ops.functions import OPS
@@ -44,7 +43,7 @@ def test_a_handle_of_the_callers(machine, rng):
     on_gpu = OnGpu(case, machine.place)
     own = own_handle("cublasLt", fi_ffi.parse_device("cuda:0"))
     assert own and own == own_handle("cublasLt", fi_ffi.parse_device("cuda:0"))
-    assert libraries.load(f"libcublasLt.so.{of_loader.cuda_major()}")[1]
+    assert of_loader.load_library(f"libcublasLt.so.{of_loader.cuda_major()}")[1]
     scalars = {name: value for name, value in case.scalars.items() if name != "cublas_handle"}
     for handle in (own, 0):
         machine.poison(on_gpu.arrays["D"], machine.stream)

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fi_ffi.loader import libraries
-from fi_ffi.loader.machine import cudart
+from fi_ffi.loader import machine
 
 from tests.helpers import compiler, sampling
 
@@ -31,7 +30,7 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(runtime_version, runtime_version);
 @functools.cache
 def folder(major: int) -> Path:
     """The folder for sys.path in which a CUDA's runtime is installed."""
-    name = libraries.package("cudart", major)
+    name = machine.package("cudart", major)
     try:
         return Path(str(importlib.metadata.distribution(name).locate_file("")))
     except importlib.metadata.PackageNotFoundError:
@@ -50,7 +49,7 @@ def folder(major: int) -> Path:
 
 def library(major: int) -> Path:
     """The runtime itself."""
-    (found,) = folder(major).glob(f"nvidia/*/lib/{cudart(major)}")
+    (found,) = folder(major).glob(f"nvidia/*/lib/libcudart.so.{major}")
     return found
 
 

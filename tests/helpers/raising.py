@@ -28,7 +28,6 @@ from fi_ffi.loader import (
     cute_runtime,
     distributions,
     held,
-    libraries,
     machine,
     runtime,
     search,
@@ -195,9 +194,9 @@ def with_tvm_ffi(version: str) -> Callable:
 
 
 def no_cudart(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(libraries, "in_process", lambda file: None)
-    patch.setattr(libraries, "_places", lambda file: ["/nowhere.so"])
-    libraries.load.__wrapped__(machine.cudart(12))
+    patch.setattr(machine, "library_in_process", lambda file: None)
+    patch.setattr(machine, "_library_places", lambda file: ["/nowhere.so"])
+    machine.load_library.__wrapped__("libcudart.so.12")
 
 
 def with_another_cuda(patch: pytest.MonkeyPatch) -> None:

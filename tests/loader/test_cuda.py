@@ -12,7 +12,7 @@ import pytest
 
 import fi_ffi
 from fi_ffi.errors import AbiError, LoaderError
-from fi_ffi.loader import libraries, machine, search
+from fi_ffi.loader import machine, search
 from fi_ffi.loader.held import Facts, cuda_of
 
 from tests.helpers import cuda_runtimes
@@ -24,7 +24,7 @@ TELLS = """
 import json, sys
 import fi_ffi
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.loader import libraries, machine, runtime, search
+from fi_ffi.loader import machine, runtime, search
 
 def call(folder, name):
     fi_ffi.use_kernels(folder)
@@ -223,10 +223,10 @@ def test_a_file_says_which_cuda_it_is_of(needed: list[str], major: int | None) -
 def test_a_library_that_is_lacking_is_named(
     file: str, package: str, extra: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(libraries, "in_process", lambda name: None)
-    monkeypatch.setattr(libraries, "_places", lambda name: [f"/none/{name}"])
+    monkeypatch.setattr(machine, "library_in_process", lambda name: None)
+    monkeypatch.setattr(machine, "_library_places", lambda name: [f"/none/{name}"])
     with pytest.raises(LoaderError) as caught:
-        libraries.load.__wrapped__(file)
+        machine.load_library.__wrapped__(file)
     text, major = str(caught.value), int(file[-2:])
     for part in (file, f"'{package}>={major},<{major + 1}'", f"fi-ffi[{extra}]", "CUDA_HOME"):
         assert part in text
@@ -248,9 +248,11 @@ def test_where_a_runtime_is_looked_for(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("CONDA_PREFIX", str(conda))
     monkeypatch.setenv("CUDA_PATH", str(tmp_path / "absent"))
     monkeypatch.setenv("CUDA_HOME", str(toolkit))
-    found = [place for place in libraries._places("libcudart.so.12") if "/usr/local" not in place]
+    found = [
+        place for place in machine._library_places("libcudart.so.12") if "/usr/local" not in place
+    ]
     assert found == [str(made[0]), "libcudart.so.12", str(made[1]), str(made[2])]
-    assert next(libraries._places("libcudart.so.13")) == "libcudart.so.13"
+    assert next(machine._library_places("libcudart.so.13")) == "libcudart.so.13"
 
 
 def test_a_tag_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

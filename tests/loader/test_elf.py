@@ -15,7 +15,8 @@ import pytest
 
 from fi_ffi.errors import ArtifactError, LoaderError
 from fi_ffi.loader.elf import FUNCTION_PREFIX, ElfInfo, inspect_elf, open_section
-from fi_ffi.loader.fatbin import CudaCode, architectures, runs_on, sass_named
+from fi_ffi.loader.fatbin import architectures
+from fi_ffi.loader.machine import CudaCode, sass_named, unfit
 
 from tests.helpers import compiler
 
@@ -363,7 +364,7 @@ def test_where_code_runs():
     told |= {(name, where): False for name, (_, not_on) in RUNS.items() for where in not_on}
     told |= {(name, (9, 0)): True for name in RAN.split()}
     told |= {(name, (9, 0)): False for name in FAILED.split()}
-    found = {(name, where): runs_on([code(name)], where).ok for name, where in told}
+    found = {(name, where): not unfit([code(name)], where) for name, where in told}
     assert found == told
 
 
@@ -373,16 +374,12 @@ def test_where_code_runs():
         ("sm_90a", (8, 7), "has sm_90a only; the device is sm_87"),
         ("sm_80 compute_90a", (12, 1), "has sm_80, compute_90a only; the device is sm_121"),
         ("", (9, 0), "has no device code; the device is sm_90"),
-        ("sm_80 sm_86 compute_89", (8, 9), "has sm_86, which runs as it is; the device is sm_89"),
-        (
-            "compute_75 compute_80 sm_90a",
-            (8, 6),
-            "has compute_80, which is compiled by the driver when loaded; the device is sm_86",
-        ),
+        ("sm_80 sm_86 compute_89", (8, 9), ""),
+        ("compute_75 compute_80 sm_90a", (8, 6), ""),
     ],
 )
 def test_the_reason_in_words(has, capability, reason):
-    assert runs_on(map(code, has.split()), capability).reason == reason
+    assert unfit(map(code, has.split()), capability) == reason
 
 
 KERNEL = """

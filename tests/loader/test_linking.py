@@ -305,10 +305,10 @@ def maps() -> list[str]:
 
 def test_an_older_cuda_runtime(needing, compiled, tmp_path):
     versions = tmp_path / "versions"
-    versions.write_text(f"{machine.cudart(13)} {{ global: cudaNoSuch; }};")
+    versions.write_text("libcudart.so.13 { global: cudaNoSuch; };")
     later = compiled(
-        machine.cudart(13), DEFINES.format(symbol="cudaNoSuch"), f"-Wl,--version-script={versions}",
-        f"-Wl,-soname,{machine.cudart(13)}",
+        "libcudart.so.13", DEFINES.format(symbol="cudaNoSuch"), f"-Wl,--version-script={versions}",
+        "-Wl,-soname,libcudart.so.13",
     )  # fmt: skip
     with pytest.raises(LoaderError, match="undefined symbol: cudaNoSuch, version") as caught:
         fi_ffi.module(needing("cudaNoSuch", str(later)))

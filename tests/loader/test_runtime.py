@@ -15,7 +15,7 @@ from packaging.specifiers import SpecifierSet
 import fi_ffi
 from fi_ffi.abi.signature import Signature
 from fi_ffi.errors import AbiError, KernelError, KernelNotFoundError, LoaderError
-from fi_ffi.loader import libraries, runtime
+from fi_ffi.loader import machine, runtime
 from fi_ffi.loader.kernels import open_source
 from fi_ffi.ops.call.cuda import own_handle
 from fi_ffi.ops.table import ROWS
@@ -126,10 +126,10 @@ def test_a_path_that_is_no_utf8(kernels, tmp_path):
 
 NO_CUDART = """
 from fi_ffi.errors import LoaderError
-from fi_ffi.loader import libraries, runtime
+from fi_ffi.loader import machine, runtime
 
-libraries.in_process = lambda file: None
-libraries._places = lambda file: [f"/nowhere/{file}"]
+machine.library_in_process = lambda file: None
+machine._library_places = lambda file: [f"/nowhere/{file}"]
 try:
     runtime.load("norm")
 except LoaderError as error:
@@ -149,22 +149,22 @@ def test_a_cudart_is_named_when_there_is_none(built_wheel, root):
 
 @pytest.fixture
 def forgotten():
-    libraries.load.cache_clear()
+    machine.load_library.cache_clear()
     yield
-    libraries.load.cache_clear()
+    machine.load_library.cache_clear()
 
 
 @pytest.fixture
 def nowhere(monkeypatch, forgotten):
     """No library is in this process; what is looked for is told as the test says."""
-    monkeypatch.setattr(libraries, "in_process", lambda name: None)
-    return lambda find: monkeypatch.setattr(libraries, "_places", find)
+    monkeypatch.setattr(machine, "library_in_process", lambda name: None)
+    return lambda find: monkeypatch.setattr(machine, "_library_places", find)
 
 
 def test_other_libraries_are_left_to_the_linker(monkeypatch):
     loaded = []
-    monkeypatch.setattr(libraries, "load", loaded.append)
-    libraries.prepare([], ["libcudart.so.13", "libcuda.so.1", "libc.so.6", "libcublas_own.so.13"])
+    monkeypatch.setattr(machine, "load_library", loaded.append)
+    machine.load_needed(["libcudart.so.13", "libcuda.so.1", "libc.so.6", "libcublas_own.so.13"])
     assert loaded == []
 
 
@@ -179,25 +179,25 @@ def test_other_libraries_are_left_to_the_linker(monkeypatch):
 def test_one_that_is_nowhere_names_its_package(file, package, nowhere):
     nowhere(lambda name: [f"/nowhere/{name}"])
     with pytest.raises(LoaderError) as caught:
-        libraries.prepare([], ["libc.so.6", file])
+        machine.load_needed(["libc.so.6", file])
     told = str(caught.value)
     assert file in told and f"pip install '{package}>=13,<14'" in told and "CUDA_HOME" in told
     assert "/nowhere/lib" in told, "the linker's own words"
 
 
 def test_nothing_of_the_name_in_the_process():
-    assert libraries.in_process("libcublas.so.99") is None
-    assert libraries.in_process("libc.so.6") is not None
+    assert machine.library_in_process("libcublas.so.99") is None
+    assert machine.library_in_process("libc.so.6") is not None
 
 
 LOADS = """
 import sys
 from fi_ffi.abi import library
-from fi_ffi.loader import libraries, runtime
+from fi_ffi.loader import machine, runtime
 
 for file in sys.argv[2:]:
-    print(libraries.load(file)[1])
-libraries.prepare([], sys.argv[2:])
+    print(machine.load_library(file)[1])
+machine.load_needed(sys.argv[2:])
 runtime.ensure_tvm_ffi()
 handle = library.open_module(sys.argv[1])
 print(library.find_symbol(handle, "user") is not None)
@@ -231,22 +231,20 @@ def test_a_module_finds_what_it_needs(tmp_path):
 
 def test_what_a_module_makes_while_it_is_loaded(tmp_path, monkeypatch):
     """A folder that cannot be made would end the process."""
-    functions = ["init", "set_deepgemm_jit_include_dirs"]
     monkeypatch.setenv("TRTLLM_DG_CACHE_DIR", str(tmp_path / "own"))
-    libraries.prepare(functions, [])
+    runtime.check_deepgemm_folder()
     assert (tmp_path / "own" / "cache").is_dir()
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TRTLLM_DG_CACHE_DIR", str(tmp_path / "file" / "x"))
-    libraries.prepare(["init"], [])
     with pytest.raises(LoaderError, match="TRTLLM_DG_CACHE_DIR may name another"):
-        libraries.prepare(functions, [])
+        runtime.check_deepgemm_folder()
     monkeypatch.delenv("TRTLLM_DG_CACHE_DIR")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    libraries.prepare(functions, [])
+    runtime.check_deepgemm_folder()
     assert (tmp_path / "home" / ".tensorrt_llm" / "tmp").is_dir()
     monkeypatch.delenv("HOME")
     monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
-    libraries.prepare(functions, [])
+    runtime.check_deepgemm_folder()
     assert (tmp_path / "tensorrt_llm" / "tmp").is_dir()
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import fi_ffi
-from fi_ffi.loader import libraries
+from fi_ffi.loader import runtime
 from fi_ffi.ops.moe import deepgemm
 
 
@@ -32,14 +32,14 @@ def nvcc(tmp_path, monkeypatch) -> Path:
 
 def test_where_the_module_makes_its_folders(monkeypatch, tmp_path):
     monkeypatch.setenv("TRTLLM_DG_CACHE_DIR", str(tmp_path / "a"))
-    assert libraries.deepgemm_folder() == tmp_path / "a"
+    assert runtime.deepgemm_folder() == tmp_path / "a"
     monkeypatch.delenv("TRTLLM_DG_CACHE_DIR")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert libraries.deepgemm_folder() == tmp_path / "home" / ".tensorrt_llm"
-    libraries.check_deepgemm_folder()
-    assert {path.name for path in libraries.deepgemm_folder().iterdir()} == {"tmp", "cache"}
+    assert runtime.deepgemm_folder() == tmp_path / "home" / ".tensorrt_llm"
+    runtime.check_deepgemm_folder()
+    assert {path.name for path in runtime.deepgemm_folder().iterdir()} == {"tmp", "cache"}
     monkeypatch.delenv("HOME")
-    assert libraries.deepgemm_folder().name == "tensorrt_llm"
+    assert runtime.deepgemm_folder().name == "tensorrt_llm"
 
 
 def test_a_home_that_cannot_be_written(monkeypatch, tmp_path):
@@ -48,10 +48,10 @@ def test_a_home_that_cannot_be_written(monkeypatch, tmp_path):
     monkeypatch.delenv("TRTLLM_DG_CACHE_DIR", raising=False)
     monkeypatch.setenv("HOME", str(file))
     with pytest.raises(fi_ffi.LoaderError, match="TRTLLM_DG_CACHE_DIR"):
-        libraries.check_deepgemm_folder()
+        runtime.check_deepgemm_folder()
     monkeypatch.setenv("TRTLLM_DG_CACHE_DIR", "")
     with pytest.raises(fi_ffi.LoaderError, match="empty"):
-        libraries.check_deepgemm_folder()
+        runtime.check_deepgemm_folder()
 
 
 def test_which_compiler(monkeypatch, tmp_path, nvcc):

@@ -27,8 +27,9 @@ from fi_ffi.cli import replay
 from fi_ffi.errors import AbiError, ArtifactError, FiFfiError, LoaderError
 from fi_ffi.loader import cache, held, lock
 from fi_ffi.loader.elf import inspect_elf
-from fi_ffi.loader.fatbin import architectures, sass_named
+from fi_ffi.loader.fatbin import architectures
 from fi_ffi.loader.fetch import wheels_lock
+from fi_ffi.loader.machine import sass_named
 from fi_ffi.loader.wheel import Wheel, parse_record
 from fi_ffi.modules.module import AtPath
 from fi_ffi.modules.packing import packer_of

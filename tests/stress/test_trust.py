@@ -153,7 +153,9 @@ def test_a_swapped_byte_where_a_hash_is_known(at, tmp_path, good, monkeypatch):
 
 def test_replaced_between_the_check_and_the_loading(place, bad, monkeypatch):
     asides = []
-    monkeypatch.setattr(runtime.libraries, "prepare", lambda *_: asides.append(replace(place, bad)))
+    monkeypatch.setattr(
+        runtime.machine, "load_needed", lambda *_: asides.append(replace(place, bad))
+    )
     with pytest.raises(LoaderError, match="was replaced or written to after"):
         runtime.load("norm")
     assert not in_memory(place)
@@ -201,7 +203,7 @@ def test_written_over_in_place(keep_times, place, bad, monkeypatch):
         if keep_times:
             os.utime(place, ns=(status.st_atime_ns, status.st_mtime_ns))
 
-    monkeypatch.setattr(runtime.libraries, "prepare", write)
+    monkeypatch.setattr(runtime.machine, "load_needed", write)
     with pytest.raises(LoaderError, match="was replaced or written to after"):
         runtime.load("norm")
     assert not in_memory(place)

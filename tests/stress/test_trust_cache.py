@@ -15,7 +15,7 @@ import pytest
 from urllib3.util import parse_url
 
 from fi_ffi.errors import ArtifactError, FetchError, FiFfiError, LoaderError
-from fi_ffi.loader import cache, held, libraries, search
+from fi_ffi.loader import cache, held, runtime, search
 from fi_ffi.loader.fetch.http import Client
 from fi_ffi.loader.fetch.urls import check_url, redirected
 from fi_ffi.loader.kernels import ModuleFile
@@ -275,11 +275,11 @@ def test_a_build_folder_of_another_user(root, tmp_path):
 
 def test_the_folder_of_compiled_kernels(tmp_path, monkeypatch):
     """A name in /tmp that anybody could take, where HOME is not set."""
-    monkeypatch.setenv(libraries.DEEPGEMM_FOLDER, str(tmp_path / "compiled"))
-    libraries.check_deepgemm_folder()
+    monkeypatch.setenv(runtime.DEEPGEMM_FOLDER, str(tmp_path / "compiled"))
+    runtime.check_deepgemm_folder()
     another(tmp_path / "compiled" / "cache")
-    with pytest.raises(LoaderError, match=f"user {OTHER}.*{libraries.DEEPGEMM_FOLDER} may name"):
-        libraries.check_deepgemm_folder()
+    with pytest.raises(LoaderError, match=f"user {OTHER}.*{runtime.DEEPGEMM_FOLDER} may name"):
+        runtime.check_deepgemm_folder()
 
 
 def write_zip(path, members):

@@ -17,12 +17,12 @@ from urllib.parse import unquote, urlsplit
 from fi_ffi.abi import library
 from fi_ffi.errors import ArgumentError, LoaderError
 from fi_ffi.loader import machine, search, seed
-from fi_ffi.loader.fatbin import sass_named
 from fi_ffi.loader.fetch.asking import Cooldown
 from fi_ffi.loader.fetch.index import stored_record
 from fi_ffi.loader.fetch.wheels_lock import PinnedWheel, the_lock, this_platform
 from fi_ffi.loader.kernels import KernelWheel, ModuleFile, modules_of, stored
 from fi_ffi.loader.lock import wanted_release
+from fi_ffi.loader.machine import sass_named
 from fi_ffi.loader.search import Candidate
 from fi_ffi.loader.wheel import Wheel, WheelReader
 
@@ -114,7 +114,7 @@ def _runs_here(file: PinnedWheel, capability: tuple[int, int] | None) -> bool:
 def _machine() -> str:
     driver = machine.driver_version()
     here = "".join(
-        f", {machine.cudart(major)} in this process" for major in machine.runtimes_in_process()
+        f", libcudart.so.{major} in this process" for major in machine.runtimes_in_process()
     )
     if driver is None:
         return f"no CUDA driver{here}"

@@ -279,12 +279,10 @@ def own_handle(library: str, device: Device) -> int:
     """
     if not device.is_cuda:
         return 0
-    from fi_ffi.loader import libraries  # imported late: few programs need it
-
     key, create = (library, device), f"{library}Create"
     with _handles_lock:
         if key not in _handles:
-            functions = libraries.load(f"lib{library}.so.{machine.cuda_major()}")[0]
+            functions = machine.load_library(f"lib{library}.so.{machine.cuda_major()}")[0]
             slot = ffi.new("void **")
             with current(device), relaxed():
                 status = getattr(functions, create)(slot)

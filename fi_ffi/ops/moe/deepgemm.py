@@ -15,7 +15,6 @@ from pathlib import Path
 from fi_ffi.abi.function import make_array
 from fi_ffi.abi.tensor import parse_device
 from fi_ffi.errors import LoaderError
-from fi_ffi.loader import libraries
 from fi_ffi.ops.call import cuda
 from fi_ffi.ops.call.arguments import Refusal
 from fi_ffi.ops.moe.interface import MODULE, SET_INCLUDE_DIRS
@@ -58,9 +57,11 @@ def set_deepgemm_jit_include_dirs(
     for folder in folders:
         if not _PLAIN.fullmatch(str(folder)):
             raise refuse("include_dirs", folder, _WORDS)
-    kept = libraries.deepgemm_folder()
+    from fi_ffi.loader import runtime  # imported late: it takes as long as all the rest
+
+    kept = runtime.deepgemm_folder()
     if folders and not _PLAIN.fullmatch(str(kept)):
-        raise LoaderError(f"{op}: {libraries.DEEPGEMM_FOLDER} or HOME: {kept} is not {_WORDS}")
+        raise LoaderError(f"{op}: {runtime.DEEPGEMM_FOLDER} or HOME: {kept} is not {_WORDS}")
     if folders and not any((folder / _HEADER).is_file() for folder in folders):
         got = ", ".join(map(str, folders))
         raise refuse("include_dirs", got, f"a folder with {_HEADER}")
