@@ -26,7 +26,7 @@ from marks.ways import EMPTY, PEER, PREPARED, find_peer, own_calls, peer_calls
 
 from fi_ffi import __version__
 from fi_ffi.cli import output
-from fi_ffi.loader import runtime
+from fi_ffi.loader import runtime, tvm_ffi
 
 # The ratios to other calls, and which calls those are.
 _RATIOS = ("of_empty", "of_tvm_ffi", "of_repeated")
@@ -101,7 +101,7 @@ def _machine() -> dict[str, str]:
         "python": f"{platform.python_implementation()} {platform.python_version()}",
         "cpu": _cpu(),
         "system": f"{platform.system()} {platform.machine()}",
-        "libtvm_ffi": f"{'.'.join(map(str, runtime.tvm_ffi_version()))} ({found.origin})",
+        "libtvm_ffi": f"{'.'.join(map(str, tvm_ffi.tvm_ffi_version()))} ({found.origin})",
     }
 
 

@@ -31,8 +31,8 @@ from packaging.requirements import Requirement
 
 from fi_ffi.errors import ArgumentError, BuildError
 from fi_ffi.loader import cache, machine, trust
-from fi_ffi.loader.lock import parse_release
 from fi_ffi.loader.machine import CPUS, CUDA_MAJORS, majors_here
+from fi_ffi.loader.search import parse_release
 
 INDEX_CUDA = "13.0"  # toolkit of the package index if no other is requested
 _FIRST_INDEXED = 13  # first major version with an nvcc on the index

@@ -16,7 +16,7 @@ import fi_ffi
 from fi_ffi.cli import build as build_command
 from fi_ffi.cli import main
 from fi_ffi.errors import ArgumentError, BuildError
-from fi_ffi.loader import cache, lock, machine, runtime, search
+from fi_ffi.loader import cache, machine, runtime, search
 from fi_ffi.loader.kernels import open_source
 from fi_ffi.modules import files
 from fi_ffi_build import environment
@@ -30,7 +30,7 @@ OP = "append_paged_kv_cache"
 @pytest.fixture
 def jetson(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, built_wheel_sm87: Path) -> Path:
     """A cache with the wheel where `fi-ffi build` puts it, and no variable that names kernels."""
-    for name in (search.KERNELS, search.SOURCES, search.WHEELS, lock.RELEASE):
+    for name in (search.KERNELS, search.SOURCES, search.WHEELS, search.RELEASE):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("FLASHINFER_WORKSPACE_BASE", str(tmp_path / "nobody"))
     libtvm_ffi = runtime.ensure_tvm_ffi()

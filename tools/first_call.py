@@ -70,7 +70,7 @@ def steps() -> list[Step]:
             elif not importing and code.co_filename.startswith(package) and _is_counted(code):
                 name = getattr(code, "co_qualname", code.co_name)
                 seen[Step(code.co_filename[len(package) :], name, code.co_firstlineno)] = None
-                if code.co_name == "_dlopen" and "norm" in Path(frame.f_locals["path"]).name:
+                if code.co_name == "open_module" and "norm" in Path(frame.f_locals["path"]).name:
                     raise Opened
         elif event == "return" and importing and importing[-1] is frame:
             importing.pop()

@@ -59,7 +59,7 @@ LAYERS = (
 )
 # Upward all the same, in one function: what the CPU device imports when it is needed.
 EXCEPTIONS = {
-    ("fi_ffi.ops.call.providers", "reference"): "fi_ffi.reference",
+    ("fi_ffi.ops.call.releases", "reference"): "fi_ffi.reference",
 }
 
 

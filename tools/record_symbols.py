@@ -35,8 +35,7 @@ from packaging.version import Version  # noqa: E402
 
 from fi_ffi.abi import library  # noqa: E402
 from fi_ffi.loader.elf import RUNTIME, SYMBOL, open_section  # noqa: E402
-from fi_ffi.loader.linking import RECORD, span  # noqa: E402
-from fi_ffi.loader.tvm_ffi import MEMBER, PROJECT  # noqa: E402
+from fi_ffi.loader.tvm_ffi import MEMBER, PROJECT, RECORD, span  # noqa: E402
 
 # The C interface is the same on every platform, and so is the C++ that is exported.
 PLATFORM = [
@@ -126,7 +125,7 @@ def symbols_of(file: bytes | Path) -> set[str]:
         for at, info, other, section, *_ in SYMBOL.iter_unpack(table)
         if section and info >> 4 and other & 3 in (0, 3)  # neither local nor hidden
     }
-    return {name for name in defined if RUNTIME.match(name)}
+    return {name for name in defined if re.match(RUNTIME, name)}
 
 
 def meanings_of(place: Path) -> dict[str, str]:

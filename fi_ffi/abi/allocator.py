@@ -39,7 +39,7 @@ def _take_host(count: int, device: Device | None = None, stream: int = 0) -> int
 
 
 def _free_host(address: int, device: Device | None = None, stream: int = 0) -> None:
-    library.c_library().free(ffi.cast("void *", address))
+    library.c_library.free(ffi.cast("void *", address))
 
 
 HOST = MemoryPool(_take_host, _free_host)

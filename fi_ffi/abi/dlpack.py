@@ -100,7 +100,7 @@ def open_capsule(capsule: object) -> tuple[Any, bool]:
     name = parts[1].encode() if len(parts) == 3 else b""
     if name not in _CAPSULES:
         raise TypeError(f"__dlpack__ returned {printed(capsule)}, not a fresh DLPack capsule")
-    pointer = library.c_library().PyCapsule_GetPointer(ffi.cast("void *", id(capsule)), name)
+    pointer = library.c_library.PyCapsule_GetPointer(ffi.cast("void *", id(capsule)), name)
     managed = ffi.cast(_CAPSULES[name], pointer)
     if name == b"dltensor":
         return managed.dl_tensor, False

@@ -5,7 +5,6 @@ The loader finds and opens the files; the rest of `fi_ffi.abi` calls them throug
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 import threading
@@ -71,6 +70,10 @@ class TypeIndex:
     DICT = 76
 
 
+# The running process: libc's dlopen and dlsym, Python's C API.
+c_library: Any = ffi.dlopen(None)
+
+
 class _Unattached:
     def __getattr__(self, name: str) -> Any:
         raise LoaderError(f"{name} was called before libtvm_ffi was loaded")
@@ -82,12 +85,6 @@ lib: Any = _Unattached()
 # cffi calls run without the GIL. dlopen takes the lock too, since libraries register while they
 # load.
 tables = threading.RLock()
-
-
-@functools.cache
-def c_library() -> Any:
-    """Return the running process as a library: libc's dlopen and dlsym, Python's C API."""
-    return ffi.dlopen(None)
 
 
 def attach(path: str, through: str | None = None) -> tuple[int, int, int]:
@@ -113,30 +110,21 @@ def attach(path: str, through: str | None = None) -> tuple[int, int, int]:
     return found
 
 
-def open_global(path: str, through: str | None = None) -> None:
-    """Load a library whose symbols later libraries use; it is never closed.
-
-    `through` is another name of the same file, passed to dlopen instead of `path`. Raises
-    `LoaderError` with the dynamic linker's message.
-    """
-    _dlopen(path, through, RTLD_NOW | RTLD_GLOBAL)
-
-
-def open_module(path: str, through: str | None = None, *, lazily: bool = False) -> Any:
-    """Load a kernel module with local symbols; it is never closed.
+def open_module(
+    path: str, through: str | None = None, *, lazily: bool = False, globally: bool = False
+) -> Any:
+    """Load a library; it is never closed.
 
     `through` is another name of the same file, passed to dlopen instead of `path`. An undefined
     function raises `LoaderError` with the dynamic linker's message. With `lazily`, the process ends
-    when the undefined function is called.
+    when the undefined function is called. Later libraries use the symbols of one that is loaded
+    `globally`; a module keeps its own.
     """
-    return _dlopen(path, through, (RTLD_LAZY if lazily else RTLD_NOW) | RTLD_LOCAL)
-
-
-def _dlopen(path: str, through: str | None, mode: int) -> Any:
-    c = c_library()
-    c.dlerror()  # cffi resolves dlerror at its first use; resolving it later would clear the error
+    mode = (RTLD_LAZY if lazily else RTLD_NOW) | (RTLD_GLOBAL if globally else RTLD_LOCAL)
+    # cffi resolves dlerror at its first use; resolving it later would clear the error
+    c_library.dlerror()
     with tables:
-        handle = c.dlopen(os.fsencode(through or path), mode)
+        handle = c_library.dlopen(os.fsencode(through or path), mode)
     if handle == ffi.NULL:
         raise LoaderError(f"{path} does not load: {_dlerror().replace(through or path, path)}")
     return handle
@@ -144,7 +132,7 @@ def _dlopen(path: str, through: str | None, mode: int) -> Any:
 
 def in_process(file: str) -> Any | None:
     """Return the handle of a library that is already loaded under this name, or None."""
-    handle = c_library().dlopen(os.fsencode(file), RTLD_NOW | os.RTLD_NOLOAD)
+    handle = c_library.dlopen(os.fsencode(file), RTLD_NOW | os.RTLD_NOLOAD)
     return None if handle == ffi.NULL else handle
 
 
@@ -163,23 +151,22 @@ def mapped(pattern: str) -> list[tuple[str, ...]]:
 
 def find_symbol(module: Any, name: str) -> Any | None:
     """Return the address of an exported symbol, or None."""
-    c = c_library()
-    c.dlerror()
-    address = c.dlsym(module, name.encode())
+    c_library.dlerror()
+    address = c_library.dlsym(module, name.encode())
     return None if address == ffi.NULL else address
 
 
 def is_of_libtvm_ffi(address: Any) -> bool:
     """Return whether a code address lies in libtvm_ffi."""
     found, own = ffi.new("FiFfiDlInfo *"), ffi.new("FiFfiDlInfo *")
-    c = c_library()
     anchor = ffi.cast("void *", ffi.addressof(lib, "TVMFFIGetVersion"))
-    is_known = c.dladdr(ffi.cast("void *", address), found) and c.dladdr(anchor, own)
+    code = ffi.cast("void *", address)
+    is_known = c_library.dladdr(code, found) and c_library.dladdr(anchor, own)
     return bool(is_known) and found.dli_fbase == own.dli_fbase
 
 
 def _dlerror() -> str:
-    text = c_library().dlerror()
+    text = c_library.dlerror()
     return "no reason given" if text == ffi.NULL else ffi.string(text).decode(errors="replace")
 
 
@@ -201,11 +188,11 @@ def read_bytes(array: Any) -> bytes:
 
 
 def aligned(count: int, alignment: int) -> Any:
-    """Allocate an aligned block of libc's memory; free it with `c_library().free`.
+    """Allocate an aligned block of libc's memory; free it with `c_library.free`.
 
     Python's own memory would not do: a callee may read the block after the interpreter has ended.
     """
-    block = c_library().aligned_alloc(alignment, -(-max(count, 1) // alignment) * alignment)
+    block = c_library.aligned_alloc(alignment, -(-max(count, 1) // alignment) * alignment)
     if block == ffi.NULL:
         raise MemoryError(f"{count} bytes of host memory")
     return block

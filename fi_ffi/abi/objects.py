@@ -79,7 +79,7 @@ class Object(Unique):
             _lend(handle, self._backing)
         else:
             ffi.release(handle)
-            library.c_library().free(self._backing[0])
+            library.c_library.free(self._backing[0])
         self._backing = None
 
     def moved_to(self, kind: type[_Kind]) -> _Kind:
@@ -169,7 +169,7 @@ class Tensor(Object):
             write_dl_tensor(managed.dl_tensor, desc, ffi.cast("int64_t *", managed + 1))
             check(library.lib.TVMFFITensorFromDLPack(managed, 0, 0, slot), "Tensor")
         except BaseException:
-            library.c_library().free(block)
+            library.c_library.free(block)
             raise
         return cls(slot[0], (block, desc))
 
@@ -216,7 +216,7 @@ def _sweep() -> None:
             if library.references(handle) == 1:
                 del _lent[address]
                 ffi.release(handle)
-                library.c_library().free(backing[0])
+                library.c_library.free(backing[0])
         _limit = max(_FEW, 2 * len(_lent))
     finally:
         _sweeping.release()

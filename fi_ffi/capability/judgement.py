@@ -32,10 +32,9 @@ from fi_ffi.loader import machine, search
 from fi_ffi.loader.fetch import pinned_wheels
 from fi_ffi.loader.fetch.wheels_lock import PinnedWheel, the_lock
 from fi_ffi.loader.kernels import KernelSource, release_of
-from fi_ffi.loader.lock import wanted_release
 from fi_ffi.loader.machine import CudaCode, architecture_named, sass_named
 from fi_ffi.loader.permission import fetching
-from fi_ffi.loader.search import Candidate
+from fi_ffi.loader.search import Candidate, wanted_release
 from fi_ffi.module_names import parse
 from fi_ffi.ops.call.arguments import Refusal
 from fi_ffi.ops.call.releases import fits, span_of

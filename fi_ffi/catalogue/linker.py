@@ -8,7 +8,7 @@ import re
 from fi_ffi.errors import LoaderError
 from fi_ffi.loader import machine
 from fi_ffi.loader.elf import Source, open_elf
-from fi_ffi.loader.linking import SYMBOL
+from fi_ffi.loader.runtime import SYMBOL
 
 _VERSION = re.compile(r"(?P<library>/\S+): version `(?P<family>\w+?)_[\d.]+' not found")
 _BUILD = "`fi-ffi build` makes it on this one"
@@ -18,7 +18,7 @@ def linking_advice(message: str) -> str:
     """Return advice about the linker's message, or ""."""
     if match := _VERSION.search(message):
         return _about_runtime(match["library"], match["family"])
-    if match := SYMBOL.search(message):
+    if match := re.search(SYMBOL, message):
         return _about_cuda(match["symbol"], match["version"] or "")
     return ""
 

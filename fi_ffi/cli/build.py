@@ -20,8 +20,8 @@ from fi_ffi.cli.output import print_json, say
 from fi_ffi.errors import printable
 from fi_ffi.loader.cache import cache_root
 from fi_ffi.loader.fetch.progress import shown
-from fi_ffi.loader.lock import wanted_release
 from fi_ffi.loader.machine import CPUS
+from fi_ffi.loader.search import wanted_release
 from fi_ffi_build.build import Available, available
 from fi_ffi_build.build import build as build_wheel
 from fi_ffi_build.environment import Progress

@@ -19,7 +19,7 @@ from fi_ffi.capability.matrix import Line
 from fi_ffi.cli import output, upkeep
 from fi_ffi.cli.names import ResolvedName, named
 from fi_ffi.errors import FiFfiError, KernelNotFoundError, LoaderError
-from fi_ffi.loader import cache, distributions, lock, machine, runtime, search, seed
+from fi_ffi.loader import cache, distributions, machine, runtime, search, seed, tvm_ffi
 from fi_ffi.loader.fetch import progress, wheels_lock
 from fi_ffi.loader.permission import fetching, is_withheld, may_fetch
 from fi_ffi.ops.call.releases import fits
@@ -176,15 +176,15 @@ def _torch() -> tuple[str, str] | None:
     """Return the installed torch and its CUDA version, read from its files; None without either."""
     for torch in distributions.installed("torch-"):
         with contextlib.suppress(OSError):
-            text = torch.file("torch/version.py").read_text()
+            text = (torch.info.parent / "torch" / "version.py").read_text()
             if cuda := re.search(r"^cuda\b.*=\s*['\"]([\d.]+)['\"]", text, re.MULTILINE):
                 return f"torch {_version_of('torch')}", cuda[1]
     return None
 
 
 def _libtvm_ffi(kernels: str | None) -> Iterator[Finding]:
-    library = runtime.ensure_tvm_ffi()
-    version = ".".join(map(str, runtime.tvm_ffi_version()))
+    library = tvm_ffi.ensure_tvm_ffi()
+    version = ".".join(map(str, tvm_ffi.tvm_ffi_version()))
     yield Finding("libtvm_ffi", "ok", f"{version}, {library.origin}: {library.path}")
 
 
@@ -213,7 +213,7 @@ def _release(kernels: str | None) -> Iterator[Finding]:
     if release:
         yield Finding("release", "ok", f"FlashInfer {release}, by {by}", values=values)
         return
-    advice = f"{lock.RELEASE} names it"
+    advice = f"{search.RELEASE} names it"
     yield Finding("release", "warn", f"unknown: {by} does not say it", advice, values)
 
 
@@ -238,7 +238,7 @@ def _kernels(kernels: str | None) -> Iterator[Finding]:
         yield Finding(name, "ok", text)
         has_kernels = True
     if not has_kernels:
-        build = f"`fi-ffi build --release {lock.wanted_release()} norm`"
+        build = f"`fi-ffi build --release {search.wanted_release()} norm`"
         advice = f"{build} builds some; {search.KERNELS} or --kernels names others"
         yield Finding("kernels", "warn", "none", advice)
         return

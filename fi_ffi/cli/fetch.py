@@ -19,9 +19,9 @@ from fi_ffi.errors import ArchitectureError, FiFfiError, KernelNotFoundError
 from fi_ffi.loader import cache, machine, search
 from fi_ffi.loader.fetch import progress
 from fi_ffi.loader.fetch.pinned_wheels import PinnedKernels, pinned
-from fi_ffi.loader.held import facts_of
-from fi_ffi.loader.lock import wanted_release
+from fi_ffi.loader.kernels import facts_of
 from fi_ffi.loader.permission import fetching
+from fi_ffi.loader.search import wanted_release
 from fi_ffi.module_names import parse
 from fi_ffi.ops.call.support import REFUSED
 

@@ -10,7 +10,7 @@ import click
 from fi_ffi.abi.signature import Signature
 from fi_ffi.cli import output
 from fi_ffi.errors import FiFfiError
-from fi_ffi.loader import linking
+from fi_ffi.loader import tvm_ffi
 from fi_ffi.loader.elf import inspect_elf
 from fi_ffi.loader.fatbin import architectures
 from fi_ffi.modules.files import file_signatures
@@ -41,8 +41,8 @@ def inspect(file: Path, no_load: bool, as_json: bool) -> None:
         "runpath": info.runpath,
         "requires": list(info.requires),
         "tvm_ffi": {
-            "compiled_for": linking.compiled_for(file, info.requires),
-            "exported_by": {name: linking.exporting(name) for name in info.requires},
+            "compiled_for": tvm_ffi.compiled_for(file, info.requires),
+            "exported_by": {name: tvm_ffi.exporting(name) for name in info.requires},
         },
         "functions": {name: signatures.get(name) for name in info.functions},
         "signatures_missing_because": problem,
@@ -90,7 +90,7 @@ def _print(document: dict[str, Any]) -> None:
 
 def _fitting(releases: list[str]) -> str:
     """Return what the symbols of a library say about the apache-tvm-ffi it was compiled with."""
-    every = linking.recorded()["releases"]
+    every = tvm_ffi.releases_record()["releases"]
     if not releases:
         return f"none from {every[0]} to {every[-1]} fits its symbols"
-    return f"compiled with {linking.span(releases, every) or 'any'}, by its symbols"
+    return f"compiled with {tvm_ffi.span(releases, every) or 'any'}, by its symbols"

@@ -21,10 +21,9 @@ from fi_ffi.cli import output
 from fi_ffi.errors import FiFfiError, KernelNotFoundError, nearest
 from fi_ffi.loader import search
 from fi_ffi.loader.fetch import progress
-from fi_ffi.loader.held import facts_of
-from fi_ffi.loader.kernels import KernelSource, open_source
-from fi_ffi.loader.lock import wanted_release
+from fi_ffi.loader.kernels import KernelSource, facts_of, open_source
 from fi_ffi.loader.permission import fetching
+from fi_ffi.loader.search import wanted_release
 from fi_ffi.module_names import ModuleName
 from fi_ffi.ops.call.support import WORDS, Support
 from fi_ffi.ops.table import ROWS

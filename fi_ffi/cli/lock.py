@@ -34,7 +34,8 @@ from fi_ffi.loader.fetch.wheels_lock import (
     read_lock,
     this_platform,
 )
-from fi_ffi.loader.lock import ENVIRONMENT, lock_path, wanted_release
+from fi_ffi.loader.lock import ENVIRONMENT, lock_path
+from fi_ffi.loader.search import wanted_release
 from fi_ffi.loader.uris import version_of
 from fi_ffi.loader.wheel import Wheel
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from fi_ffi.abi.function import Entry
 from fi_ffi.abi.interop import TensorLike, as_desc
 from fi_ffi.errors import ArgumentError
-from fi_ffi.loader import runtime
+from fi_ffi.loader import runtime, tvm_ffi
 from fi_ffi.modules.entry import ModuleEntry
 from fi_ffi.ops.call.arguments import check_int
 from fi_ffi.ops.call.op import Op
@@ -46,7 +46,7 @@ def setup(name: str) -> ModuleEntry:
 
         return reference.entry(one.module, one.signature, name)
 
-    runtime.ensure_tvm_ffi()  # needed to make Arrays
+    tvm_ffi.ensure_tvm_ffi()  # needed to make Arrays
     return ModuleEntry(name, find, one.signature)
 
 

@@ -368,13 +368,15 @@ def _stamp(sha256: str, status: os.stat_result) -> bytes:
 # Notes: results that are kept to save time
 
 
-def read_note(path: Path, form: int, root: Path | None = None) -> Any:
-    """Return the note at `path` below the cache's root (or another) in this format, or None.
+def read_note(name: str, form: int, root: Path | None = None) -> Any:
+    """Return the note of this path below the cache's root (or another) in this format, or None.
 
     A damaged note, or one that another user could have written, also gives None.
     """
+    root = root or cache_root()
+    path = root / name
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
-        if not trust.folders_exist(root or cache_root(), path.parent):
+        if not trust.folders_exist(root, path.parent):
             return None
         status = os.lstat(path)
         trust.check_object(path, status)
@@ -384,11 +386,11 @@ def read_note(path: Path, form: int, root: Path | None = None) -> Any:
     return None
 
 
-def write_note(path: Path, form: int, data: Any) -> None:
+def write_note(name: str, form: int, data: Any) -> None:
     """Write a note; it appears completely or not at all."""
     with contextlib.suppress(OSError, LoaderError):
-        make_folder(*path.parent.relative_to(cache_root()).parts)
-        _keep(path, json.dumps({"format": form, "data": data}).encode())
+        make_folder(*Path(name).parent.parts)
+        _keep(cache_root() / name, json.dumps({"format": form, "data": data}).encode())
 
 
 def _keep(path: Path, content: bytes) -> None:

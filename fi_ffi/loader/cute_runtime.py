@@ -12,7 +12,7 @@ import functools
 
 from fi_ffi.abi import library
 from fi_ffi.loader import tvm_ffi
-from fi_ffi.loader.machine import CUDA_MAJORS, library_in_process
+from fi_ffi.loader.machine import CUDA_MAJORS
 
 FILE = "libcute_dsl_runtime.so"
 # Tested: 4.7.1 and 4.8.1, between which functions were only added.
@@ -34,10 +34,11 @@ def load() -> tvm_ffi.Found:
     One thread at a time may call it.
     """
     found = tvm_ffi.in_process(FILE)
-    if found is not None and library_in_process(FILE) is not None:
+    if found is not None and library.in_process(FILE) is not None:
+        library.open_module(FILE, globally=True)
         return found
     found = installed()
-    found.load(library.open_global)
+    found.load(functools.partial(library.open_module, globally=True))
     return found
 
 

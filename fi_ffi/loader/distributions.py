@@ -5,35 +5,25 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-_SUFFIX = ".dist-info"
+from fi_ffi.errors import ArtifactError
 
 
-@dataclass(frozen=True)
-class Distribution:
-    """An installed distribution: the folder of its metadata, beside its packages."""
+class Distribution(NamedTuple):
+    """An installed distribution; the folder of its metadata is beside its packages."""
 
     info: Path
+    name: str
+    version: str
 
-    @property
-    def name(self) -> str:
-        return self.info.name.partition("-")[0].replace("_", "-")
-
-    @property
-    def version(self) -> str:
-        return self.info.name.removesuffix(_SUFFIX).partition("-")[2]
-
-    def file(self, member: str) -> Path:
-        """Return the path of a file that RECORD calls `member`."""
-        return self.info.parent / member
-
-    def record(self) -> Iterator[tuple[str, str]]:
-        """Yield RECORD's members and their hashes; "" for one without a hash."""
+    def record(self) -> Iterator[tuple[str, Path, str]]:
+        """Yield the members that RECORD lists: name, path, and hash or "" for one without."""
         import csv  # imported late: a copy of libtvm_ffi that is loaded is not looked up
 
         text = ""
@@ -41,15 +31,27 @@ class Distribution:
             text = (self.info / "RECORD").read_text("utf-8")
         for row in csv.reader(text.splitlines()):
             if row:
-                yield row[0], row[1] if len(row) == 3 else ""
+                yield row[0], self.info.parent / row[0], row[1] if len(row) == 3 else ""
 
 
 def installed(name: str) -> list[Distribution]:
     """Return the distributions whose names start with `name`, as `sys.path` has them."""
-    # By file name: asking every distribution for its name would read all their metadata.
-    folders = dict.fromkeys(sys.path)
-    return [
-        Distribution(path)
-        for folder in folders
-        for path in sorted(Path(folder or ".").glob(f"{name}*{_SUFFIX}"))
-    ]
+    found = []
+    for folder in dict.fromkeys(sys.path):
+        # By file name: asking every distribution for its name would read all their metadata.
+        for info in sorted(Path(folder or ".").glob(f"{name}*.dist-info")):
+            project, _, version = info.name.removesuffix(".dist-info").partition("-")
+            found.append(Distribution(info, project.replace("_", "-"), version))
+    return found
+
+
+def hex_of(digest: str, origin: str, name: str = "it") -> str:
+    """Return the sha256 in a field of RECORD, as hex."""
+    algorithm, _, value = digest.partition("=")
+    try:
+        raw = base64.b64decode(value + "=" * (-len(value) % 4), altchars=b"-_", validate=True)
+    except ValueError:
+        raw = b""
+    if algorithm != "sha256" or len(raw) != 32:
+        raise ArtifactError(f"{origin}: RECORD has no sha256 for {name}: {digest!r:.80}")
+    return raw.hex()

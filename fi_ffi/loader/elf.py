@@ -26,7 +26,7 @@ Source = str | os.PathLike[str] | bytes
 FUNCTION_PREFIX = "__tvm_ffi_"
 """Prefix of an exported TVM-FFI function's symbol, before the function's name."""
 
-RUNTIME = re.compile(r"TVMFFI|_Z\w*3tvm3ffi")
+RUNTIME = r"TVMFFI|_Z\w*3tvm3ffi"
 """Matches symbols of libtvm_ffi: its C interface, and the C++ of its namespace."""
 
 # Companions that tvm-ffi exports under the same prefix. They return descriptions of a function and
@@ -285,7 +285,7 @@ def _symbols(elf: Any, window: Window) -> tuple[tuple[str, ...], ...]:
         name = names[at:end].decode("ascii", "backslashreplace")
         is_found = info >> 4 in _BINDINGS and other & 3 in _VISIBLE
         is_callable = is_found and info & 0xF == _STT_FUNC
-        if is_undefined and RUNTIME.match(name):
+        if is_undefined and re.match(RUNTIME, name):
             requires.add(name)
         elif section_index and name.startswith(FUNCTION_PREFIX) and is_callable:
             functions.add(name.removeprefix(FUNCTION_PREFIX))

@@ -1,26 +1,46 @@
-"""Sources of kernels: directories and wheels in the jit-cache layout.
+"""Files of kernel modules: the places that have them, the very file until it is loaded, its facts.
 
-The layout is FlashInfer's: `<module>/<module>.so`, below `flashinfer_jit_cache/jit_cache/` in a
-wheel or its installation.
+A source is a directory or a wheel in FlashInfer's layout: `<module>/<module>.so`, below
+`flashinfer_jit_cache/jit_cache/` in a wheel or its installation.
+
+After a file was hashed, its path may lead to another file. Therefore a library is read and loaded
+through a descriptor of the hashed file. Descriptors of loaded files stay open: the dynamic linker
+identifies a library by the name it was loaded under, and would take another file of the same name
+for it.
+
+Facts are stored by the hash of the content. Reading an ELF needs pyelftools, and asking a function
+for its signature raises an exception with a C++ backtrace; together these cost more than the rest
+of a start. The facts cannot change while the content does not, so the cache keeps them.
+FI_FFI_PARANOID=1 reads them from the file again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+import platform
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from fi_ffi.errors import ArtifactError, KernelNotFoundError
+from fi_ffi.errors import ArchitectureError, ArtifactError, KernelNotFoundError, LoaderError
 from fi_ffi.loader import cache, seed, trust
-from fi_ffi.loader.wheel import Wheel, WheelReader
+from fi_ffi.loader.machine import CudaCode
+
+if TYPE_CHECKING:
+    from fi_ffi.loader.wheel import WheelReader
 
 LAYOUT = "flashinfer_jit_cache/jit_cache"
-_VERSION = re.compile(r"""^__version__\s*=\s*["']([^"']+)["']""", re.MULTILINE)
-_MEMBER = re.compile(r"(?:.*/)?jit_cache/([^/]+)/\1\.so")
+_VERSION = r"""^__version__\s*=\s*["']([^"']+)["']"""
+_MEMBER = r"(?:.*/)?jit_cache/([^/]+)/\1\.so"
+_FACTS = "facts/{0:.2}/{0}.json"  # the note of a file, by its sha256
+_FORMAT = 5  # version of the stored facts' format
+
+# (device, inode) -> (descriptor, sha256)
+open_libraries: dict[tuple[int, int], tuple[int, str]] = {}
 
 
 @dataclass(frozen=True)
@@ -73,15 +93,27 @@ class KernelDirectory:
     ) -> None:
         self.location, self._hashes = str(location), hashes
         self.trust = "record-unpinned" if hashes else "unverified"
-        candidates = (location, location / "jit_cache", location / LAYOUT)
-        self.root = next((root for root in candidates if _modules_in(root)), location)
-        self.version = version or self._written_version()
+        # The jit_cache itself, or the folder that it is in; an empty folder is taken as it is.
+        for self.root in (location, location / "jit_cache", location / LAYOUT, location):
+            if self.modules():
+                break
+        self.version = version
+        for name in ("_build_meta.py", "__init__.py"):
+            if not self.version:
+                with contextlib.suppress(OSError):
+                    text = (self.root.parent / name).read_text(errors="replace")
+                    written = re.search(_VERSION, text, re.MULTILINE)
+                    self.version = written[1] if written else None
 
     def modules(self) -> list[str]:
-        return _modules_in(self.root)
+        try:
+            names = sorted(os.listdir(self.root))
+        except OSError:
+            return []
+        return [name for name in names if (self.root / name / f"{name}.so").is_file()]
 
     def file(self, module: str) -> ModuleFile:
-        found = _hashed(module, self.root / module / f"{module}.so")
+        found = hashed_file(module, self.root / module / f"{module}.so")
         recorded = self._hashes.get(found.path) if self._hashes else found.sha256
         if recorded != found.sha256:
             raise ArtifactError(
@@ -90,16 +122,6 @@ class KernelDirectory:
                 "to use it as it is"
             )
         return found
-
-    def _written_version(self) -> str | None:
-        for name in ("_build_meta.py", "__init__.py"):
-            try:
-                found = _VERSION.search((self.root.parent / name).read_text(errors="replace"))
-            except OSError:
-                continue
-            if found:
-                return found[1]
-        return None
 
 
 class KernelWheel:
@@ -141,7 +163,7 @@ class KernelWheel:
 
 def modules_of(members: Iterable[str]) -> dict[str, str]:
     """Return a wheel's members that are modules, by module name."""
-    matches = ((_MEMBER.fullmatch(member), member) for member in members)
+    matches = ((re.fullmatch(_MEMBER, member), member) for member in members)
     return {match[1]: member for match, member in matches if match}
 
 
@@ -164,10 +186,10 @@ class KernelFile:
         return [self.path.stem]
 
     def file(self, module: str = "") -> ModuleFile:
-        return _hashed(self.path.stem, self.path)
+        return hashed_file(self.path.stem, self.path)
 
 
-def _hashed(module: str, path: Path) -> ModuleFile:
+def hashed_file(module: str, path: Path) -> ModuleFile:
     """Hash a file that no other user can change."""
     try:
         trust.check_user_path(path)
@@ -182,6 +204,8 @@ def open_source(location: str | os.PathLike[str]) -> KernelSource:
     if os.path.isdir(path):
         return KernelDirectory(path)
     if os.path.isfile(path) and path.suffix == ".whl":
+        from fi_ffi.loader.wheel import Wheel  # imported late: many processes read no wheel
+
         trust.check_user_path(path)
         return KernelWheel(str(path), Wheel(path))
     if os.path.exists(path):
@@ -189,9 +213,154 @@ def open_source(location: str | os.PathLike[str]) -> KernelSource:
     raise KernelNotFoundError(f"{path}: there is no such file or directory")
 
 
-def _modules_in(root: Path) -> list[str]:
+@dataclass
+class VerifiedFile:
+    """An open file with a known sha256; `name` refers to this file even if its path changes."""
+
+    path: Path
+    sha256: str
+    fd: int
+    name: str
+    before: os.stat_result
+    is_kept: bool = False
+
+    def keep(self, *, in_place: bool = False) -> None:
+        """Keep the file open because it was loaded.
+
+        Raises `ArtifactError` if it was modified meanwhile, or, if it was opened by its path
+        (`in_place`), replaced.
+        """
+        before, after = self.before, os.fstat(self.fd)
+        open_libraries[before.st_dev, before.st_ino] = self.fd, self.sha256
+        self.is_kept = True
+        replaced = in_place and not os.path.samestat(before, os.stat(self.path))
+        # The change time also changes when the file gets or loses another name, which is harmless.
+        written = cache.state_of(before) != cache.state_of(after) and _hash(self.fd) != self.sha256
+        if replaced or written:
+            raise changed(self.path, "while it was loaded, and nothing of it is called")
+
+
+@contextlib.contextmanager
+def checked(path: Path, sha256: str, state: cache.State | None = None) -> Iterator[VerifiedFile]:
+    """Open the file and check that it is the one found to have this sha256.
+
+    `state` is its state at that time (`cache.state_of`). Without one the file is in the cache: its
+    stamp is checked, or it is hashed again. Raises `ArtifactError` for any other file.
+    """
     try:
-        names = sorted(entry.name for entry in root.iterdir())
-    except OSError:
-        return []
-    return [name for name in names if (root / name / f"{name}.so").is_file()]
+        fd = trust.open_regular(path, follow=state is not None)
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be opened any more: {error.strerror}") from error
+    opened = None
+    try:
+        status = os.fstat(fd)
+        if state is None:
+            trust.check_object(path, status)
+            sure = not cache.is_paranoid() and cache.stamp_fits(path, sha256, status)
+        else:
+            sure = cache.state_of(status) == state
+        if not sure and _hash(fd) != sha256:
+            raise changed(path, "after it was hashed")
+        known, of = open_libraries.get((status.st_dev, status.st_ino), (fd, sha256))
+        if of != sha256:
+            raise changed(path, "in place after this process had loaded it; start it again")
+        name = f"/proc/self/fd/{known}"
+        name = name if os.path.exists(name) else str(path)
+        opened = VerifiedFile(path, sha256, known, name, os.fstat(known))
+        yield opened
+    finally:
+        if opened is None or not opened.is_kept or opened.fd != fd:
+            os.close(fd)
+
+
+def descriptor(sha256: str) -> int:
+    """Return the descriptor of a loaded library, whose path may lead to another file now."""
+    # Of a copy: other threads load libraries meanwhile.
+    return next(fd for fd, of in open_libraries.copy().values() if of == sha256)
+
+
+def _hash(fd: int) -> str:
+    os.lseek(fd, 0, os.SEEK_SET)
+    with open(fd, "rb", closefd=False) as file:
+        return cache.hash_of(file)
+
+
+def changed(path: Path, when: str) -> ArtifactError:
+    return ArtifactError(
+        f"{path} was replaced or written to {when}. It is not used: if that was an update, "
+        "try again"
+    )
+
+
+@dataclass
+class Facts:
+    """Facts that a kernel file states about itself.
+
+    `signatures` holds those asked for so far, as the functions print them.
+    """
+
+    needed: list[str]
+    functions: list[str]
+    codes: list[CudaCode]
+    # Search path for other libraries; $ORIGIN stands for the file's folder.
+    runpath: str | None = None
+    signatures: dict[str, str] = field(default_factory=dict)
+    # Variables that must be filled in while it is loaded.
+    context: list[str] = field(default_factory=list)
+    # Symbols that libtvm_ffi must define.
+    requires: list[str] = field(default_factory=list)
+
+    def is_sound(self) -> bool:
+        """Return whether all values have valid types; they may come from a damaged file."""
+        words = [*self.needed, *self.functions, *self.signatures, *self.signatures.values()]
+        words += [*self.context, *self.requires, self.runpath or ""]
+        return all(isinstance(word, str) and word.isascii() for word in words) and all(
+            code.kind in ("sass", "ptx") and type(code.sm) is int and code.suffix in ("", "a", "f")
+            for code in self.codes
+        )
+
+
+def facts_of(file: ModuleFile) -> Facts:
+    """Return a file's facts, from the cache or read now."""
+    if not cache.is_paranoid():
+        with contextlib.suppress(TypeError, KeyError, AttributeError, LoaderError):
+            data = cache.read_note(_FACTS.format(file.sha256), _FORMAT)
+            found = Facts(**data | {"codes": [CudaCode(**code) for code in data["codes"]]})
+            if found.is_sound():
+                return found
+    # Imported late: most files were read before.
+    from fi_ffi.loader.elf import inspect_elf
+    from fi_ffi.loader.fatbin import architectures
+
+    # Checked, or the facts of a temporary replacement would be stored for this file.
+    with checked(file.path, file.sha256, file.state) as opened:
+        try:
+            info, codes = inspect_elf(opened.name), architectures(opened.name)
+        except ArtifactError as error:
+            raise ArtifactError(str(error).replace(opened.name, str(file.path))) from error
+    found = Facts(list(info.needed), list(info.functions), list(codes), info.runpath)
+    found.context += info.context
+    found.requires += info.requires
+    remember(file, found)
+    return found
+
+
+def remember(file: ModuleFile, facts: Facts) -> None:
+    """Store the facts; failures to write are ignored."""
+    with contextlib.suppress(LoaderError):
+        cache.write_note(_FACTS.format(file.sha256), _FORMAT, asdict(facts))
+
+
+def cuda_of(facts: Facts) -> int | None:
+    """Return the CUDA major version of the runtime that a file needs; None if it needs none."""
+    found = (re.fullmatch(r"libcudart\.so\.(\d+)[\d.]*", name) for name in facts.needed)
+    return next((int(match[1]) for match in found if match), None)
+
+
+def check_processor(path: Path, machine: str) -> None:
+    """Raise `ArchitectureError` for a file whose host code is for another processor."""
+    if machine != platform.machine():
+        raise ArchitectureError(
+            f"{path} is for {machine} processors, and this one is {platform.machine()}: build it "
+            "here, or take the wheel of this platform"
+        )

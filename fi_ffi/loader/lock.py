@@ -1,26 +1,23 @@
-"""The release of kernels to use: FI_FFI_RELEASE, or the default of `wheels.lock`.
+"""The lock, `wheels.lock`: the release that is used by default.
 
-The lock also pins every file that may be fetched, which `fetch/wheels_lock.py` reads.
+It also pins every file that may be fetched, which `fetch/wheels_lock.py` reads.
 """
 
 from __future__ import annotations
 
 import functools
 import os
-import re
 import sys
 from pathlib import Path
 from typing import Any
 
-from fi_ffi.errors import ArgumentError, LoaderError
+from fi_ffi.errors import LoaderError
 from fi_ffi.loader.cache import expanded
 
 SCHEMA = 1
 ENVIRONMENT = "FI_FFI_LOCK"
-RELEASE = "FI_FFI_RELEASE"
 # What a malformed lock may raise.
 UNREADABLE = (OSError, LookupError, AttributeError, TypeError, ValueError, RecursionError)
-_VERSION = re.compile(r"\d+(\.\d+){1,3}((a|b|rc)\d+)?(\.(post|dev)\d+)?")
 
 
 def lock_path() -> Path:
@@ -31,25 +28,6 @@ def lock_path() -> Path:
     package = Path(__file__).resolve().parent.parent
     inside = package / "wheels.lock"
     return inside if inside.exists() else package.parent / "wheels.lock"
-
-
-def named_release() -> str | None:
-    """Return the FlashInfer release that FI_FFI_RELEASE names; `ArgumentError` if it is invalid."""
-    chosen = os.environ.get(RELEASE)
-    return parse_release(chosen, RELEASE) if chosen else None
-
-
-def wanted_release() -> str:
-    """Return the release to use without kernels: FI_FFI_RELEASE, or the lock's default."""
-    return named_release() or default_release()
-
-
-def parse_release(text: str, argument: str = "release") -> str:
-    """Check and return a release such as 0.6.13 or 0.7.2.post1."""
-    if not _VERSION.fullmatch(text):
-        expected = f"a version such as {default_release()}"
-        raise ArgumentError("kernels", argument, got=repr(text), expected=expected)
-    return text
 
 
 def default_release() -> str:

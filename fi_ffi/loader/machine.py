@@ -187,9 +187,9 @@ def load_library(file: str) -> tuple[Any, str]:
     """
     match = re.fullmatch(_LIBRARY, file)
     assert match is not None, file
-    loaded = library_in_process(file)
-    if loaded is not None:
-        return loaded, "already in this process"
+    # cffi's dlopen would expect dlerror to report a reason, and there is none.
+    if library.in_process(file) is not None:
+        return ffi.dlopen(file, os.RTLD_NOW | os.RTLD_GLOBAL), "already in this process"
     if match[1] in _FIRST:
         with contextlib.suppress(LoaderError):  # the linker may still find it
             load_library(file.replace(match[1], _FIRST[match[1]]))
@@ -218,14 +218,6 @@ def _library_places(file: str) -> Iterator[str]:
     for root in filter(None, (*roots, "/usr/local/cuda")):
         for lib in ("lib64", "lib", "targets/*/lib"):
             yield from map(str, sorted(Path(root).glob(f"{lib}/{file}")))
-
-
-def library_in_process(file: str) -> Any:
-    """Return a library that is already loaded under this name, with its symbols made global."""
-    # cffi's dlopen would expect dlerror to report a reason, and there is none.
-    if library.in_process(file) is None:
-        return None
-    return ffi.dlopen(file, os.RTLD_NOW | os.RTLD_GLOBAL)
 
 
 def requirement(name: str, major: int) -> str:

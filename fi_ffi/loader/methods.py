@@ -26,16 +26,15 @@ class AttestedObject:
             kind = type(made).__name__
             raise AbiError(f"{where}: {name} is of type {kind}, not a module object")
         self._made, self._name, self._releases, self._where = made, name, releases, where
-        self._entries: dict[str, Entry] = {}
+        self._entries: dict[Signature, Entry] = {}
 
     def entry(self, declared: Signature) -> Entry:
         """Return a method, attested like a module's own entries.
 
         Raises `AbiError` with both signatures if they differ; the method is not called.
         """
-        key = str(declared)
-        found = self._entries.get(key)
-        return found or self._entries.setdefault(key, self._attested(declared))
+        found = self._entries.get(declared)
+        return found or self._entries.setdefault(declared, self._attested(declared))
 
     def _attested(self, declared: Signature) -> Entry:
         entry = module_function(self._made, declared.name)

@@ -22,7 +22,7 @@ from typing import Any
 
 from fi_ffi.abi import library
 from fi_ffi.abi.function import Entry
-from fi_ffi.loader import held, machine
+from fi_ffi.loader import kernels, machine
 from fi_ffi.loader.elf import FUNCTION_PREFIX, SYMBOL, open_section
 from fi_ffi.loader.kernels import ModuleFile
 
@@ -79,10 +79,10 @@ class Copies:
         path = self._file.path
         # Kept open: the dynamic linker identifies the copy by the descriptor's name.
         fd = os.memfd_create(path.name, os.MFD_CLOEXEC)
-        source = held.descriptor(self._file.sha256)
+        source = kernels.descriptor(self._file.sha256)
         with mmap.mmap(source, 0, access=mmap.ACCESS_COPY) as content:
             if hashlib.sha256(content).hexdigest() != self._file.sha256:
-                raise held.changed(path, "after this process had loaded it")
+                raise kernels.changed(path, "after this process had loaded it")
             for at in self._variables:
                 if content[at] >> 4 == _STB_GNU_UNIQUE:
                     content[at] = _STB_GLOBAL << 4 | content[at] & 0xF
@@ -106,7 +106,7 @@ def on_each_gpu(file: ModuleFile, handle: Any, symbol: str, call: Call) -> Call:
 
 def variables(file: ModuleFile) -> list[int]:
     """Return the offsets, in a loaded file, of the st_info of variables valid for one GPU only."""
-    name = f"/proc/self/fd/{held.descriptor(file.sha256)}"
+    name = f"/proc/self/fd/{kernels.descriptor(file.sha256)}"
     with open_section(name, ".dynstr") as names:
         text = b"" if names is None else names.at(0, names.size)
     wanted = {match.start() for match in _VARIABLE.finditer(text)}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fi_ffi.abi import library
+from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.function import Entry, probe
 from fi_ffi.abi.objects import Object
 from fi_ffi.abi.signature import Signature, parse_signature
@@ -24,9 +26,8 @@ from fi_ffi.loader import (
     cuda_errors,
     cute_runtime,
     generation,
-    held,
     imports,
-    linking,
+    kernels,
     machine,
     per_device,
     search,
@@ -34,14 +35,25 @@ from fi_ffi.loader import (
     trust,
     tvm_ffi,
 )
-from fi_ffi.loader.elf import FUNCTION_PREFIX, inspect_elf
-from fi_ffi.loader.held import Facts, check_processor, cuda_of, remember
-from fi_ffi.loader.kernels import KernelSource, ModuleFile
+from fi_ffi.loader.elf import FUNCTION_PREFIX, RUNTIME, inspect_elf, undefined
+from fi_ffi.loader.kernels import (
+    Facts,
+    KernelSource,
+    ModuleFile,
+    VerifiedFile,
+    check_processor,
+    cuda_of,
+    remember,
+)
 from fi_ffi.loader.machine import CudaCode
+from fi_ffi.loader.tvm_ffi import ensure_tvm_ffi
 
 # An export of modules that copy a number from the current GPU while they are loaded and throw if
 # that fails (`configureKernel` of csrc/xqa/mla_sm120.cu); nothing catches the exception.
 GPU_AT_LOAD_EXPORT = "xqa_wrapper_mla"
+# The linker's message about a symbol.
+SYMBOL = r"undefined symbol: (?P<symbol>\w+)(, version (?P<version>\S+))?"
+_FLASHINFER = r"_Z\w*10flashinfer"
 # An export of modules that can compile DeepGEMM's kernels.
 DEEPGEMM_EXPORT = "set_deepgemm_jit_include_dirs"
 DEEPGEMM_FOLDER = "TRTLLM_DG_CACHE_DIR"
@@ -63,14 +75,9 @@ class Loaded:
 
 _locks: dict[str | Path, threading.RLock] = {}  # by module name, or by path
 library.renew_after_fork(globals(), "_locks", dict)
-# Guards dlopen (together with its own lock) and libtvm_ffi.
-_linking = threading.RLock()
-library.renew_after_fork(globals(), "_linking", threading.RLock)
 # By module, device and the generation of kernels.
 _modules: dict[tuple[str, int | None, int], Loaded] = {}
-_entries: dict[tuple[str, str, int | None, int], Entry] = {}
-_tvm_ffi: tvm_ffi.Found | None = None
-_tvm_ffi_version: tuple[int, int, int] = (0, 0, 0)
+_entries: dict[tuple[str, Signature, int | None, int], Entry] = {}
 
 
 def use_source(location: str | os.PathLike[str] | None) -> None:
@@ -84,24 +91,6 @@ def use_source(location: str | os.PathLike[str] | None) -> None:
 def lock_of(what: str | Path) -> threading.RLock:
     """Return the lock of a module, or of the file at a path."""
     return _locks.setdefault(what, threading.RLock())
-
-
-def ensure_tvm_ffi() -> tvm_ffi.Found:
-    """Load libtvm_ffi globally, once."""
-    global _tvm_ffi, _tvm_ffi_version
-    if _tvm_ffi is None:
-        with _linking:
-            if _tvm_ffi is None:
-                found = tvm_ffi.find()
-                _tvm_ffi_version = found.load(library.attach)
-                _tvm_ffi = found
-    return _tvm_ffi
-
-
-def tvm_ffi_version() -> tuple[int, int, int]:
-    """Return libtvm_ffi's version, as its headers state it; it may be ahead of the package's."""
-    ensure_tvm_ffi()
-    return _tvm_ffi_version
 
 
 def load(module: str, device: int | None = None) -> Loaded:
@@ -132,7 +121,7 @@ def prepare_and_load(
         check_deepgemm_folder()
     machine.load_needed(facts.needed)
     if cute_runtime.FILE in facts.needed:
-        with _linking:
+        with tvm_ffi.linking:
             cute_runtime.load()
     return _opened(source, file, facts)
 
@@ -191,20 +180,20 @@ def _opened(source: KernelSource, file: ModuleFile, facts: Facts) -> Loaded:
     """Load the very file that was hashed, and fill in its variables."""
     found = ensure_tvm_ffi()
     # One at a time: the descriptor that a library was first opened by must stay open.
-    with _linking, held.checked(file.path, file.sha256, file.state) as opened:
-        linking.check(file.path, facts.requires, facts.needed, found, opened.name)
+    with tvm_ffi.linking, kernels.checked(file.path, file.sha256, file.state) as opened:
+        tvm_ffi.check(file.path, facts.requires, facts.needed, found, opened.name)
         # A library that searches its own folder must be opened there; in the cache it is alone.
         in_place = file.state is not None and "$ORIGIN" in (facts.runpath or "")
         failed: LoaderError | None = None
         try:
             through = None if in_place else opened.name
-            handle = linking.open_module(file.path, through, opened)
+            handle = _linked(file.path, through, opened)
         except LoaderError as error:
             failed = error
         if failed is not None:
             # For another processor's library, the dynamic linker says that there is no such file.
             check_processor(file.path, inspect_elf(opened.name).machine)
-            raise linking.explained(failed, file.path, found)
+            raise _explained(failed, file.path, found)
         opened.keep(in_place=in_place)
         server = None
         if all(library.find_symbol(handle, name) for name in services.CUBIN_EXPORTS):
@@ -214,6 +203,42 @@ def _opened(source: KernelSource, file: ModuleFile, facts: Facts) -> Loaded:
     return Loaded(source, file, facts, handle, root, server)
 
 
+def _linked(path: Path, through: str | None, opened: VerifiedFile) -> Any:
+    """Load the library at `path` by the name `through`; `opened` is its open file.
+
+    From 0.7 on, FlashInfer's dispatchers name template instances that no planner chooses and that
+    are not compiled; FlashInfer's own loader binds lazily. So undefined functions of FlashInfer are
+    accepted, and all others refused.
+    """
+    try:
+        return library.open_module(str(path), through)
+    except LoaderError as error:
+        left_out = re.search(SYMBOL, str(error))
+        if left_out is None or not re.match(_FLASHINFER, left_out["symbol"]):
+            raise
+    handle = library.open_module(str(path), through, lazily=True)
+    missing = [
+        name
+        for name in undefined(opened.name)
+        if not re.match(_FLASHINFER, name)
+        and library.find_symbol(ffi.NULL, name) is None
+        and library.find_symbol(handle, name) is None
+    ]
+    if missing:
+        opened.keep()  # it stays loaded under this name
+        raise LoaderError(f"{path} does not load: undefined symbol: {missing[0]}")
+    return handle
+
+
+def _explained(error: LoaderError, path: Path, found: tvm_ffi.Found) -> LoaderError:
+    """Return the dynamic linker's error about the library at `path`, extended with advice."""
+    symbol = re.search(SYMBOL, str(error))
+    if symbol and re.match(RUNTIME, symbol["symbol"]):
+        return tvm_ffi.lacking(path, [symbol["symbol"]], found)
+    advice = services.adviser.get().linking_advice(str(error))
+    return LoaderError(f"{error}. {advice}") if advice else error
+
+
 def kernel_entry(
     module: str, declared: Signature, releases: str, device: int | None = None
 ) -> Entry:
@@ -221,23 +246,20 @@ def kernel_entry(
 
     Raises `AbiError` with both signatures if they differ; the entry is not called.
     """
-    key = module, str(declared), device, generation.number
+    key = module, declared, device, generation.number
     entry = _entries.get(key)
     if entry is None:
         with lock_of(module):
-            # another thread may have been faster
-            entry = _entries.get(key) or _attested(module, declared, releases, device)
-            _entries[key] = entry
+            entry = _entries.get(key)  # another thread may have been faster
+            if entry is None:
+                loaded = load(module, device)
+                entry = exported(loaded, declared.name)
+                entry.name = f"{module}.{declared.name}"
+                found = signature_of(loaded, entry, declared.name)
+                binary = f"binary (FlashInfer {loaded.source.version or 'of unknown release'})"
+                attest(entry, found, declared, releases, binary, str(loaded.file.path))
+                _entries[key] = entry
     return entry
-
-
-def _attested(module: str, declared: Signature, releases: str, device: int | None) -> Entry:
-    loaded = load(module, device)
-    entry = exported(loaded, declared.name)
-    entry.name = f"{module}.{declared.name}"
-    found = signature_of(loaded, entry, declared.name)
-    binary = f"binary (FlashInfer {loaded.source.version or 'of unknown release'})"
-    return attest(entry, found, declared, releases, binary, str(loaded.file.path))
 
 
 def attest(

@@ -12,6 +12,7 @@ choice made from the machine. Nothing is ever compiled.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import platform
@@ -30,38 +31,34 @@ from fi_ffi.errors import (
     LoaderError,
 )
 from fi_ffi.loader import cache, distributions, generation, machine, services, trust
-from fi_ffi.loader.distributions import Distribution
-from fi_ffi.loader.held import Facts, cuda_of, facts_of
+from fi_ffi.loader.distributions import Distribution, hex_of
 from fi_ffi.loader.kernels import (
+    Facts,
     KernelDirectory,
     KernelSource,
     KernelWheel,
     ModuleFile,
+    cuda_of,
+    facts_of,
     open_source,
     release_of,
 )
-from fi_ffi.loader.lock import (
-    RELEASE,
-    default_release,
-    lock_path,
-    named_release,
-    wanted_release,
-)
+from fi_ffi.loader.lock import default_release, lock_path
 from fi_ffi.loader.machine import sass_named, unfit
 from fi_ffi.loader.permission import FetchNotAllowed, fetching, is_withheld
-from fi_ffi.loader.wheel import Wheel, hex_of
 
 KERNELS, SOURCES, WHEELS = "FI_FFI_KERNELS", "FI_FFI_SOURCES", "FI_FFI_WHEELS"
-CUDA = "FI_FFI_CUDA"
-_CUDA_TAG = re.compile(r"\bcu(\d{2})\d\b")  # in a version's local part: cu130.sm90a
+CUDA, RELEASE = "FI_FFI_CUDA", "FI_FFI_RELEASE"
+_VERSION = r"\d+(\.\d+){1,3}((a|b|rc)\d+)?(\.(post|dev)\d+)?"
+_CUDA_TAG = r"\bcu(\d{2})\d\b"  # in a version's local part: cu130.sm90a
 _LOOKED_AT = 3  # modules to examine if the source's version does not name its CUDA
 # Suffixes of the file names of wheels for other processors.
 _OTHERS = tuple(f"_{cpu}" for cpu in machine.CPUS if cpu != platform.machine())
 
 
 # A distribution or wheel for one SM, and a wheel that was built for one.
-_PROVIDER = re.compile(r"flashinfer_jit_cache_(sm\d+[af]?)-")
-BUILT = re.compile(r"[^-]+-[^-]+\+cu\d+\.(sm\d+[af]?)-")
+_PROVIDER = r"flashinfer_jit_cache_(sm\d+[af]?)-"
+BUILT = r"[^-]+-[^-]+\+cu\d+\.(sm\d+[af]?)-"
 
 
 @dataclass(frozen=True)
@@ -79,6 +76,25 @@ class Candidate:
     is_empty: bool = False
 
 
+def named_release() -> str | None:
+    """Return the FlashInfer release that FI_FFI_RELEASE names; `ArgumentError` if it is invalid."""
+    chosen = os.environ.get(RELEASE)
+    return parse_release(chosen, RELEASE) if chosen else None
+
+
+def wanted_release() -> str:
+    """Return the release to use without kernels: FI_FFI_RELEASE, or the lock's default."""
+    return named_release() or default_release()
+
+
+def parse_release(text: str, argument: str = "release") -> str:
+    """Check and return a release such as 0.6.13 or 0.7.2.post1."""
+    if not re.fullmatch(_VERSION, text):
+        expected = f"a version such as {default_release()}"
+        raise ArgumentError("kernels", argument, got=repr(text), expected=expected)
+    return text
+
+
 def _installed(release: str | None) -> Iterator[Candidate]:
     """Yield installed kernels; of distributions for one SM each, the latest SM first.
 
@@ -86,10 +102,10 @@ def _installed(release: str | None) -> Iterator[Candidate]:
     upgrade; FlashInfer ignores them as well.
     """
     found = distributions.installed("flashinfer_jit_cache")
-    shims = {each.version for each in found if not _PROVIDER.match(each.info.name)}
+    shims = {each.version for each in found if not re.match(_PROVIDER, each.info.name)}
     is_empty = True
     for each in sorted(found, key=lambda each: nearness_named(each.info), reverse=True):
-        provider = _PROVIDER.match(each.info.name)
+        provider = re.match(_PROVIDER, each.info.name)
         sm = provider[1] if provider else None
         if provider and shims and each.version not in shims:
             named = " and ".join(sorted(shims))
@@ -115,8 +131,7 @@ def _hashes_in(distribution: Distribution) -> dict[Path, dict[Path, str]]:
     The `flashinfer-jit-cache` of releases with a distribution for each SM has none.
     """
     hashes: dict[Path, dict[Path, str]] = {}
-    for member, digest in distribution.record():
-        path = distribution.file(member)
+    for member, path, digest in distribution.record():
         if path.name.endswith(".so") and path.parent.parent.name == "jit_cache":
             known = hashes.setdefault(path.parent.parent, {})
             # not every installer records it
@@ -153,6 +168,8 @@ def _local(release: str | None) -> Iterator[Candidate]:
     for folder in folders:
         found = sorted(Path(folder).glob("flashinfer_jit_cache*.whl"))
         wheels += sorted(found, key=nearness_named, reverse=True)
+    from fi_ffi.loader.wheel import Wheel  # imported late: many processes read no wheel
+
     for wheel in wheels:
         trust.check_user_path(wheel)
         if not named:
@@ -161,7 +178,7 @@ def _local(release: str | None) -> Iterator[Candidate]:
             yield Candidate("local", None, f"{wheel} is not for {platform.machine()}")
             continue
         source = KernelWheel(str(wheel), Wheel(wheel))
-        provider = _PROVIDER.match(wheel.name)
+        provider = re.match(_PROVIDER, wheel.name)
         yield _of_release("local", source, release, provider[1] if provider else None)
     if not wheels:
         note = f"no flashinfer_jit_cache wheel in {' or '.join(folders)}"
@@ -235,7 +252,7 @@ def nearness(sm: str | None) -> tuple[int, int]:
 
 def nearness_named(path: Path) -> tuple[int, int]:
     """Return the same key for a wheel or distribution whose name has one architecture."""
-    found = _PROVIDER.match(path.name) or BUILT.match(path.name)
+    found = re.match(_PROVIDER, path.name) or re.match(BUILT, path.name)
     return nearness(found[1] if found else None)
 
 
@@ -293,12 +310,6 @@ def release() -> str | None:
     return None if first is None else release_of(first)
 
 
-@generation.cached
-def release_in_force() -> str:
-    """Return the FlashInfer release whose arguments ops have, on every device."""
-    return decided()[0] or wanted_release()
-
-
 def cuda_of_kernels() -> int | None:
     """Return the CUDA major version of the kernels in use, or None if unknown.
 
@@ -311,7 +322,7 @@ def cuda_of_kernels() -> int | None:
         source = next(sources(), None)
         if source is None:
             return None
-        tag = _CUDA_TAG.search((source.version or "").partition("+")[2])
+        tag = re.search(_CUDA_TAG, (source.version or "").partition("+")[2])
         if tag:
             return int(tag[1])
         found = (cuda_of(facts_of(source.file(module))) for module in source.modules()[:_LOOKED_AT])
@@ -360,7 +371,12 @@ def ask(
             return Answer(place, OTHER_GPU, f"{source.location}: {reason}")
     other: Answer | None = None
     try:
-        names: Sequence[str] = _names_in(source, module, members, place.names_of)
+        if members is not None:
+            names = members(source, module)
+        elif place.names_of and not services.adviser.get().may_have(place.names_of, module):
+            names = _listed_here(source, module)
+        else:
+            names = [module] if module in source.modules() else []
     except LoaderError as error:
         return Answer(place, LATER if is_withheld(error) else FAILS, str(error))
     for name in names:
@@ -377,27 +393,23 @@ def ask(
     return other or Answer(place, LACKS, f"{source.location} has no module {module}")
 
 
-def _names_in(
-    source: KernelSource,
-    module: str,
-    members: Callable[[KernelSource, str], Sequence[str]] | None,
-    names_of: str | None,
-) -> Sequence[str]:
-    """Return the modules of a source that would do; one with other names alone is not asked."""
-    if names_of and members is None and not services.adviser.get().may_have(names_of, module):
-        with fetching(False):  # it may be here, and have more than its release lists
-            return [module] if module in _listed(source) else []
-    if members is not None:
-        return members(source, module)
-    return [module] if module in source.modules() else []
+def _listed_here(source: KernelSource, module: str) -> Sequence[str]:
+    """Return the module if the source has it all the same: it may have more than its release lists.
+
+    It is not asked if that is not known here.
+    """
+    with fetching(False), contextlib.suppress(LoaderError):
+        return [module] if module in source.modules() else []
+    return []
 
 
-def _listed(source: KernelSource) -> list[str]:
-    """Return a source's modules; none if they are not known here."""
-    try:
-        return source.modules()
-    except LoaderError:
-        return []
+# What `decided` returned, by the generation of kernels.
+_decided: dict[int, tuple[str, str]] = {}
+_LOCAL = {
+    "installed": "an installed flashinfer-jit-cache",
+    "jit": "FlashInfer's own compiled modules",
+    "local": "a wheel",
+}
 
 
 def decided() -> tuple[str, str]:
@@ -407,22 +419,21 @@ def decided() -> tuple[str, str]:
     on this machine, or the lock's default: the one that would be fetched. The driver is not asked,
     so that calls on the CPU use no GPU.
     """
-    named = named_release()
-    here = candidates(_location, but="remote")
-    place = next((place for place in here if place.source is not None), None)
-    if place is not None and place.source is not None and place.kind == "explicit":
-        found, where = release_of(place.source), place.source.location
-        return found or "", RELEASE if place.note == RELEASE else f"{place.note}: {where}"
-    if named is not None:
-        return named, RELEASE
-    if place is not None and place.source is not None:
-        what = {
-            "installed": "an installed flashinfer-jit-cache",
-            "jit": "FlashInfer's own compiled modules",
-            "local": "a wheel",
-        }[place.kind]
-        return release_of(place.source) or "", f"{what}: {place.source.location}"
-    return default_release(), f"the default of {lock_path()}"
+    number = generation.number
+    if number not in _decided:
+        named = named_release()
+        here = candidates(_location, but="remote")
+        place = next((place for place in here if place.source is not None), None)
+        source = place.source if place is not None else None
+        if place is not None and source is not None and (place.kind == "explicit" or not named):
+            what = _LOCAL.get(place.kind, place.note)
+            by = RELEASE if what == RELEASE else f"{what}: {source.location}"
+            _decided[number] = release_of(source) or "", by
+        elif named is not None:
+            _decided[number] = named, RELEASE
+        else:
+            _decided[number] = default_release(), f"the default of {lock_path()}"
+    return _decided[number]
 
 
 def find_module(module: str, device: int | None = None) -> tuple[KernelSource, ModuleFile, Facts]:

@@ -6,8 +6,6 @@ the bytes differs.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import csv
 import hashlib
 import io
@@ -25,6 +23,7 @@ from typing import BinaryIO, Literal, Protocol, cast
 
 from fi_ffi.errors import ArtifactError, FiFfiError
 from fi_ffi.loader import cache
+from fi_ffi.loader.distributions import hex_of
 
 # "record-pinned": RECORD has the sha256 pinned in the lock, which covers every member.
 # "file-verified": the whole file had its pinned sha256. "record-unpinned": members match the file's
@@ -308,15 +307,3 @@ def parse_record(text: bytes, origin: str) -> dict[str, Recorded]:
     except (UnicodeDecodeError, csv.Error) as error:
         raise ArtifactError(f"{origin}: RECORD is malformed: {error}") from error
     return record
-
-
-def hex_of(digest: str, origin: str, name: str = "it") -> str:
-    """Return the sha256 in a field of RECORD, as hex."""
-    algorithm, _, value = digest.partition("=")
-    try:
-        raw = base64.b64decode(value + "=" * (-len(value) % 4), altchars=b"-_", validate=True)
-    except (binascii.Error, ValueError):
-        raw = b""
-    if algorithm != "sha256" or len(raw) != 32:
-        raise ArtifactError(f"{origin}: RECORD has no sha256 for {name}: {digest!r:.80}")
-    return raw.hex()

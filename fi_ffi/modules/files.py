@@ -9,8 +9,7 @@ from fi_ffi.abi.function import probe
 from fi_ffi.abi.signature import Signature
 from fi_ffi.errors import AbiError, KernelNotFoundError
 from fi_ffi.loader import cache, runtime
-from fi_ffi.loader.held import facts_of
-from fi_ffi.loader.kernels import KernelFile
+from fi_ffi.loader.kernels import KernelFile, facts_of
 from fi_ffi.loader.runtime import Loaded
 
 # By path, inode, size and modification time.

@@ -21,7 +21,7 @@ from fi_ffi.errors import (
     KernelNotFoundError,
     printed,
 )
-from fi_ffi.loader import cute_runtime, held, machine, runtime
+from fi_ffi.loader import cute_runtime, kernels, machine, runtime
 from fi_ffi.loader.elf import FUNCTION_PREFIX
 from fi_ffi.loader.runtime import Loaded
 from fi_ffi.modules.entry import HandleGuard, ModuleEntry, Origin, unknown
@@ -90,7 +90,7 @@ class AtPath(Unique):
         """Return whether the file has typed functions, and their names if it has those."""
         # Not closed explicitly: if Ctrl-C interrupts the search, the search still holds the map,
         # and closing it would raise another error.
-        data = mmap.mmap(held.descriptor(self._loaded.file.sha256), 0, access=mmap.ACCESS_READ)
+        data = mmap.mmap(kernels.descriptor(self._loaded.file.sha256), 0, access=mmap.ACCESS_READ)
         names = {match[2][: int(match[1])].decode() for match in _STATIC.finditer(data)}
         return data.find(_REFUSAL) >= 0, {name.removeprefix(FUNCTION_PREFIX) for name in names}
 

@@ -17,7 +17,7 @@ from fi_ffi.errors import (
     LoaderError,
     printed,
 )
-from fi_ffi.loader import runtime
+from fi_ffi.loader import tvm_ffi
 from fi_ffi.modules.entry import ModuleEntry, method_entry, unknown
 from fi_ffi.modules.reflection import (
     Field,
@@ -43,7 +43,7 @@ def function(name: str, *, checked: bool | None = None) -> ModuleEntry:
     function has no signature.
     """
     _check_name("function", name)
-    runtime.ensure_tvm_ffi()
+    tvm_ffi.ensure_tvm_ffi()
     try:
         entry = Entry.of(find_global(name), name)
     except LoaderError:
@@ -59,14 +59,14 @@ def function(name: str, *, checked: bool | None = None) -> ModuleEntry:
 def functions(prefix: str = "") -> tuple[str, ...]:
     """Return the names of the registered functions that begin with `prefix`, in order."""
     _check_name("functions", prefix)
-    runtime.ensure_tvm_ffi()
+    tvm_ffi.ensure_tvm_ffi()
     return tuple(sorted(name for name in global_names() if name.startswith(prefix)))
 
 
 def object_types(prefix: str = "") -> tuple[str, ...]:
     """Return the names of the registered types of objects that begin with `prefix`, in order."""
     _check_name("object_types", prefix)
-    runtime.ensure_tvm_ffi()
+    tvm_ffi.ensure_tvm_ffi()
     return tuple(sorted(name for name in registered_types() if name.startswith(prefix)))
 
 
@@ -76,7 +76,7 @@ def object_type(key: str) -> ObjectType:
     Raises `KernelNotFoundError` with the nearest names.
     """
     _check_name("object_type", key)
-    runtime.ensure_tvm_ffi()
+    tvm_ffi.ensure_tvm_ffi()
     known = registered_types()
     info = type_info(known[key]) if key in known else None
     if info is None:

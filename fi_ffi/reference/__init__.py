@@ -28,9 +28,8 @@ from fi_ffi.abi.function import Entry, register
 from fi_ffi.abi.signature import Signature
 from fi_ffi.errors import KernelNotFoundError
 from fi_ffi.families import FAMILIES
-from fi_ffi.loader import generation, runtime
-from fi_ffi.ops.call.providers import release_in_force
-from fi_ffi.ops.call.releases import is_in
+from fi_ffi.loader import generation, tvm_ffi
+from fi_ffi.ops.call.releases import is_in, release_in_force
 from fi_ffi.reference.arrays import bits, over_arrays, store_changed
 from fi_ffi.reference.formula import Formula, Move, as_inputs
 
@@ -106,7 +105,7 @@ def entry(
                 raise KernelNotFoundError(
                     f"{module}.{kernel} has no reference kernel: it runs on CUDA only"
                 )
-            runtime.ensure_tvm_ffi()
+            tvm_ffi.ensure_tvm_ffi()
             words = (module, kernel, *(f"{word}_{value}" for word, value in compiled))
             name = ".".join(("fi_ffi.reference", *words))
             _entries[key] = register(name, signature, over_arrays(function))

@@ -527,7 +527,7 @@ def test_elements_that_are_padded_to_bytes() -> None:
         def __dlpack__(self, **asked: Any) -> object:
             capsule = array.__dlpack__(max_version=(1, 0))
             name = b"dltensor_versioned"
-            pointer = c_library().PyCapsule_GetPointer(ffi.cast("void *", id(capsule)), name)
+            pointer = c_library.PyCapsule_GetPointer(ffi.cast("void *", id(capsule)), name)
             managed = ffi.cast("DLManagedTensorVersioned *", pointer)
             managed.flags |= flags
             managed.dl_tensor.dtype.bits = 4

@@ -19,7 +19,7 @@ from fi_ffi.ops.attention.backends import (
     fa2_lacks,
     fa3_lacks,
 )
-from fi_ffi.ops.call.providers import release_in_force
+from fi_ffi.ops.call.releases import release_in_force
 
 from tests.helpers.calls import HostArray
 

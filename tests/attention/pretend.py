@@ -20,7 +20,7 @@ from fi_ffi.loader import generation
 from fi_ffi.loader import machine as of_loader
 from fi_ffi.loader.runtime import ensure_tvm_ffi
 from fi_ffi.ops.attention import backends
-from fi_ffi.ops.call import compiled, cuda, op, providers
+from fi_ffi.ops.call import compiled, cuda, op, releases
 from fi_ffi.reference import arrays
 
 from tests.attention.machines import Cpu
@@ -138,7 +138,7 @@ class Pretend(Cpu):
         self.seen: list[int] = []
         self._monkeypatch, self._free = monkeypatch, itertools.count(0x100, 16)
         ensure_tvm_ffi()
-        real, array_of = providers.entry_for, arrays.as_array
+        real, array_of = releases.entry_for, arrays.as_array
 
         def entry_for(row: Any, device: Any, module: str | None = None) -> Any:
             return real(row, CPU, module)

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from fi_ffi.cli import main
-from fi_ffi.loader import linking, tvm_ffi
+from fi_ffi.loader import tvm_ffi
 
 from tests.helpers import compiler
 
@@ -32,14 +32,14 @@ def run(*arguments: object) -> str:
 
 def test_what_it_needs_and_since_when(made):
     document = json.loads(run(made, "--json"))
-    needs, releases = document["tvm_ffi"], linking.recorded()["releases"]
+    needs, releases = document["tvm_ffi"], tvm_ffi.releases_record()["releases"]
     installed = importlib.metadata.version(tvm_ffi.PROJECT)
     assert installed in needs["compiled_for"] and len(needs["compiled_for"]) < len(releases)
     assert [*needs["exported_by"]] == document["requires"]
     assert needs["exported_by"]["TVMFFIErrorSetRaised"] == "all"
     assert needs["exported_by"]["_ZTIN3tvm3ffi9ModuleObjE"] == "all"
     text = run(made)
-    span = linking.span(needs["compiled_for"], releases)
+    span = tvm_ffi.span(needs["compiled_for"], releases)
     assert f"compiled with {span}, by its symbols" in text
     assert f"{len(document['requires'])} symbols of libtvm_ffi" in text
     assert "_ZTIN3tvm3ffi9ModuleObjE" in text
@@ -52,5 +52,5 @@ def test_a_symbol_that_no_release_has(made, tmp_path):
     document = json.loads(run(path, "--json"))
     assert document["tvm_ffi"] == {"compiled_for": [], "exported_by": {UNKNOWN: "none"}}
     assert UNKNOWN in document["signatures_missing_because"]
-    releases = linking.recorded()["releases"]
+    releases = tvm_ffi.releases_record()["releases"]
     assert f"none from {releases[0]} to {releases[-1]} fits its symbols" in run(path)

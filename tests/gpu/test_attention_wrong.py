@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from fi_ffi.loader.uris import uri
-from fi_ffi.ops.call.providers import release_in_force
+from fi_ffi.ops.call.releases import release_in_force
 from fi_ffi.reference.attention.formula import Options, exact
 
 from tests.helpers.untyped_calls import call, module, poisoned

@@ -10,7 +10,7 @@ from cuda.bindings import runtime
 
 from fi_ffi.cli import cuda as of_python
 from fi_ffi.loader import machine, search
-from fi_ffi.loader.held import cuda_of
+from fi_ffi.loader.kernels import cuda_of
 
 from tests.helpers.children import done
 

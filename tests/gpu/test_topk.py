@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 import fi_ffi
-from fi_ffi.ops.call.providers import release_in_force
-from fi_ffi.ops.call.releases import fits
+from fi_ffi.ops.call.releases import fits, release_in_force
 from fi_ffi.ops.call.row import Scalar
 from fi_ffi.ops.functions import OPS
 

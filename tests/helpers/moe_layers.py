@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 
 import fi_ffi
-from fi_ffi.ops.call.providers import release_in_force
-from fi_ffi.ops.call.releases import is_in
+from fi_ffi.ops.call.releases import is_in, release_in_force
 from fi_ffi.ops.moe.interface import FOLDED_RELEASES
 from fi_ffi.reference.moe import Layer
 

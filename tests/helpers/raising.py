@@ -26,8 +26,7 @@ from fi_ffi.abi.tensor import parse_device
 from fi_ffi.loader import (
     cache,
     cute_runtime,
-    distributions,
-    held,
+    kernels,
     machine,
     runtime,
     search,
@@ -37,7 +36,7 @@ from fi_ffi.loader import (
 from fi_ffi.loader.fetch import asking, wheels_lock
 from fi_ffi.loader.kernels import KernelFile, open_source
 from fi_ffi.modules import files
-from fi_ffi.ops.call import cuda, providers
+from fi_ffi.ops.call import cuda, releases
 from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.call.row import Row, Tensor
 from fi_ffi.ops.functions import OPS
@@ -164,7 +163,9 @@ def installed_and_changed(tmp_path: Path) -> None:
     file.write_bytes(b"another")
     (info / "METADATA").write_text("Name: apache-tvm-ffi\nVersion: 0.1.15\n")
     (info / "RECORD").write_text(f"{tvm_ffi.MEMBER},sha256={'A' * 43},7\n")
-    tvm_ffi.recorded(distributions.Distribution(info), tvm_ffi.MEMBER, "installed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [str(tmp_path), *sys.path])
+        tvm_ffi.installed()
 
 
 def writable(tmp_path: Path, mode: int, check: Callable[[Path], object]) -> None:
@@ -194,7 +195,7 @@ def with_tvm_ffi(version: str) -> Callable:
 
 
 def no_cudart(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(machine, "library_in_process", lambda file: None)
+    patch.setattr(machine.library, "in_process", lambda file: None)
     patch.setattr(machine, "_library_places", lambda file: ["/nowhere.so"])
     machine.load_library.__wrapped__("libcudart.so.12")
 
@@ -308,11 +309,11 @@ RAISED: list[HERE] = [
     ("Missing file or directory", errors.KernelNotFoundError, lambda: files.load_file("/")),
     ("Release mismatch", errors.KernelNotFoundError,
      patched(search, "release", lambda: "0.5.0",
-             lambda: providers.check_available(OPS["rmsnorm"].row, CUDA))),
+             lambda: releases.check_available(OPS["rmsnorm"].row, CUDA))),
     ("Function not in the library", errors.KernelNotFoundError, no_function),
     ("Kernels for another GPU", errors.ArchitectureError, for_another_gpu),
     ("Op written for other GPUs", errors.ArchitectureError,
-     patched(machine, "capability", lambda device: (8, 7), lambda: providers.check_available(
+     patched(machine, "capability", lambda device: (8, 7), lambda: releases.check_available(
          next(op.row for op in OPS.values() if op.row.capabilities), CUDA))),
     ("Library for another processor", errors.ArchitectureError, for_another_processor),
     ("Interface differs from the declared one", errors.AbiError, another_interface),
@@ -328,7 +329,7 @@ RAISED: list[HERE] = [
     (DAMAGED, errors.ArtifactError, lambda tmp_path: no_wheel(tmp_path, "kernels.txt")),
     (DAMAGED, errors.ArtifactError, lambda tmp_path: no_wheel(tmp_path, "kernels.whl")),
     (DAMAGED, errors.ArtifactError,
-     of_file(b"no library", lambda file: held.facts_of(KernelFile(file).file()))),
+     of_file(b"no library", lambda file: kernels.facts_of(KernelFile(file).file()))),
     ("Offline", errors.FetchError,
      in_environment("FI_FFI_OFFLINE", "1", lambda: asking.check_permission("norm.so"))),
     ("No GPU", errors.LoaderError,

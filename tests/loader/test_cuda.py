@@ -13,7 +13,7 @@ import pytest
 import fi_ffi
 from fi_ffi.errors import AbiError, LoaderError
 from fi_ffi.loader import machine, search
-from fi_ffi.loader.held import Facts, cuda_of
+from fi_ffi.loader.kernels import Facts, cuda_of
 
 from tests.helpers import cuda_runtimes
 from tests.helpers.children import done
@@ -223,7 +223,7 @@ def test_a_file_says_which_cuda_it_is_of(needed: list[str], major: int | None) -
 def test_a_library_that_is_lacking_is_named(
     file: str, package: str, extra: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(machine, "library_in_process", lambda name: None)
+    monkeypatch.setattr(machine.library, "in_process", lambda name: None)
     monkeypatch.setattr(machine, "_library_places", lambda name: [f"/none/{name}"])
     with pytest.raises(LoaderError) as caught:
         machine.load_library.__wrapped__(file)

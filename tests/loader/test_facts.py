@@ -16,7 +16,7 @@ from click.testing import CliRunner
 import fi_ffi
 from fi_ffi.cli import main
 from fi_ffi.errors import ArtifactError, BuildError, KernelNotFoundError, LoaderError
-from fi_ffi.loader import cache, held, lock, search
+from fi_ffi.loader import cache, kernels, lock, search
 from fi_ffi.loader.kernels import KernelFile, open_source
 from fi_ffi.modules import files
 from fi_ffi.ops.functions import OPS
@@ -54,17 +54,17 @@ def test_a_second_process_asks_nothing_again(built_wheel, root):
 
 def test_facts_are_the_files(built_wheel, root):
     norm = open_source(built_wheel).file("norm")
-    found = held.facts_of(norm)
+    found = kernels.facts_of(norm)
     assert [code.name for code in found.codes] == ["sm_90a"]
     assert any(name.startswith("libcudart.so.1") for name in found.needed)
     norm_rows = [op.row for op in OPS.values() if op.row.module == "norm"]
     assert {row.symbol for row in norm_rows} <= set(found.functions)
-    assert held.facts_of(norm) == found
+    assert kernels.facts_of(norm) == found
 
 
 def note(**data):
     facts = {"needed": [], "functions": [], "codes": [], "runpath": None, "signatures": {}}
-    return json.dumps({"format": held._FORMAT, "data": facts | data})
+    return json.dumps({"format": kernels._FORMAT, "data": facts | data})
 
 
 NOTES = [
@@ -82,18 +82,18 @@ NOTES = [
 def test_a_damaged_note_is_made_anew(text, root, testing_library):
     """Also one that JSON reads, and that is of this format."""
     file = KernelFile(testing_library).file()
-    expected = held.facts_of(file)
-    path = held._path(file.sha256)
+    expected = kernels.facts_of(file)
+    path = cache.cache_root() / kernels._FACTS.format(file.sha256)
     whole = path.read_bytes()
     path.write_bytes(text.encode(errors="surrogatepass"))
-    assert held.facts_of(file) == expected
+    assert kernels.facts_of(file) == expected
     assert path.read_bytes() == whole
 
 
 def test_a_cache_that_cannot_be_written_does_not_matter(testing_library, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FI_FFI_CACHE_DIR", str(tmp_path / "file" / "below"))
-    assert held.facts_of(KernelFile(testing_library).file()).functions
+    assert kernels.facts_of(KernelFile(testing_library).file()).functions
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def test_no_home(testing_library):
         with pytest.raises(LoaderError, match="home directory"):
             [*look(None)]
     # Kernels that are named need no cache: what would be noted there is asked for again.
-    assert held.facts_of(KernelFile(testing_library).file()).functions
+    assert kernels.facts_of(KernelFile(testing_library).file()).functions
     assert files.load_file(testing_library).facts.functions
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fi_ffi.errors import ArtifactError
-from fi_ffi.loader import cache, held
+from fi_ffi.loader import cache, kernels
 
 from tests.helpers.stress_strength import scaled
 from tests.ops.test_threads import at_once
@@ -22,7 +22,7 @@ THREADS = 8
 def nothing_kept(monkeypatch):
     """Files of a test are not kept longer than it lasts."""
     kept: dict[tuple[int, int], tuple[int, str]] = {}
-    monkeypatch.setattr(held, "open_libraries", kept)
+    monkeypatch.setattr(kernels, "open_libraries", kept)
     yield kept
     for fd, _ in kept.values():
         os.close(fd)
@@ -49,11 +49,11 @@ def test_threads_that_keep_files(tmp_path, nothing_kept):
         folder.mkdir()
         for i in range(count):
             path, sha256, state = file_of(folder, i)
-            with held.checked(path, sha256, state) as opened:
+            with kernels.checked(path, sha256, state) as opened:
                 if i % 3:
                     opened.keep()
             if i % 3:
-                with open(held.descriptor(sha256), "rb", closefd=False) as file:
+                with open(kernels.descriptor(sha256), "rb", closefd=False) as file:
                     assert hashlib.sha256(file.read()).hexdigest() == sha256
                     file.seek(0)
 
@@ -71,7 +71,7 @@ def test_a_file_that_was_kept_is_read_by_its_first_descriptor(tmp_path, nothing_
     before = descriptors()
     names = []
     for _ in range(3):
-        with held.checked(path, sha256, state) as opened:
+        with kernels.checked(path, sha256, state) as opened:
             opened.keep()
             names.append(opened.name)
     assert len({*names}) == 1 and descriptors() == before + 1
@@ -84,10 +84,10 @@ def test_a_refused_file_leaves_nothing_open(tmp_path):
     for _ in range(2):
         with (
             pytest.raises(ArtifactError, match="after it was hashed"),
-            held.checked(path, sha256, state),
+            kernels.checked(path, sha256, state),
         ):
             raise AssertionError("is not reached")
     path, sha256, state = file_of(tmp_path, 1)
-    with pytest.raises(RuntimeError, match="in the block"), held.checked(path, sha256, state):
+    with pytest.raises(RuntimeError, match="in the block"), kernels.checked(path, sha256, state):
         raise RuntimeError("in the block")
     assert descriptors() == before

@@ -10,7 +10,7 @@ from packaging.specifiers import SpecifierSet
 
 import fi_ffi
 from fi_ffi.errors import LoaderError
-from fi_ffi.loader import linking, machine, runtime, tvm_ffi
+from fi_ffi.loader import machine, runtime, tvm_ffi
 from fi_ffi.loader.elf import inspect_elf
 from tools.record_symbols import symbols_of
 
@@ -67,7 +67,7 @@ def is_mapped(path: Path) -> bool:
 @pytest.mark.parametrize("symbol", ["TVMFFINoSuch", "_ZN3tvm3ffi6NoSuchEv"])
 def test_a_symbol_that_no_libtvm_ffi_has(symbol, needing, tmp_path):
     path = needing(symbol, before=MARKS.format(tmp_path / "mark"))
-    oldest, *_, newest = linking.recorded()["releases"]
+    oldest, *_, newest = tvm_ffi.releases_record()["releases"]
     for _ in range(2):  # the second time by what is remembered of the file
         with pytest.raises(LoaderError) as caught:
             fi_ffi.module(path)
@@ -153,10 +153,10 @@ def test_an_older_libtvm_ffi(child, install, needing):
 def test_the_record_of_symbols_is_libtvm_ffis():
     """Of the installed one; tools/record_symbols.py reads those of all."""
     installed = importlib.metadata.distribution(tvm_ffi.PROJECT)
-    assert installed.version in linking.recorded()["releases"]
+    assert installed.version in tvm_ffi.releases_record()["releases"]
     has = symbols_of(Path(str(installed.locate_file(tvm_ffi.MEMBER))))
     assert "TVMFFIGetVersion" in has and len(has) > 60
-    symbols = linking.recorded()["symbols"].items()
+    symbols = tvm_ffi.releases_record()["symbols"].items()
     assert has == {name for name, of in symbols if SpecifierSet(of).contains(installed.version)}
     assert len([name for name, of in symbols if of]) > 10
 
@@ -164,9 +164,9 @@ def test_the_record_of_symbols_is_libtvm_ffis():
 def test_a_span_of_releases():
     every = ["0.1", "0.2", "0.3", "0.4", "0.5"]
     for of in ("0.1 0.2 0.3 0.4 0.5", "0.3", "0.1 0.2", "0.4 0.5", "0.1 0.2 0.5", "0.2 0.4"):
-        span = linking.span(of.split(), every)
+        span = tvm_ffi.span(of.split(), every)
         assert [one for one in every if SpecifierSet(span).contains(one)] == of.split()
-    assert linking.span(every, every) == "" and linking.span(every[1:], every) == ">=0.2"
+    assert tvm_ffi.span(every, every) == "" and tvm_ffi.span(every[1:], every) == ">=0.2"
 
 
 # Libraries that a compiler made with the headers of one release, beside the libtvm_ffi of another.
@@ -232,7 +232,7 @@ def test_headers_of_one_release_and_the_library_of_another(
         assert told.startswith(f"{path} needs {symbol}, which the libtvm_ffi of this process")
         assert f"installed {release}" in told
         assert f"{tvm_ffi.PROJECT}{versions} has it: `pip install '" in told
-    assert headers in linking.compiled_for(path, inspect_elf(path).requires)
+    assert headers in tvm_ffi.compiled_for(path, inspect_elf(path).requires)
 
 
 @pytest.mark.parametrize(
@@ -253,7 +253,7 @@ def test_a_symbol_that_means_something_else(headers, refused, compiled_with, chi
     library = install(f"{tvm_ffi.PROJECT}=={WITHDRAWN}") / tvm_ffi.MEMBER
     before = f"from fi_ffi.abi._cffi import ffi; ffi.dlopen({str(library)!r})"
     told = child(ASK.format(before=before, path=str(path), call="module.entries()"))
-    assert (WITHDRAWN in linking.compiled_for(path, inspect_elf(path).requires)) != refused
+    assert (WITHDRAWN in tvm_ffi.compiled_for(path, inspect_elf(path).requires)) != refused
     if not refused:
         assert told == "('ask', 'make')"
         return

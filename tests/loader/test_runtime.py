@@ -128,7 +128,7 @@ NO_CUDART = """
 from fi_ffi.errors import LoaderError
 from fi_ffi.loader import machine, runtime
 
-machine.library_in_process = lambda file: None
+machine.library.in_process = lambda file: None
 machine._library_places = lambda file: [f"/nowhere/{file}"]
 try:
     runtime.load("norm")
@@ -157,7 +157,7 @@ def forgotten():
 @pytest.fixture
 def nowhere(monkeypatch, forgotten):
     """No library is in this process; what is looked for is told as the test says."""
-    monkeypatch.setattr(machine, "library_in_process", lambda name: None)
+    monkeypatch.setattr(machine.library, "in_process", lambda name: None)
     return lambda find: monkeypatch.setattr(machine, "_library_places", find)
 
 
@@ -186,8 +186,8 @@ def test_one_that_is_nowhere_names_its_package(file, package, nowhere):
 
 
 def test_nothing_of_the_name_in_the_process():
-    assert machine.library_in_process("libcublas.so.99") is None
-    assert machine.library_in_process("libc.so.6") is not None
+    assert machine.library.in_process("libcublas.so.99") is None
+    assert machine.library.in_process("libc.so.6") is not None
 
 
 LOADS = """

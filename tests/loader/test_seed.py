@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fi_ffi.errors import KernelNotFoundError, LoaderError
-from fi_ffi.loader import cache, held, runtime, search, seed
+from fi_ffi.loader import cache, kernels, runtime, search, seed
 
 from tests.loader.server import NORM, kernel_members, sha256
 
@@ -49,7 +49,7 @@ def norm_in(kept: Path) -> Path:
 def found() -> tuple[Path, bytes]:
     source = next(iter(search.sources()))
     file = source.file("norm")
-    with held.checked(file.path, file.sha256, file.state) as opened:
+    with kernels.checked(file.path, file.sha256, file.state) as opened:
         assert opened.sha256 == sha256(CONTENT)
     return file.path, file.path.read_bytes()
 
@@ -201,7 +201,7 @@ def test_written_over_after_it_was_hashed(seeded):
     source = next(iter(search.sources()))
     file = source.file("norm")
     other_bytes(file.path)
-    with pytest.raises(LoaderError, match="after it was hashed"), held.checked(
+    with pytest.raises(LoaderError, match="after it was hashed"), kernels.checked(
         file.path, file.sha256, file.state
     ):  # fmt: skip
         pass

@@ -20,7 +20,7 @@ from fi_ffi.loader.kernels import LAYOUT, KernelDirectory, KernelWheel, open_sou
 
 from tests.loader.server import make_wheel, sha256
 
-VARIABLES = (search.KERNELS, search.SOURCES, search.WHEELS, lock.RELEASE, search.CUDA)
+VARIABLES = (search.KERNELS, search.SOURCES, search.WHEELS, search.RELEASE, search.CUDA)
 
 
 @pytest.fixture(autouse=True)
@@ -150,13 +150,13 @@ def test_a_wheel(built_wheel, unpacked, root):
 
 def test_a_directory_is_of_the_release_that_is_named(modules, monkeypatch):
     """Where it does not tell its own, and only then."""
-    monkeypatch.setenv(lock.RELEASE, "0.7.2.post1")
+    monkeypatch.setenv(search.RELEASE, "0.7.2.post1")
     monkeypatch.setenv(search.KERNELS, str(modules))
     assert release_of(looked_at()["explicit"].source) == "0.7.2.post1"
     assert search.release() == "0.7.2.post1"
     (modules.parent / "_build_meta.py").write_text(META)
     assert release_of(looked_at()["explicit"].source) == "0.6.13"
-    monkeypatch.setenv(lock.RELEASE, "newest")
+    monkeypatch.setenv(search.RELEASE, "newest")
     with pytest.raises(fi_ffi.ArgumentError, match="FI_FFI_RELEASE.*'newest'.*a version such as"):
         looked_at()
 
@@ -302,7 +302,7 @@ def test_local_wheels(built_wheel, tmp_path, monkeypatch):
     place = looked_at()["local"]
     assert isinstance(place.source, KernelWheel)
     assert place.source.modules()[0] == "norm"
-    monkeypatch.setenv(lock.RELEASE, "0.6.18")
+    monkeypatch.setenv(search.RELEASE, "0.6.18")
     place = looked_at()["local"]
     assert place.source is None
     assert "is of 0.6.13, wanted is 0.6.18" in place.note
@@ -427,11 +427,11 @@ def test_the_pin_for_a_gpu_that_is_not_here(tmp_path, monkeypatch, no_runtime):
 
 
 def test_a_release_that_is_none(monkeypatch):
-    monkeypatch.setenv(lock.RELEASE, "latest")
+    monkeypatch.setenv(search.RELEASE, "latest")
     with pytest.raises(fi_ffi.ArgumentError, match="FI_FFI_RELEASE`: got 'latest'.*such as 0.6.13"):
-        lock.wanted_release()
-    monkeypatch.setenv(lock.RELEASE, "0.7.2.post1")
-    assert lock.wanted_release() == Query.of().release == "0.7.2.post1"
+        search.wanted_release()
+    monkeypatch.setenv(search.RELEASE, "0.7.2.post1")
+    assert search.wanted_release() == Query.of().release == "0.7.2.post1"
 
 
 def test_a_release_that_is_not_pinned_names_those_that_are():

@@ -13,8 +13,7 @@ import fi_ffi
 from fi_ffi.abi.tensor import parse_device
 from fi_ffi.loader import machine, runtime
 from fi_ffi.ops.call.op import Op
-from fi_ffi.ops.call.providers import entry_for
-from fi_ffi.ops.call.releases import fits
+from fi_ffi.ops.call.releases import entry_for, fits
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.table import ROWS
 

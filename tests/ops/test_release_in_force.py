@@ -9,7 +9,7 @@ import fi_ffi
 from fi_ffi.loader import generation, search
 from fi_ffi.loader.fetch import wheels_lock
 from fi_ffi.ops.call import compiled
-from fi_ffi.ops.call.releases import fits
+from fi_ffi.ops.call.releases import fits, release_in_force
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.moe import kernels
 
@@ -107,14 +107,14 @@ def test_the_first_kernels_decide(tmp_path, monkeypatch):
     (folder / "__init__.py").write_text('__version__ = "0.6.4+cu130"\n')
     try:
         fi_ffi.use_kernels(folder)
-        assert search.release_in_force() == "0.6.4"
+        assert release_in_force() == "0.6.4"
         assert fits(fi_ffi.rmsnorm_quant.row, "0.6.4")
         search.use_source(None)
-        assert search.release_in_force() == "0.6.13"
+        assert release_in_force() == "0.6.13"
         assert not fits(fi_ffi.rmsnorm_quant.row, "0.6.4")
         monkeypatch.setenv("FI_FFI_RELEASE", "0.6.18")
         generation.advance()
-        assert search.release_in_force() == "0.6.18"
+        assert release_in_force() == "0.6.18"
     finally:
         monkeypatch.undo()
         search.use_source(None)

@@ -25,7 +25,7 @@ from fi_ffi.abi.tensor import parse_device
 from fi_ffi.loader import machine as of_loader
 from fi_ffi.ops.call import hooks, memory
 from fi_ffi.ops.call.compiled import Variant
-from fi_ffi.ops.call.providers import entry_for
+from fi_ffi.ops.call.releases import entry_for
 from fi_ffi.ops.functions import OPS
 from fi_ffi.watch import call_record, stream_progress, watching
 from fi_ffi.watch import watchdog as module

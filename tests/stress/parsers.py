@@ -25,7 +25,7 @@ import fi_ffi
 from fi_ffi.abi.signature import Signature, parse_signature, signature_from_mismatch
 from fi_ffi.cli import replay
 from fi_ffi.errors import AbiError, ArtifactError, FiFfiError, LoaderError
-from fi_ffi.loader import cache, held, lock
+from fi_ffi.loader import cache, kernels, lock
 from fi_ffi.loader.elf import inspect_elf
 from fi_ffi.loader.fatbin import architectures
 from fi_ffi.loader.fetch import wheels_lock
@@ -116,7 +116,7 @@ def _note(data: bytes) -> None:
     path = root / "note.json"
     path.write_bytes(data)
     with mock.patch.dict(os.environ, {cache.ENVIRONMENT: str(root)}):
-        cache.read_note(path, 1)
+        cache.read_note("note.json", 1)
 
 
 def _evidence(data: bytes) -> None:
@@ -124,8 +124,8 @@ def _evidence(data: bytes) -> None:
     path.write_bytes(data or b"\0")
     made: Any = object.__new__(AtPath)
     made._loaded = type("Loaded", (), {"file": type("File", (), {"sha256": "a library's"})})
-    with path.open("rb") as file, mock.patch.dict(held.open_libraries):
-        held.open_libraries[0, 0] = file.fileno(), "a library's"
+    with path.open("rb") as file, mock.patch.dict(kernels.open_libraries):
+        kernels.open_libraries[0, 0] = file.fileno(), "a library's"
         has_refusals, names = made._evidence
     assert isinstance(has_refusals, bool) and all(isinstance(name, str) for name in names)
 

@@ -15,7 +15,7 @@ import pytest
 import fi_ffi
 from fi_ffi.abi import library
 from fi_ffi.errors import ArtifactError, LoaderError
-from fi_ffi.loader import cache, elf, held, runtime, search, tvm_ffi
+from fi_ffi.loader import cache, elf, kernels, runtime, search, tvm_ffi
 from fi_ffi.loader.kernels import ModuleFile, open_source
 from fi_ffi.loader.wheel import Wheel
 from fi_ffi.modules import files
@@ -213,7 +213,7 @@ def test_facts_are_of_the_file_that_was_hashed(place, unpacked, monkeypatch):
     """Another library is there while it is read, and the first one again afterwards."""
     file = search.find_module("norm")[1]
     assert elf.inspect_elf(unpacked / TESTING_MEMBER).functions
-    held._path(file.sha256).unlink()
+    (cache.cache_root() / kernels._FACTS.format(file.sha256)).unlink()
     real = elf.inspect_elf
 
     def swapped(where):
@@ -226,8 +226,8 @@ def test_facts_are_of_the_file_that_was_hashed(place, unpacked, monkeypatch):
             shutil.rmtree(place.parent)
             aside.rename(place.parent)
 
-    monkeypatch.setattr(held, "inspect_elf", swapped)
-    assert held.facts_of(file).functions == []
+    monkeypatch.setattr(elf, "inspect_elf", swapped)
+    assert kernels.facts_of(file).functions == []
 
 
 def test_a_file_that_was_loaded_and_then_written_over(tmp_path, good):
@@ -287,7 +287,7 @@ def site(unpacked, tmp_path, monkeypatch):
     shutil.copytree(unpacked, folder)
     monkeypatch.setattr("sys.path", [str(folder)])
     monkeypatch.setattr(tvm_ffi, "in_process", lambda *soname: None)
-    monkeypatch.setattr(runtime, "_tvm_ffi", None)
+    monkeypatch.setattr(tvm_ffi, "_loaded", None)
     return folder / tvm_ffi.MEMBER
 
 
@@ -296,12 +296,12 @@ def test_an_installed_libtvm_ffi(site):
     assert found.path == str(site)
     flip(site)
     with pytest.raises(ArtifactError, match=r"RECORD of apache-tvm-ffi .*reinstall it"):
-        tvm_ffi.find()
+        tvm_ffi.installed()
     assert not in_memory(site)
 
 
 def test_libtvm_ffi_that_is_replaced(site, bad, monkeypatch):
-    digest, real = sha256(site.read_bytes()), tvm_ffi.find
+    digest, real = sha256(site.read_bytes()), tvm_ffi.installed
 
     def find():
         found = real()
@@ -309,7 +309,7 @@ def test_libtvm_ffi_that_is_replaced(site, bad, monkeypatch):
         replace(site, bad)
         return found
 
-    monkeypatch.setattr(tvm_ffi, "find", find)
+    monkeypatch.setattr(tvm_ffi, "installed", find)
     with pytest.raises(ArtifactError, match="was replaced"):
         runtime.ensure_tvm_ffi()
     assert not in_memory(site)
@@ -350,7 +350,10 @@ def test_a_pipe_in_the_place_of_a_module(place):
     os.mkfifo(place)
     with pytest.raises(LoaderError):  # and not wait for somebody to write into it
         runtime.load("norm")
-    with pytest.raises(ArtifactError, match="no regular file"), held.checked(place, "", (0,) * 4):
+    with (
+        pytest.raises(ArtifactError, match="no regular file"),
+        kernels.checked(place, "", (0,) * 4),
+    ):
         pass
 
 
@@ -375,7 +378,7 @@ def test_what_others_put_where_all_can_write(tmp_path, good):
     assert not in_memory(path)
 
 
-OPENING = ("dlopen", "attach", "open_module", "open_global", "load_nvidia_dynamic_lib")
+OPENING = ("dlopen", "attach", "open_module", "load_nvidia_dynamic_lib")
 BY_TVM_FFI = "ffi.Module.load_from_file.so"
 
 

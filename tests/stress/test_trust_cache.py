@@ -15,7 +15,7 @@ import pytest
 from urllib3.util import parse_url
 
 from fi_ffi.errors import ArtifactError, FetchError, FiFfiError, LoaderError
-from fi_ffi.loader import cache, held, runtime, search
+from fi_ffi.loader import cache, kernels, runtime, search
 from fi_ffi.loader.fetch.http import Client
 from fi_ffi.loader.fetch.urls import check_url, redirected
 from fi_ffi.loader.kernels import ModuleFile
@@ -181,14 +181,15 @@ def test_a_link_to_a_cache_where_all_can_write(root, tmp_path, monkeypatch):
 def test_notes_of_others_are_not_believed(root):
     """A note that tells a file's signatures is as good as the file."""
     file = ModuleFile("norm", stored(), SHA256)
-    held.remember(file, held.Facts(["libc.so.6"], ["forged"], []))
-    assert held.facts_of(file).functions == ["forged"]
+    kernels.remember(file, kernels.Facts(["libc.so.6"], ["forged"], []))
+    assert kernels.facts_of(file).functions == ["forged"]
     for change in (lambda path: path.chmod(0o666), lambda path: path.parent.chmod(0o777), another):
-        held.remember(file, held.Facts(["libc.so.6"], ["forged"], []))
-        change(held._path(SHA256))
+        kernels.remember(file, kernels.Facts(["libc.so.6"], ["forged"], []))
+        note = cache.cache_root() / kernels._FACTS.format(SHA256)
+        change(note)
         with pytest.raises(ArtifactError, match="not an ELF file"):  # the file itself is asked
-            held.facts_of(file)
-        held._path(SHA256).parent.chmod(0o755)
+            kernels.facts_of(file)
+        note.parent.chmod(0o755)
 
 
 @pytest.mark.parametrize("what", ["wheels", "wheel", "link", "open"])

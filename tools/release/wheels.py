@@ -26,7 +26,7 @@ from fi_ffi.errors import ArgumentError, ArtifactError, BuildError
 from fi_ffi.loader import cache
 from fi_ffi.loader.fetch.asking import check_permission
 from fi_ffi.loader.fetch.urls import redact
-from fi_ffi.loader.lock import parse_release
+from fi_ffi.loader.search import parse_release
 from tools.release.interface import Interface, interface_of
 
 PROJECT = "flashinfer-python"
@@ -92,7 +92,7 @@ class SourceWheel:
 
     def interface(self) -> Interface:
         """Return all declarations of the sources, from the cache if the wheel was read before."""
-        note = cache.cache_root() / "sources" / f"{self.sha256}.json"
+        note = f"sources/{self.sha256}.json"
         kept = cache.read_note(note, _FORMAT)
         if isinstance(kept, dict) and kept.get("reader") == _reader():
             return Interface.from_json(kept["interface"])
@@ -118,7 +118,7 @@ def open_release(release: str) -> SourceWheel:
     if release.endswith(".whl"):
         return _local(Path(release))
     release = parse_release(release)
-    note = cache.cache_root() / "sources" / f"release-{release}.json"
+    note = f"sources/release-{release}.json"
     kept = cache.read_note(note, _FORMAT)
     sha256 = sha256_of(release) or (kept["sha256"] if isinstance(kept, dict) else None)
     found = cache.find(sha256, _FILE.format(release)) if sha256 else None

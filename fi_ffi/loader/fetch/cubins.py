@@ -105,7 +105,7 @@ def _folders(kinds: list[str]) -> Iterator[Path]:
     if named := os.environ.get(FOLDER):
         yield Path(named)
     if "installed" in kinds:
-        yield from (each.file(_LAYOUT) for each in distributions.installed(_DISTRIBUTION))
+        yield from (each.info.parent / _LAYOUT for each in distributions.installed(_DISTRIBUTION))
     if "jit" in kinds:
         with contextlib.suppress(LoaderError):  # a user without a home directory
             yield search.flashinfer_folder() / "cubins"

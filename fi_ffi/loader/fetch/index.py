@@ -6,13 +6,13 @@ import base64
 import contextlib
 import hashlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from fi_ffi.errors import ArtifactError
 from fi_ffi.loader import cache, seed
 from fi_ffi.loader.wheel import Recorded, parse_record
 
+_NOTE = "indexes/{}.json"  # by the sha256 of the wheel
 _INDEX_FORMAT = 4  # version of the stored indexes' format
 
 
@@ -27,14 +27,10 @@ class Index:
     pieces: dict[int, bytes]
     record: str = ""
 
-    @staticmethod
-    def path(sha256: str) -> Path:
-        return cache.cache_root() / "indexes" / f"{sha256}.json"
-
     @classmethod
     def load(cls, sha256: str) -> Index | None:
         """Return the index of a wheel; None if there is none, or if it is unreadable."""
-        data = _read_note(cls.path(sha256))
+        data = _read_note(_NOTE.format(sha256))
         with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
             pieces = {int(at): base64.b64decode(piece) for at, piece in data["pieces"].items()}
             return cls(int(data["size"]), pieces, str(data["record"]))
@@ -44,16 +40,14 @@ class Index:
         """Store it; if the cache cannot be written, it is fetched again next time."""
         pieces = {str(at): base64.b64encode(piece).decode() for at, piece in self.pieces.items()}
         data = {"size": self.size, "pieces": pieces, "record": self.record}
-        cache.write_note(self.path(sha256), _INDEX_FORMAT, data)
+        cache.write_note(_NOTE.format(sha256), _INDEX_FORMAT, data)
 
 
-def _read_note(path: Path) -> Any:
+def _read_note(name: str) -> Any:
     """Return a note of the cache, or else its counterpart in the seed, or None."""
-    note = cache.read_note(path, _INDEX_FORMAT)
+    note = cache.read_note(name, _INDEX_FORMAT)
     root = seed.seed_root() if note is None else None
-    if root is None:
-        return note
-    return cache.read_note(root / path.relative_to(cache.cache_root()), _INDEX_FORMAT, root)
+    return note if root is None else cache.read_note(name, _INDEX_FORMAT, root)
 
 
 def stored_record(sha256: str, record_sha256: str | None) -> dict[str, Recorded] | None:
@@ -63,5 +57,5 @@ def stored_record(sha256: str, record_sha256: str | None) -> dict[str, Recorded]
     if not text or record_sha256 not in (None, hashlib.sha256(text).hexdigest()):
         return None
     with contextlib.suppress(ArtifactError):  # damaged
-        return parse_record(text, str(Index.path(sha256)))
+        return parse_record(text, str(cache.cache_root() / _NOTE.format(sha256)))
     return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -21,9 +22,8 @@ from fi_ffi.loader.fetch.asking import Cooldown
 from fi_ffi.loader.fetch.index import stored_record
 from fi_ffi.loader.fetch.wheels_lock import PinnedWheel, the_lock, this_platform
 from fi_ffi.loader.kernels import KernelWheel, ModuleFile, modules_of, stored
-from fi_ffi.loader.lock import wanted_release
 from fi_ffi.loader.machine import sass_named
-from fi_ffi.loader.search import Candidate
+from fi_ffi.loader.search import Candidate, wanted_release
 from fi_ffi.loader.wheel import Wheel, WheelReader
 
 VERIFY = "FI_FFI_VERIFY"
@@ -168,7 +168,7 @@ class PinnedKernels:
     @property
     def names_of(self) -> str | None:
         """The release whose modules' names it has; None for a wheel that was built by others."""
-        return None if search.BUILT.match(self.pin.file) else self.pin.release
+        return None if re.match(search.BUILT, self.pin.file) else self.pin.release
 
     @property
     def trust(self) -> str:

@@ -12,8 +12,7 @@ from fi_ffi.errors import printed
 from fi_ffi.loader import machine
 from fi_ffi.ops.attention.rows import DECODE_GROUPS, F16, FP4, FP8, MLA_FP8
 from fi_ffi.ops.call.arguments import Refusal, check_choice, check_number
-from fi_ffi.ops.call.providers import release_in_force
-from fi_ffi.ops.call.releases import is_in
+from fi_ffi.ops.call.releases import is_in, release_in_force
 
 # flashinfer/utils.py: PosEncodingMode and MaskMode
 POS_ENCODING_MODES = {"NONE": 0, "ROPE_LLAMA": 1, "ALIBI": 2}

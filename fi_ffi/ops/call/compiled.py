@@ -27,9 +27,8 @@ from fi_ffi.ops.call import cuda, memory, notation
 from fi_ffi.ops.call.checks import CompileOptions, call_text
 from fi_ffi.ops.call.codegen import FUNCTIONS, Writer
 from fi_ffi.ops.call.launch import LaunchTarget, launch
-from fi_ffi.ops.call.providers import entry_for
 from fi_ffi.ops.call.refuse import DEVICE_TYPES, Refusals
-from fi_ffi.ops.call.releases import GUARDED
+from fi_ffi.ops.call.releases import GUARDED, entry_for
 from fi_ffi.ops.call.row import (
     KV_LAYOUTS,
     REQUIRED,

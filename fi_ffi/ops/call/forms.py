@@ -1,7 +1,7 @@
 """Which form of an entry is in force: of its row, its mode or its order of weights.
 
 An entry whose arguments changed between FlashInfer's releases has a form for each span of releases.
-The one in force is that of the kernels in use (`providers.release_in_force`).
+The one in force is that of the kernels in use (`releases.release_in_force`).
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from typing import Protocol, TypeVar
 
 from fi_ffi.abi.tensor import Device
 from fi_ffi.errors import KernelNotFoundError
-from fi_ffi.ops.call.providers import release_in_force
-from fi_ffi.ops.call.releases import HasReleases, of_release, span_of
+from fi_ffi.ops.call.releases import HasReleases, of_release, release_in_force, span_of
 
 
 class Form(HasReleases, Protocol):

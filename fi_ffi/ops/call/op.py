@@ -9,8 +9,7 @@ from fi_ffi.ops.call.checks import parameters
 from fi_ffi.ops.call.compiled import CompiledRow
 from fi_ffi.ops.call.docs import docstring
 from fi_ffi.ops.call.prepared import Prepared, prepare_call
-from fi_ffi.ops.call.providers import release_in_force
-from fi_ffi.ops.call.releases import fits
+from fi_ffi.ops.call.releases import fits, release_in_force
 from fi_ffi.ops.call.row import Row
 from fi_ffi.ops.call.support import Support, supports
 

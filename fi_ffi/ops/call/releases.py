@@ -1,4 +1,4 @@
-"""FlashInfer's releases: which rows belong to one, and the forms that an entry has had.
+"""FlashInfer's releases: the one in force, the rows of each, and the entry that serves a row.
 
 The facts are from the binding sources and `jit/attention/modules.py` of every release from 0.6.3 to
 0.7.2.post1; `tests/releases` compares the rows with each.
@@ -12,7 +12,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
-from fi_ffi.ops.call.row import Arg, Ranged, Row, Tensor
+from fi_ffi.abi.function import Entry
+from fi_ffi.abi.tensor import Device
+from fi_ffi.errors import ArchitectureError, KernelNotFoundError, LoaderError
+from fi_ffi.loader import machine
+from fi_ffi.ops.call.row import Absent, Arg, Ranged, Row, Tensor
 
 OLDEST = "0.6.3"
 # The lock's default release. Its forms come first.
@@ -153,3 +157,72 @@ def span_of(forms: Sequence[Any]) -> str:
         else:
             spans[-1][1] = max(last, end, key=_number) if last and end else ""
     return " or ".join(f">={start},<{end}" if end else f">={start}" for start, end in spans)
+
+
+def release_in_force() -> str:
+    """Return the FlashInfer release whose arguments ops have, on every device.
+
+    Without a lock that can be read it is the release whose forms come first.
+    """
+    from fi_ffi.loader import search  # imported late: it takes as long as all the rest
+
+    try:
+        return search.decided()[0] or search.wanted_release()
+    except LoaderError:
+        return FIRST
+
+
+def entry_for(row: Row, device: Device, module: str | None = None) -> Entry:
+    """Return the row's entry, loaded and attested: its own signature is the row's.
+
+    `module` is a module of the row's family, by default the row's own. Raises `KernelNotFoundError`
+    for an op that the release in use lacks, and `ArchitectureError` on a GPU that the kernel was
+    not written for.
+    """
+    if device.is_cuda:
+        from fi_ffi.loader import runtime
+
+        check_available(row, device)
+        name = module or row.module
+        if row.modules and name == row.module:
+            name = row.module_on(machine.capability(device.index))
+        if row.factory:
+            from fi_ffi.loader.methods import method_entry
+
+            return method_entry(name, row.factory, row.signature, row.releases, device.index)
+        return runtime.kernel_entry(name, row.signature, row.releases, device.index)
+    names = ["" if isinstance(arg, Absent) else arg.name for arg in row.args]
+    kernels: Any = reference()
+    # Of most families there is one module, named as they are.
+    compiled = () if module in (None, row.module) else kernels.compiled_for(module)
+    entry: Entry = kernels.entry(
+        row.module, row.signature, row.reference, compiled, row.formula, names
+    )
+    return entry
+
+
+def reference() -> Any:
+    """Return the package of numpy kernels, which the CPU device alone needs."""
+    # Imported late: numpy takes longer than all of fi_ffi.
+    from fi_ffi import reference
+
+    return reference
+
+
+def check_available(row: Row, device: Device) -> None:
+    """Raise if the row's kernel was not written for a GPU, or is not in the release in use."""
+    from fi_ffi.loader import search
+
+    if row.capabilities:
+        capability = machine.capability(device.index)
+        others = row.other_gpus(capability)
+        if others:
+            major, minor = capability
+            raise ArchitectureError(
+                f"{row.name} is written for {others}; {device} has {major}.{minor}"
+            )
+    release = search.decided()[0]
+    if release and not fits(row, release):
+        raise KernelNotFoundError(
+            f"{row.name} is in FlashInfer {row.releases}; the kernels in use are of {release}"
+        )

@@ -27,7 +27,7 @@ from fi_ffi.ops.call.compiled import CompiledRow
 from fi_ffi.ops.call.memory import scratch_for
 from fi_ffi.ops.call.notation import round_up
 from fi_ffi.ops.call.op import Op
-from fi_ffi.ops.call.providers import check_available
+from fi_ffi.ops.call.releases import check_available
 from fi_ffi.ops.call.row import Row, Tensor, form_on
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.matmul import rows

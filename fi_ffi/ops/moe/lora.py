@@ -21,8 +21,7 @@ from fi_ffi.ops.call import cuda
 from fi_ffi.ops.call.arguments import INT32_MAX, Refusal
 from fi_ffi.ops.call.compiled import CompiledRow
 from fi_ffi.ops.call.op import Op
-from fi_ffi.ops.call.providers import check_available
-from fi_ffi.ops.call.releases import forms_of
+from fi_ffi.ops.call.releases import check_available, forms_of
 from fi_ffi.ops.call.row import Absent, Row, Scalar, Tensor, Vector
 from fi_ffi.ops.steps.keyword_call import Launch, PreparedSteps, keyword_function
 from fi_ffi.ops.steps.memory import check_apart, staged, zero

@@ -10,8 +10,7 @@ from typing import Any
 from fi_ffi.abi.tensor import TensorDesc
 from fi_ffi.ops.call.arguments import Refusal
 from fi_ffi.ops.call.notation import round_up
-from fi_ffi.ops.call.providers import release_in_force
-from fi_ffi.ops.call.releases import of_release
+from fi_ffi.ops.call.releases import of_release, release_in_force
 from fi_ffi.ops.moe.interface import FOLDED_RELEASES, W4_RELEASES
 
 HALF = ("float16", "bfloat16")

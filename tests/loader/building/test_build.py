@@ -21,9 +21,8 @@ from fi_ffi.catalogue.requests import parse_arch, parse_request, parse_requests,
 from fi_ffi.errors import ArgumentError, BuildError
 from fi_ffi.loader import machine
 from fi_ffi.loader.cache import cache_root
-from fi_ffi.loader.held import cuda_of, facts_of
-from fi_ffi.loader.kernels import open_source
-from fi_ffi.loader.lock import parse_release
+from fi_ffi.loader.kernels import cuda_of, facts_of, open_source
+from fi_ffi.loader.search import parse_release
 from fi_ffi_build import environment as building
 from fi_ffi_build.build import (
     _compile,

@@ -20,7 +20,7 @@ from fi_ffi.abi import library
 from fi_ffi.abi.function import Entry
 from fi_ffi.loader.elf import FUNCTION_PREFIX
 from fi_ffi.loader.kernels import open_source
-from fi_ffi.loader.runtime import tvm_ffi_version
+from fi_ffi.loader.tvm_ffi import tvm_ffi_version
 from fi_ffi.modules.files import file_signatures
 from fi_ffi_build.build import run_ninja
 from fi_ffi_build.environment import open_workshop
