@@ -1,18 +1,31 @@
-"""Parses names of kernel modules: the inverse of `fi_ffi.loader.uris.uri`.
+"""Names of kernel modules, checked and parsed.
 
+    uri("batch_prefill", release="0.6.13", dtype_q="bf16", head_dim_qk=128, backend="fa3")
     parse("batch_prefill_with_kv_cache_dtype_q_bf16_…_f16qk_False_sm90").params
 
-Loading a kernel needs no name's parts. What lists, explains or judges modules does, and so do the
-numpy kernels, which one module's name tells what to compute.
+are inverse to each other. `fi_ffi.loader.uris` has the rows. Loading a kernel needs no name's
+parts. What lists, explains or judges modules does, and so do the numpy kernels, which one module's
+name tells what to compute.
 """
 
 from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from fi_ffi.loader.uris import ROWS, Kind, Params, Row, Value, Words, span, version_of
+from fi_ffi.loader.uris import (
+    ROWS,
+    Kind,
+    Params,
+    Row,
+    Value,
+    Words,
+    family_row,
+    span,
+    version_of,
+)
 
 
 @dataclass(frozen=True)
@@ -51,6 +64,54 @@ class ModuleName:
         return span(row for row in ROWS if match(row, self.name) is not None)
 
 
+def _refuse_stride(params: Params) -> str | None:
+    mode, surface = params["paged_kv_stride_mode"], params["module_surface"]
+    if params["backend"] == "fa3" and (mode, surface) != ("runtime", "full"):
+        return "paged_kv_stride_mode='runtime' and module_surface='full' with fa3"
+    if surface == "paged" and mode != "independent":
+        return "paged_kv_stride_mode='independent' with module_surface='paged'"
+    return None
+
+
+def _refuse_xqa(params: Params) -> str | None:
+    q_seq_len, ratio = params["q_seq_len"], params["head_group_ratio"]
+    if params["use_spec_dec"] != (q_seq_len != 1):
+        return "use_spec_dec exactly where q_seq_len is above 1"
+    # The SM90 kernel has instances for a fixed query length up to 32 rows; beyond them,
+    # use_ragged_q changes nothing.
+    fits = isinstance(q_seq_len, int) and isinstance(ratio, int) and q_seq_len * ratio <= 32
+    if params.get("use_ragged_q") and (q_seq_len == 1 or not fits):
+        return "q_seq_len above 1, and q_seq_len * head_group_ratio up to 32, with use_ragged_q"
+    return None
+
+
+# By a parameter that only the rows with restrictions have.
+_REFUSALS: dict[str, Callable[[Params], str | None]] = {
+    "module_surface": _refuse_stride,
+    "use_spec_dec": _refuse_xqa,
+}
+
+
+def refusal(params: Params) -> str | None:
+    """Return the requirement that this combination violates; None if it is valid."""
+    checks = (check for name, check in _REFUSALS.items() if name in params)
+    return next((reason for check in checks if (reason := check(params))), None)
+
+
+def complete(row: Row, params: Params) -> dict[str, Value]:
+    """Check parameters and their combination, and add defaults, as the row has them."""
+    values = row.complete(params)
+    if reason := refusal(values):
+        raise row.error(", ".join(params), "this combination", reason)
+    return values
+
+
+def uri(family: str, *, release: str, **params: Value) -> str:
+    """Return a module's name; refuse a combination that no generator makes."""
+    row = family_row(family, release)
+    return row.render(complete(row, params))
+
+
 def pattern_of(kind: Kind) -> str:
     """Return a regular expression without groups that matches exactly the texts of a kind."""
     if isinstance(kind, Words):
@@ -80,7 +141,7 @@ def match(row: Row, name: str) -> dict[str, Value] | None:
     if found is None:
         return None
     params = {key: row.kinds[key].value(text) for key, text in found.groupdict().items()}
-    return None if row.refusal(params) else params
+    return None if refusal(params) else params
 
 
 @functools.lru_cache(maxsize=8)

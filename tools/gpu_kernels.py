@@ -19,8 +19,7 @@ from collections.abc import Iterable, Iterator
 
 from fi_ffi.errors import ArgumentError
 from fi_ffi.loader.fetch.wheels_lock import the_lock
-from fi_ffi.loader.uris import uri
-from fi_ffi.module_names import parse
+from fi_ffi.module_names import parse, uri
 from fi_ffi.ops.attention.rows import MLA_FP8
 from fi_ffi.ops.call.releases import is_in
 

@@ -16,8 +16,8 @@ from fi_ffi.catalogue.requests import request_for
 from fi_ffi.errors import ArgumentError, LoaderError
 from fi_ffi.loader.kernels import KernelSource, release_of
 from fi_ffi.loader.permission import fetching, is_withheld
-from fi_ffi.loader.uris import Value, uri
-from fi_ffi.module_names import ModuleName, parse
+from fi_ffi.loader.uris import Value
+from fi_ffi.module_names import ModuleName, parse, uri
 
 # The suffix of a name for one architecture: `_sm90`, `_90`, `_sm103a`.
 _FOR_SM = re.compile(r"_(?:sm)?(\d{1,2})(\d)([af]?)")

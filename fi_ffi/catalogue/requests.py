@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from fi_ffi.catalogue.families import FAMILIES, OPTIONS, Family, every_option
 from fi_ffi.errors import ArgumentError
 from fi_ffi.loader.machine import architecture_named
-from fi_ffi.loader.uris import DTYPES, Row, Value, family_row, uri
-from fi_ffi.module_names import ModuleName, parse
+from fi_ffi.loader.uris import DTYPES, Row, Value, family_row
+from fi_ffi.module_names import ModuleName, complete, parse, uri
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Request:
         if self.family is None:
             return None
         row = family_row(self.family.name, release)
-        return row, row.complete(_params(self.options, row))
+        return row, complete(row, _params(self.options, row))
 
     def module_in(self, release: str) -> str:
         """Return the one module that is requested, by its name in a release."""

@@ -42,7 +42,7 @@ def inspect(file: Path, no_load: bool, as_json: bool) -> None:
         "requires": list(info.requires),
         "tvm_ffi": {
             "compiled_for": tvm_ffi.compiled_for(file, info.requires),
-            "exported_by": {name: tvm_ffi.exporting(name) for name in info.requires},
+            "exported_by": {name: _exporting(name) for name in info.requires},
         },
         "functions": {name: signatures.get(name) for name in info.functions},
         "signatures_missing_because": problem,
@@ -94,3 +94,9 @@ def _fitting(releases: list[str]) -> str:
     if not releases:
         return f"none from {every[0]} to {every[-1]} fits its symbols"
     return f"compiled with {tvm_ffi.span(releases, every) or 'any'}, by its symbols"
+
+
+def _exporting(symbol: str) -> str:
+    """Return which apache-tvm-ffi exports a symbol: "all", "none", or a version specifier."""
+    found = tvm_ffi.releases_record()["symbols"].get(symbol)
+    return "none" if found is None else found or "all"

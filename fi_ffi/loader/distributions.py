@@ -1,4 +1,4 @@
-"""Installed distributions, by the names of their folders.
+"""Installed distributions, by the names of their folders, and their versions.
 
 `importlib.metadata` imports the email package, which is a good part of a first call.
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,3 +57,25 @@ def hex_of(digest: str, origin: str, name: str = "it") -> str:
     if algorithm != "sha256" or len(raw) != 32:
         raise ArtifactError(f"{origin}: RECORD has no sha256 for {name}: {digest!r:.80}")
     return raw.hex()
+
+
+NUMBER = r"\d+(?:\.\d+)*(?:\.post\d+)?"  # a version that is no prerelease
+
+
+@functools.cache
+def is_in(version: str, specifier: str, prereleases: bool | None = True) -> bool:
+    """Whether a version specifier includes a version; `prereleases` is as packaging has it."""
+    bounds = [re.fullmatch(f"(>=|<|!=)({NUMBER})", part) for part in specifier.split(",")]
+    if not re.fullmatch(r"\d+\.\d+\.\d+(\.post\d+)?", version) or not all(bounds):
+        # Imported late: it is a good part of a first call's time.
+        from packaging.specifiers import SpecifierSet
+
+        return SpecifierSet(specifier).contains(version, prereleases=prereleases)
+    own = version_key(version)
+    of = {">=": own.__ge__, "<": own.__lt__, "!=": own.__ne__}
+    return all(of[bound[1]](version_key(bound[2])) for bound in bounds if bound)
+
+
+def version_key(version: str) -> tuple[int, ...]:
+    """Return a sort key of a version: a post release comes after it and before the next one."""
+    return tuple(int(part.removeprefix("post")) for part in version.split("."))

@@ -19,14 +19,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import platform
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from fi_ffi.errors import ArchitectureError, ArtifactError, KernelNotFoundError, LoaderError
+from fi_ffi.errors import ArtifactError, KernelNotFoundError, LoaderError
 from fi_ffi.loader import cache, seed, trust
 from fi_ffi.loader.machine import CudaCode
 
@@ -171,22 +170,6 @@ def stored(module: str, sha256: str) -> ModuleFile | None:
     """Return a wheel's module from the cache or the seed cache, or None."""
     file = seed.find(sha256, f"{module}.so")
     return None if file is None else ModuleFile(module, file[0], sha256, file[1])
-
-
-class KernelFile:
-    """A single library, which is its own only module and which nothing vouches for."""
-
-    version: str | None = None
-    trust = "unverified"
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.location = path, str(path)
-
-    def modules(self) -> list[str]:
-        return [self.path.stem]
-
-    def file(self, module: str = "") -> ModuleFile:
-        return hashed_file(self.path.stem, self.path)
 
 
 def hashed_file(module: str, path: Path) -> ModuleFile:
@@ -355,12 +338,3 @@ def cuda_of(facts: Facts) -> int | None:
     """Return the CUDA major version of the runtime that a file needs; None if it needs none."""
     found = (re.fullmatch(r"libcudart\.so\.(\d+)[\d.]*", name) for name in facts.needed)
     return next((int(match[1]) for match in found if match), None)
-
-
-def check_processor(path: Path, machine: str) -> None:
-    """Raise `ArchitectureError` for a file whose host code is for another processor."""
-    if machine != platform.machine():
-        raise ArchitectureError(
-            f"{path} is for {machine} processors, and this one is {platform.machine()}: build it "
-            "here, or take the wheel of this platform"
-        )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import re
 import threading
 from collections.abc import Sequence
@@ -20,7 +21,13 @@ from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.function import Entry, probe
 from fi_ffi.abi.objects import Object
 from fi_ffi.abi.signature import Signature, parse_signature
-from fi_ffi.errors import AbiError, ArtifactError, KernelNotFoundError, LoaderError
+from fi_ffi.errors import (
+    AbiError,
+    ArchitectureError,
+    ArtifactError,
+    KernelNotFoundError,
+    LoaderError,
+)
 from fi_ffi.loader import (
     cache,
     cuda_errors,
@@ -41,7 +48,6 @@ from fi_ffi.loader.kernels import (
     KernelSource,
     ModuleFile,
     VerifiedFile,
-    check_processor,
     cuda_of,
     remember,
 )
@@ -192,7 +198,12 @@ def _opened(source: KernelSource, file: ModuleFile, facts: Facts) -> Loaded:
             failed = error
         if failed is not None:
             # For another processor's library, the dynamic linker says that there is no such file.
-            check_processor(file.path, inspect_elf(opened.name).machine)
+            built_for = inspect_elf(opened.name).machine
+            if built_for != platform.machine():
+                raise ArchitectureError(
+                    f"{file.path} is for {built_for} processors, and this one is "
+                    f"{platform.machine()}: build it here, or take the wheel of this platform"
+                ) from failed
             raise _explained(failed, file.path, found)
         opened.keep(in_place=in_place)
         server = None

@@ -168,9 +168,9 @@ def _local(release: str | None) -> Iterator[Candidate]:
     for folder in folders:
         found = sorted(Path(folder).glob("flashinfer_jit_cache*.whl"))
         wheels += sorted(found, key=nearness_named, reverse=True)
-    from fi_ffi.loader.wheel import Wheel  # imported late: many processes read no wheel
-
     for wheel in wheels:
+        from fi_ffi.loader.wheel import Wheel  # imported late: many processes read no wheel
+
         trust.check_user_path(wheel)
         if not named:
             trust.check_owner(wheel)

@@ -28,7 +28,7 @@ from fi_ffi.abi._cffi import ffi
 from fi_ffi.errors import ArtifactError, LoaderError
 from fi_ffi.loader import distributions, kernels
 from fi_ffi.loader.cache import State
-from fi_ffi.loader.distributions import hex_of
+from fi_ffi.loader.distributions import hex_of, is_in
 
 if TYPE_CHECKING:
     from fi_ffi.loader.elf import Source
@@ -133,22 +133,23 @@ def installed() -> Found:
 
 
 def of_distribution(
-    members: Mapping[str, str], accepted: str, missing: str, install: str, prereleases: bool = False
+    members: Mapping[str, str],
+    accepted: str,
+    missing: str,
+    install: str,
+    prereleases: bool | None = None,
 ) -> Found:
     """Find a library of an installed distribution, and check it against RECORD.
 
     `members` has the library's path by the names of the distributions that may have it, the best
     first. `missing` and `install` are what the `LoaderError` says if none does.
     """
-    # Imported late: not needed if a copy is loaded.
-    from packaging.specifiers import SpecifierSet
-
     for name, member in members.items():
         found = distributions.installed(f"{name.replace('-', '_')}-")
         if not found:
             continue
         path, version = found[0].info.parent / member, found[0].version
-        if not SpecifierSet(accepted).contains(version, prereleases=prereleases or None):
+        if not is_in(version, accepted, prereleases):
             missing = f"{name} {version} is installed, and fi_ffi works with {accepted}"
         elif not path.is_file():
             missing = f"{name} {version} is installed without {path}, reinstall it"
@@ -186,12 +187,6 @@ def span(of: Sequence[str], every: Sequence[str]) -> str:
     bounds = [f">={of[0]}"] if first else []
     bounds += [f"<={of[-1]}"] if last < len(every) - 1 else []
     return ",".join(bounds + [f"!={hole}" for hole in every[first:last] if hole not in of])
-
-
-def exporting(symbol: str) -> str:
-    """Return which apache-tvm-ffi exports a symbol: "all", "none", or a version specifier."""
-    found = releases_record()["symbols"].get(symbol)
-    return "none" if found is None else found or "all"
 
 
 def compiled_for(file: Source, requires: Sequence[str]) -> list[str]:

@@ -155,26 +155,17 @@ class Row:
             self.until and found >= version_of(self.until)
         )
 
-    def refusal(self, params: Params) -> str | None:
-        """Return the requirement that this combination violates; None if it is valid."""
-        checks = (check for name, check in _REFUSALS.items() if name in params)
-        return next((reason for check in checks if (reason := check(params))), None)
-
     def complete(self, given: Params) -> dict[str, Value]:
         """Check `given`, add defaults, and return all parameters in the order of the name."""
         unknown = [name for name in given if name not in self.kinds]
         if unknown:
-            raise self._error(unknown[0], "a parameter", ", ".join(self.kinds) or "none")
+            raise self.error(unknown[0], "a parameter", ", ".join(self.kinds) or "none")
         values = {name: self._read(name, value) for name, value in given.items()}
         # Defaults derived from other parameters come last.
         for name in sorted(self.kinds, key=self._follows):
             if name not in values:
                 values[name] = self._read(name, self.default(name, values))
-        result = {name: values[name] for name in self.kinds}
-        reason = self.refusal(result)
-        if reason is not None:
-            raise self._error(", ".join(given), "this combination", reason)
-        return result
+        return {name: values[name] for name in self.kinds}
 
     def _follows(self, name: str) -> bool:
         return name in _DERIVED or str(self.defaults.get(name)).startswith("=")
@@ -207,9 +198,9 @@ class Row:
             return kind.text(value)
         except (ValueError, TypeError) as error:
             got = "nothing" if value is None else repr(value)
-            raise self._error(name, got, kind.expected) from error
+            raise self.error(name, got, kind.expected) from error
 
-    def _error(self, argument: str, got: object, expected: object) -> ArgumentError:
+    def error(self, argument: str, got: object, expected: object) -> ArgumentError:
         return ArgumentError(f"uri of {self.family}", argument, got=got, expected=expected)
 
 
@@ -221,31 +212,6 @@ _DERIVED: dict[str, Callable[[Params], Value]] = {
     "paged_kv_stride_mode": lambda p: "equal" if p.get("backend") != "fa3" else "runtime",
     "use_spec_dec": lambda p: p.get("q_seq_len") != 1,
 }
-
-
-def _refuse_stride(params: Params) -> str | None:
-    mode, surface = params["paged_kv_stride_mode"], params["module_surface"]
-    if params["backend"] == "fa3" and (mode, surface) != ("runtime", "full"):
-        return "paged_kv_stride_mode='runtime' and module_surface='full' with fa3"
-    if surface == "paged" and mode != "independent":
-        return "paged_kv_stride_mode='independent' with module_surface='paged'"
-    return None
-
-
-def _refuse_xqa(params: Params) -> str | None:
-    q_seq_len, ratio = params["q_seq_len"], params["head_group_ratio"]
-    if params["use_spec_dec"] != (q_seq_len != 1):
-        return "use_spec_dec exactly where q_seq_len is above 1"
-    # The SM90 kernel has instances for a fixed query length up to 32 rows; beyond them,
-    # use_ragged_q changes nothing.
-    fits = isinstance(q_seq_len, int) and isinstance(ratio, int) and q_seq_len * ratio <= 32
-    if params.get("use_ragged_q") and (q_seq_len == 1 or not fits):
-        return "q_seq_len above 1, and q_seq_len * head_group_ratio up to 32, with use_ragged_q"
-    return None
-
-
-# By a parameter that only the rows with restrictions have.
-_REFUSALS = {"module_surface": _refuse_stride, "use_spec_dec": _refuse_xqa}
 
 
 def _kind(data: Any) -> Kind:
@@ -316,7 +282,8 @@ def uri(family: str, *, release: str, **params: Value) -> str:
     Dtypes may be short or long names ("f16", "float16"); "fp4" is NVFP4 under any release's name.
     Omitted parameters take the most common value of FlashInfer's published wheels: keys, values and
     outputs of the query's dtype, int32 indices, equal head sizes, no option, fa2. Raises
-    ArgumentError for a parameter or a value that the family does not have in this release.
+    ArgumentError for a parameter or a value that the family does not have in this release;
+    `fi_ffi.module_names.uri` also refuses combinations that no generator makes.
     """
     row = family_row(family, release)
     return row.render(row.complete(params))

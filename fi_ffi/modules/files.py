@@ -9,11 +9,27 @@ from fi_ffi.abi.function import probe
 from fi_ffi.abi.signature import Signature
 from fi_ffi.errors import AbiError, KernelNotFoundError
 from fi_ffi.loader import cache, runtime
-from fi_ffi.loader.kernels import KernelFile, facts_of
+from fi_ffi.loader.kernels import ModuleFile, facts_of, hashed_file
 from fi_ffi.loader.runtime import Loaded
 
 # By path, inode, size and modification time.
 _files: dict[tuple[Path, int, int, int], Loaded] = {}
+
+
+class KernelFile:
+    """A single library, which is its own only module and which nothing vouches for."""
+
+    version: str | None = None
+    trust = "unverified"
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.location = path, str(path)
+
+    def modules(self) -> list[str]:
+        return [self.path.stem]
+
+    def file(self, module: str = "") -> ModuleFile:
+        return hashed_file(self.path.stem, self.path)
 
 
 def load_file(path: str | os.PathLike[str]) -> Loaded:

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from fi_ffi.cli import main
 from fi_ffi.loader import search
 from fi_ffi.loader.search import Candidate
-from fi_ffi.loader.uris import uri
+from fi_ffi.module_names import uri
 
 DECODE = uri("batch_decode", release="0.6.13", dtype_q="bf16", dtype_kv="e4m3", head_dim_qk=192,
              head_dim_vo=128, use_sliding_window=True)  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fi_ffi.loader.uris import uri
+from fi_ffi.module_names import uri
 from fi_ffi.ops.call.releases import release_in_force
 from fi_ffi.reference.attention.formula import Options, exact
 

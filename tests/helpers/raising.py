@@ -34,8 +34,9 @@ from fi_ffi.loader import (
     tvm_ffi,
 )
 from fi_ffi.loader.fetch import asking, wheels_lock
-from fi_ffi.loader.kernels import KernelFile, open_source
+from fi_ffi.loader.kernels import open_source
 from fi_ffi.modules import files
+from fi_ffi.modules.files import KernelFile
 from fi_ffi.ops.call import cuda, releases
 from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.call.row import Row, Tensor

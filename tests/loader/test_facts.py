@@ -17,8 +17,9 @@ import fi_ffi
 from fi_ffi.cli import main
 from fi_ffi.errors import ArtifactError, BuildError, KernelNotFoundError, LoaderError
 from fi_ffi.loader import cache, kernels, lock, search
-from fi_ffi.loader.kernels import KernelFile, open_source
+from fi_ffi.loader.kernels import open_source
 from fi_ffi.modules import files
+from fi_ffi.modules.files import KernelFile
 from fi_ffi.ops.functions import OPS
 from fi_ffi_build import environment
 

@@ -12,6 +12,7 @@ from packaging.specifiers import SpecifierSet
 import fi_ffi
 from fi_ffi.abi.tensor import parse_device
 from fi_ffi.loader import machine, runtime
+from fi_ffi.loader.tvm_ffi import ACCEPTED
 from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.call.releases import entry_for, fits
 from fi_ffi.ops.functions import OPS
@@ -63,8 +64,8 @@ def test_an_op_takes_the_form_of_its_kernels():
 
 
 RELEASES = ["0.6.2", "0.6.3", "0.6.8", "0.6.13", "0.6.14", "0.6.100", "0.7.0", "1.0.0",
-            "0.6.13.post1"]  # fmt: skip
-SPECIFIERS = [*{row.releases for row in ROWS}, ">=0.6.4,<0.7", ">=0", "<1"]
+            "0.6.13.post1", "0.1.12", "0.1.13", "0.1.13.post0"]  # fmt: skip
+SPECIFIERS = [*{row.releases for row in ROWS}, ">=0.6.4,<0.7", ">=0", "<1", ACCEPTED]
 
 
 @pytest.mark.parametrize("release", RELEASES)

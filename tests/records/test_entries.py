@@ -24,8 +24,8 @@ from fi_ffi.catalogue.ahead_of_time import (
 )
 from fi_ffi.loader.fetch.wheels_lock import the_lock
 from fi_ffi.loader.machine import sass_named
-from fi_ffi.loader.uris import uri, version_of
-from fi_ffi.module_names import parse
+from fi_ffi.loader.uris import version_of
+from fi_ffi.module_names import parse, uri
 from tools.entries import entries_of
 from tools.release import grids
 

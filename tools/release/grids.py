@@ -9,8 +9,8 @@ import itertools
 from collections.abc import Iterable
 
 from fi_ffi.catalogue.ahead_of_time import ParameterGrid
-from fi_ffi.loader.uris import Value, uri
-from fi_ffi.module_names import ModuleName, parse
+from fi_ffi.loader.uris import Value
+from fi_ffi.module_names import ModuleName, parse, uri
 
 
 def write(grid: ParameterGrid) -> dict[str, object]:

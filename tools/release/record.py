@@ -17,7 +17,8 @@ from typing import Any
 
 from fi_ffi.catalogue.ahead_of_time import ParameterGrid
 from fi_ffi.errors import ArgumentError, BuildError
-from fi_ffi.loader.uris import DTYPES, ROWS, Value, uri, version_of
+from fi_ffi.loader.uris import DTYPES, ROWS, Value, version_of
+from fi_ffi.module_names import uri
 from fi_ffi_build.build import available
 from tools.release import grids
 from tools.release.described import described, generated_names

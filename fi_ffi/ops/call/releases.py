@@ -6,7 +6,6 @@ The facts are from the binding sources and `jit/attention/modules.py` of every r
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -16,6 +15,8 @@ from fi_ffi.abi.function import Entry
 from fi_ffi.abi.tensor import Device
 from fi_ffi.errors import ArchitectureError, KernelNotFoundError, LoaderError
 from fi_ffi.loader import machine
+from fi_ffi.loader.distributions import NUMBER, version_key
+from fi_ffi.loader.distributions import is_in as is_in
 from fi_ffi.ops.call.row import Absent, Arg, Ranged, Row, Tensor
 
 OLDEST = "0.6.3"
@@ -45,27 +46,7 @@ GUARDED = frozenset(
         "single_prefill_sm90_jit_binding",
     )
 )
-_PLAIN = re.compile(r"\d+\.\d+\.\d+(?:\.post[1-9]\d*)?")  # a published release
-_NUMBER = r"(\d+(?:\.\d+)*(?:\.post[1-9]\d*)?)"
-_BOUND = re.compile(f"(>=|<){_NUMBER}")
-_SPAN = re.compile(f">={_NUMBER}(?:,<{_NUMBER})?")
-
-
-@functools.cache
-def is_in(release: str, releases: str) -> bool:
-    """Whether a version specifier includes a release."""
-    bounds = [_BOUND.fullmatch(part) for part in releases.split(",")]
-    if _PLAIN.fullmatch(release) and all(bounds):
-        found = _number(release)
-        return all(
-            found < _number(bound[2]) if bound[1] == "<" else found >= _number(bound[2])
-            for bound in bounds
-            if bound is not None
-        )
-    # Imported late: it is a good part of a first call's time.
-    from packaging.specifiers import SpecifierSet
-
-    return SpecifierSet(releases).contains(release, prereleases=True)
+_SPAN = f">=({NUMBER})(?:,<({NUMBER}))?"
 
 
 def fits(row: Row, release: str) -> bool:
@@ -89,15 +70,10 @@ def of_release(forms: Iterable[_Form], release: str) -> _Form | None:
     return next(fitting, None)
 
 
-def _number(release: str) -> tuple[int, ...]:
-    """Return a sort key of a release: a post release comes after it and before the next one."""
-    return tuple(int(part.removeprefix("post")) for part in release.split("."))
-
-
 def _has(item: Ranged, release: str) -> bool:
-    if item.since and _number(release) < _number(item.since):
+    if item.since and version_key(release) < version_key(item.since):
         return False
-    return not item.until or _number(release) < _number(item.until)
+    return not item.until or version_key(release) < version_key(item.until)
 
 
 def _dtypes_of(args: Sequence[Arg]) -> set[str]:
@@ -112,18 +88,18 @@ def forms_of(row: Row, later: Mapping[str, Mapping[str, Any]] | None = None) -> 
     from a release on.
     """
     later = later or {}
-    span = _SPAN.fullmatch(row.releases)
+    span = re.fullmatch(_SPAN, row.releases)
     assert span is not None, row.releases
     begin, end = span.groups("")
     items = (*row.args, *row.rules)
     named = {*later, *(item.since for item in items), *(item.until for item in items)} - {""}
-    inner = {release for release in named if _number(release) > _number(begin)}
-    starts = sorted({begin, *inner}, key=_number)
+    inner = {release for release in named if version_key(release) > version_key(begin)}
+    starts = sorted({begin, *inner}, key=version_key)
     forms = []
     for start, until in zip(starts, [*starts[1:], end], strict=True):
         fields: dict[str, Any] = {}
-        for release in sorted(later, key=_number):
-            if _number(release) <= _number(start):
+        for release in sorted(later, key=version_key):
+            if version_key(release) <= version_key(start):
                 fields |= later[release]
         args = tuple(arg for arg in row.args if _has(arg, start))
         names = {arg.name for arg in args}
@@ -138,24 +114,24 @@ def forms_of(row: Row, later: Mapping[str, Mapping[str, Any]] | None = None) -> 
         releases = f">={start},<{until}" if until else f">={start}"
         forms.append(replace(row, args=args, releases=releases, **fields))
     number = max(
-        (i for i, start in enumerate(starts) if _number(start) <= _number(FIRST)), default=0
+        (i for i, start in enumerate(starts) if version_key(start) <= version_key(FIRST)), default=0
     )
     return (forms[number], *forms[:number], *forms[number + 1 :])
 
 
 def span_of(forms: Sequence[Any]) -> str:
     """Return the releases of all the forms as one specifier, with adjacent ranges joined."""
-    matches = [_SPAN.fullmatch(form.releases) for form in forms]
+    matches = [re.fullmatch(_SPAN, form.releases) for form in forms]
     bounds = [match.groups("") for match in matches if match]
     if len(bounds) < len(forms):
         return " or ".join(form.releases for form in forms)
     spans: list[list[str]] = []
-    for start, end in sorted(bounds, key=lambda span: _number(span[0])):
+    for start, end in sorted(bounds, key=lambda span: version_key(span[0])):
         last = spans[-1][1] if spans else "0"
-        if last and _number(start) > _number(last):
+        if last and version_key(start) > version_key(last):
             spans.append([start, end])
         else:
-            spans[-1][1] = max(last, end, key=_number) if last and end else ""
+            spans[-1][1] = max(last, end, key=version_key) if last and end else ""
     return " or ".join(f">={start},<{end}" if end else f">={start}" for start, end in spans)
 
 
