@@ -309,7 +309,7 @@ RAISED: list[HERE] = [
     ("Missing file or directory", errors.KernelNotFoundError, lambda: open_source("/none")),
     ("Missing file or directory", errors.KernelNotFoundError, lambda: files.load_file("/")),
     ("Release mismatch", errors.KernelNotFoundError,
-     patched(search, "release", lambda: "0.5.0",
+     patched(search, "decided", lambda: ("0.5.0", ""),
              lambda: releases.check_available(OPS["rmsnorm"].row, CUDA))),
     ("Function not in the library", errors.KernelNotFoundError, no_function),
     ("Kernels for another GPU", errors.ArchitectureError, for_another_gpu),
