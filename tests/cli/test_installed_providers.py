@@ -63,6 +63,7 @@ DOCTOR = "from fi_ffi.cli import main; main(['doctor', *{names!r}, '--json'])"
 FIRST_CALL = """\
 import fi_ffi
 from fi_ffi.loader import machine, runtime, search
+from fi_ffi.ops.call.releases import release_in_force
 answer = fi_ffi.rmsnorm.supports(sm=90)
 machine.capability = lambda device: (9, 0)
 row = fi_ffi.rmsnorm.row
@@ -85,7 +86,7 @@ def test_the_rows_are_those_of_the_release(ask, site):
     """Of an op that another release calls with other arguments."""
     program = """\
 from fi_ffi.ops.functions import OPS
-from fi_ffi.ops.call.releases import fits, release_in_force
+from fi_ffi.ops.call.releases import fits
 several = [op for op in OPS.values() if len(op.rows) > 1]
 print(json.dumps([[op.row is op.rows[0], fits(op.row, "0.7.2.post1")] for op in several]))
 """
