@@ -20,9 +20,8 @@ from fi_ffi.cli.cuda import check
 from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.call.row import Row
 
-from tests.helpers import cases
 from tests.helpers.calls import EVERY_CALL, padded
-from tests.helpers.cases import make_case
+from tests.helpers.cases import make_arguments
 from tests.helpers.every_op import needs
 
 REPEATED = 20
@@ -122,7 +121,9 @@ def drawn(op: Op, dtypes: Mapping[str, str], sizes: Sizes, i: int, rng: Any) -> 
     tables = None
     if op.row.name == "top_k_renorm_probs":
         tables = {"probs": exact_probabilities(rng, sizes["n"], sizes["h"])}
-    return make_case(op.row, sizes, dtypes, rng, tables, **options, **scalars)
+    # Judging millions of elements in float64 takes long, and other tests do it.
+    made = make_arguments(op.row, sizes, dtypes, rng, tables, **options, **scalars)
+    return Case(op.row, *made, {})
 
 
 def strided(row: Row, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -133,11 +134,9 @@ def strided(row: Row, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]
 
 
 @pytest.mark.parametrize(("op", "dtypes", "sizes", "i"), CALLS)
-def test_in_place(op, dtypes, sizes, i, machine, rng, monkeypatch):
+def test_in_place(op, dtypes, sizes, i, machine, rng):
     needs(op, machine)
     machine.need(op.row.module)
-    # Judging millions of elements in float64 takes long, and other tests do it.
-    monkeypatch.setattr(cases, "case_of", lambda *given: Case(*given, {}))
     case = drawn(op, dtypes, sizes, i, rng)
     arrays = strided(op.row, case.arrays) if i % 3 else case.arrays
     apart = {name: machine.place(array) for name, array in arrays.items()}

@@ -29,10 +29,12 @@ def make_case(
     sizes: Mapping[str, int],
     dtypes: Mapping[str, str],
     rng: np.random.Generator,
-    **more: Any,
+    tables: Mapping[str, Array] | None = None,
+    without: Collection[str] = (),
+    **scalars: Any,
 ) -> Case:
     """Arguments of `make_arguments`, and what the op must give of them."""
-    return case_of(row, *make_arguments(row, sizes, dtypes, rng, **more))
+    return case_of(row, *make_arguments(row, sizes, dtypes, rng, tables, without, **scalars))
 
 
 def make_arguments(
