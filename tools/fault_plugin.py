@@ -1,0 +1,90 @@
+"""A plugin of pytest for tools/fault_tests.py: a few cases of each test, in an order, for a time.
+
+The file that `FAULT_TESTS` names says what to run; `FAULT_REPORT` names the one to write.
+While coverage.py measures, its context is the running test, in child processes too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+_began = time.monotonic()
+_wanted = json.loads(Path(os.environ["FAULT_TESTS"]).read_text())
+_report: dict[str, list[object]] = {"failed": [], "passed": []}
+_seconds: dict[str, float] = defaultdict(float)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep `cases` of each test, spread over all; or the tests of `order`, in that order."""
+    tests: dict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        tests[function_of(item.nodeid)].append(item)
+    kept: list[pytest.Item] = []
+    if "order" in _wanted:
+        by_id = {item.nodeid: item for item in items}
+        named = dict.fromkeys(one for one in _wanted["order"] if one in by_id)
+        kept += [by_id[one] for one in named]
+        for function in dict.fromkeys(function_of(one) for one in _wanted["order"]):
+            kept += [item for item in tests[function] if item.nodeid not in named]
+    else:
+        most = _wanted["cases"]
+        for cases in tests.values():
+            kept += (
+                cases
+                if len(cases) <= most
+                else [cases[i * len(cases) // most] for i in range(most)]
+            )
+    dropped = set(items) - set(kept)
+    config.hook.pytest_deselected(items=[*dropped])
+    items[:] = kept
+
+
+def function_of(test: str) -> str:
+    """The id of a test without its case."""
+    return test.partition("[")[0]
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item):  # type: ignore[no-untyped-def]
+    if "seconds" in _wanted and time.monotonic() - _began > _wanted["seconds"]:
+        item.session.shouldstop = "no more time"
+    if "FAULT_CONTEXT" not in os.environ:
+        return (yield)
+    import coverage
+
+    measured = coverage.Coverage.current()
+    os.environ["FAULT_CONTEXT"] = item.nodeid.replace("$", "_")
+    if measured is not None:
+        measured.switch_context(item.nodeid)
+    try:
+        return (yield)
+    finally:
+        os.environ["FAULT_CONTEXT"] = ""
+        if measured is not None:
+            measured.switch_context("")
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    _seconds[report.nodeid] += report.duration
+    if report.failed:
+        _report["failed"].append(report.nodeid)
+    elif report.when == "call" and report.passed:
+        _report["passed"].append(report.nodeid)
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    if report.failed:
+        _report["failed"].append(report.nodeid)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if not hasattr(session.config, "workerinput"):
+        told = {**_report, "seconds": {name: round(s, 3) for name, s in _seconds.items()}}
+        Path(os.environ["FAULT_REPORT"]).write_text(json.dumps(told))
