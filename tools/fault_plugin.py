@@ -6,6 +6,7 @@ While coverage.py measures, its context is the running test, in child processes 
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import time
@@ -26,24 +27,33 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     tests: dict[str, list[pytest.Item]] = defaultdict(list)
     for item in items:
         tests[function_of(item.nodeid)].append(item)
-    kept: list[pytest.Item] = []
-    if "order" in _wanted:
-        by_id = {item.nodeid: item for item in items}
-        named = dict.fromkeys(one for one in _wanted["order"] if one in by_id)
-        kept += [by_id[one] for one in named]
-        for function in dict.fromkeys(function_of(one) for one in _wanted["order"]):
-            kept += [item for item in tests[function] if item.nodeid not in named]
-    else:
-        most = _wanted["cases"]
-        for cases in tests.values():
-            kept += (
-                cases
-                if len(cases) <= most
-                else [cases[i * len(cases) // most] for i in range(most)]
-            )
+    kept = (
+        _in_order(items, tests, _wanted["order"])
+        if "order" in _wanted
+        else [item for cases in tests.values() for item in _spread(cases, _wanted["cases"])]
+    )
     dropped = set(items) - set(kept)
     config.hook.pytest_deselected(items=[*dropped])
     items[:] = kept
+
+
+def _in_order(
+    items: list[pytest.Item], tests: dict[str, list[pytest.Item]], order: list[str]
+) -> list[pytest.Item]:
+    """The items that are named, all items of files that are named, and other cases of the tests."""
+    by_name: dict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        by_name[item.nodeid].append(item)
+        by_name[item.nodeid.partition("::")[0]].append(item)
+    named = [item for name in order for item in by_name[name]]
+    named += [item for name in order for item in tests.get(function_of(name), [])]
+    return [item for item in dict.fromkeys(named) if item.nodeid not in _wanted["without"]]
+
+
+def _spread(cases: list[pytest.Item], most: int) -> list[pytest.Item]:
+    """At most so many cases, from all over them."""
+    count = len(cases)
+    return cases if count <= most else [cases[i * count // most] for i in range(most)]
 
 
 def function_of(test: str) -> str:
@@ -59,6 +69,9 @@ def pytest_runtest_protocol(item: pytest.Item):  # type: ignore[no-untyped-def]
         return (yield)
     import coverage
 
+    # A test that interrupts itself may do so while coverage.py holds a lock, which no handler of a
+    # signal could end.
+    faulthandler.dump_traceback_later(_wanted["hangs"], exit=True)
     measured = coverage.Coverage.current()
     os.environ["FAULT_CONTEXT"] = item.nodeid.replace("$", "_")
     if measured is not None:
@@ -66,6 +79,7 @@ def pytest_runtest_protocol(item: pytest.Item):  # type: ignore[no-untyped-def]
     try:
         return (yield)
     finally:
+        faulthandler.cancel_dump_traceback_later()
         os.environ["FAULT_CONTEXT"] = ""
         if measured is not None:
             measured.switch_context("")

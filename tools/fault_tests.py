@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import difflib
 import functools
+import hashlib
 import json
 import os
 import re
@@ -31,7 +33,8 @@ CASES = 4  # of a test, at most, in the run under coverage.py
 MEASURED = ("fi_ffi", "fi_ffi_build", "examples/llm")
 LEFT_OUT = ("gpu", "helpers", "speed")  # folders of tests/
 _FILES, _TESTS = 10, 12  # of a fault: files of tests, and tests of a file before their other cases
-_LONGEST, _SETTINGS = 90, 40  # seconds of a test, which hangs then; the most files of a fixed list
+_LONGEST, _HANGS = 90, 200  # seconds of a test, which hangs then; and under coverage.py
+_USERS = 40  # functions that use a name, at most, or all of them are no help
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 _DULL = {"tests", "test", "fi", "ffi", "py", "init", "examples", "ops"}
 _SETTINGS_OF_COVERAGE = """
@@ -55,9 +58,9 @@ def commit() -> str:
     ).stdout.strip()
 
 
-def parts() -> dict[str, list[str]]:
+def parts(root: Path) -> dict[str, list[str]]:
     """Folders of tests that are run together, by name."""
-    tests = ROOT / "tests"
+    tests = root / "tests"
     parts = {"tests": sorted(f"tests/{path.name}" for path in tests.glob("test_*.py"))}
     for folder in sorted(tests.iterdir()):
         if folder.name not in LEFT_OUT and any(folder.rglob("test_*.py")):
@@ -68,7 +71,11 @@ def parts() -> dict[str, list[str]]:
 def record(folder: Path, root: Path, jobs: int, cases: int = CASES) -> None:
     """Make the parts that are not in a folder, in a copy of the checkout at `root`."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, tests in parts().items():
+    paths = [path for one in MEASURED for path in (root / one).rglob("*.py")]
+    sources = {path.relative_to(root).as_posix(): path.read_text() for path in paths}
+    (folder / "sources.json").write_text(json.dumps(sources))
+    files = {file: _hash(text) for file, text in _tests(root).items()}
+    for name, tests in parts(root).items():
         if (folder / f"{name}.json").exists():
             continue
         start = time.monotonic()
@@ -77,10 +84,12 @@ def record(folder: Path, root: Path, jobs: int, cases: int = CASES) -> None:
             source = "".join(f"\n    {root / one}" for one in MEASURED)
             settings.write_text(_SETTINGS_OF_COVERAGE.format(source=source, data=f"{data}/data"))
             variables = {"COVERAGE_PROCESS_START": str(settings), "FAULT_CONTEXT": ""}
-            more = ["-n", str(jobs), "-o", "timeout=300"]
-            told = run(root, tests, {"cases": cases}, more, variables, patience=7200)
+            more = ["-n", str(jobs), "-o", f"timeout={_HANGS - 20}"]
+            wanted: dict[str, object] = {"cases": cases, "hangs": _HANGS}
+            told = run(root, tests, wanted, more, variables, patience=7200)
             combine(Path(data), folder / f"{name}.db")
         kept = {"root": str(root), "seconds": told.seconds, "passed": told.passed}
+        kept["files"] = {file: files[file] for file in {_file_of(test) for test in told.seconds}}
         (folder / f"{name}.json").write_text(json.dumps(kept))
         print(f"{name}: {len(told.passed)} tests, {time.monotonic() - start:.0f} s", flush=True)
 
@@ -203,19 +212,26 @@ def _names_of(node: ast.AST, line: int) -> set[str]:
 
 
 class Map:
-    """Which tests execute which lines."""
+    """Which tests execute which lines of the checkout at `root`.
 
-    def __init__(self, folder: Path) -> None:
+    The map may be of another commit: lines have moved, and files of tests that are not as they were
+    are run whole.
+    """
+
+    def __init__(self, folder: Path, root: Path) -> None:
+        self._root = root
         self._parts: list[tuple[sqlite3.Connection, str]] = []
-        self.seconds: dict[str, float] = {}
-        self._passed: set[str] = set()
-        for path in sorted(folder.glob("*.json")):
-            kept = json.loads(path.read_text())
-            data = sqlite3.connect(path.with_suffix(".db"), check_same_thread=False)
+        self._passed: dict[str, float] = {}  # seconds of each test
+        self._sources = json.loads((folder / "sources.json").read_text())
+        known: dict[str, str] = {}
+        for path in sorted(folder.glob("*.db")):
+            kept = json.loads(path.with_suffix(".json").read_text())
+            data = sqlite3.connect(path, check_same_thread=False)
             self._parts.append((data, kept["root"]))
-            self.seconds |= kept["seconds"]
-            self._passed |= {*kept["passed"]}
-        self._mapped = {test.partition("::")[0] for test in self.seconds}
+            self._passed |= {test: kept["seconds"][test] for test in kept["passed"]}
+            known |= kept["files"]
+        self._new = {file for file, text in _tests(root).items() if known.get(file) != _hash(text)}
+        self._words = {file: {*re.findall(r"\w+", text)} for file, text in _tests(root).items()}
 
     @functools.lru_cache(maxsize=8)  # noqa: B019
     def _of(self, file: str) -> list[tuple[str, frozenset[int]]]:
@@ -232,57 +248,85 @@ class Map:
                 every[context.rpartition("|")[2]].update(numbits_to_nums(bits))
         return [(test, frozenset(lines)) for test, lines in every.items() if test in self._passed]
 
+    @functools.lru_cache(maxsize=64)  # noqa: B019
+    def _moved(self, file: str) -> dict[int, int]:
+        """The line of the map for each line of a file; that before it, if it is new."""
+        now = (self._root / file).read_text().splitlines()
+        before = self._sources.get(file, "").splitlines()
+        moved: dict[int, int] = {}
+        matcher = difflib.SequenceMatcher(None, before, now, autojunk=False)
+        for old, new, count in matcher.get_matching_blocks():
+            moved |= {new + i + 1: old + i + 1 for i in range(count)}
+        for line in range(1, len(now) + 1):
+            moved.setdefault(line, moved.get(line - 1, 1))
+        return moved
+
     def at(self, file: str, lines: Iterable[int]) -> list[str]:
         """The tests that execute one of some lines."""
-        wanted = {*lines}
+        moved = self._moved(file)
+        wanted = {moved[line] for line in lines if line in moved}
         return [test for test, executed in self._of(file) if wanted & executed]
 
-    def tests(self, root: Path, fault: Fault) -> list[str]:
+    def tests(self, fault: Fault) -> list[str]:
         """Tests that may see a fault, the likely and short ones first: ids, or files."""
-        text = (root / fault.file).read_text()
+        text = (self._root / fault.file).read_text()
         place = place_of(text, fault.line)
-        first: list[str] = []
+        naming = {file for file, words in self._words.items() if place.names & words}
         if place.function is not None:
-            first = self.at(fault.file, place.lines)
-            second = self.at(fault.file, place.function)
+            near = self.at(fault.file, place.lines)
+            around = self.at(fault.file, place.function)
         else:
-            for file, bodies in _mentioning(root, place.names, fault.file):
-                first += self.at(file, bodies)
-            second = self.at(fault.file, _bodies(text))
-        unknown = [
-            file for file, words in _words_of_tests(root).items()
-            if file not in self._mapped and place.names & words
-        ]  # fmt: skip
-        if place.function is None:
-            known = {file for file, words in _words_of_tests(root).items() if place.names & words}
-            more = [test for test in self._passed if test.partition("::")[0] in known]
-            second = second + sorted(more)
-        return self._ordered(root, fault, place, [first, second]) + sorted(unknown)[:_FILES]
+            bodies = _mentioning(self._root, place.names, fault.file)
+            near = [test for file, lines in bodies for test in self.at(file, lines)]
+            around = self.at(fault.file, _bodies(text))
+            around += [test for test in self._passed if _file_of(test) in naming]
 
-    def _ordered(self, root: Path, fault: Fault, place: Place, tiers: list[list[str]]) -> list[str]:
-        files: dict[str, None] = {}
-        chosen: list[list[str]] = []
-        for tier in tiers:
-            by_file: dict[str, list[str]] = defaultdict(list)
-            for test in dict.fromkeys(tier):
-                by_file[test.partition("::")[0]].append(test)
-            rank = functools.partial(self._rank, root, fault, place, by_file)
-            for file in sorted(by_file, key=rank):
-                if file in files or len(files) < _FILES:
-                    files[file] = None
-                    chosen.append(sorted(by_file[file], key=lambda test: self.seconds[test]))
-        heads = [_one_of_each(tests) for tests in chosen]
-        every = [test for tests in [*heads, *chosen] for test in tests]
-        return [*dict.fromkeys(every)]
+        def rank(file: str) -> tuple[int, bool, float]:
+            """Files that are named alike come first, and then those of short tests."""
+            alike = len(_words(file) & _words(fault.file))
+            return -alike - (file in naming), file not in self._new, mean(file)
 
-    def _rank(
-        self, root: Path, fault: Fault, place: Place, by_file: dict[str, list[str]], file: str
-    ) -> tuple[float, float]:
-        """How late tests of a file come: named alike first, then short ones."""
-        alike = _words(file) & _words(fault.file)
-        named = place.names & _words_of_tests(root).get(file, frozenset())
-        tests = by_file[file]
-        return -len(alike) - len(named), sum(self.seconds[test] for test in tests) / len(tests)
+        def mean(file: str) -> float:
+            every = [self._passed[test] for test in by_file.get(file, ())]
+            return sum(every) / max(len(every), 1)
+
+        heads: list[str] = []
+        others: list[str] = []
+        for tests in (near, around):
+            by_file = _by_file(tests, self._passed)
+            whole = {file for file in self._new & naming if file not in by_file}
+            left = _FILES - len({_file_of(test) for test in heads})
+            for file in sorted(by_file.keys() | whole, key=rank)[: max(left, 0)]:
+                heads += _one_of_each(by_file.get(file, []))
+                others += [*by_file.get(file, []), *([file] if file in self._new else [])]
+        return [*dict.fromkeys([*heads, *others])]
+
+
+def _by_file(tests: Iterable[str], seconds: dict[str, float]) -> dict[str, list[str]]:
+    """Tests by their file, the short ones first."""
+    by_file: dict[str, list[str]] = defaultdict(list)
+    for test in sorted({*tests}, key=lambda test: (seconds[test], test)):
+        by_file[_file_of(test)].append(test)
+    return dict(by_file)
+
+
+def _tests(root: Path) -> dict[str, str]:
+    """The texts of files of tests."""
+    every = sorted((root / "tests").rglob("test_*.py"))
+    return {
+        path.relative_to(root).as_posix(): path.read_text()
+        for path in every
+        if path.parent.name not in LEFT_OUT
+    }
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha1(text.encode()).hexdigest()
+
+
+def _file_of(test: str) -> str:
+    """The file of a test's id."""
+    return test.partition("::")[0]
 
 
 def _one_of_each(tests: list[str]) -> list[str]:
@@ -295,18 +339,6 @@ def _one_of_each(tests: list[str]) -> list[str]:
 
 def _words(path: str) -> set[str]:
     return {word.rstrip("s") for word in re.findall(r"[a-z0-9]+", path)} - _DULL
-
-
-@functools.cache
-def _words_of_tests(root: Path) -> dict[str, frozenset[str]]:
-    """The words in each file of tests."""
-    paths = [
-        path for path in (root / "tests").rglob("test_*.py") if path.parent.name not in LEFT_OUT
-    ]
-    return {
-        path.relative_to(root).as_posix(): frozenset(re.findall(r"\w+", path.read_text()))
-        for path in paths
-    }
 
 
 def _bodies(text: str) -> set[int]:
@@ -340,7 +372,7 @@ def _mentioning(root: Path, names: Iterable[str], file: str) -> Iterator[tuple[s
     for name in names:
         functions = _functions_of_words(root).get(name, [])
         for where, body in functions:
-            if where == file or len(functions) <= _SETTINGS:
+            if where == file or len(functions) <= _USERS:
                 bodies[where].update(body)
     yield from bodies.items()
 
@@ -371,29 +403,38 @@ class Judge:
         """Judge a fault that is in the checkout at `root` and not in the one at `clean`."""
         start = time.monotonic()
         with self._alone:
-            order = self._map.tests(clean, fault)
-        while order:
-            told = self._ran(root, order)
-            if told.status in (0, 5) or not (told.failed or told.status):
-                break
-            failed = told.failed[0] if told.failed else ""
-            by = failed or told.last[:80]
-            if not failed and told.status < 0:
-                by = f"tests that did not end: {told.last[:60]}"
-            if not failed or self._passes(clean, failed):
-                return Verdict(fault, "seen", f"by {by}", time.monotonic() - start)
-            order = [test for test in order if test != failed]
-        else:
+            order = self._map.tests(fault)
+        if not order:
             return Verdict(fault, "not run")
-        return Verdict(fault, "survives", f"{len(told.passed)} tests", time.monotonic() - start)
+        unsound: list[str] = []  # they fail without a fault
+        while True:
+            told = self._ran(root, order, unsound)
+            seconds = time.monotonic() - start
+            if told.status in (0, 5):
+                return Verdict(fault, "survives", f"{len(told.passed)} tests", seconds)
+            if not told.failed:  # pytest did not begin, or not end
+                return Verdict(fault, "seen", f"by {told.last[:80]}", seconds)
+            if self._passes(clean, told.failed[0]):
+                return Verdict(fault, "seen", f"by {told.failed[0]}", seconds)
+            if told.failed[0] in unsound:
+                return Verdict(fault, "not run", f"for {told.failed[0]} fails anyway", seconds)
+            unsound.append(told.failed[0])
 
-    def _ran(self, root: Path, order: list[str]) -> Told:
-        files = dict.fromkeys(test.partition("::")[0] for test in order)
-        wanted = {"order": order, "seconds": self._each}
+    def _ran(self, root: Path, order: list[str], unsound: Iterable[str] = ()) -> Told:
+        files = dict.fromkeys(_file_of(test) for test in order)
+        wanted = {"order": order, "without": [*unsound], "seconds": self._each}
         more = ["-x", "--tb=no", "-o", f"timeout={_LONGEST}"]
-        return run(root, files, wanted, more, patience=self._each + 3 * _LONGEST)
+        tests = [file for file in files if file not in unsound]
+        if not tests:
+            return Told(5, "", [], [], {})
+        return run(root, tests, wanted, more, patience=self._each + 3 * _LONGEST)
 
     def _passes(self, clean: Path, test: str) -> bool:
+        """Whether a test passes without a fault; of a file, whether it can be imported."""
         if test not in self._is_sound:
-            self._is_sound[test] = self._ran(clean, [test]).status in (0, 5)
+            if "::" in test:
+                told = self._ran(clean, [test])
+            else:
+                told = run(clean, [test], {"order": [], "without": []})
+            self._is_sound[test] = told.status in (0, 5)
         return self._is_sound[test]

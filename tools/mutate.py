@@ -138,7 +138,7 @@ def _fails(root: Path, tests: str) -> tuple[bool, str]:
     return done.returncode != 0, lines[-1]
 
 
-def chosen(words: Iterable[str]) -> list[Mutant]:
+def of_table(words: Iterable[str]) -> list[Mutant]:
     """The faults of the table that have one of the words."""
     found = read()
     for mutant in found:
@@ -158,25 +158,25 @@ def _write(path: Path, survivors: Iterable[Fault]) -> None:
     path.write_text(json.dumps([dataclasses.asdict(fault) for fault in survivors], indent=1))
 
 
-def _wanted(given: argparse.Namespace) -> list[Fault]:
+def wanted(given: argparse.Namespace) -> list[Fault]:
     """The faults to try: those of a file that still fit the code, or drawn ones."""
     if not given.again:
         files = faults.files_of(ROOT, given.words or DRAWN)
         return [*faults.drawn(ROOT, files, given.draw, given.seed or fault_tests.commit())]
-    wanted = []
+    fitting = []
     for entry in json.loads(given.again.read_text()):
         try:
             Fault(**entry).applied(ROOT)
         except (ValueError, FileNotFoundError) as error:
             print(error)
         else:
-            wanted.append(Fault(**entry))
-    return wanted
+            fitting.append(Fault(**entry))
+    return fitting
 
 
 def draw(given: argparse.Namespace) -> int:
     """Try drawn faults."""
-    wanted, known = _wanted(given), explained()
+    chosen, known = wanted(given), explained()
     end = time.monotonic() + given.budget
     maps = KEPT / (given.map or fault_tests.commit())
     survivors = given.survivors or KEPT / "survivors.json"
@@ -185,7 +185,7 @@ def draw(given: argparse.Namespace) -> int:
         with Checkouts(Path(folder, "clean"), 1).one() as clean:
             if not given.map:
                 fault_tests.record(maps, clean, given.jobs)
-            judge = fault_tests.Judge(fault_tests.Map(maps), given.each)
+            judge = fault_tests.Judge(fault_tests.Map(maps, clean), given.each)
 
             def judged(fault: Fault) -> Verdict | None:
                 if fault.key in known:
@@ -196,14 +196,14 @@ def draw(given: argparse.Namespace) -> int:
                     return judge.judged(root, clean, fault)
 
             verdicts: list[Verdict] = []
-            for verdict in filter(None, pool.map(judged, wanted)):
+            for verdict in filter(None, pool.map(judged, chosen)):
                 print(verdict, flush=True)
                 verdicts.append(verdict)
                 lost = [one.fault for one in verdicts if one.kind in ("survives", "not run")]
                 _write(survivors, lost)
     print(f"\n{table(verdicts)}\n")
-    if len(verdicts) < len(wanted):
-        print(f"{len(wanted) - len(verdicts)} of {len(wanted)} were not tried in {given.budget} s")
+    if len(verdicts) < len(chosen):
+        print(f"{len(chosen) - len(verdicts)} of {len(chosen)} were not tried in {given.budget} s")
     print(f"{survivors}: what survives, for --again")
     unseen = sum(verdict.kind != "seen" for verdict in verdicts)
     return int(unseen > MOST_OF_DRAWN * len(verdicts))
@@ -229,7 +229,7 @@ def table(verdicts: Iterable[Verdict]) -> str:
     )
 
 
-def main() -> int:
+def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -242,14 +242,18 @@ def main() -> int:
     parser.add_argument("--survivors", type=Path, metavar="FILE", help="where to write them")
     parser.add_argument("--again", type=Path, metavar="FILE", help="try its faults once more")
     parser.add_argument("--map", metavar="COMMIT", help="take what tests of that commit execute")
-    given = parser.parse_args()
+    return parser.parse_args(words)
+
+
+def main() -> int:
+    given = arguments()
     return draw(given) if given.draw or given.again else try_table(given.words, given.jobs)
 
 
 def try_table(words: Iterable[str], jobs: int) -> int:
     """Try the faults of the table."""
     try:
-        mutants = chosen(words)
+        mutants = of_table(words)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
