@@ -9,13 +9,16 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import sys
 import time
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
 
+_NO_TIME = "no more time"
 _began = time.monotonic()
+_is_traced = sys.gettrace() is not None
 _wanted = json.loads(Path(os.environ["FAULT_TESTS"]).read_text())
 _report: dict[str, list[object]] = {"failed": [], "passed": []}
 _seconds: dict[str, float] = defaultdict(float)
@@ -64,7 +67,7 @@ def function_of(test: str) -> str:
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item):  # type: ignore[no-untyped-def]
     if "seconds" in _wanted and time.monotonic() - _began > _wanted["seconds"]:
-        item.session.shouldstop = "no more time"
+        item.session.shouldstop = _NO_TIME
     if "FAULT_CONTEXT" not in os.environ:
         return (yield)
     import coverage
@@ -75,6 +78,9 @@ def pytest_runtest_protocol(item: pytest.Item):  # type: ignore[no-untyped-def]
     measured = coverage.Coverage.current()
     os.environ["FAULT_CONTEXT"] = item.nodeid.replace("$", "_")
     if measured is not None:
+        if _is_traced and sys.gettrace() is None:  # a test has traced something itself
+            measured.stop()
+            measured.start()
         measured.switch_context(item.nodeid)
     try:
         return (yield)
@@ -100,5 +106,7 @@ def pytest_collectreport(report: pytest.CollectReport) -> None:
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if not hasattr(session.config, "workerinput"):
+        if session.shouldstop == _NO_TIME and not _report["failed"]:
+            session.exitstatus = pytest.ExitCode.OK
         told = {**_report, "seconds": {name: round(s, 3) for name, s in _seconds.items()}}
         Path(os.environ["FAULT_REPORT"]).write_text(json.dumps(told))

@@ -14,6 +14,7 @@ import io
 import itertools
 import random
 import re
+import textwrap
 import tokenize
 import warnings
 from collections import defaultdict
@@ -92,7 +93,8 @@ def _differing(old: str, new: str) -> str:
     alike = zip(reversed(old[start:]), reversed(new[start:]), strict=False)
     end = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], alike))
     start, end = max(start - 30, 0), max(end - 30, 0)
-    return f"`{old[start : len(old) - end]}` -> `{new[start : len(new) - end]}`"
+    texts = (old[start : len(old) - end], new[start : len(new) - end])
+    return " -> ".join(f"`{textwrap.shorten(text, 100, placeholder=' ...')}`" for text in texts)
 
 
 class Source:
