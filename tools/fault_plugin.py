@@ -9,6 +9,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import resource
 import sys
 import time
 from collections import defaultdict
@@ -22,6 +23,9 @@ _is_traced = sys.gettrace() is not None
 _wanted = json.loads(Path(os.environ["FAULT_TESTS"]).read_text())
 _report: dict[str, list[object]] = {"failed": [], "passed": []}
 _seconds: dict[str, float] = defaultdict(float)
+if "order" in _wanted:  # a fault may ask for any amount of memory
+    _most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    resource.setrlimit(resource.RLIMIT_DATA, (_most, _most))
 
 
 @pytest.hookimpl(trylast=True)
