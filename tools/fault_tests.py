@@ -32,8 +32,10 @@ ROOT = Path(__file__).resolve().parents[1]
 CASES = 4  # of a test, at most, in the run under coverage.py
 MEASURED = ("fi_ffi", "fi_ffi_build", "examples/llm")
 LEFT_OUT = ("gpu", "helpers", "speed")  # folders of tests/
-_FILES, _TESTS = 10, 12  # of a fault: files of tests, and tests of a file before their other cases
+_FILES, _FIRST = 16, 4  # of a fault: files of tests, and those that are run before the others
+_TESTS = 12  # of a file, before their other cases
 _LONGEST, _HANGS = 90, 200  # seconds of a test, which hangs then; and under coverage.py
+_FEW = 30  # tests of a line, or those that name its function and class are run as well
 _USERS = 40  # functions that use a name, at most, or all of them are no help
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 _DULL = {"tests", "test", "fi", "ffi", "py", "init", "examples", "ops"}
@@ -271,20 +273,26 @@ class Map:
         """Tests that may see a fault, the likely and short ones first: ids, or files."""
         text = (self._root / fault.file).read_text()
         place = place_of(text, fault.line)
-        naming = {file for file, words in self._words.items() if place.names & words}
+        names = place.names
+        if place.function is None:
+            lost = {*re.findall(r"\w{3,}", fault.old)} - {*re.findall(r"\w+", fault.new)}
+            names |= {word for word in lost if word.isidentifier()}
+        naming = {file for file, words in self._words.items() if names & words}
+        alike = {*_words(fault.file), *(part for name in names for part in _words(name.lower()))}
         if place.function is not None:
             near = self.at(fault.file, place.lines)
             around = self.at(fault.file, place.function)
         else:
-            bodies = _mentioning(self._root, place.names, fault.file)
+            bodies = _mentioning(self._root, names, fault.file)
             near = [test for file, lines in bodies for test in self.at(file, lines)]
             around = self.at(fault.file, _bodies(text))
+        if len(near) < _FEW:  # of a test's other cases, some may
             around += [test for test in self._passed if _file_of(test) in naming]
 
         def rank(file: str) -> tuple[int, bool, float]:
             """Files that are named alike come first, and then those of short tests."""
-            alike = len(_words(file) & _words(fault.file))
-            return -alike - (file in naming), file not in self._new, mean(file)
+            likely = len(_words(file) & alike) + (file in naming)
+            return -likely, file not in self._new, mean(file)
 
         def mean(file: str) -> float:
             every = [self._passed[test] for test in by_file.get(file, ())]
@@ -361,7 +369,7 @@ def _functions_of_words(root: Path) -> dict[str, list[tuple[str, range]]]:
             if isinstance(node, _FUNCTIONS):
                 body = range(node.body[0].lineno, (node.end_lineno or 0) + 1)
                 words = re.findall(r"\w+", "\n".join(lines[body.start - 1 : body.stop - 1]))
-                for word in {node.name, *words}:
+                for word in {node.name, path.stem, *words}:
                     found[word].append((path.relative_to(root).as_posix(), body))
     return found
 
@@ -404,36 +412,49 @@ class Judge:
         start = time.monotonic()
         with self._alone:
             order = self._map.tests(fault)
-        if not order:
-            return Verdict(fault, "not run")
+        files = [*dict.fromkeys(map(_file_of, order))]
+        passed = 0
+        for part, seconds in ((files[:_FIRST], self._each / 2), (files[_FIRST:], self._each)):
+            left = seconds - (time.monotonic() - start)
+            tests = [test for test in order if _file_of(test) in part]
+            by, count = self._seen(root, clean, tests, left) if tests and left > 0 else ("", 0)
+            passed += count
+            if by:
+                return Verdict(fault, "seen", f"by {by}", time.monotonic() - start)
+        kind, by = ("survives", f"{passed} tests") if passed else ("not run", "")
+        return Verdict(fault, kind, by, time.monotonic() - start)
+
+    def _seen(self, root: Path, clean: Path, order: list[str], seconds: float) -> tuple[str, int]:
+        """The first of some tests that fails for a fault, or "", and how many pass."""
         unsound: list[str] = []  # they fail without a fault
         while True:
-            told = self._ran(root, order, unsound)
-            seconds = time.monotonic() - start
+            told = self._ran(root, order, seconds, unsound)
             if told.status in (0, 5):
-                return Verdict(fault, "survives", f"{len(told.passed)} tests", seconds)
+                return "", len(told.passed)
             if not told.failed:  # pytest did not begin, or not end
-                return Verdict(fault, "seen", f"by {told.last[:80]}", seconds)
+                return told.last[:80] or f"status {told.status}", 0
+            if told.failed[0] in unsound:  # of a file, which was not asked for
+                return "", 0
             if self._passes(clean, told.failed[0]):
-                return Verdict(fault, "seen", f"by {told.failed[0]}", seconds)
-            if told.failed[0] in unsound:
-                return Verdict(fault, "not run", f"for {told.failed[0]} fails anyway", seconds)
+                return told.failed[0], 0
             unsound.append(told.failed[0])
 
-    def _ran(self, root: Path, order: list[str], unsound: Iterable[str] = ()) -> Told:
+    def _ran(
+        self, root: Path, order: list[str], seconds: float, unsound: Iterable[str] = ()
+    ) -> Told:
         files = dict.fromkeys(_file_of(test) for test in order)
-        wanted = {"order": order, "without": [*unsound], "seconds": self._each}
+        wanted = {"order": order, "without": [*unsound], "seconds": seconds}
         more = ["-x", "--tb=no", "-o", f"timeout={_LONGEST}"]
         tests = [file for file in files if file not in unsound]
         if not tests:
             return Told(5, "", [], [], {})
-        return run(root, tests, wanted, more, patience=self._each + 3 * _LONGEST)
+        return run(root, tests, wanted, more, patience=seconds + 3 * _LONGEST)
 
     def _passes(self, clean: Path, test: str) -> bool:
         """Whether a test passes without a fault; of a file, whether it can be imported."""
         if test not in self._is_sound:
             if "::" in test:
-                told = self._ran(clean, [test])
+                told = self._ran(clean, [test], self._each)
             else:
                 told = run(clean, [test], {"order": [], "without": []})
             self._is_sound[test] = told.status in (0, 5)

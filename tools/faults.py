@@ -40,6 +40,7 @@ _FORMS = (
     "Annotated",
 )
 _NAMING = ("cast", "TypeVar", "ParamSpec", "NewType", "TypeAlias", "namedtuple", "NamedTuple")
+_SYMMETRIC = ("array_equal", "gcd", "lcm", "max", "maximum", "min", "minimum")
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 _NULL = '__import__("contextlib").nullcontext'
 
@@ -250,6 +251,8 @@ def _rounded_down(source: Source, node: ast.UnaryOp, _: object) -> Iterator[Edit
 
 
 def _swapped_arguments(source: Source, node: ast.Call, _: object) -> Iterator[Edits]:
+    if _name_of(node.func) in _SYMMETRIC:
+        return
     for one, other in itertools.pairwise(node.args):
         if not isinstance(one, ast.Starred) and not isinstance(other, ast.Starred):
             yield source.swapped(one, other)
