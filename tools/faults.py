@@ -2,7 +2,7 @@
 
 Every line of code of a folder is as likely as any other.  Left out is where no fault of a program
 is: docstrings, annotations, `if TYPE_CHECKING`, `__all__`, imports, format strings, what `raise`
-is given, and sentences.
+is given, the options of `@dataclass`, and sentences.
 """
 
 from __future__ import annotations
@@ -39,7 +39,16 @@ _FORMS = (
     "Iterator",
     "Annotated",
 )
-_NAMING = ("cast", "TypeVar", "ParamSpec", "NewType", "TypeAlias", "namedtuple", "NamedTuple")
+_NAMING = (
+    "dataclass",
+    "cast",
+    "TypeVar",
+    "ParamSpec",
+    "NewType",
+    "TypeAlias",
+    "namedtuple",
+    "NamedTuple",
+)
 _SYMMETRIC = ("array_equal", "gcd", "lcm", "max", "maximum", "min", "minimum")
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 _NULL = '__import__("contextlib").nullcontext'
@@ -441,7 +450,7 @@ def _left_out(node: ast.AST) -> list[ast.AST | None]:
     if isinstance(node, ast.Subscript) and _name_of(node.value) in _FORMS:
         return [node.slice]
     if isinstance(node, ast.Call) and _name_of(node.func) in _NAMING:
-        return [*node.args]
+        return [*node.args, *node.keywords]
     return []
 
 
