@@ -226,9 +226,11 @@ class Map:
         self._passed: dict[str, float] = {}  # seconds of each test
         self._sources = json.loads((folder / "sources.json").read_text())
         known: dict[str, str] = {}
-        for path in sorted(folder.glob("*.db")):
-            kept = json.loads(path.with_suffix(".json").read_text())
-            data = sqlite3.connect(path, check_same_thread=False)
+        for path in sorted(folder.glob("*.json")):
+            if path.name == "sources.json":
+                continue
+            kept = json.loads(path.read_text())
+            data = sqlite3.connect(path.with_suffix(".db"), check_same_thread=False)
             self._parts.append((data, kept["root"]))
             self._passed |= {test: kept["seconds"][test] for test in kept["passed"]}
             known |= kept["files"]

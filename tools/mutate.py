@@ -242,7 +242,10 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--survivors", type=Path, metavar="FILE", help="where to write them")
     parser.add_argument("--again", type=Path, metavar="FILE", help="try its faults once more")
     parser.add_argument("--map", metavar="COMMIT", help="take what tests of that commit execute")
-    return parser.parse_args(words)
+    given = parser.parse_args(words)
+    if given.map and not (KEPT / given.map / "sources.json").exists():
+        parser.error(f"{KEPT} has no map of {given.map}")
+    return given
 
 
 def main() -> int:
