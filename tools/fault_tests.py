@@ -31,6 +31,9 @@ from faults import Fault
 ROOT = Path(__file__).resolve().parents[1]
 CASES = 4  # of a test, at most, in the run under coverage.py
 MEASURED = ("fi_ffi", "fi_ffi_build", "examples/llm")
+ROWS = "fi_ffi/ops/table/"
+# They go through all rows, and name none.
+EVERY_ROW = ("tests/ops/test_every_op.py", "tests/ops/test_results.py", "tests/ops/test_rows.py")
 LEFT_OUT = ("gpu", "helpers", "speed")  # folders of tests/
 _FILES, _FIRST = 16, 4  # of a fault: files of tests, and those that are run before the others
 _TESTS = 12  # of a file, before their other cases
@@ -183,7 +186,9 @@ def place_of(text: str, line: int) -> Place:
         names |= {getattr(one, "name", "")}
     if function is None and outer:
         names |= _names_of(outer[-1], line)
-    return Place(lines, function, frozenset(name for name in names if len(name) > 2))
+    return Place(
+        lines, function, frozenset(name for name in names if len(name) > 2 and name[:2] != "__")
+    )
 
 
 def _statements(node: ast.AST) -> Iterator[ast.stmt]:
@@ -280,6 +285,8 @@ class Map:
             lost = {*re.findall(r"\w{3,}", fault.old)} - {*re.findall(r"\w+", fault.new)}
             names |= {word for word in lost if word.isidentifier()}
         naming = {file for file, words in self._words.items() if names & words}
+        if place.function is None or fault.file.startswith(ROWS):  # run as it is imported
+            naming |= {*EVERY_ROW} & self._words.keys()
         alike = {*_words(fault.file), *(part for name in names for part in _words(name.lower()))}
         if place.function is not None:
             near = self.at(fault.file, place.lines)
@@ -288,12 +295,12 @@ class Map:
             bodies = _mentioning(self._root, names, fault.file)
             near = [test for file, lines in bodies for test in self.at(file, lines)]
             around = self.at(fault.file, _bodies(text))
-        if len(near) < _FEW:  # of a test's other cases, some may
+        if len(near) < _FEW or fault.file.startswith(ROWS):  # of a test's other cases, some may
             around += [test for test in self._passed if _file_of(test) in naming]
 
         def rank(file: str) -> tuple[int, bool, float]:
             """Files that are named alike come first, and then those of short tests."""
-            likely = len(_words(file) & alike) + (file in naming)
+            likely = len(_words(file) & alike) + (file in naming) + 2 * (file in EVERY_ROW)
             return -likely, file not in self._new, mean(file)
 
         def mean(file: str) -> float:
