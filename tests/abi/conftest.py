@@ -13,7 +13,9 @@ import pytest
 from hypothesis import settings
 
 from fi_ffi.abi import library
+from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.function import Entry, register
+from fi_ffi.abi.objects import lent_count
 from fi_ffi.abi.signature import Signature
 
 from tests.helpers.compiler import compiled
@@ -32,14 +34,19 @@ def _loaded(tvm_ffi_loaded: str) -> None:
 
 
 @pytest.fixture
-def callback() -> Callable[..., Entry]:
-    """Registers a Python function of some number of parameters under a fresh name."""
+def callback() -> Iterator[Callable[..., Entry]]:
+    """Registers a Python function of some number of parameters under a fresh name; the function
+    and what it refers to go with the test."""
+    functions: list[Callable[..., Any]] = []
 
     def make(function: Callable[..., Any], parameters: int = 1) -> Entry:
-        signature = Signature("callback", ("Any",) * parameters, "Any")
-        return register(f"fi_ffi.tests.{next(_numbers)}", signature, function)
+        signature, at = Signature("callback", ("Any",) * parameters, "Any"), len(functions)
+        functions.append(function)
+        name = f"fi_ffi.tests.{next(_numbers)}"
+        return register(name, signature, lambda *args: functions[at](*args))
 
-    return make
+    yield make
+    functions.clear()
 
 
 @pytest.fixture(scope="session")
@@ -86,3 +93,41 @@ def silent(capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
     """cffi tells on stderr of an exception that escaped a callback, where nobody hears it."""
     yield
     assert capfd.readouterr().err == ""
+
+
+class Heap:
+    """The C library, and the blocks that were taken from it and not freed, by address."""
+
+    def __init__(self, c: Any) -> None:
+        self._c = c
+        self.blocks: dict[int, int] = {}
+        self._freed: set[int] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._c, name)
+
+    def aligned_alloc(self, alignment: int, size: int) -> Any:
+        block = self._c.aligned_alloc(alignment, size)
+        if block != ffi.NULL:
+            self.blocks[library.address_of(block)] = size
+            self._freed.discard(library.address_of(block))
+        return block
+
+    def free(self, block: Any) -> None:
+        address = library.address_of(block)
+        assert address not in self._freed, "a block is freed twice"
+        if self.blocks.pop(address, None) is not None:
+            self._freed.add(address)
+        self._c.free(block)
+
+
+@pytest.fixture
+def heap(monkeypatch: pytest.MonkeyPatch) -> Iterator[Heap]:
+    """The blocks of libc's memory that a test takes; none of them may be left."""
+    made = Heap(library.c_library())
+    monkeypatch.setattr(library, "c_library", lambda: made)
+    yield made
+    for _ in range(2):  # what a callee let go of is freed by the second
+        gc.collect()
+        lent_count()
+    assert not made.blocks, f"blocks of {[*made.blocks.values()]} bytes are left"

@@ -23,6 +23,8 @@ from fi_ffi.errors import KernelError
 from tests.helpers.allocating import CUDA, alloc, desc_of
 from tests.helpers.children import done
 
+pytestmark = pytest.mark.usefixtures("heap")
+
 
 class Ledger:
     """A source that writes down what is taken and given back."""

@@ -14,6 +14,8 @@ from fi_ffi.errors import KernelError
 
 from tests.helpers.frames import write_tensor
 
+pytestmark = pytest.mark.usefixtures("heap")
+
 DESCS = [
     TensorDesc(0, (2, 3), "float16", device="cpu"),
     TensorDesc(0, (), "int64", device="cuda:1"),
@@ -75,7 +77,8 @@ def test_sizes_and_failures_are_each_calls_own(
 
     frame = make_frame(callback(sometimes, 2), [(DESCS[0].kind, as_object), int])
     sent = [
-        TensorDesc(0x1000, (n, 3), "float16", strides=(3 + n, 1), device="cpu") for n in range(9)
+        TensorDesc(0x1000, (3, n), "float16", strides=(3 + n, 1), device="cpu")
+        for n in (*range(9), 2**31 - 1, 2**31, 2**32 + 1)
     ]
     for desc in sent:
         with pytest.raises(KernelError, match="ValueError: -1"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import datetime
 import gc
+import itertools
 import re
 import sys
 import weakref
@@ -120,6 +121,24 @@ def test_numpy_dtypes() -> None:
             array = np.zeros((2, 3), DTYPES[name].numpy)
             for _ in range(2):
                 check(as_desc(array), array)
+
+
+@pytest.mark.parametrize("order", [(True, False), (False, True)])
+@pytest.mark.parametrize("exporter", [itself, Versioned, ArrayInterface])
+def test_memory_that_becomes_read_only(exporter: Exporter, order: tuple[bool, ...]) -> None:
+    """No kind that one array had is taken for another, of a type that was not seen before."""
+
+    class Mine(np.ndarray):  # type: ignore[type-arg]
+        pass
+
+    for dtype, shape in itertools.product((np.float16, np.int32), ((4,), (2, 3), (3, 1, 2))):
+        array = random_array(shape, dtype).view(Mine)
+        views = {False: array, True: array.view()}
+        views[True].flags.writeable = False
+        for readonly in order * 2:
+            found = as_desc(exporter(views[readonly]))
+            check(found, views[readonly])
+            assert found.readonly is readonly
 
 
 def test_what_numpy_derives_and_broadcasts() -> None:
@@ -441,6 +460,10 @@ def test_capsules_that_are_fine() -> None:
     assert as_desc(Capsule(byte_offset=24)).ptr == 0x1018
     assert as_desc(Capsule(name=NEW, minor=99, flags=1)).readonly
     assert as_desc(Capsule(strides=(0, 0))).strides == (0, 0)
+    for far in (2**31 - 1, 2**31, 2**32, 2**40):
+        assert as_desc(Capsule(byte_offset=far)).ptr == 0x1000 + far
+        large = as_desc(Capsule(shape=(far, 3), strides=(1, -far)))
+        assert (large.shape, large.strides) == ((far, 3), (1, -far))
     assert as_desc(Capsule(ndim=0, shape=None)).shape == ()
     assert as_desc(Capsule(ndim=64, shape=(1,) * 64)).shape == (1,) * 64
     assert as_desc(Capsule(device=(3, 0), told=(1, 0))).device.type == "cuda_host"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,12 @@ from fi_ffi.abi.objects import (
 from fi_ffi.abi.tensor import TensorDesc
 from fi_ffi.errors import ArgumentError, FiFfiError, KernelError, LoaderError
 
+from tests.abi.conftest import Heap
 from tests.helpers.frames import write_tensor
 from tests.helpers.heap_text import heap_string
 from tests.ops.test_threads import at_once
+
+pytestmark = pytest.mark.usefixtures("heap")
 
 
 def make_error() -> Error:
@@ -64,8 +67,10 @@ MAKERS: dict[str, Callable[[], Object]] = {
 
 
 @pytest.fixture(params=MAKERS)
-def owned(request: pytest.FixtureRequest) -> Object:
-    return MAKERS[request.param]()
+def owned(request: pytest.FixtureRequest) -> Iterator[Object]:
+    made = MAKERS[request.param]()
+    yield made
+    made.release()
 
 
 def test_release_is_once(owned: Object) -> None:
@@ -190,6 +195,34 @@ def test_a_tensor_kept_by_a_callee(testing_library: object, callback: Callable[.
     for array, desc in kept:
         found = read_back(array, callback)
         assert repr(found) == repr(desc)
+
+
+@pytest.mark.parametrize("error", [MemoryError("no room"), KeyboardInterrupt(), None], ids=repr)
+def test_a_tensor_that_is_not_made_leaves_nothing(
+    error: BaseException | None, heap: Heap, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where libtvm_ffi refuses, or a signal's exception comes in between."""
+
+    class Failing:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(lib, name)
+
+        def TVMFFITensorFromDLPack(self, *_: object) -> int:
+            taken.append(len(heap.blocks))
+            if error is not None:
+                raise error
+            return -1
+
+    lib, taken = library.lib, list[int]()
+    desc = TensorDesc(0x1000, (1,) * 64, "float16")
+    monkeypatch.setattr(library, "lib", Failing())
+    for make in (lambda: Tensor.from_desc(desc), lambda: make_array([7, desc, desc])):
+        with pytest.raises(type(error) if error is not None else FiFfiError):
+            make()
+        assert taken.pop() == 1 and not heap.blocks
+    monkeypatch.setattr(library, "lib", lib)
+    with make_array([desc]):
+        assert len(heap.blocks) == 1
 
 
 def test_a_tensor_of_a_frame_kept_by_a_callee(

@@ -22,6 +22,8 @@ from fi_ffi.modules.entry import Origin, adopted
 
 from tests.abi.conftest import Abuse, cell
 
+pytestmark = pytest.mark.usefixtures("heap")
+
 PADDINGS = (0, 1, 0xDEADBEEF, 0xFFFFFFFF)
 # A view, an rvalue reference, and indices that TVM-FFI keeps for later.
 WITHOUT_FORM = [-(2**31), -2, -1, 10, *range(13, 64)]

@@ -25,18 +25,23 @@ from fi_ffi.abi.tensor import (
     Device,
     DType,
     TensorDesc,
+    as_vector,
     c_strides,
     device_from_code,
     dtype_of,
     make_desc,
     parse_device,
     parse_dtype,
+    viewed,
 )
 from fi_ffi.errors import ArgumentError, ArgumentTypeError
 
 from tests.helpers.ids import shown
 
 INT64 = 2**63 - 1
+_unseen = itertools.count(10**6)  # indices of GPUs that no other test names
+# Around where an int32, a uint32 and a float64 end.
+FAR = [2**31 - 1, 2**31, 2**31 + 1, 2**32 - 1, 2**32, 2**32 + 1, 2**53 + 1]
 
 
 def desc(ptr: Any = 64, shape: Any = (2, 3), dtype: Any = "float16", **kwargs: Any) -> TensorDesc:
@@ -113,6 +118,21 @@ def test_kinds_are_one_object() -> None:
     others = [desc(shape=(6,)), desc(dtype="bfloat16"), desc(device="cpu")]
     others.append(make_desc(64, (2, 3), "float16", None, "cuda:0", readonly=True))
     assert len({id(made.kind) for made in others} | kinds) == 5
+
+
+@pytest.mark.parametrize("shape", [(6,), (2, 3), (1, 2, 3)])
+@pytest.mark.parametrize("order", [(True, False, True), (False, True, False)])
+def test_no_kind_is_remembered_for_other_memory(
+    order: tuple[bool, ...], shape: tuple[int, ...]
+) -> None:
+    """Memory that is read-only is described by names that were never seen before, or that were."""
+    device = f"cuda:{next(_unseen)}"
+    for readonly in order:
+        made = make_desc(64, shape, "float16", None, device, readonly=readonly)
+        quickly = desc(shape=shape, device=device)
+        assert (made.readonly, quickly.readonly) == (readonly, False)
+        for view in (made.at(128), made.rows(0, 1), as_vector(made), viewed(made, (3,), (2,))):
+            assert (view.readonly, view.device) == (readonly, made.device)
 
 
 def test_what_names_are_remembered_is_bounded() -> None:
@@ -342,6 +362,25 @@ def test_rows_like_numpy(size: int, start: int, stop: int) -> None:
     assert fields(made.rows(Index(start), np.int64(stop))) == fields(part)  # type: ignore[arg-type]
     moved = made.at(64)
     assert moved.owner is None and made.at(64, "mine").owner == "mine"
+
+
+@pytest.mark.parametrize("far", FAR)
+def test_rows_far_away(far: int) -> None:
+    """Bytes, elements and rows are counted past what 32 bits hold; nothing is read there."""
+    for name in ("float4_e2m1fn", "int8", "float16", "float64"):
+        bits = DTYPES[name].bits
+        rows = desc(4096, (far + 2, 4), name)
+        columns = desc(4096, (3, far + far % 2), name)
+        for made, start, elements in ((rows, far, 4 * far), (columns, 2, 2 * (far + far % 2))):
+            part = made.rows(start, start + 1)
+            assert part.ptr == 4096 + elements * bits // 8 and type(part.ptr) is int
+            assert (part.shape, part.strides) == ((1, *made.shape[1:]), made.strides)
+        assert rows.numel == 4 * (far + 2)
+        assert rows.span_bytes == rows.numel * bits // 8
+        assert rows.at(far * 8).ptr == far * 8
+    turned = desc(2**60, (3, 2), "float16", strides=(-far, 1))
+    assert turned.rows(2, 3).ptr == 2**60 - 4 * far
+    assert turned.span_bytes == 2 * (2 * far + 2)
 
 
 # Dtypes and devices.

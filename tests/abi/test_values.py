@@ -16,6 +16,8 @@ from fi_ffi.errors import ArgumentError, ArgumentTypeError, KernelError
 
 from tests.helpers.ids import shown
 
+pytestmark = pytest.mark.usefixtures("heap")
+
 SCALARS = [None, True, False, 0, 1, -1, 2**63 - 1, -(2**63), 0.0, -0.0, 1e-300, math.inf, math.nan]
 # 7 bytes are kept inline, 8 on the heap.
 TEXTS = ["", "a", "1234567", "12345678", "naïve", "€€€", "😀", "a\0b", "\0", "12345678\0", "\0" * 9]
@@ -102,6 +104,8 @@ DESCS = [
     TensorDesc(0x1000, (3,), "uint8", strides=(-2,), device="cpu"),
     TensorDesc(0x1000, (), "float4_e2m1fn_x2"),
     TensorDesc(0, (0, 5), "int64"),
+    TensorDesc(2**47, (2**31, 2**20, 3), "int8", strides=(1, 2, 2**31 + 1), device="cpu"),
+    TensorDesc(2**31, (2**30 - 1, 2), "float16", strides=(2**32, 2**31)),
     TensorDesc(2**64 - 100, (1,) * 64, "float8_e4m3fn", device="cuda_managed"),
 ]
 
