@@ -95,7 +95,7 @@ def parse_release(text: str, argument: str = "release") -> str:
     return text
 
 
-def _installed(release: str | None) -> Iterator[Candidate]:
+def _installed(_: str | None) -> Iterator[Candidate]:
     """Yield installed kernels; of distributions for one SM each, the latest SM first.
 
     Those of another version than the `flashinfer-jit-cache` that names them are left over from an
@@ -115,7 +115,7 @@ def _installed(release: str | None) -> Iterator[Candidate]:
             continue
         for root, known in _hashes_in(each).items():
             source = KernelDirectory(root, each.version, known)
-            yield _of_release("installed", source, release, sm)
+            yield Candidate("installed", source, sm=sm)
             is_empty = False
     if is_empty:
         note = "no flashinfer-jit-cache distribution is installed"
@@ -146,19 +146,19 @@ def flashinfer_folder() -> Path:
     return base / ".cache" / "flashinfer"
 
 
-def _jit(release: str | None) -> Iterator[Candidate]:
+def _jit(_: str | None) -> Iterator[Candidate]:
     root = flashinfer_folder()
     folders = sorted(root.glob("*/*/cached_ops")) if root.is_dir() else []
     for folder in folders:
         source = KernelDirectory(folder, folder.parent.parent.name)
         if source.modules():
-            yield _of_release("jit", source, release)
+            yield Candidate("jit", source)
     if not folders:
         note = f"FlashInfer has compiled nothing in {root}"
         yield Candidate("jit", None, note, is_empty=True)
 
 
-def _local(release: str | None) -> Iterator[Candidate]:
+def _local(_: str | None) -> Iterator[Candidate]:
     named = os.environ.get(WHEELS)
     folders = named.split(os.pathsep) if named else [str(cache.cache_root() / "wheels")]
     if not named and Path(folders[0]).is_dir():
@@ -179,19 +179,10 @@ def _local(release: str | None) -> Iterator[Candidate]:
             continue
         source = KernelWheel(str(wheel), Wheel(wheel))
         provider = re.match(_PROVIDER, wheel.name)
-        yield _of_release("local", source, release, provider[1] if provider else None)
+        yield Candidate("local", source, sm=provider[1] if provider else None)
     if not wheels:
         note = f"no flashinfer_jit_cache wheel in {' or '.join(folders)}"
         yield Candidate("local", None, note, is_empty=True)
-
-
-def _of_release(
-    kind: str, source: KernelSource, release: str | None, sm: str | None = None
-) -> Candidate:
-    found = release_of(source)
-    if release is not None and found is not None and found != release:
-        return Candidate(kind, None, f"{source.location} is of {found}, wanted is {release}")
-    return Candidate(kind, source, sm=sm)
 
 
 _KINDS: dict[str, Callable[[str | None], Iterator[Candidate]]] = {
@@ -238,7 +229,11 @@ def candidates(
         try:
             for candidate in _KINDS[kind](release):
                 if candidate.source is not None:
-                    release = release or release_of(candidate.source)
+                    found = release_of(candidate.source)
+                    if release is not None and found is not None and found != release:
+                        note = f"{candidate.source.location} is of {found}, wanted is {release}"
+                        candidate = Candidate(kind, None, note)
+                    release = release or found
                 yield candidate
         except (FiFfiError, OSError) as error:  # report a broken wheel and continue
             yield Candidate(kind, None, str(error))

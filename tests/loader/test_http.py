@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email.utils
+import io
 import re
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 
 from fi_ffi.errors import FetchError
 from fi_ffi.loader.fetch.http import Client
-from fi_ffi.loader.fetch.ranges import Changed, NoRanges, RemotePieces
+from fi_ffi.loader.fetch.ranges import Changed, NoRanges, RangeFile, RemotePieces
 from fi_ffi.loader.fetch.urls import check_url, redact, redirected
 
 from tests.loader import server as faults
@@ -63,6 +64,62 @@ def test_a_range(web):
     assert b"".join(pieces.stream(0, len(CONTENT))) == CONTENT
     assert (client.requests, client.moved) == (3, 1 + 10 + len(CONTENT))
     assert web.sent == client.moved
+
+
+KEPT = {100: CONTENT[100:200], 1000: CONTENT[1000:1001], len(CONTENT) - 50: CONTENT[-50:]}
+# Around the ends of what is kept, of the extent and of the file; to all of them, and past them.
+PLACES = sorted({
+    place + step
+    for place in (0, 100, 200, 1000, 1001, 5000, 7000, len(CONTENT) - 50, len(CONTENT))
+    for step in (-1, 0, 1) if place + step >= 0
+})  # fmt: skip
+
+
+class Pieces:
+    """A file whose ranges arrive in chunks of a few bytes; what was asked for, in order."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, int]] = []
+
+    def stream(self, start, stop):
+        self.asked.append((start, stop))
+        for at in range(start, stop, 700):
+            yield CONTENT[at : min(at + 700, stop)]
+
+
+@pytest.mark.parametrize(("keep", "extent"), [(True, None), (False, None), (False, (5000, 7000))])
+def test_reads_of_a_file_that_is_kept_in_part(keep, extent):
+    """A read gives what it asks for, from wherever it comes; what is there is not asked for."""
+    for start in PLACES:
+        for stop in (stop for stop in PLACES if stop >= start):
+            pieces, kept = Pieces(), dict(KEPT)
+            raw = RangeFile(pieces, kept, len(CONTENT), extent, keep)
+            with raw if keep else io.BufferedReader(raw, 512) as file:
+                for _ in range(2):
+                    assert file.seek(start) == file.tell() == start
+                    assert file.read(stop - start) == CONTENT[start:stop]
+                    assert file.tell() == min(stop, max(start, len(CONTENT)))
+                    if keep:
+                        assert len(pieces.asked) <= 1, "what was fetched is kept"
+                assert file.seek(0, 2) == len(CONTENT) and file.read(1) == b""
+            is_kept = any(at <= start and stop <= at + len(data) for at, data in KEPT.items())
+            if is_kept and keep:
+                assert not pieces.asked
+            for first, last in pieces.asked:
+                assert 0 <= first < last <= len(CONTENT)
+            assert all(data == CONTENT[at : at + len(data)] for at, data in kept.items())
+            assert keep or kept == KEPT
+    with pytest.raises(ValueError, match="a position of -1"):
+        raw.seek(-1)
+
+
+def test_a_range_that_is_read_completely_is_one_request():
+    pieces = Pieces()
+    raw = RangeFile(pieces, {}, len(CONTENT), (5000, 7000), keep=False)
+    with io.BufferedReader(raw, 64) as file:
+        file.seek(5000)
+        assert b"".join(iter(lambda: file.read(33), b"")) == CONTENT[5000:]
+    assert pieces.asked[0] == (5000, 7000) and pieces.asked[1][0] == 7000
 
 
 PASSING = [*map(status, (500, 503, 408, 429)), faults.truncate, faults.reset, faults.stall,

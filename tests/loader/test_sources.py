@@ -311,15 +311,42 @@ def test_local_wheels(built_wheel, tmp_path, monkeypatch):
     assert "is not a readable wheel" in looked_at()["local"].note
 
 
-def test_the_first_source_settles_the_release(tmp_path, monkeypatch):
-    name = "flashinfer_jit_cache-0.6.18+cu130-cp39-abi3-linux_x86_64.whl"
-    with zipfile.ZipFile(tmp_path / name, "w") as archive:
-        for member in (f"{LAYOUT}/norm/norm.so", "k-0.6.18+cu130.dist-info/RECORD"):
-            archive.writestr(member, b"")
-    monkeypatch.setenv(search.WHEELS, str(tmp_path))
-    found = looked_at()
-    assert release_of(found["local"].source) == "0.6.18"
-    assert "0.6.18" in found["remote"].source.version
+@pytest.mark.parametrize(
+    ("releases", "named", "settled", "used"),
+    [
+        (["0.6.18"], None, "0.6.18", ["0.6.18"]),
+        (["0.6.18", None], None, "0.6.18", ["0.6.18", None]),
+        ([None, "0.6.18"], None, "0.6.18", [None, "0.6.18"]),
+        ([None, "0.6.18", None, "0.7.1"], None, "0.6.18", [None, "0.6.18", None]),
+        (["0.6.18", "0.7.1", "0.6.18"], None, "0.6.18", ["0.6.18", "0.6.18"]),
+        (["0.7.1", None, "0.6.18"], "0.6.18", "0.6.18", [None, "0.6.18"]),
+        ([None], "0.6.18", "0.6.18", [None]),
+    ],
+    ids=str,
+)
+def test_the_first_source_settles_the_release(
+    releases, named, settled, used, tmp_path, monkeypatch
+):
+    """Also of later places of its own kind; a source that does not tell its release changes
+    nothing."""
+    folders = []
+    for at, release in enumerate(releases):
+        folders.append(tmp_path / str(at))
+        folders[-1].mkdir()
+        name = "flashinfer_jit_cache-0+cu130-cp39-abi3-linux_x86_64.whl"
+        info = f"k-{release}+cu130" if release else "k"
+        with zipfile.ZipFile(folders[-1] / name, "w") as archive:
+            for member in (f"{LAYOUT}/norm/norm.so", f"{info}.dist-info/RECORD"):
+                archive.writestr(member, b"")
+    monkeypatch.setenv(search.WHEELS, os.pathsep.join(map(str, folders)))
+    if named:
+        monkeypatch.setenv(lock.RELEASE, named)
+    runtime.use_source(None)
+    local = [place for place in search.places() if place.kind == "local"]
+    assert [release_of(place.source) for place in local if place.source] == used
+    for place in local:
+        assert place.source or f"is of 0.7.1, wanted is {settled}" in place.note
+    assert settled in looked_at()["remote"].source.version
 
 
 def test_sources_may_be_chosen_and_ordered(built_wheel, monkeypatch):

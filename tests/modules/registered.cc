@@ -6,6 +6,8 @@
 #include <tvm/ffi/reflection/registry.h>
 #include <tvm/ffi/string.h>
 
+#include <deque>
+
 using namespace tvm::ffi;
 
 class OddObj : public Object {
@@ -34,6 +36,19 @@ class HolderObj : public Object {
   TVM_FFI_DECLARE_OBJECT_INFO_FINAL("fi_ffi_tests.Holder", HolderObj, Object);
 };
 
+// Types that get more members later.
+class GrowingObj : public Object {
+ public:
+  int64_t first = 1;
+  TVM_FFI_DECLARE_OBJECT_INFO("fi_ffi_tests.Growing", GrowingObj, Object);
+};
+
+class GrownObj : public GrowingObj {
+ public:
+  int64_t second = 2;
+  TVM_FFI_DECLARE_OBJECT_INFO_FINAL("fi_ffi_tests.Grown", GrownObj, GrowingObj);
+};
+
 static int fail(void*, TVMFFIAny*) {
   TVMFFIErrorSetRaisedFromCStr("ValueError", "no value today");
   return -1;
@@ -42,6 +57,43 @@ static int fail(void*, TVMFFIAny*) {
 static int fail_to_set(void*, const TVMFFIAny*) {
   TVMFFIErrorSetRaisedFromCStr("ValueError", "no value today");
   return -1;
+}
+
+// Members, and types, that are registered when a test asks for them.
+static int get_seven(void*, TVMFFIAny* result) {
+  result->type_index = kTVMFFIInt;
+  result->zero_padding = 0;
+  result->v_int64 = 7;
+  return 0;
+}
+
+static int32_t index_of(const String& key) {
+  TVMFFIByteArray name{key.data(), key.size()};
+  int32_t index = 0;
+  TVM_FFI_CHECK_SAFE_CALL(TVMFFITypeKeyToIndex(&name, &index));
+  return index;
+}
+
+static void register_field(String key, String name) {
+  TVMFFIFieldInfo field{};
+  field.name = {name.data(), name.size()};
+  field.getter = get_seven;
+  field.default_value_or_factory = TVMFFIAny{};
+  TVM_FFI_CHECK_SAFE_CALL(TVMFFITypeRegisterField(index_of(key), &field));
+}
+
+static void register_method(String key, String name, int64_t value) {
+  static std::deque<Function> kept;
+  kept.push_back(Function::FromTyped([value](AnyView) { return value; }));
+  TVMFFIMethodInfo method{};
+  method.name = {name.data(), name.size()};
+  method.method = AnyView(kept.back()).CopyToTVMFFIAny();
+  TVM_FFI_CHECK_SAFE_CALL(TVMFFITypeRegisterMethod(index_of(key), &method));
+}
+
+static void register_type(String key) {
+  TVMFFIByteArray name{key.data(), key.size()};
+  TVMFFITypeGetOrAllocIndex(&name, -1, 1, 0, 0, TypeIndex::kTVMFFIObject);
 }
 
 TVM_FFI_STATIC_INIT_BLOCK() {
@@ -58,6 +110,12 @@ TVM_FFI_STATIC_INIT_BLOCK() {
       .def(refl::init<ObjectRef, Optional<ObjectRef>>())
       .def_rw("value", &HolderObj::value)
       .def_rw("optional_value", &HolderObj::optional_value);
+  refl::ObjectDef<GrowingObj>().def_ro("first", &GrowingObj::first);
+  refl::ObjectDef<GrownObj>().def(refl::init<>()).def_ro("second", &GrownObj::second);
+  refl::GlobalDef()
+      .def("fi_ffi_tests.register_field", register_field)
+      .def("fi_ffi_tests.register_method", register_method)
+      .def("fi_ffi_tests.register_type", register_type);
   // By hand: a field whose getter fails, and a method that takes any number of arguments.
   TVMFFIFieldInfo field{};
   field.name = {"fails", 5};

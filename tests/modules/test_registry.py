@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import itertools
 
 import numpy as np
 import pytest
 
 import fi_ffi
+from fi_ffi.abi.function import register
 from fi_ffi.abi.objects import Object, find_global
 from fi_ffi.abi.signature import Signature
 from fi_ffi.errors import AbiError, ArgumentError, ArgumentTypeError, KernelError
@@ -16,6 +18,8 @@ from fi_ffi.modules import ReflectedObject, reflection
 from tests.helpers.children import done
 from tests.ops.test_threads import at_once
 from tests.stress.gauges import leaves_nothing
+
+_later = itertools.count()  # in names that are registered once in a process
 
 
 @pytest.fixture(autouse=True)
@@ -110,6 +114,56 @@ def test_a_type_has_its_ancestors_members():
     assert {"add_i64", "v_array", "v_f64", "release"} <= {*dir(made)}
     base = fi_ffi.object_type("testing.TestObjectBase")
     assert "v_array" not in base.fields and {*base.fields} < {*make.fields}
+
+
+def registered(what, *args):
+    """registered.cc registers it now."""
+    fi_ffi.function(f"fi_ffi_tests.register_{what}")(*args)
+
+
+@pytest.mark.parametrize("what", ["field", "method"])
+@pytest.mark.parametrize("key", ["fi_ffi_tests.Growing", "fi_ffi_tests.Grown"])
+def test_members_that_are_registered_later(hostile, key, what):
+    """Of a type, or of its ancestor, whose members were looked at before, on each object."""
+    kind = fi_ffi.object_type("fi_ffi_tests.Grown")
+    made = kind()
+    for _ in range(2):
+        name, value = f"later_{next(_later)}", [7] if what == "method" else []
+        assert name not in {*kind.fields, *kind.methods, *dir(made)}
+        with pytest.raises(AttributeError, match=name):
+            getattr(made, name)
+        registered(what, key, name, *value)
+        found = getattr(made, name)
+        assert (found() if value else found) == 7
+        assert name in (kind.methods if value else kind.fields) and name in dir(made)
+        assert (made.first, made.second) == (1, 2)
+
+
+def test_a_type_s_own_members_go_before_its_ancestors(hostile):
+    kind = fi_ffi.object_type("fi_ffi_tests.Grown")
+    made, own, theirs = kind(), ("fi_ffi_tests.Grown", 8), ("fi_ffi_tests.Growing", 9)
+    for order in ((own, theirs), (theirs, own)):
+        name = f"later_{next(_later)}"
+        for at, (key, value) in enumerate(order, 1):
+            registered("method", key, name, value)
+            assert name in kind.methods
+            assert getattr(made, name)() == (8 if own in order[:at] else 9)
+
+
+def test_types_and_functions_that_are_registered_later(hostile):
+    key = f"fi_ffi_tests.Later{next(_later)}"
+    assert key not in fi_ffi.object_types("fi_ffi_tests.")
+    with pytest.raises(fi_ffi.KernelNotFoundError, match=key):
+        fi_ffi.object_type(key)
+    registered("type", key)
+    assert key in fi_ffi.object_types("fi_ffi_tests.")
+    assert fi_ffi.object_type(key).fields == () and repr(fi_ffi.object_type(key)) == f"<type {key}>"
+    name = f"fi_ffi_tests.later_{next(_later)}"
+    with pytest.raises(fi_ffi.KernelNotFoundError, match=name):
+        fi_ffi.function(name)
+    for value in (1, 2):  # the second in place of the first
+        register(name, Signature(name, (), "int"), lambda value=value: value)
+        assert fi_ffi.function(name)() == value and name in fi_ffi.functions("fi_ffi_tests.")
 
 
 def test_setting_fields():
