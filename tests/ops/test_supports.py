@@ -15,7 +15,7 @@ from fi_ffi.capability.judgement import Query, capability_of, entry_row, judge
 from fi_ffi.capability.known_issues import KNOWN_ISSUES
 from fi_ffi.capability.matrix import SMS, lines
 from fi_ffi.catalogue.ahead_of_time import compiles_for, in_wheel, is_recorded, listed_in
-from fi_ffi.errors import ArgumentError, KernelNotFoundError
+from fi_ffi.errors import ArgumentError, KernelNotFoundError, LoaderError
 from fi_ffi.loader import machine, search
 from fi_ffi.loader.fetch.wheels_lock import the_lock
 from fi_ffi.ops.call.releases import span_of
@@ -25,6 +25,7 @@ from fi_ffi.ops.plans.rows import ROWS as ATTENTION
 from tools.entries import entries_of
 
 DEFAULT = the_lock().default_release
+RECORDED = judgement.gpu_runs.__wrapped__  # reads the record each time
 
 
 @pytest.fixture(autouse=True)
@@ -105,17 +106,47 @@ def test_what_is_no_gpu_and_no_cuda_tag(asked, words):
         fi_ffi.rmsnorm.supports(**asked)
 
 
-def test_what_was_called_is_told(monkeypatch):
-    run = judgement.GpuRun("a GPU", (9, 0), DEFAULT, frozenset({("norm", "rmsnorm")}))
-    monkeypatch.setattr(judgement, "gpu_runs", lambda: (run,))
-    answer = fi_ffi.rmsnorm.supports(sm=90, release=DEFAULT)
-    assert answer.status == "run"
-    assert answer.reason.endswith("; called on a GPU")
-    # The same entry, another op of it; not another entry, GPU or release.
-    assert fi_ffi.qk_rmsnorm.supports(sm=90, release=DEFAULT).status == "run"
-    assert fi_ffi.layernorm.supports(sm=90, release=DEFAULT).status == "built"
-    assert fi_ffi.rmsnorm.supports(sm=100, release=DEFAULT).status == "built"
-    assert fi_ffi.rmsnorm.supports(sm=90, release="0.6.3").status == "built"
+CALLED = {"device": "a GPU", "capability": [9, 0], "release": DEFAULT,
+          "entries": {"norm": ["rmsnorm"]}}  # fmt: skip
+FA3 = {"entries": {"batch_prefill:fa3": ["ragged_run", "paged_run"]}}
+# What else a record says, and the op and what is asked of it, which was called there or not.
+CALLS = [
+    *(({}, name, {"sm": 90}, is_run) for name, is_run in (
+        ("rmsnorm", True), ("qk_rmsnorm", True),  # another op of the same entry
+        ("layernorm", False), ("append_paged_kv_cache", False),
+    )),
+    *(({}, "rmsnorm", {"sm": sm}, False) for sm in (80, 89, 100, 103, 120)),
+    *(({"capability": capability}, "rmsnorm", {"sm": 90}, False)
+      for capability in ([8, 0], [8, 9], [9, 1], [10, 0])),
+    ({"release": "0.6.18"}, "rmsnorm", {"sm": 90}, False),
+    ({}, "rmsnorm", {"sm": 90, "release": "0.6.18"}, False),
+    ({"release": "0.6.18"}, "rmsnorm", {"sm": 90, "release": "0.6.18"}, True),
+    ({"entries": {"page": ["rmsnorm"]}}, "rmsnorm", {"sm": 90}, False),
+    # A record without a CUDA is of 13; within it the minor version is no matter.
+    *(({} if of is None else {"cuda": of}, "rmsnorm", {"sm": 90, "cuda": cuda},
+       int(cuda[2:4]) == (of or 13))
+      for of in (None, 12, 13) for cuda in ("cu128", "cu129", "cu130")),
+    *((FA3, "BatchPrefillPlan", {"sm": 90, "backend": backend, "head_dim_qk": 128},
+       backend == "fa3") for backend in ("fa2", "fa3")),
+    # Of no GPU in particular, nothing is told of calls.
+    ({}, "rmsnorm", {}, None), ({"cuda": 12}, "rmsnorm", {"cuda": "cu128"}, None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("more", "name", "asked", "is_run"), CALLS, ids=str)
+def test_what_was_called_is_told(more, name, asked, is_run, tmp_path, monkeypatch):
+    """On that GPU, of that release and CUDA, and that entry: on no other."""
+    record = tmp_path / "called.json"
+    record.write_text(json.dumps({"runs": [CALLED | more]}))
+    monkeypatch.setattr(judgement, "GPU_RUNS", record)
+    monkeypatch.setattr(judgement, "gpu_runs", RECORDED)
+    answer = getattr(fi_ffi, name).supports(**{"release": DEFAULT} | asked)
+    assert answer.status == ("run" if is_run else "built"), answer
+    ends = {True: "; called on a GPU", False: "; not run here on such a GPU"}
+    for ending, text in ends.items():
+        assert answer.reason.endswith(text) == (is_run is ending), answer
+    record.unlink()
+    assert RECORDED() == ()
 
 
 def test_dtypes():
@@ -129,9 +160,22 @@ def test_dtypes():
 
 
 def test_the_gpu_that_there_is(monkeypatch):
-    monkeypatch.setattr(machine, "device_count", lambda: 1)
-    monkeypatch.setattr(machine, "capability", lambda device: (12, 0))
-    assert not fi_ffi.gdn_prefill.supports(release=DEFAULT)
+    """The first of them; one that cannot be asked is none in particular."""
+    gpus = [(12, 0), (9, 0)]
+    monkeypatch.setattr(machine, "device_count", lambda: len(gpus))
+    monkeypatch.setattr(machine, "capability", lambda device: gpus[device])
+    assert fi_ffi.gdn_prefill.supports(release=DEFAULT).status == "refused"
+    assert fi_ffi.gdn_prefill.supports(sm=90, release=DEFAULT)
+    gpus.reverse()
+    assert fi_ffi.gdn_prefill.supports(release=DEFAULT)
+
+    def fail(device=0):
+        raise LoaderError("the driver says no")
+
+    monkeypatch.setattr(machine, "capability", fail)
+    assert Query.of(release=DEFAULT).capability is None
+    monkeypatch.setattr(machine, "device_count", fail)
+    assert Query.of(release=DEFAULT).capability is None
 
 
 def test_kernels_at_hand(built_wheel):
@@ -308,6 +352,11 @@ GPUS = [
     (86, DEFAULT, "cu130", "built", "norm is in FlashInfer 0.6.13's cu130 wheels", False),
     (103, "0.6.3", "cu129", "missing", "the cu129 wheels are not compiled for it", True),
     (90, DEFAULT, "cu134", "missing", "FlashInfer 0.6.13 publishes no cu134 wheels", True),
+    # Of no GPU in particular: there are wheels, or there are none.
+    (None, DEFAULT, "cu134", "missing", "FlashInfer 0.6.13 publishes no cu134 wheels", True),
+    (None, DEFAULT, "cu130", "built", "norm is in FlashInfer 0.6.13's cu130 wheels", False),
+    (None, "0.7.2.post1", "cu134", "built", "norm is in FlashInfer 0.7.2.post1's cu134", False),
+    (None, "0.7.2.post1", "cu126", "missing", "publishes no cu126 wheels", True),
     (
         130,
         DEFAULT,
