@@ -57,6 +57,14 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
+@pytest.fixture(params=[1, 4, 1000])
+def short_writes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """`os.write` takes so many bytes at a time, as the write of a pipe or of a disk may."""
+    write, most = os.write, request.param
+    monkeypatch.setattr(os, "write", lambda fd, data: write(fd, bytes(memoryview(data)[:most])))
+    return int(most)
+
+
 @pytest.fixture
 def put_release(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
     """Put a release of FlashInfer in force, as a user does."""

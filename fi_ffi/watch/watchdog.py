@@ -72,17 +72,18 @@ class watchdog:  # a context manager reads as a verb
 
     def __enter__(self) -> watchdog:
         watch = _Watch(self)
-        with watching.lock:
-            if self._watch is not None and self._watch.is_of_this_process:
-                expected = "a new one, or this one when it is closed"
-                raise ArgumentError("watchdog", "self", got="an open watchdog", expected=expected)
-            self._watch = watch
-        self.reports = []
         try:
+            with watching.lock:
+                if self._watch is not None and self._watch.is_of_this_process:
+                    got, expected = "an open watchdog", "a new one, or this one when it is closed"
+                    raise ArgumentError("watchdog", "self", got=got, expected=expected)
+                self._watch = watch
+            self.reports = []
             watch.thread.start()
             watching.add(watch.inbox)
         except BaseException:  # the thread could not be started, or a signal handler raised
-            self._watch = None
+            if self._watch is watch:
+                self._watch = None
             watching.remove(watch.inbox)
             watch.stop.set()
             raise
@@ -101,6 +102,7 @@ class watchdog:  # a context manager reads as a verb
                 hang = watch.wait()
         finally:
             watch.close()
+            watching.remove(watch.inbox)  # a signal handler may have ended the first try
         if hang is not None:
             raise HangError(hang.call.op, hang.report(self.seconds))
 

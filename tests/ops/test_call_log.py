@@ -22,6 +22,7 @@ from fi_ffi.ops.call import hooks
 from fi_ffi.ops.functions import OPS
 from fi_ffi.watch import watching
 from fi_ffi.watch.call_log import open_by_environment
+from fi_ffi.watch.writer import Writer
 
 from tests.helpers import children
 from tests.helpers.cases import make_case
@@ -343,6 +344,25 @@ def test_a_file_is_added_to(mine, path):
             mine.op(*mine.descs)
     assert len(read(path)) == 2
     assert path.stat().st_mode & 0o777 & ~0o644 == 0
+
+
+LINES = "".join(f"{i} naïve € 😀 {'x' * i}\n" for i in range(60))
+
+
+@pytest.mark.parametrize("dest", ["file", "stdout", "stderr"])
+def test_what_is_written_in_parts_is_whole(dest, path, short_writes, monkeypatch, capfd):
+    """Nothing is lost or told twice; the process's own streams have it where Python has none."""
+    writer = Writer(path if dest == "file" else dest)
+    for stream in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, stream, None)
+    for text in (LINES, "", "one\n", LINES):
+        writer.write(text)
+    writer.close()
+    said = capfd.readouterr()._asdict()
+    said["file"] = path.read_text() if dest == "file" else ""
+    named = {"stdout": "out", "stderr": "err"}.get(dest, dest)
+    assert {name for name, text in said.items() if text} == {named}
+    assert said[named] == f"{LINES}one\n{LINES}"
 
 
 def test_the_processs_id_in_a_path(mine, tmp_path):

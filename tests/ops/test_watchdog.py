@@ -762,6 +762,46 @@ def test_a_child_forked_in_a_block_leaves_it_at_once(gpu):
         gpu.work()
 
 
+STEPS = {
+    "starting": (threading.Thread, "start"),
+    "adding": (watching, "add"),
+    "removing": (watching, "remove"),
+    "waiting": (module._Watch, "wait"),
+    "inside": None,
+}
+
+
+@pytest.mark.parametrize("is_done", [False, True])
+@pytest.mark.parametrize("step", STEPS)
+def test_interrupts_of_a_watchdog(step, is_done, mine, monkeypatch):
+    """A signal's exception that comes before a step or after it, or in the block: no call is
+    recorded any more, no thread is left, and the watchdog can be opened again."""
+    dog = fi_ffi.watchdog(LONG)
+
+    def interrupted(owner, name):
+        real = getattr(owner, name)
+
+        def interrupting(*args):
+            monkeypatch.setattr(owner, name, real)
+            if is_done:
+                real(*args)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(owner, name, interrupting)
+
+    if STEPS[step]:
+        interrupted(*STEPS[step])
+    with pytest.raises(KeyboardInterrupt), dog:
+        if not STEPS[step]:
+            raise KeyboardInterrupt
+    assert watching.inboxes == () and hooks.watcher is None
+    until(lambda: threads() == [])
+    call(mine)
+    with dog:
+        assert len(watching.inboxes) == len(threads()) == 1
+        assert not watching.inboxes[0]
+
+
 def test_a_keyboard_interrupt_ends_the_wait(gpu):
     # A process that was started in the background ignores it.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -48,6 +48,14 @@ def test_store_and_find(sample):
     assert (cache.find(sample.sha256, "b.so"), sample.find()) == (other, path)
 
 
+def test_a_file_that_is_written_in_parts(sample, short_writes):
+    chunks = [sample.content[:5], b"", sample.content[5:3000], sample.content[3000:]]
+    path = cache.store(iter(chunks), sample.sha256, sample.name, "a test")
+    assert path.read_bytes() == sample.content
+    assert cache.find(sample.sha256, sample.name, paranoid=True) == path
+    assert sample.files() == [path]
+
+
 ASTRAY = [("0" * 64, name) for name in ("", ".", "..", "a/b.so", "/a.so", ".stamp", "a\0b")]
 
 
