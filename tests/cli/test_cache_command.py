@@ -244,6 +244,28 @@ def test_verify_and_repair() -> None:
     assert not linked.is_symlink()
 
 
+@pytest.mark.parametrize("which", ["a.so", "b.so"])
+def test_a_bad_file_that_stays_is_told(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever of two it is; the other is removed."""
+    files = {name: store(name.encode(), name) for name in ("a.so", "b.so", "good.so")}
+    for name in ("a.so", "b.so"):
+        files[name].chmod(0o644)
+        files[name].write_bytes(b"bad")
+    unlink = Path.unlink
+
+    def refusing(self: Path, **options: bool) -> None:
+        if self.name == which:
+            raise PermissionError(13, "not yours")
+        unlink(self, **options)
+
+    monkeypatch.setattr(Path, "unlink", refusing)
+    found = document("verify", "--repair", code=1)
+    assert {each["name"]: each["removed"] for each in found["bad"]} == {
+        "a.so": which != "a.so", "b.so": which != "b.so",
+    }  # fmt: skip
+    assert {name for name, path in files.items() if path.exists()} == {which, "good.so"}
+
+
 def test_verify_and_prune_refuse_a_cache_of_everybodys(root: Path) -> None:
     store(b"good", "good.so")
     root.chmod(0o777)

@@ -16,7 +16,7 @@ from fi_ffi import reference
 from fi_ffi.abi.function import Entry, register
 from fi_ffi.abi.tensor import parse_device
 from fi_ffi.cli import cuda, demo_calls, main
-from fi_ffi.cli.cases import bound
+from fi_ffi.cli.cases import bound, within
 from fi_ffi.cli.demo import Result
 from fi_ffi.cli.demo_calls import arguments
 from fi_ffi.loader import runtime
@@ -154,6 +154,28 @@ def test_one_of_two_results_is_not_enough(replace):
     assert statuses(demo(*SMALL, "--json", code=1))["merge_state"] == "fail"
 
 
+def test_the_worst_error_is_that_of_its_own_bound(replace):
+    """Two results of different sizes: the wrong one's error is by far the smaller number."""
+    off = 2e-4
+
+    def nearly(v_a, s_a, v_b, s_b, v_merged, s_merged):
+        s = np.logaddexp2(s_a.astype(np.float64), s_b)
+        a, b = (np.exp2(each - s)[..., None] for each in (s_a, s_b))
+        v_merged[...] = a * v_a + b * v_b
+        s_merged[...] = s + off
+
+    signature = OPS["merge_state"].row.signature
+    replace("merge_state", register("fi_ffi.tests.nearly", signature, over_arrays(nearly)))
+    document, _ = json.JSONDecoder().raw_decode(demo(*SMALL, "--json", code=1))
+    (result,) = (each for each in document["results"] if each["op"] == "merge_state")
+    assert result["status"] == "fail" and result["error_of_bound"] > 2
+    assert result["max_error"] == pytest.approx(off, rel=0.1)
+    off = 0.0
+    document, _ = json.JSONDecoder().raw_decode(demo(*SMALL, "--json"))
+    (result,) = (each for each in document["results"] if each["op"] == "merge_state")
+    assert result["status"] == "ok" and result["max_error"] > 2e-4
+
+
 @pytest.mark.parametrize("name", OF_DEMO)
 def test_one_wrong_element_is_seen(name, rng):
     """In each tensor that is written, of the dtype that the call is made in."""
@@ -190,6 +212,21 @@ def test_the_bound_is_half_a_step(dtype):
     assert (bound(value, abs(value), np.dtype(dtype)) > exact).all()
     step = float(np.finfo(np.float16).eps) * abs(value)
     assert (bound(value, abs(value), np.dtype(np.float16)) < step).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32])
+def test_each_element_has_its_own_bound(dtype):
+    """A small element's error counts by what it may be, not by what the largest may."""
+    value = np.float64([[1024.0, 1.0], [1.0, 2.0**-6]])
+    allowed = bound(value, 0 * value, np.dtype(dtype))
+    judge = within(value, 0 * value, 0.0)
+    for place in np.ndindex(value.shape):
+        for steps, is_right in ((0, True), (2, False)):
+            got = value.astype(dtype)
+            got[place] += np.asarray(2 * steps * allowed[place], dtype)
+            error, fraction = judge(got)
+            assert (fraction <= 1) == is_right
+            assert error == pytest.approx(2 * steps * allowed[place], rel=0.01)
 
 
 @pytest.mark.parametrize(("error", "status"), [(0, "ok"), (1, "ok"), (1.001, "fail"),

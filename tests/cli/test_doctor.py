@@ -140,6 +140,25 @@ def test_no_op_works_without_a_driver(monkeypatch, built_wheel):
     assert "driver: no CUDA driver" in answer["reason"]
 
 
+def test_one_check_that_fails_ends_with_1(monkeypatch):
+    monkeypatch.setenv("FI_FFI_RELEASE", "newest")
+    done = run("doctor", "--json")
+    statuses = {finding["check"]: finding["status"] for finding in json.loads(done.stdout)}
+    assert done.exit_code == 1 and {"ok", "fail"} <= {*statuses.values()}, statuses
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_one_op_that_cannot_be_called_ends_with_1(order, built_wheel):
+    """The wheel has norm and page."""
+    asked = ("--sm", "90", "--kernels", str(built_wheel), "--json")
+    names = {"rmsnorm": True, "merge_state": False, "append_paged_kv_cache": True}
+    done = run("doctor", *[*names][::order], *asked)
+    assert {each["op"]: each["works"] for each in json.loads(done.stdout)} == names
+    assert done.exit_code == 1
+    del names["merge_state"]
+    assert run("doctor", *[*names][::order], *asked).exit_code == 0
+
+
 def run(*arguments: str):
     result = CliRunner().invoke(main, arguments)
     runtime.use_source(None)

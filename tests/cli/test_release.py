@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import shutil
 import zipfile
@@ -15,10 +16,10 @@ from fi_ffi.abi.signature import Signature
 from fi_ffi.catalogue.ahead_of_time import sha256_of
 from fi_ffi.errors import ArgumentError, ArtifactError, BuildError, FetchError
 from fi_ffi.loader import cache
-from tools.release import Function, record
+from tools.release import Function, command, record
 from tools.release.command import main
 from tools.release.compare import changes
-from tools.release.declared import GONE, declared
+from tools.release.declared import ABSENT, DIFFERS, FITS, GONE, UNCOVERED, declared
 from tools.release.wheels import open_release, published
 
 from tests.helpers import sampling
@@ -184,20 +185,24 @@ def own_cache(monkeypatch, tmp_path):
 @pytest.fixture
 def wheels(tmp_path, own_cache):
     """The two releases' wheels."""
-    made = []
-    for release, files in (("0.6.13", OLD), ("0.6.13.post1", NEW | {"aot.py": TARGETS})):
-        path = tmp_path / f"flashinfer_python-{release}-py3-none-any.whl"
-        info = f"flashinfer_python-{release}.dist-info"
-        metadata = f"Metadata-Version: 2.1\nName: flashinfer-python\nVersion: {release}\n"
-        tags = "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-        with zipfile.ZipFile(path, "w") as archive:
-            for name, text in files.items():
-                archive.writestr(f"flashinfer/{name}", text)
-            archive.writestr(f"{info}/METADATA", metadata)
-            archive.writestr(f"{info}/WHEEL", tags)
-            archive.writestr(f"{info}/RECORD", "")
-        made.append(str(path))
-    return made
+    return [
+        wheel(tmp_path, "0.6.13", OLD),
+        wheel(tmp_path, "0.6.13.post1", NEW | {"aot.py": TARGETS}),
+    ]
+
+
+def wheel(folder: Path, release: str, files: dict[str, str]) -> str:
+    path = folder / f"flashinfer_python-{release}-py3-none-any.whl"
+    info = f"flashinfer_python-{release}.dist-info"
+    metadata = f"Metadata-Version: 2.1\nName: flashinfer-python\nVersion: {release}\n"
+    tags = "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, text in files.items():
+            archive.writestr(f"flashinfer/{name}", text)
+        archive.writestr(f"{info}/METADATA", metadata)
+        archive.writestr(f"{info}/WHEEL", tags)
+        archive.writestr(f"{info}/RECORD", "")
+    return str(path)
 
 
 def run(*arguments: str, code: int = 0) -> str:
@@ -231,6 +236,31 @@ def test_two_releases_of_a_known_difference(wheels):
     rest = [entry.name for entry in declared() if entry.form("0.6.13")]
     assert sorted({*rest} - named) == ["silu_and_mul"]
     assert len(gone) == len({*rest}) - 4
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+@pytest.mark.parametrize("releases", [*itertools.product(("0.5.0", "0.6.13"), repeat=2)])
+def test_a_binding_that_is_gone_in_either_release_ends_with_1(
+    releases, options, tmp_path, own_cache
+):
+    """No row claims 0.5.0; of 0.6.13 these sources have almost nothing."""
+    files = {"data/csrc/plain.cu": OLD["data/csrc/plain.cu"]}
+    named = [wheel(tmp_path, release, files) for release in releases]
+    run("diff", *named, *options, code=int("0.6.13" in releases))
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+@pytest.mark.parametrize(
+    ("answer", "code"), [(FITS, 0), (ABSENT, 0), (UNCOVERED, 0), (DIFFERS, 1), (GONE, 1)]
+)
+def test_one_wrong_row_of_either_release_ends_with_1(answer, code, place, wheels, monkeypatch):
+    entry, *_ = declared()
+
+    def row(before: str = FITS, after: str = FITS) -> command.Touched:
+        return command.Touched(entry, before, after, (), (">=0.6.3",), "")
+
+    monkeypatch.setattr(command, "touched", lambda old, new: [row(), row(**{place: answer}), row()])
+    run("diff", *wheels, code=code)
 
 
 def test_json_has_what_the_text_has(wheels):

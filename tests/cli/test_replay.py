@@ -351,6 +351,32 @@ def test_results_that_differ(folder):
     assert replay(path).exit_code == 1
 
 
+def test_each_row_of_a_result_has_its_own_bound(folder):
+    """By its largest element: of one small row, a few steps are an error."""
+    rng = np.random.default_rng()
+    x = rng.standard_normal((2, 64)) * np.float64([[100.0], [1e-2]])
+    arrays = {"out": np.zeros((2, 32)), "input": x}
+    arrays = {name: array.astype(ml_dtypes.bfloat16) for name, array in arrays.items()}
+    (path,) = dumped(folder, lambda: fi_ffi.silu_and_mul(**arrays))
+    after = after_of(path)
+    document, body = header(after)
+    sizes = np.abs(arrays["out"].astype(np.float64))
+    step = float(ml_dtypes.finfo(ml_dtypes.bfloat16).eps)
+    for row, element, off, code in (
+        (1, sizes[1].argmax(), 30 * step * sizes[1].max(), 1),
+        (1, sizes[1].argmin(), 30 * step * sizes[1].max(), 1),
+        (0, sizes[0].argmin(), step * sizes[0].max(), 0),
+    ):
+        out = arrays["out"].copy()
+        out[row, element] += np.asarray(off, out.dtype)
+        assert len(body) == out.nbytes and out.tobytes() != arrays["out"].tobytes()
+        rewrite(after, document, out.tobytes())
+        told = replay(path, "--json")
+        (of,) = (of for of in json.loads(told.stdout)["compared"] if of["to"] == "the dump")
+        assert (told.exit_code, of["status"]) == (code, ["ok", "fail"][code])
+        assert of["max_error"] == pytest.approx(off, rel=0.1)
+
+
 def test_a_kernel_that_is_wrong_is_seen(folder, monkeypatch):
     """By the definition, where the dump has the same error."""
     right = reference.from_formula("rmsnorm", [arg.name for arg in fi_ffi.rmsnorm.row.args])

@@ -791,9 +791,14 @@ def test_interrupts_of_a_watchdog(step, is_done, mine, monkeypatch):
 
     if STEPS[step]:
         interrupted(*STEPS[step])
-    with pytest.raises(KeyboardInterrupt), dog:
-        if not STEPS[step]:
-            raise KeyboardInterrupt
+
+    def block():
+        with dog:
+            if STEPS[step] is None:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        block()
     assert watching.inboxes == () and hooks.watcher is None
     until(lambda: threads() == [])
     call(mine)
