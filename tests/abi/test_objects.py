@@ -225,6 +225,27 @@ def test_a_tensor_that_is_not_made_leaves_nothing(
         assert len(heap.blocks) == 1
 
 
+def test_an_error_that_is_kept_keeps_no_temporaries(
+    heap: Heap, echo: Entry, callback: Callable[..., Entry]
+) -> None:
+    """What was made of the arguments goes with the call, though the traceback has its frames."""
+
+    def fail(value: object) -> None:
+        raise ValueError
+
+    desc, other = TensorDesc(0x1000, (2, 3), "float16"), make_string()
+    calls: list[Callable[[], object]] = [
+        lambda: callback(fail)(desc),
+        lambda: callback(fail, 2)(desc),
+        lambda: echo(desc, 2**64),
+        lambda: make_array([other, desc, object()]),
+    ]
+    for call in calls:
+        with pytest.raises(FiFfiError) as caught:
+            call()
+        assert not heap.blocks and other.use_count == 1, caught.value
+
+
 def test_a_tensor_of_a_frame_kept_by_a_callee(
     testing_library: object, callback: Callable[..., Entry]
 ) -> None:

@@ -60,6 +60,28 @@ def test_a_packed_function_is_not_asked():
         fi_ffi.function("ffi.Array", checked=True)
 
 
+def test_an_error_that_is_kept_keeps_nothing_of_its_call(hostile):
+    """Containers that were made of the arguments are gone, though the traceback has the frames."""
+    pair = fi_ffi.object_type("testing.TestIntPair")(2, 5)
+    odd = fi_ffi.object_type("fi_ffi_tests.Odd")(5)
+    make = fi_ffi.object_type("testing.TestObjectDerived")
+    made = make(v_i64=7, v_f64=0.5, v_str="text", v_map={"a": 1}, v_array=[])
+    apply = fi_ffi.function("testing.apply")
+    add_one = fi_ffi.function("testing.add_one", checked=False)
+    for call in (
+        lambda: odd.packed(1, [pair], object()),
+        lambda: add_one([pair]),
+        lambda: made.set_field("v_i64", [pair]),
+        lambda: made.set_field("v_array", [[pair], object()]),
+        lambda: apply(lambda: [[pair], object()]),
+        lambda: make([pair], v_i64=object()),
+    ):
+        with pytest.raises((KernelError, ArgumentError)) as caught:
+            call()
+        assert pair.use_count == 1, caught.value
+        assert made.use_count == odd.use_count == 1
+
+
 def test_what_is_not_registered():
     with pytest.raises(fi_ffi.KernelNotFoundError) as caught:
         fi_ffi.function("testing.add_on")
