@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from fi_ffi.cli import main
 from fi_ffi.errors import ArtifactError, KernelNotFoundError, LoaderError
 from fi_ffi.loader import lock, runtime, search
-from fi_ffi.loader.fetch import wheels_lock
+from fi_ffi.loader.fetch import pinning, wheels_lock
 from fi_ffi.loader.fetch.wheels_lock import read_lock, the_lock, this_platform
 
 from tests.helpers import installed
@@ -121,6 +121,27 @@ def _written(wheel: bytes, folder: Path) -> Path:
     path = folder / "copy.whl"
     path.write_bytes(wheel)
     return path
+
+
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), OSError(28, "No space left on device"), None], ids=repr
+)
+def test_a_lock_that_is_not_written_stays_as_it_was(error, tmp_path, monkeypatch):
+    """An interrupt or an error before it has its name, or a text that is no lock: the lock that
+    was there stays, and no other file."""
+    path = tmp_path / "wheels.lock"
+    path.write_text(lock.lock_path().read_text())
+    before = path.read_bytes()
+
+    def replace(*_: object) -> None:
+        raise error
+
+    if error is not None:
+        monkeypatch.setattr(os, "replace", replace)
+    text = path.read_text() + ("\n# more\n" if error is not None else "\n[[")
+    with pytest.raises((KeyboardInterrupt, LoaderError)):
+        pinning.write(path, text)
+    assert path.read_bytes() == before and [*tmp_path.iterdir()] == [path]
 
 
 def test_it_asks_first(add, web, wheel, cache):

@@ -340,6 +340,11 @@ def test_how_processes_end_their_groups():
     assert [error for *_, error in found] == ["ZeroDivisionError", "HangError"]
 
 
+def test_groups_of_processes_leave_no_descriptors():
+    for first, last in on_all("processes", 2, rank_programs.descriptors, 12):
+        assert first == last
+
+
 def test_two_groups_of_one_process(rng):
     """One is closed and made again, a hundred times, while the other works."""
     working, others = comm.threads(4), [comm.threads(4) for _ in range(100)]

@@ -177,6 +177,17 @@ def bound(total: Any, magnitude: Any, dtype: Any, size: int, steps: float = 0.50
 # ------------------------------------------------------------------------------- random calls
 
 
+def descriptors(rank: int, given: Any, gpus: int, count: int) -> list[int]:
+    """The process's open descriptors after the first group, and after others."""
+    place, found = place_of(rank, gpus), []
+    for number in range(count):
+        with comm.Group(given[rank], device=place.device) as group:
+            group.all_reduce(place.put(np.ones(16, np.float32)), stream=place.stream)
+        if number in (0, count - 1):
+            found.append(len(os.listdir("/proc/self/fd")))
+    return found
+
+
 def many(
     rank: int,
     given: Any,

@@ -115,7 +115,7 @@ class Runtime:
 
     def __init__(self, code, left=0):
         self.code, self.left = code, left
-        self.queries = 0
+        self.queries, self.mode, self.error = 0, 0, None
 
     def __getattr__(self, name):
         if not name.startswith("cuda"):
@@ -134,9 +134,16 @@ class Runtime:
         self._text = ffi.new("char[]", WORDS.get(code, b"something else"))
         return self._text
 
+    def cudaThreadExchangeStreamCaptureMode(self, mode):
+        mode[0], self.mode = self.mode, mode[0]
+        return 0
+
     def cudaStreamQuery(self, stream):
         assert int(ffi.cast("uintptr_t", stream)) == 2, "no stream that may be recording"
+        assert self.mode == 2, "asked where that may end a recording"
         self.queries += 1
+        if self.error is not None:
+            raise self.error
         return self._fail()
 
     def cudaStreamIsCapturing(self, stream, status):
@@ -149,8 +156,11 @@ class Runtime:
 def pretended(monkeypatch):
     """Puts a pretended runtime in place."""
 
+    installed = []
+
     def install(code, left=0, has_context=True):
         runtime = Runtime(code, left)
+        installed.append(runtime)
         monkeypatch.setattr(machine, "load_cudart", lambda: (runtime, "a pretended one"))
         monkeypatch.setattr(machine, "thread", machine._Thread())
         monkeypatch.setattr(failure, "examine", machine.root_cause)
@@ -158,7 +168,8 @@ def pretended(monkeypatch):
             machine.thread.bound.add(0)
         return runtime
 
-    return install
+    yield install
+    assert all(runtime.mode == 0 for runtime in installed), "the thread's capture mode is left"
 
 
 def is_told(error, op):
@@ -244,6 +255,14 @@ def test_a_lost_gpu_behind_a_kernel_s_error(left, pretended):
     assert found.__cause__ is own, "the kernel's words are kept"
     assert runtime.queries == (0 if left else 1) and runtime.left == 0
     assert machine.root_cause(found) is found
+
+
+def test_an_interrupt_of_the_question_leaves_the_capture_mode(pretended):
+    runtime = pretended(0)
+    runtime.error = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        machine.root_cause(kernel_error("run failed"))
+    assert (runtime.mode, runtime.queries) == (0, 1)
 
 
 def test_a_thread_without_a_context_gets_none_by_asking(pretended):

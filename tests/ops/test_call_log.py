@@ -307,6 +307,18 @@ def test_calls_that_fail(mine, path):
     assert "ValueError: as it was told to" in said.heads[-1]
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt("stop"), SystemExit(3)], ids=repr)
+def test_calls_that_are_interrupted(error, mine, path):
+    def stop():
+        raise error
+
+    mine.work = stop
+    with fi_ffi.call_log(5, path), pytest.raises(type(error)):
+        mine.op(*mine.descs)
+    (said,) = read(path)
+    assert said.heads[-1].startswith(f"raised {type(error).__name__}")
+
+
 # ---------------------------------------------------------------- where it goes
 
 
