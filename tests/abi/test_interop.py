@@ -455,6 +455,37 @@ def test_a_capsule_with_silly_fields(name: str) -> None:
     assert after == before
 
 
+@pytest.mark.parametrize("device", [(1, 0), (2, 1)])
+def test_what_an_exporter_is_asked(device: tuple[int, int]) -> None:
+    """The newest version that is read, and on a GPU no order; of one that refuses, the default."""
+    asked: list[dict[str, Any]] = []
+    order = {"stream": -1} if device[0] == 2 else {}
+
+    class Asked(Capsule):
+        refuses = False
+
+        def __dlpack__(self, **kwargs: Any) -> Any:
+            asked.append(kwargs)
+            if self.refuses and kwargs:
+                raise TypeError
+            return super().__dlpack__()
+
+    as_desc(Asked(device=device))
+    assert asked == [{"max_version": (1, 0), **order}]
+    Asked.refuses = True
+    as_desc(Asked(device=device))
+    assert asked[1:] == [{"max_version": (1, 0), **order}, {}]
+
+
+def test_a_half_of_a_protocol_is_none() -> None:
+    """An object that exports no capsule, or does not say of which device, is read otherwise."""
+    array = random_array((2, 3))
+    for half in ("__dlpack__", "__dlpack_device__"):
+        kind = type("Half", (ArrayInterface,), {half: lambda self: 1 / 0})
+        check(as_desc(kind(array)), array)
+        refused(type("Half", (), {half: lambda self: 1 / 0})(), "expected a TensorDesc")
+
+
 def test_capsules_that_are_fine() -> None:
     assert as_desc(Capsule()).shape == (2, 3)
     assert as_desc(Capsule(byte_offset=24)).ptr == 0x1018

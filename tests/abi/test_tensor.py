@@ -135,6 +135,24 @@ def test_no_kind_is_remembered_for_other_memory(
             assert (view.readonly, view.device) == (readonly, made.device)
 
 
+@pytest.mark.parametrize(
+    ("shape", "strides", "expected"),
+    [
+        ((), (), ((1,), (1,))), ((1,), (7,), ((1,), (7,))), ((5,), (3,), ((5,), (3,))),
+        ((5, 1), (3, 9), ((5,), (3,))), ((5, 1, 1), (3, 9, 4), ((5,), (3,))),
+        ((1, 1), (3, 9), ((1,), (3,))), ((1, 5), (3, 9), ((1, 5), (3, 9))),
+        ((5, 2), (3, 9), ((5, 2), (3, 9))), ((5, 2, 1), (3, 9, 1), ((5, 2), (3, 9))),
+        ((0, 1), (3, 9), ((0,), (3,))),
+    ],
+)  # fmt: skip
+def test_a_tensor_as_a_vector(shape: Any, strides: Any, expected: Any) -> None:
+    """Without trailing axes of one element; the first axis stays."""
+    made = desc(shape=shape, strides=strides)
+    vector = as_vector(made)
+    assert ((vector.shape, vector.strides), vector.ptr) == (expected, made.ptr)
+    assert vector.kind.rank == len(expected[0]) and vector.owner is made
+
+
 def test_what_names_are_remembered_is_bounded() -> None:
     """A name that was parsed is kept; a caller may make new ones without end."""
 

@@ -64,6 +64,11 @@ def test_a_range(web):
     assert b"".join(pieces.stream(0, len(CONTENT))) == CONTENT
     assert (client.requests, client.moved) == (3, 1 + 10 + len(CONTENT))
     assert web.sent == client.moved
+    assert [*pieces.stream(5, 5)] == [*pieces.stream(0, 0)] == [] and client.requests == 3
+    # The whole is asked for without a range, which a server need not know; a rest is one.
+    for start in (0, 7):
+        assert b"".join(pieces.stream(start)) == CONTENT[start:]
+    assert [seen.headers.get("Range") for seen in web.seen[-2:]] == [None, "bytes=7-"]
 
 
 KEPT = {100: CONTENT[100:200], 1000: CONTENT[1000:1001], len(CONTENT) - 50: CONTENT[-50:]}
