@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fi_ffi.abi import library
@@ -20,6 +22,7 @@ from fi_ffi.abi.function import (
     make_array,
     module_function,
 )
+from fi_ffi.abi.interop import as_desc
 from fi_ffi.abi.objects import (
     Array,
     Error,
@@ -90,6 +93,20 @@ def test_release_is_once(owned: Object) -> None:
     assert other.use_count == before - 1 + kept
     other.release()
     assert lent_count() == lent
+
+
+@pytest.mark.parametrize("is_released", [True, False])
+def test_a_tensor_lets_go_of_its_owner(is_released: bool, heap: Heap) -> None:
+    """When it is released, or when it dies; and of its memory."""
+    array = np.zeros((2, 3), np.float16)
+    alive, before = weakref.ref(array), lent_count()
+    tensor = Tensor.from_desc(as_desc(array))
+    del array
+    assert alive() is not None and len(heap.blocks) == 1
+    if is_released:
+        tensor.release()
+    del tensor
+    assert alive() is None and not heap.blocks and lent_count() == before
 
 
 def test_release_on_two_threads() -> None:

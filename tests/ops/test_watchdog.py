@@ -418,6 +418,7 @@ def test_a_call_that_does_not_return_though_its_stream_moves(gpu):
         blocked.is_ended = True
     (report,) = dog.reports
     assert "): layernorm has not returned" in report
+    assert re.search(r"behind it: [12] later calls? \([12] rmsnorm\)", report), report
 
 
 def test_another_call_of_the_stream_can_get_stuck_later(machine):
