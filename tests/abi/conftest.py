@@ -124,8 +124,8 @@ class Heap:
 @pytest.fixture
 def heap(monkeypatch: pytest.MonkeyPatch) -> Iterator[Heap]:
     """The blocks of libc's memory that a test takes; none of them may be left."""
-    made = Heap(library.c_library())
-    monkeypatch.setattr(library, "c_library", lambda: made)
+    made = Heap(library.c_library)
+    monkeypatch.setattr(library, "c_library", made)
     yield made
     for _ in range(2):  # what a callee let go of is freed by the second
         gc.collect()
