@@ -340,7 +340,7 @@ def test_the_first_source_settles_the_release(
                 archive.writestr(member, b"")
     monkeypatch.setenv(search.WHEELS, os.pathsep.join(map(str, folders)))
     if named:
-        monkeypatch.setenv(lock.RELEASE, named)
+        monkeypatch.setenv(search.RELEASE, named)
     runtime.use_source(None)
     local = [place for place in search.places() if place.kind == "local"]
     assert [release_of(place.source) for place in local if place.source] == used
