@@ -110,12 +110,21 @@ def test_runs_of_prefills_are_not_there(plan):
         assert not hasattr(plan, run)
 
 
-def test_a_half_s_replan_is_both_s(rng):
+@pytest.mark.parametrize("why", ["a last page", "no room"])
+def test_a_half_s_replan_is_both_s(why, rng):
     """What refuses one half leaves the other as it was."""
-    batch = Batch(Spec(), rng)
-    plan = batch.plan(device="cpu")
-    bad = list(batch.planned())
-    bad[6] = bad[6] + 16
-    with pytest.raises(fi_ffi.ArgumentError, match="paged_kv_last_page_len_d"):
+    batch, other = Batch(Spec(), rng), Batch(Spec(prefills=((40, 60), (18, 9))), rng)
+    need = batch.plan(device="cpu").size
+    rooms = [(1 << 24, 1 << 20), need]
+    workspaces = [fi_ffi.Workspace.allocate("cpu", *room) for room in rooms]
+    plan = batch.plan(workspaces=workspaces)
+    bad, words = [*other.planned()], "from 1 to 16"
+    if why == "no room":
+        bad[4:] = Batch(Spec(lengths=(20000,) * 4), rng).planned()[4:]
+        words = "as workspace_size tells"
+    else:
+        bad[6] = bad[6] + 16
+    with pytest.raises(fi_ffi.ArgumentError, match=words) as caught:
         plan.replan(*bad)
+    assert caught.value.op == "BatchPodPlan"
     assert batch.run(plan, HostArray, None) <= 1

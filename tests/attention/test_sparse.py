@@ -159,14 +159,54 @@ def test_refusals_of_cascades(rng):
         plan.replan(*([each] for each in one))
 
 
-def test_a_replan_of_levels_is_of_all_or_none(rng):
-    plan, before = cascade(), None
-    before = [level.plan_info for level in plan.levels]
-    good = [np.int32([0, 2]), np.int32([0, 1]), np.int32([0]), np.int32([4])]
-    bad = [*good[:3], np.int32([9])]
-    with pytest.raises(fi_ffi.ArgumentError, match="from 1 to 4"):
-        plan.replan(*map(list, zip(good, bad, strict=True)))
-    assert [level.plan_info for level in plan.levels] == before
+def level(pages, last=3):
+    """A level's arrays: two queries that see so many pages of its only group."""
+    return [np.int32([0, 2]), np.int32([0, pages]), np.arange(pages, dtype=np.int32) % 3,
+            np.int32([last])]  # fmt: skip
+
+
+# Each what the plan is made with, the first level's pages, and the second's that it refuses.
+LATE = {
+    "a last page": ({}, 2, (1, 9), "from 1 to 4"),
+    "a last page, after one that grows": ({}, 40000, (1, 9), "from 1 to 4"),
+    "no room": ({"rooms": [(1 << 20, 1 << 16), (1 << 20, 1 << 14)]}, 2, (4000, 3), "21504 bytes"),
+    "too many for a graph": (
+        {"enable_cuda_graph": True, "max_num_indices": 2}, 2, (3, 3), "2 at most"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [cascade, prefix])
+@pytest.mark.parametrize("why", LATE)
+def test_a_replan_of_levels_is_of_all_or_none(make, why, rng):
+    """The second level is refused: runs go on with what both were before."""
+    options, many, bad, words = LATE[why]
+    options = dict(options)
+    if rooms := options.pop("rooms", None):
+        options["workspaces"] = [fi_ffi.Workspace.allocate("cpu", *room) for room in rooms]
+    plan = make(**options) if make is cascade else make(qo_indptr=np.int32([0, 2]), **options)
+    q, cache = drawn(rng, 2, 4, DIM), drawn(rng, 3, 4, 2, DIM)
+    given = {"q": q, "paged_k_cache": cache, "paged_v_cache": cache[::-1].copy()}
+    if make is prefix:
+        given |= {"k_shared": drawn(rng, 6, 2, DIM), "v_shared": drawn(rng, 6, 2, DIM)}
+
+    def result():
+        arrays = {name: np.full_like(q, np.nan) for name in ("o", "tmp_o")}
+        arrays |= {name: np.full((2, 4), np.nan, np.float32) for name in ("lse", "tmp_lse")}
+        plan.run(**given, **arrays)
+        return arrays["o"].tobytes(), arrays["lse"].tobytes()
+
+    def replan(first, own):
+        if make is prefix:
+            plan.replan(6, *own)
+        else:
+            plan.replan(*map(list, zip(level(first), own, strict=True)))
+
+    before = result()
+    with pytest.raises(fi_ffi.ArgumentError, match=words):
+        replan(many, level(*bad))
+    assert result() == before
+    replan(2, level(2))
+    assert result() != before
 
 
 def test_cascades_are_asked_for_like_prefills():

@@ -224,9 +224,22 @@ class Plan:
         """Plan another batch with the same options, in the same workspace."""
         batch = self._read(arrays)
         if self.options.enable_cuda_graph:
-            self._captured.check_batch(batch, self._batch)
-            self._check_same_launch(batch)
+            self._check_captured(batch)
         self._schedule(batch, stream)
+
+    def _check_captured(self, batch: Batch) -> None:
+        """Refuse a batch that a captured run cannot serve."""
+        self._captured.check_batch(batch, self._batch)
+        self._check_same_launch(batch)
+
+    def _check_replan(self, arrays: Sequence[object]) -> None:
+        """Refuse a batch that a replan would refuse, for plans that change together."""
+        batch = self._read(arrays)
+        if self.options.enable_cuda_graph:
+            self._check_captured(batch)
+        need, placed = self._need(batch)
+        if not self._owns_workspace:
+            self._workspace(need.float_bytes, placed.end)
 
     def _schedule(self, batch: Batch, stream: object) -> None:
         """Have the kernel plan a batch, then copy the index arrays to the device.

@@ -162,7 +162,7 @@ class BatchPodPlan(PodPlan):
         """Plan other batches with the same options, in the same workspaces; if one is refused,
         neither changes."""
         of_d = (paged_kv_indptr_d, paged_kv_indices_d, paged_kv_last_page_len_d)
-        self._read((self._each_one(paged_kv_last_page_len_d), None, *of_d))
+        self._check_replan((self._each_one(paged_kv_last_page_len_d), None, *of_d))
         self.prefill.replan(
             qo_indptr_p,
             paged_kv_indptr=paged_kv_indptr_p,

@@ -76,7 +76,7 @@ class _Cascade:
     def _replan(self, arrays: _Levels, stream: object) -> None:
         """Plan every level anew; if one is refused, no level changes."""
         for level, each in zip(self.levels, arrays, strict=True):
-            level._read([each.get(name) for name in _ARRAYS])
+            level._check_replan([each.get(name) for name in _ARRAYS])
         for level, each in zip(self.levels, arrays, strict=True):
             level.replan(**each, stream=stream)
 
