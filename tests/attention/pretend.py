@@ -23,7 +23,7 @@ from fi_ffi.ops.attention import backends
 from fi_ffi.ops.call import compiled, cuda, op, releases
 from fi_ffi.reference import arrays
 
-from tests.attention.machines import Cpu
+from tests.attention.machines import POISON, Cpu
 from tests.helpers.calls import HostArray
 
 CPU = parse_device("cpu")
@@ -172,6 +172,9 @@ class Pretend(Cpu):
 
     def _allocate(self, count: int, device: Any, zeroed: bool = False) -> cuda.Memory:
         memory = cuda._host(count)
+        if not zeroed:  # the first bytes tell as well as all
+            few = min(count, 1 << 12)
+            ffi.memmove(ffi.cast("char *", memory.desc.ptr), bytes([POISON]) * few, few)
         there = TensorDesc(memory.desc.ptr, (count,), "uint8", device=device)
         return cuda.Memory(there, lambda _: None, memory)
 

@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 
 import fi_ffi
+from fi_ffi import reference
 from fi_ffi.abi import streams
 from fi_ffi.loader import machine
 from fi_ffi.ops.call import launch, memory
 from fi_ffi.ops.call.op import Op
+from fi_ffi.ops.call.row import Row, Tensor
 from fi_ffi.ops.functions import OPS
+from fi_ffi.reference import norm
 
 from tests.attention.pretend import current_stream
 from tests.helpers.prepared_calls import EVERY_OP, Calls, Mine, draw, full, placed
@@ -183,13 +186,51 @@ def test_scratch_of_each_stream(gpu, monkeypatch):
     assert {*handles} <= {*memories} and len({m.desc.ptr for m in memories.values()}) > 1
 
 
+def counting(name):
+    """A row of two scratch arguments, one of which begins as zeros."""
+    return Row(
+        name, "norm", name, "here", "Counts its calls.",
+        (
+            Tensor("y", "n", "float32", "how many there were", writes=True, reads=False),
+            Tensor("counts", "c", "uint8", "", contiguous=True, bytes=64, zeroed=True, writes=True),
+            Tensor("marks", "m", "uint8", "", contiguous=True, writes=True,
+                   bytes_for=lambda sizes: 64 * sizes["n"]),
+        ),
+        {}, ">=0",
+    )  # fmt: skip
+
+
+def count(y, counts, marks):
+    y[...] = counts[0]
+    counts[0] += 1
+    marks[...] = 0xFF
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+def test_scratch_of_each_op(device, gpu, monkeypatch):
+    """What one leaves on a stream is there at its next call, and no other op's, argument's or
+    stream's; also when one of them grew."""
+    monkeypatch.setattr(memory, "_owned", {})
+    ops = []
+    for name in ("counts_one", "counts_two"):
+        monkeypatch.setitem(norm.KERNELS["norm"], name, count)
+        ops.append(Op(counting(name)))
+    monkeypatch.setattr(reference, "_entries", {})
+    calls = dict.fromkeys(itertools.product((0x51, 0x61), (0, 1)), 0)
+    for size in (1, 3, 1 << 15, 2):
+        y = np.full(size, np.nan, np.float32)
+        desc = fi_ffi.TensorDesc(y.ctypes.data, y.shape, "float32", device=device)
+        for (stream, which), _ in itertools.product(list(calls), range(2)):
+            key = (stream if device != "cpu" else 0x51, which)
+            ops[which](desc, stream=stream)
+            assert (y == calls[key]).all(), (size, stream, which)
+            calls[key] += 1
+
+
 def test_several_gpus(gpu, monkeypatch):
     """The tensors' device is current in a call, and what was before is after it."""
     gpu.with_devices(2)
     seen = []
-    from fi_ffi import reference
-    from fi_ffi.reference import norm
-
     mine = Mine()
     mine.op = Op(mine.row)
     monkeypatch.setitem(norm.KERNELS["norm"], mine.row.name, mine.kernel)

@@ -114,8 +114,14 @@ class Pair:
         call.update(**{name: first[name].ptr for name in update})
         with pytest.raises((fi_ffi.ArgumentError, TypeError), match="no_such_argument"):
             call.update(no_such_argument=1)
-        with pytest.raises(fi_ffi.ArgumentError, match=self.out):
-            call.update(**{self.out: np.zeros((1, 1, 1, 1), np.float32)})
+        inputs = {name: other[name] for name in update if name != self.out}
+        # Of another layout; and where an input is, which the call's own checks see, not the update.
+        for wrong in (np.zeros((1, 1, 1, 1), np.float32), other[next(iter(inputs))].ptr):
+            text = repr(call)
+            with pytest.raises(fi_ffi.ArgumentError):
+                call.update(**inputs | {self.out: wrong})
+            assert repr(call) == text, "an update that is refused changed the call"
+            call.update(**{self.out: first[self.out].ptr})
         call()
         machine.synchronize()
         assert self.got(0) == self.expected[0]
