@@ -2,34 +2,125 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fi_ffi.ops.attention import sizes
 
-LENGTHS = st.one_of(st.just(0), st.just(1), st.integers(0, 40), st.integers(0, 5000))
+from tests.helpers import planners
+
+# Of queries and of pages: none, one, few, and what fills tiles and pieces, or is one off.
+EDGES = [edge + off for edge in (16, 64, 128, 192) for off in (-1, 0, 1)]
+LENGTHS = st.one_of(
+    st.just(0), st.just(1), st.integers(0, 40), st.sampled_from(EDGES), st.integers(0, 5000)
+)
+BATCHES = st.lists(st.tuples(LENGTHS, LENGTHS), min_size=1, max_size=40)
 GEOMETRIES = st.builds(
     lambda kv_heads, group, head_dim, page_size, sms, major, unsplit, by_query: sizes.Geometry(
         kv_heads * group, kv_heads, head_dim, page_size, sms, major, disable_split_kv=unsplit,
         by_query=by_query,
     ),
     st.sampled_from([1, 2, 4, 8]), st.sampled_from([1, 2, 3, 8]), st.sampled_from([64, 128, 256]),
-    st.sampled_from([1, 16, 64]), st.sampled_from([1, 16, 132]), st.sampled_from([8, 9]),
+    st.sampled_from([1, 16, 64, 256]), st.sampled_from([1, 16, 132]), st.sampled_from([7, 8, 9]),
     st.booleans(), st.booleans(),
 )  # fmt: skip
+OPTIONS = st.fixed_dictionaries({
+    "window_left": st.sampled_from([-1, -1, 0, 1, 15, 16, 17, 100]),
+    "num_colocated_ctas": st.sampled_from([0, 0, 1, 31, 32, 33, 1000]),
+})  # fmt: skip
 
 
 def is_within(need: sizes.Need, most: sizes.Need) -> bool:
     return need.float_bytes <= most.float_bytes and need.int_bytes <= most.int_bytes
 
 
+def of_a_planner(planned: tuple[int, int, bool]) -> sizes.Need:
+    return sizes.Need(*planned)
+
+
+PREFILLS = {
+    "fa2": (planners.prefill_fa2, sizes.prefill_fa2),
+    "fa3": (planners.prefill_fa3, sizes.prefill_fa3),
+}
+
+
+def check_prefill(g: sizes.Geometry, queries: list[int], pages: list[int]) -> None:
+    """The planner takes what it is said to take, and no more than any such batch at most."""
+    rows = sum(queries)
+    for backend, (planner, exact) in PREFILLS.items():
+        planned = of_a_planner(planner(g, queries, pages, rows))
+        assert exact(g, queries, pages, rows) == planned
+        most = sizes.prefill_most(g, backend, len(queries), rows)
+        assert is_within(planned, most)
+        assert most.split is None or most.split == planned.split
+
+
 @settings(max_examples=1000, deadline=None)
-@given(g=GEOMETRIES, lens=st.lists(LENGTHS, min_size=1, max_size=40))
-def test_prefill(g, lens):
-    for backend, exact in (("fa2", sizes.prefill_fa2), ("fa3", sizes.prefill_fa3)):
-        most = sizes.prefill_most(g, backend, len(lens), sum(lens))
-        assert is_within(exact(g, lens, lens, sum(lens)), most)
+@given(g=GEOMETRIES, options=OPTIONS, batch=BATCHES)
+def test_prefill(g, options, batch):
+    check_prefill(replace(g, **options), *map(list, zip(*batch, strict=True)))
+
+
+@pytest.mark.parametrize("sms", [1, 3, 16])
+@pytest.mark.parametrize("group", [1, 2, 8])
+def test_prefill_where_just_as_many_tiles_fit(sms, group):
+    """All queries in one request or two, in as many tiles as there are blocks, one less or more;
+    beside requests of more or fewer pages, of none and of no queries."""
+    for kv_heads, by_query, tile, off in itertools.product(
+        (1, 2), (False, True), (16, 64, 128), (-1, 0, 1)
+    ):
+        g = sizes.Geometry(group * kv_heads, kv_heads, 128, 16, sms, 9, by_query=by_query)
+        rows = max(g.most_split + off, 1) * tile // group
+        for pages in ([1, 40], [40, 1], [40, 0], [0, 40], [30, 31], [30, 30]):
+            for more in ([], [0], [0, 0, 0]):
+                for queries in ([rows, 0], [rows - tile, tile], [rows - 1, 1], [rows, 1]):
+                    if min(queries) >= 0:
+                        check_prefill(g, queries + more, pages + [50] * len(more))
+
+
+def test_prefill_of_no_queries_where_decodes_take_every_block():
+    for taken in (263, 264, 265, 1000):
+        g = sizes.Geometry(8, 2, 128, 16, 132, 9, num_colocated_ctas=taken)
+        check_prefill(g, [0, 0], [50, 1])
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_fa3_where_its_heads_begin_to_share_a_schedule(head_dim):
+    tile = 192 if head_dim == 64 else 128
+    for graph, off, requests in itertools.product((False, True), (-1, 0, 1), (1, 3)):
+        g = sizes.Geometry(8, 2, head_dim, 16, 132, 9, enable_cuda_graph=graph)
+        rows = (4097 - requests) * tile + off
+        lens = [rows - requests + 1] + [1] * (requests - 1)
+        planned = of_a_planner(planners.prefill_fa3(g, lens, lens, rows))
+        assert sizes.prefill_fa3(g, lens, lens, rows) == planned
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    g=GEOMETRIES, options=OPTIONS, batch=BATCHES, room=st.sampled_from([0, 0, 1, 15, 16, 1000]),
+    each=LENGTHS.filter(bool), is_uniform=st.booleans(),
+)  # fmt: skip
+def test_prefill_with_cuda_graphs(g, options, batch, room, each, is_uniform):
+    """Of as many queries as are reserved."""
+    queries, pages = map(list, zip(*batch, strict=True))
+    if is_uniform:
+        queries, options = [each] * len(pages), options | {"uniform_q_len": each}
+    g, rows = replace(g, enable_cuda_graph=True, **options), sum(queries) + room
+    for planner, exact in PREFILLS.values():
+        assert exact(g, queries, pages, rows) == of_a_planner(planner(g, queries, pages, rows))
+
+
+@settings(max_examples=200, deadline=None)
+@given(g=GEOMETRIES, options=OPTIONS, batch=BATCHES, size=st.sampled_from([1, 2, 16, 17, 4999]))
+def test_prefill_of_a_fixed_split(g, options, batch, size):
+    queries, pages = map(list, zip(*batch, strict=True))
+    g, rows = replace(g, fixed_split_size=size, **options), sum(queries)
+    planned = of_a_planner(planners.prefill_fa2(g, queries, pages, rows))
+    assert sizes.prefill_fa2(g, queries, pages, rows) == planned
 
 
 # What FlashInfer's planner sets aside: `PrefillPlan` of 0.6.13, compiled for the host, on 132
@@ -84,14 +175,37 @@ def test_a_workspace_that_the_most_does_not_fit():
 
 def test_decode_of_requests_that_fill_the_gpu():
     geometry = sizes.Geometry(64, 8, 128, 16, 132, 9)
-    assert sizes.decode(geometry, 4096, [3] * 4096).float_bytes == 0
+    assert sizes.decode(geometry, 264, [30] * 264).float_bytes == 0
     assert sizes.decode(geometry, 263, [30] * 263).float_bytes > 0
 
 
 @settings(max_examples=300, deadline=None)
-@given(g=GEOMETRIES, pages=st.lists(LENGTHS, min_size=1, max_size=40))
-def test_decode(g, pages):
-    assert is_within(sizes.decode(g, len(pages), pages), sizes.decode(g, len(pages), None))
+@given(
+    g=GEOMETRIES, pages=st.lists(LENGTHS, min_size=1, max_size=40), is_graph=st.booleans(),
+    blocks=st.sampled_from([1, 2, 3, 8, 16]),
+)  # fmt: skip
+def test_decode(g, pages, is_graph, blocks):
+    """Of any kernel: the GPU has room for 1 to 16 of its blocks on a multiprocessor."""
+    g = replace(g, enable_cuda_graph=is_graph)
+    planned = of_a_planner(planners.decode(g, pages, blocks))
+    need = sizes.decode(g, len(pages), pages)
+    assert is_within(planned, need)
+    assert is_within(need, sizes.decode(g, len(pages), None))
+
+
+@pytest.mark.parametrize("is_graph", [False, True])
+def test_decode_where_requests_just_fill_the_gpu(is_graph):
+    """One long request beside many of few pages or none."""
+    for kv_heads, sms, off, short in itertools.product((1, 2), (1, 2), (-1, 0, 1), (0, 1, 8)):
+        g = sizes.Geometry(8 * kv_heads, kv_heads, 128, 16, sms, 9, enable_cuda_graph=is_graph)
+        for blocks in (1, 2, 15, 16):
+            count = max(blocks * sms // kv_heads + off, 1)
+            for long in (8, 9, 100, 3000):
+                pages = [long] + [short] * (count - 1)
+                planned = of_a_planner(planners.decode(g, pages, blocks))
+                need = sizes.decode(g, count, pages)
+                assert is_within(planned, need)
+                assert is_within(need, sizes.decode(g, count, None))
 
 
 def test_partial_results_have_a_logarithm_each():
