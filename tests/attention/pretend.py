@@ -100,6 +100,16 @@ class Runtime:
         ffi.memmove(target, source, count)
         return self._say("copy", stream)
 
+    def cudaMemset2DAsync(
+        self, target: Any, pitch: int, value: int, width: int, rows: int, stream: Any
+    ) -> int:
+        if pitch < width:
+            return 1  # cudaErrorInvalidValue
+        start = int(ffi.cast("uintptr_t", target))
+        for i in range(rows):
+            ffi.memmove(ffi.cast("char *", start + i * pitch), bytes([value]) * width, width)
+        return self._say("set", stream)
+
     def cudaStreamGetId(self, stream: Any, number: Any) -> int:
         number[0] = int(ffi.cast("uintptr_t", stream))
         return 0

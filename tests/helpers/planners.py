@@ -125,3 +125,15 @@ def decode(g: Geometry, pages: Sequence[int], blocks: int) -> tuple[int, int, bo
         floats.take(g.num_qo_heads * padded * 4)
         ints.take(padded)
     return floats.end, ints.end, split
+
+
+def single(
+    queries: int, keys: int, heads: tuple[int, int], head_dim: int, tile: int, blocks: int
+) -> int:
+    """Bytes of `tmp` that a prefill of one request writes, or a decode, which has one tile for each
+    head of keys; so many blocks fit on the GPU."""
+    qo_heads, kv_heads = heads
+    tiles = kv_heads * cut(queries * (qo_heads // kv_heads), tile)
+    most = blocks // tiles
+    chunks = cut(keys, max(cut(keys, most), 256)) if most else 0
+    return chunks * queries * qo_heads * (2 * head_dim + 4) if chunks > 1 else 0

@@ -96,6 +96,11 @@ def test_several_choices(client):
     assert texts[0] == texts[1]
     assert texts[0][0] == one
     assert len(set(texts[0])) == 4
+    # Nor are they those of another seed, near or of the other sign.
+    for seed in (4, 6, -5):
+        answer = client.chat.completions.create(**ask | {"seed": seed}, n=4)
+        texts[0] += [choice.message.content for choice in answer.choices]
+    assert len(set(texts.pop(0))) == 16
     streamed = [""] * 4
     for chunk in client.chat.completions.create(**ask, n=4, stream=True):
         streamed[chunk.choices[0].index] += chunk.choices[0].delta.content or ""

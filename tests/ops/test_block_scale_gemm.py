@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any
 
 import ml_dtypes
@@ -204,6 +205,22 @@ def test_block_scales_with_memory_of_the_callers(machine, rng):
             made.call(workspace_buffer=small.desc())
     with pytest.raises(fi_ffi.ArgumentError, match="`m`"):
         fi_ffi.fp8_blockscale_gemm_workspace_size(-1, 64, 256)
+
+
+EDGES = [1, 3, 4, 5, 63, 64, 127, 128, 129, 192, 255, 256, 257]
+
+
+def test_memory_for_sizes_at_each_edge():
+    """Values of a byte, and a float32 for each 128 of a row, or for each block that there is a part
+    of; of what comes in fp8, nothing."""
+    size = fi_ffi.fp8_blockscale_gemm_workspace_size
+    for m, n, k in itertools.product([0, *EDGES], EDGES, EDGES):
+        pieces, whole_rows = len(range(0, k, 128)), m + -m % 4
+        of_input = whole_rows * (k + 4 * pieces)
+        of_weight = n * k + 4 * len(range(0, n, 128)) * pieces
+        assert size(m, n, k, "bfloat16", "float8_e4m3fn") == 256 + of_input
+        assert size(m, n, k, "float8_e4m3fn", "float8_e4m3fn") == 256
+        assert size(m, n, k, "bfloat16", "bfloat16") == 256 + of_input + of_weight
 
 
 # For GPUs that are not here: the references, and refusals
@@ -518,6 +535,22 @@ def test_the_object_is_told_of_its_memory_before_each_product(told):
     given = fi_ffi.TensorDesc(1 << 30, (size(10, 64, 128, "bfloat16", "bfloat16"),), "uint8")
     on_gpu(3, 64, 128, workspace_buffer=given)
     assert told[1][1].ptr == 1 << 30
+
+
+@pytest.mark.parametrize("n", [64, 128, 192])
+@pytest.mark.parametrize("m", [1, 3, 4, 5])
+def test_the_least_memory_of_a_product(m, n, told):
+    need = fi_ffi.fp8_blockscale_gemm_workspace_size(m, n, 128, "bfloat16", "bfloat16")
+    for have in (need - 1, need):
+        given = fi_ffi.TensorDesc(1 << 30, (have,), "uint8")
+        told.clear()
+        if have < need:
+            with pytest.raises(fi_ffi.ArgumentError, match=rf"expected {need} bytes or more"):
+                on_gpu(m, n, 128, workspace_buffer=given)
+            assert [what[0] for what in told] == ["get_workspace_size"]
+        else:
+            on_gpu(m, n, 128, workspace_buffer=given)
+            assert [what[0] for what in told][1:] == ["configure_workspace", "run_gemm"]
 
 
 @pytest.mark.parametrize(

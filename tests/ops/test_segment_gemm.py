@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 import fi_ffi
+from fi_ffi import reference
 from fi_ffi.cli.cases import bound
-from fi_ffi.reference.gemm import fp8_products
+from fi_ffi.ops.matmul import segment
+from fi_ffi.reference.gemm import KERNELS, fp8_products
 
 from tests.helpers.calls import padded
 
@@ -107,6 +109,44 @@ def test_chosen_weights_rows_apart_and_where_segments_start(backend, machine, rn
     # The lengths are not looked at then.
     made.call(seg_lens=[1], seg_indptr=np.array(starts, np.int64), backend=backend)
     assert made.worst() <= 1
+
+
+@pytest.mark.parametrize("backend", ["sm80", "sm90"])
+@pytest.mark.parametrize("step", [0, 1, 3, 8, 67, 2**37])
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+def test_one_row_of_any_stride(device, step, backend, gpu, rng, monkeypatch):
+    """There is no other row that it leads to, and the kernels are not told of it: they could not
+    load rows so far apart."""
+    told = []
+    kernels = KERNELS["gemm" if backend == "sm80" else "gemm_sm90"]
+    name = "cutlass_segment_gemm" + "_sm90" * (backend == "sm90")
+    run = kernels[name]
+
+    def kernel(*values):
+        at = 2 if backend == "sm80" else 3
+        told.extend(array.tolist() for array in values[at + 3 : at + 6])
+        run(*values)
+
+    monkeypatch.setitem(kernels, name, kernel)
+    monkeypatch.setattr(reference, "_entries", {})
+    x, out = rng.standard_normal((1, 64)).astype(np.float16), np.full((1, 40), np.nan, np.float16)
+    weights = rng.standard_normal((1, 40, 64)).astype(np.float16)
+    # numpy's own arrays of one row tell no stride.
+    given = [
+        fi_ffi.TensorDesc(a.ctypes.data, a.shape, "float16", strides=steps, device=device)
+        for a, steps in ((x, (step, 1)), (weights, (64 * 40, 64, 1)), (out, (step, 1)))
+    ]
+    compiled = segment.SM80 if backend == "sm80" else segment.SM90
+    compiled.forget()
+    try:
+        of_weights = {"batch_size": 1, "weight_column_major": True, "seg_lens": [1]}
+        names = dict(zip(("x", "weights", "out"), given, strict=True))
+        fi_ffi.segment_gemm(**names, **of_weights, backend=backend, stream=5)
+    finally:
+        compiled.forget()
+    assert told == [[64], [64], [40]]
+    assert np.allclose(out.astype(float), x.astype(float) @ weights[0].T.astype(float), rtol=1e-2,
+                       atol=1e-2)  # fmt: skip
 
 
 @pytest.mark.parametrize("backend", ["sm80", "sm90"])

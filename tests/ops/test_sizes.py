@@ -9,6 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fi_ffi
+from fi_ffi.loader import machine
 from fi_ffi.ops.attention import sizes
 
 from tests.helpers import planners
@@ -223,3 +225,33 @@ def test_partial_results_have_a_logarithm_each():
     ]
     elements = of_decode[1].float_bytes - of_decode[0].float_bytes
     assert elements > 0 and of_decode[0].float_bytes == elements + elements // 64
+
+
+KEYS = [0, 1, 255, 256, 257, 511, 512, 513, 3000, 16896, 16897]
+HEADS = [(1, 1), (8, 1), (8, 2), (12, 4)]
+# By rows of a tile: what registers allow at most.
+BLOCKS = {16: 16, 64: 8, 128: 4}
+
+
+@pytest.mark.parametrize("sms", [1, 3, 132])
+def test_what_one_request_takes(sms, monkeypatch):
+    """Just what the split takes on a GPU that holds as many blocks as one may; on others, less."""
+    monkeypatch.setattr(machine, "multiprocessors", lambda index: sms)
+    for keys, heads, head_dim in itertools.product(KEYS, HEADS, (64, 128, 256)):
+        group = heads[0] // heads[1]
+        need = fi_ffi.single_decode_workspace_size(keys, *heads, head_dim)
+        taken = [planners.single(1, keys, heads, head_dim, group, n * sms) for n in range(1, 17)]
+        assert need == max(taken), (keys, heads, head_dim)
+        for queries in (0, 1, 2, 8, 9, 16, 17, 64, 65, 128, 129):
+            need = fi_ffi.single_prefill_workspace_size(queries, keys, *heads, head_dim)
+            g = sizes.Geometry(*heads, head_dim, 1, sms, 9)
+            tile = planners.tile_of(queries * group, g)
+            taken = (
+                [0]
+                if not queries
+                else [
+                    planners.single(queries, keys, heads, head_dim, tile, n * sms)
+                    for n in range(1, BLOCKS[tile] + 1)
+                ]
+            )
+            assert need == max(taken), (queries, keys, heads, head_dim)

@@ -71,7 +71,9 @@ class Sampling:
 
     def generator(self):
         """Of this request's own numbers, one for each token."""
-        return random.Random(self.seed)
+        # `Random` takes a number without its sign, so that 5 and -5 would be the same.
+        is_negative = self.seed is not None and self.seed < 0
+        return random.Random(str(self.seed) if is_negative else self.seed)
 
 
 def columns_of(slots, vocab):
