@@ -13,6 +13,7 @@ from fi_ffi.cli.cases import bound, case_of
 from fi_ffi.ops.states.gdn import GdnKernel, least_states, row_of
 
 from tests.helpers.calls import called, of_bound, padded
+from tests.helpers.gates import with_edges
 
 SIZE = 128
 PAD = -1
@@ -49,7 +50,7 @@ class DecodeCall:
             "v": normal((b, t, hv, SIZE)).astype(BF16),
             "state": normal((slots, hv, SIZE, SIZE), np.float32).astype(of_state),
             "A_log": rng.uniform(-4, 2, hv).astype(np.float32),
-            "a": normal((b, t, hv)).astype(of_gate),
+            "a": with_edges(rng, normal((b, t, hv))).astype(of_gate),
             "dt_bias": rng.uniform(-3, 3, hv).astype(of_bias),
             "b": normal((b, t, hv)).astype(of_gate),
             "output": np.full((b, t, hv, SIZE), np.nan, BF16),

@@ -12,6 +12,7 @@ from fi_ffi.cli.cases import Case, bound, case_of
 from fi_ffi.ops.states.mamba import ALGORITHMS, INT16, RANDOM, module_of, row_of
 
 from tests.helpers.calls import called, of_bound
+from tests.helpers.gates import with_edges
 
 PAD = -1
 _PER_HEAD = {"dt": 1, "A": 2, "D": 1, "dt_bias": 1}
@@ -54,7 +55,7 @@ class StateCall:
         self.arrays |= {
             "state": state.astype(of_state),
             "x": normal(*shape, heads, dim).astype(of_input),
-            "dt": rng.uniform(0.05, 1, (*shape, heads)).astype(of_weight),
+            "dt": with_edges(rng, rng.uniform(0.05, 1, (*shape, heads))).astype(of_weight),
             "A": -rng.uniform(0.1, 3, heads).astype(of_a),
             "B": normal(*shape, groups, dstate).astype(of_input),
             "C": normal(*shape, groups, dstate).astype(of_input),

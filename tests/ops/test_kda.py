@@ -15,6 +15,7 @@ from fi_ffi.ops.states.kda import KdaKernel, row_of
 from fi_ffi_build.questions import question_of
 
 from tests.helpers.calls import called, of_bound, refused
+from tests.helpers.gates import with_edges
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 WRITTEN = ("initial_state", "output")
@@ -53,7 +54,7 @@ class Call:
             starts = np.concatenate([[0], np.cumsum(lengths)])
             axes = (1, int(starts[-1]) + 2)  # two tokens are nobody's
         states = b * t if form == "dense" else 2 * b * t + 3
-        g = normal((*axes, hv, size), np.float32)
+        g = with_edges(rng, normal((*axes, hv, size)))
         self.arrays = {
             "q": normal((*axes, h, size)).astype(BF16),
             "k": normal((*axes, h, size)).astype(BF16),
