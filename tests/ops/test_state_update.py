@@ -11,6 +11,7 @@ import fi_ffi
 from fi_ffi.ops.states.mamba import ALGORITHMS
 
 from tests.helpers.calls import refused
+from tests.helpers.gates import EDGES
 from tests.helpers.state_calls import PAD, StateCall
 
 FLOATS = "float32 bfloat16 bfloat16 float32"
@@ -118,9 +119,10 @@ def test_sequences(machine, rng):
 
 
 def test_it_is_its_definition(rng):
-    """One element at a time."""
+    """One element at a time; a step past 20 is itself to about 1e-9."""
     call = StateCall(rng, "steps", 2, 3, heads=2, groups=1, dim=16, dstate=32)
     call.read_from()
+    call.arrays["dt"][...] = np.resize(EDGES, call.arrays["dt"].shape)
     given = {name: array.astype(np.float64) for name, array in call.arrays.items()}
     found = {name: value for name, (value, _) in call.case().expected.items()}
     for i, head, d in np.ndindex(2, 2, 16):
@@ -133,9 +135,9 @@ def test_it_is_its_definition(rng):
                 state[n] += dt * given["B"][i, step, 0, n] * x
             read = float(state @ given["C"][i, step, 0]) + given["D"][head] * x
             read *= z / (1 + np.exp(-z))
-            np.testing.assert_allclose(found["out"][i, step, head, d], read, rtol=1e-9)
+            np.testing.assert_allclose(found["out"][i, step, head, d], read, rtol=1e-7)
         slot = int(given["state_batch_indices"][i])
-        np.testing.assert_allclose(found["state"][slot, head, d], state, rtol=1e-9)
+        np.testing.assert_allclose(found["state"][slot, head, d], state, rtol=1e-7)
 
 
 # The modules of int16 and of random rounding that GPU tests have.

@@ -393,6 +393,23 @@ def test_a_call_blocked_by_what_is_stuck(gpu):
     assert not blocked.is_over
 
 
+@pytest.mark.parametrize("first", [7, 8])
+def test_the_earlier_of_two_late_calls_is_named(first, gpu):
+    """Of two streams, whichever is listed first; each is reported."""
+    other = 15 - first
+    with Hangs(LIMIT, on_hang=silent) as block:
+        gpu.launch("gemma_rmsnorm", first, returns=False)  # it lists its stream first
+        time.sleep(0.01)
+        gpu.launch("layernorm", other)
+        time.sleep(0.01)
+        gpu.launch("rmsnorm", first)
+        until(lambda: len(block.dog.reports) == 2)  # from here on both are late
+    assert block.error.op == "layernorm"
+    assert block.error.report.startswith("fi_ffi.watchdog(0.25): layernorm has not finished")
+    assert len(block.dog.reports) == 2
+    assert {report.split()[1] for report in block.dog.reports} == {"layernorm", "rmsnorm"}
+
+
 def test_a_chain_that_keeps_moving_is_fine(machine):
     with fi_ffi.watchdog(1.0) as dog:
         for _ in range(16):
