@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 
 import fi_ffi
+from fi_ffi.abi._cffi import ffi
+from fi_ffi.abi.function import make_array
 from fi_ffi.loader import machine
 from fi_ffi.ops.attention import sizes
+from fi_ffi.ops.attention.schedule import Planner
 
 from tests.helpers.plan_calls import (
     KEYWORDS,
@@ -637,3 +640,36 @@ def test_more_work_than_mla_has_room_for(graph):
     words = r"queries for up to \d+ work items, expected 16384 at most"
     refused(case, "qo_indptr", words, case.plan, **arrays)
     not_replanned(case, case.plan(), arrays, "qo_indptr", "work items|requests")
+
+
+@pytest.mark.parametrize("more", [0, 1])
+@pytest.mark.parametrize("chunk", [16, 32, 48])
+@pytest.mark.parametrize("lengths", [(40, 0, 0), (0, 48), (1, 16, 17, 0, 33), (0, 0)])
+def test_more_pieces_than_a_decodes_grid_has_blocks(lengths, chunk, more, gpu, monkeypatch):
+    """With CUDA graphs: a request without pages has a piece as well, which the planner forgets."""
+    pieces = sum(max(len(range(0, n, chunk)), 1) for n in lengths)
+    real = Planner.plan
+
+    def plan(self, workspace, stage, *others):
+        _, start = real(self, workspace, stage, *others)
+        ffi.cast("int32_t *", stage.ptr)[0] = chunk
+        # `DecodePlanInfo`: the blocks of the grid come first, and where the size of a piece is last
+        # but two.
+        return make_array((pieces - 1 + more, *[0] * 9)), start
+
+    monkeypatch.setattr(Planner, "plan", plan)
+    pages = [-(-n // 16) for n in lengths]
+    given = {
+        "indptr": np.cumsum([0, *pages]).astype(np.int32),
+        "indices": np.arange(sum(pages), dtype=np.int32),
+        "last_page_len": np.int32([(n - 1) % 16 + 1 if n else 0 for n in lengths]),
+        "num_qo_heads": 4, "num_kv_heads": 2, "head_dim": 64, "page_size": 16,
+        "device": "cuda:0", "stream": 0x51, "enable_cuda_graph": True,
+    }  # fmt: skip
+    if more:
+        assert fi_ffi.BatchDecodePlan(**given).plan_info[0] == pieces
+    else:
+        words = f"{pieces} pieces of {chunk} keys.*{pieces - 1} at most"
+        with pytest.raises(fi_ffi.ArgumentError, match=words) as caught:
+            fi_ffi.BatchDecodePlan(**given)
+        assert caught.value.argument == "indptr"
