@@ -16,6 +16,7 @@ from tests.helpers.calls import HostArray, refused
 SPECS = batch_pod_calls.SPECS | {
     "window": Spec(causal=True, window_left=20),
     "window, all later keys": Spec(window_left=20),
+    "their own keys alone": Spec(causal=True, window_left=0),
     "without lse": Spec(lse=False),
     "scale": Spec(scale=0.3, group=16, kv_heads=1),
     "narrow": Spec(head_dim=64, group=1, page_size=5),

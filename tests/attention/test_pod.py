@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 import fi_ffi
+from fi_ffi.loader import generation
+from fi_ffi.ops.call import compiled
 
 from tests.attention.prepared import on_each
 from tests.helpers import pod_calls
@@ -18,6 +20,10 @@ SPECS = pod_calls.SPECS | {
     "without lse": Spec(lse=False),
     "scale": Spec(scale=0.3, group=16),
     "narrow": Spec(head_dim=64, group=1),
+    "windows": Spec(causal=True, window_left_p=20, window_left=9),
+    "their own keys alone": Spec(causal=True, window_left_p=0, window_left=0),
+    "a window of the prefill": Spec(window_left_p=0),
+    "a window of the decode": Spec(window_left=0),
 }
 
 
@@ -34,6 +40,26 @@ def test_against_float64(name):
     other = Batch(replace(SPECS[name], lengths=(33, 2)), np.random.default_rng())
     plan.replan(other.indptr, paged_kv_indices=other.indices, paged_kv_last_page_len=other.last)
     assert other.run(plan, HostArray, None, 1 << 20) <= 1
+
+
+@pytest.mark.parametrize("window", [-1, 0, 1])
+@pytest.mark.parametrize("of_prefill", [-1, 0, 1])
+def test_modules_of_windows(of_prefill, window, monkeypatch):
+    """A kernel without windows is compiled for -1 alone."""
+    seen, real = [], compiled.entry_for
+
+    def entry_for(row, device, module=None):
+        seen.append(module or row.module)
+        return real(row, device, module)
+
+    monkeypatch.setattr(compiled, "entry_for", entry_for)
+    spec = Spec(window_left_p=of_prefill, window_left=window)
+    batch = Batch(spec, np.random.default_rng())
+    generation.advance()
+    assert batch.run(batch.plan(device="cpu"), HostArray, None, 1 << 20) <= 1
+    (module,) = {name for name in seen if name.startswith("pod_with_kv_cache")}
+    wanted = f"use_swa_p_{of_prefill >= 0}", f"use_swa_d_{window >= 0}"
+    assert all(part in module for part in wanted), module
 
 
 def test_the_judge_sees_a_wrong_result(batch):

@@ -29,6 +29,9 @@ class Spec:
     layout: str = "NHD"
     lse: bool = True
     scale: float | None = None
+    # Keys before its own that a query of the prefill, or of the decode, sees.
+    window_left_p: int = -1
+    window_left: int = -1
 
 
 SPECS = {
@@ -68,13 +71,16 @@ class Batch:
             self.visible[:, 0] = True
         if spec.causal:
             self.visible = np.tri(spec.qo_len, spec.kv_len, spec.kv_len - spec.qo_len, dtype=bool)
+        if spec.window_left_p >= 0:
+            own = spec.kv_len - spec.qo_len + np.arange(spec.qo_len)[:, None]
+            self.visible &= own - np.arange(spec.kv_len) <= spec.window_left_p
 
     def plan(self, **options: Any) -> fi_ffi.PodPlan:
         spec = self.spec
         return fi_ffi.PodPlan(
             self.indptr, paged_kv_indices=self.indices, paged_kv_last_page_len=self.last,
             num_qo_heads=spec.kv_heads * spec.group, num_kv_heads=spec.kv_heads,
-            head_dim=spec.head_dim, page_size=PAGE, **options,
+            head_dim=spec.head_dim, page_size=PAGE, window_left=spec.window_left, **options,
         )  # fmt: skip
 
     def arrays(self, tmp_bytes: int) -> dict[str, np.ndarray]:
@@ -103,7 +109,8 @@ class Batch:
             return k, v
 
         prefill = exact(a["q_p"], a["k_p"], a["v_p"], Options(scale, mask=self.visible))
-        return {"p": prefill, "d": exact_batch(a["q_d"], each, keys, Options(scale))}
+        options = Options(scale, window_left=self.spec.window_left)
+        return {"p": prefill, "d": exact_batch(a["q_d"], each, keys, options)}
 
     def run(self, plan: Any, place: Callable[..., Any], stream: object, tmp: int) -> float:
         """Run it; the largest error as a fraction of its bound."""
@@ -111,7 +118,7 @@ class Batch:
         found = called(
             plan.run, self.arrays(tmp), place, written, causal_p=spec.causal,
             kv_layout_p=spec.layout, kv_layout_d=spec.layout, sm_scale_p=spec.scale,
-            sm_scale_d=spec.scale, stream=stream,
+            sm_scale_d=spec.scale, window_left_p=spec.window_left_p, stream=stream,
         )  # fmt: skip
         return worst(found, self.expected(), spec.lse)
 

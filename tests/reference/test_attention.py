@@ -122,7 +122,7 @@ def options(
         else:
             value: Any = {
                 "causal": True,
-                "window": 11,
+                "window": int(rng.choice([0, 1, 11])),
                 "cap": 2.5,
                 "mask": rng.random((qo_len, kv_len)) < 0.3,
                 "alibi": rng.uniform(0.01, 0.5, heads).astype(np.float32),
