@@ -137,3 +137,34 @@ def single(
     most = blocks // tiles
     chunks = cut(keys, max(cut(keys, most), 256)) if most else 0
     return chunks * queries * qo_heads * (2 * head_dim + 4) if chunks > 1 else 0
+
+
+def mla(
+    g: Geometry, queries: Sequence[int], keys: Sequence[int]
+) -> tuple[tuple[int, int], tuple[int, int, int]]:
+    """`MLAPlan`: bytes of the float and of the int workspace; work items, merging blocks, and rows
+    of partial results."""
+    heads, sms = g.num_qo_heads, g.multiprocessors
+    size = 2 if sum(each * heads for each in queries) // len(queries) > 64 else 1
+    clusters, tile = sms // size, 64 * size
+    tiles = [
+        (min(tile, n * heads - start), each)
+        for n, each in zip(queries, keys, strict=True)
+        for start in range(0, n * heads, tile)
+    ]
+    mean = max(cut(sum(each for _, each in tiles), clusters), 1)
+    limits = {8: 32, 16: 64, 32: 128, 64: 192}
+    limit = next((limits[most] for most in limits if mean <= most), cut(mean, 256) * 256)
+    works = merging = partial = 0
+    for rows, each in tiles:
+        parts = max(cut(each, limit), 1)
+        works += parts
+        if each > limit:
+            merging += cut(rows, cut(rows, max(each * size // limit, 1)))
+            partial += parts * rows
+    ints, floats = Allocated(), Allocated()
+    for each in (*[16384] * 3, *[sms] * 5, *[16384] * 6):
+        ints.take(4 * each)
+    floats.take(2 * clusters * tile * 2 * g.head_dim_vo)
+    floats.take(2 * clusters * tile * 4)
+    return (floats.end, ints.end), (works, merging, partial)

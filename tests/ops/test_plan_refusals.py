@@ -673,3 +673,19 @@ def test_more_pieces_than_a_decodes_grid_has_blocks(lengths, chunk, more, gpu, m
         with pytest.raises(fi_ffi.ArgumentError, match=words) as caught:
             fi_ffi.BatchDecodePlan(**given)
         assert caught.value.argument == "indptr"
+
+
+@pytest.mark.parametrize("num_heads", [1, 3, 16, 24, 40, 48, 64, 80, 96, 128])
+def test_causal_mla_where_a_tile_ends_inside_a_query(num_heads):
+    """Four requests: of one tile of 64 rows together, of one each, or of more, when two blocks work
+    together on 128."""
+    for lens in ([1] * 4, [2] * 4, [4] * 4, [1, 1, 1, 3], [5, 4, 4, 3], [0, 0, 0, 6]):
+        tile = 128 if sum(lens) * num_heads // 4 > 64 else 64
+        ends = [end for n in lens for end in range(tile, n * num_heads, tile)]
+        case = Case("mla", lens, (9, 9, 9, 9), num_heads=num_heads, causal=True)
+        if any(end % num_heads for end in ends):
+            words = "heads that divide" if max(lens) > 1 else "causal=False"
+            refused(case, "qo_indptr", words, case.plan)
+        else:
+            case.run(case.plan())
+            case.check(causal=True)

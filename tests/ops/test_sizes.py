@@ -255,3 +255,45 @@ def test_what_one_request_takes(sms, monkeypatch):
                 ]
             )
             assert need == max(taken), (queries, keys, heads, head_dim)
+
+
+def check_mla(g: sizes.Geometry, queries: list[int], keys: list[int]) -> None:
+    taken, (works, merging, rows) = planners.mla(g, queries, keys)
+    need = sizes.mla(g, queries)
+    assert (need.float_bytes, need.int_bytes) == taken
+    assert works <= sizes.mla_works(g, queries)
+    assert merging <= g.multiprocessors
+    size = sizes.mla_cluster(g, queries)
+    assert rows <= 2 * (g.multiprocessors // size) * size * 64
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    heads=st.sampled_from([1, 8, 16, 24, 64, 65, 128]), sms=st.sampled_from([2, 3, 16, 131, 132]),
+    batch=BATCHES,
+)  # fmt: skip
+def test_mla(heads, sms, batch):
+    check_mla(sizes.Geometry(heads, 1, 512, 1, sms, 9), *map(list, zip(*batch, strict=True)))
+
+
+@pytest.mark.parametrize("sms", [2, 3, 16, 131])
+@pytest.mark.parametrize("heads", [1, 16, 32, 64])
+def test_mla_where_requests_just_fill_a_tile(heads, sms):
+    """Of as many rows as a tile has, or a query's less or more; and a long request beside short."""
+    g = sizes.Geometry(heads, 1, 512, 1, sms, 9)
+    each = 64 // heads
+    for count, off in itertools.product((1, 4, 20), (-1, 0, 1)):
+        queries = [max(each + off, 0)] * count
+        for keys in ([1] * count, [5000] + [1] * (count - 1), [5000] + [0] * (count - 1)):
+            check_mla(g, queries, keys)
+            check_mla(g, [sum(queries)] + [0] * (count - 1), keys)
+        wanted = 2 if off == 1 or (each + off) * heads > 64 else 1
+        assert sizes.mla_cluster(g, queries) == wanted
+
+
+@pytest.mark.parametrize("each", [1, 4, 16, 17, 64, 65])
+def test_equal_queries_and_one_long_request(each):
+    for group, by_query, page_size in itertools.product((1, 4), (False, True), (1, 16)):
+        g = sizes.Geometry(2 * group, 2, 128, page_size, 132, 9, by_query=by_query)
+        for long, short in itertools.product((9, 700, 20000), (0, 1, 8)):
+            check_prefill(g, [each] * 20, [long] + [short] * 19)
