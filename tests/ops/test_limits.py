@@ -125,6 +125,13 @@ REFUSED: list[Refused] = [
     *((QUANTISE, change, "", "") for change in (
         {"rope_dim": 16}, {"rope_dim": 48}, {"rope_dim": 24, "interleave": True}, {"rope_dim": 0},
         {"no_rope_dim": 40}, {"no_rope_dim": 8}, {"num_qo_heads": 30_000})),
+    # A head in two pieces, the second one short.
+    (QUANTISE[0], {"rope_dim": 64, "no_rope_dim": 48, "num_kv_heads": 1, "num_qo_heads": 2**15 - 1},
+     "q_rope_in", "is at most 65535"),
+    (COS_SIN, {"head_dim": 96, "rotary_dim": 64, "num_kv_heads": 1, "num_qo_heads": 2**15 - 1},
+     "q", "is at most 65535"),
+    ("softmax", {"n": 128, "h": 2**23 + 1, "workspace_size": 2**20}, "workspace_buffer",
+     f"{128 * 1025 * 8} bytes or more"),
     (QUANTISE[1:], {"no_rope_dim": 48}, "", "multiple of rope_dim"),
     (MLA, {"no_rope_dim": 0}, "", "no_rope_dim of at least 1"),
     # MLA's keys.
@@ -275,6 +282,11 @@ FINE: list[tuple[Any, Mapping[str, Any]]] = [
     (QUANTISE, {"no_rope_dim": 128}),
     (QUANTISE[:2], {"no_rope_dim": 0}),
     (QUANTISE[0], {"no_rope_dim": 48}),
+    *((QUANTISE[0], {"rope_dim": 64, "no_rope_dim": rest, "num_kv_heads": 1, "num_qo_heads": most})
+      for rest, most in ((48, 2**15 - 2), (0, 2**16 - 2))),
+    (COS_SIN, {"head_dim": 96, "rotary_dim": 64, "num_kv_heads": 1, "num_qo_heads": 2**15 - 2}),
+    *(("softmax", {"n": n, "h": h, "workspace_size": 2**20})
+      for n, h in ((128, 2**23), (129, 2**24), (1, 2**27))),
     ("concat_mla_k", {"n": 2**24}),
     (MERGES, {"num_heads": 128}),
     ("merge_states", {"num_heads": 129, "n": 2, "num_index_sets": 2}),
