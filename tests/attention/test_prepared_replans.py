@@ -140,6 +140,35 @@ def test_a_replan_that_fails_after_the_workspace_grew(spec, machine, rng, monkey
     made.check(made.many)
 
 
+@GROWING
+@pytest.mark.parametrize("whose", ["the caller's", "its own"])
+def test_a_replan_without_room_leaves_what_it_was(whose, spec, machine, rng, monkeypatch):
+    """The batch before, its sizes and its workspace, for runs of either kind."""
+    made = Growing(spec, machine, rng)
+    if whose == "the caller's":
+        room = made.case.plan(made.few).size
+        workspace = fi_ffi.Workspace.allocate(machine.device, *room)
+        made.plan = made.case.plan(made.few, workspace=workspace)
+        made.call = fi_ffi.prepare(run_of(made.plan), *made.tensors, **made.more)
+    plan = made.plan
+    before = plan.size, plan.workspace, plan.plan_info, repr(plan)
+
+    def fail(*_):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fi_ffi.Workspace, "allocate", fail)
+        words = "as workspace_size tells|which could not be allocated"
+        for _ in range(2):
+            with pytest.raises(fi_ffi.ArgumentError, match=words):
+                made.case.replan(plan, made.many)
+            assert (plan.size, plan.workspace, plan.plan_info, repr(plan)) == before
+    made.check(made.few)
+    if whose == "its own":
+        made.case.replan(plan, made.many)
+        made.check(made.many)
+
+
 @EVERY_FAMILY
 def test_updates_hold_through_replans(spec, machine, rng):
     made = Runs(spec, machine, rng)
