@@ -6,6 +6,7 @@ import engine.config
 import engine.model
 import engine.steps
 import engine.weights
+import ml_dtypes
 import numpy as np
 import pytest
 from engine import Sampling
@@ -252,3 +253,34 @@ def test_a_fault_is_seen(serve, fault, monkeypatch):
     error = max(serving.error(request) for request in requests)
     print(f"{fault}: {error:.1f} of the bound")
     assert error > 1
+
+
+class Found(dict):
+    """Tensors by name, as a checkpoint has them."""
+
+    def __call__(self, name):
+        return self[name]
+
+
+FP8 = ml_dtypes.float8_e4m3fn
+
+
+@pytest.mark.parametrize("k", [128, 256])
+@pytest.mark.parametrize("n", [64, 128, 192, 256, 320])
+def test_scales_of_blocks(n, k, rng):
+    """One of each 128 x 128, of which the last rows may be half a block; or one of all."""
+    values = rng.standard_normal((n, k)).astype(FP8)
+    wanted = len(range(0, n, 128)), len(range(0, k, 128))
+    scales = rng.uniform(0.5, 2, wanted).astype(np.float32)
+    made = engine.weights.one(Found(w=values, w_scale_inv=scales), "w")
+    assert made.values is values and (made.scales == scales).all()
+    whole = engine.weights.one(Found(w=values, w_scale=np.float32([3])), "w")
+    assert whole.scales.shape == wanted and (whole.scales == 3).all()
+    for rows, columns in ((1, 0), (-1, 0), (0, 1)):
+        wrong = np.ones((wanted[0] + rows, wanted[1] + columns), np.float32)
+        if wrong.size > 1:
+            with pytest.raises(ValueError, match="has scales"):
+                engine.weights.one(Found(w=values, w_scale_inv=wrong), "w")
+    for cut in (values[:-1], values[:, :-1]):
+        with pytest.raises(ValueError, match="has scales"):
+            engine.weights.one(Found(w=cut, w_scale_inv=scales), "w")
