@@ -258,7 +258,7 @@ def test_tokens_one_by_one_are_several(machine, rng):
 
 
 def test_it_is_its_definition(rng):
-    """One element at a time."""
+    """One element at a time; a step past 20 is itself to about 1e-9."""
     call = DecodeCall(rng, 2, 2, h=1, hv=2, state_dtype="float32")
     given = {name: array.astype(np.float64) for name, array in call.arrays.items()}
     found = {name: value for name, (value, _) in call.expected(np.arange(2)).items()}
@@ -275,9 +275,9 @@ def test_it_is_its_definition(rng):
                 row = state[d] * keep
                 row += share * (given["v"][i, t, head, d] - float(row @ k)) * k
                 state[d] = row
-                np.testing.assert_allclose(found["output"][i, t, head, d], row @ q, rtol=1e-8)
+                np.testing.assert_allclose(found["output"][i, t, head, d], row @ q, rtol=1e-6)
         slot = np.searchsorted(call.slots, int(given["initial_state_indices"][i]))
-        np.testing.assert_allclose(found["state"][slot, head], state, rtol=1e-8, atol=1e-12)
+        np.testing.assert_allclose(found["state"][slot, head], state, rtol=1e-6, atol=1e-12)
 
 
 def test_steps_past_20_are_themselves(rng):
