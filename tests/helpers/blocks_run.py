@@ -154,12 +154,12 @@ def _parse(block: Block) -> None:
 def _check_signature(block: Block) -> None:
     """`package.name(arguments)` is what `inspect` says of it."""
     import fi_ffi
-    from fi_ffi.ops.call.row import REQUIRED
+    from fi_ffi.ops.call.row import REQUIRED, Required
 
     name, _, arguments = block.code.strip().partition("(")
     (stub,) = ast.parse(f"def _({arguments}: ...").body
     assert isinstance(stub, ast.FunctionDef)
-    space: dict[str, object] = {repr(REQUIRED): REQUIRED}
+    space: dict[str, object] = {REQUIRED: Required(name)}
     exec(compile(ast.Module([stub], []), block.place, "exec"), space)
     real = inspect.signature(eval(name, {"fi_ffi": fi_ffi}))
     bare = [p.replace(annotation=inspect.Parameter.empty) for p in real.parameters.values()]

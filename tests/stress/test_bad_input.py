@@ -19,7 +19,9 @@ import numpy as np
 import pytest
 
 import fi_ffi
+from fi_ffi.abi.tensor import Device
 from fi_ffi.families import FAMILIES
+from fi_ffi.ops.call.compiled import CompiledRow
 from fi_ffi.ops.call.refuse import Refusals
 from fi_ffi.ops.functions import OPS
 
@@ -99,10 +101,19 @@ def nothing(*_: object) -> None:
     pass
 
 
+def devices_alone(self: CompiledRow, present: Any, layout: str) -> Device:
+    return self._device_of(present)
+
+
+def first_device(_: CompiledRow, present: Any) -> Device:
+    device: Device = present[0][1].kind.device
+    return device
+
+
 LET_THROUGH = {
-    "dtypes": [(Refusals, "_dtypes", nothing), (Refusals, "block", nothing)],
+    "dtypes": [(CompiledRow, "_check_kinds", devices_alone), (Refusals, "block", nothing)],
     "strides": [(Refusals, "strides", nothing)],
-    "devices": [(Refusals, "devices", nothing)],
+    "devices": [(CompiledRow, "_device_of", first_device)],
     "addresses": [(Refusals, "address", nothing)],
     "numbers": [(Refusals, "number", lambda self, name, _: self._scalars[name].type(1))],
     "texts": [(fi_ffi.errors, "_text", lambda value: "")],
