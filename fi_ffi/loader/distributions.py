@@ -76,6 +76,7 @@ def is_in(version: str, specifier: str, prereleases: bool | None = True) -> bool
     return all(of[bound[1]](version_key(bound[2])) for bound in bounds if bound)
 
 
+@functools.cache
 def version_key(version: str) -> tuple[int, ...]:
     """Return a sort key of a version: a post release comes after it and before the next one."""
     return tuple(int(part.removeprefix("post")) for part in version.split("."))
