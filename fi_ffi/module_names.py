@@ -107,7 +107,14 @@ def complete(row: Row, params: Params) -> dict[str, Value]:
 
 
 def uri(family: str, *, release: str, **params: Value) -> str:
-    """Return a module's name; refuse a combination that no generator makes."""
+    """Return the name that `release` gives the module of `family` compiled for `params`.
+
+    Dtypes may be short or long names ("f16", "float16"); "fp4" is NVFP4 under any release's name.
+    Omitted parameters take the most common value of FlashInfer's published wheels: keys, values and
+    outputs of the query's dtype, int32 indices, equal head sizes, no option, fa2. Raises
+    ArgumentError for a parameter, a value or a combination that the family does not have in this
+    release.
+    """
     row = family_row(family, release)
     return row.render(complete(row, params))
 

@@ -150,9 +150,10 @@ def test_public_functions_say_what_they_take() -> None:
     assert not untyped
 
 
-@pytest.mark.parametrize(
-    "plan", [BatchPrefillPlan, BatchDecodePlan, BatchMlaPlan, BatchAttentionPlan]
-)
+PLANS = [BatchPrefillPlan, BatchDecodePlan, BatchMlaPlan, BatchAttentionPlan]
+
+
+@pytest.mark.parametrize("plan", PLANS)
 def test_options_of_plans_are_documented_with_their_defaults(plan: type) -> None:
     doc, options = inspect.getdoc(plan) or "", plan._options_class
     for name, option in options.table.items():
@@ -160,6 +161,20 @@ def test_options_of_plans_are_documented_with_their_defaults(plan: type) -> None
         assert line is not None, name
         has_default = name not in options.required and option.default is not None
         assert line[2] == (repr(option.default) if has_default else None), name
+
+
+def test_options_that_plans_share_are_described_in_the_same_words() -> None:
+    """Docstrings are written out, for editors; what several plans have is one text all the same."""
+    words: dict[tuple[str, object], set[str]] = {}
+    for plan in PLANS:
+        listed = (inspect.getdoc(plan) or "").partition("Args:\n")[2].partition("\n\n")[0]
+        parts = re.split(r"^    (\w[\w, ]*?)(?: \(.* by default\))?: ", listed, flags=re.M)
+        told = dict(zip(parts[1::2], parts[2::2], strict=True))
+        for name, option in plan._options_class.table.items():
+            words.setdefault((name, option), set()).add(" ".join(told[name].split()))
+    shared = {name for (name, _), texts in words.items() if len(texts) > 1}
+    assert shared <= {"page_size"}, "of a plan without pages it says more"
+    assert len(words) < sum(len(plan._options_class.table) for plan in PLANS)
 
 
 def test_a_first_call_imports_its_family_alone() -> None:

@@ -116,7 +116,7 @@ def _lines_of(node: ast.FunctionDef) -> Iterator[int]:
 
 def page_of(taken: list[Step]) -> str:
     """Return the page of a trace."""
-    files = {step.file for step in taken}
+    files = {step.file for step in taken if not step.file.endswith(">")}
     lines = [PAGE.format(functions=len(taken), files=len(files))]
     number = 0
     for file, of_file in groupby(taken, key=lambda step: step.file):

@@ -15,10 +15,11 @@ from generated import write_or_check  # noqa: E402
 
 from fi_ffi.capability.judgement import gpu_runs, key_of  # noqa: E402
 from fi_ffi.capability.matrix import package_entries  # noqa: E402
+from fi_ffi.loader.distributions import is_in  # noqa: E402
 from fi_ffi.loader.fetch.wheels_lock import the_lock  # noqa: E402
 from fi_ffi.loader.uris import family_row  # noqa: E402
 from fi_ffi.module_names import parse  # noqa: E402
-from fi_ffi.ops.call.releases import fits, is_in  # noqa: E402
+from fi_ffi.ops.call.releases import fits  # noqa: E402
 from fi_ffi.ops.moe import interface as moe  # noqa: E402
 from fi_ffi.ops.plans.rows import FORMS  # noqa: E402
 from fi_ffi.ops.states import mamba  # noqa: E402

@@ -16,9 +16,10 @@ from generated import write_or_check  # noqa: E402
 from fi_ffi.capability.judgement import Query  # noqa: E402
 from fi_ffi.capability.matrix import SMS, Line, lines  # noqa: E402
 from fi_ffi.catalogue.ahead_of_time import listed_in, published, sass_named  # noqa: E402
+from fi_ffi.loader.distributions import is_in  # noqa: E402
 from fi_ffi.loader.fetch.wheels_lock import the_lock  # noqa: E402
 from fi_ffi.module_names import parse  # noqa: E402
-from fi_ffi.ops.call.releases import fits, is_in  # noqa: E402
+from fi_ffi.ops.call.releases import fits  # noqa: E402
 from fi_ffi.ops.call.row import Absent, Arg, Row, Rule, Tensor  # noqa: E402
 from fi_ffi.ops.call.support import RUN, Support  # noqa: E402
 from fi_ffi.ops.functions import OPS  # noqa: E402

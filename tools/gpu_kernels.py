@@ -18,10 +18,10 @@ import sys
 from collections.abc import Iterable, Iterator
 
 from fi_ffi.errors import ArgumentError
+from fi_ffi.loader.distributions import is_in
 from fi_ffi.loader.fetch.wheels_lock import the_lock
 from fi_ffi.module_names import parse, uri
 from fi_ffi.ops.attention.rows import MLA_FP8
-from fi_ffi.ops.call.releases import is_in
 
 _HEAD_DIMS = (64, 128, 256)
 # The releases whose sources compile for these parameters, where it is not every one that names

@@ -92,24 +92,12 @@ class KernelDirectory:
     ) -> None:
         self.location, self._hashes = str(location), hashes
         self.trust = "record-unpinned" if hashes else "unverified"
-        # The jit_cache itself, or the folder that it is in; an empty folder is taken as it is.
-        for self.root in (location, location / "jit_cache", location / LAYOUT, location):
-            if self.modules():
-                break
-        self.version = version
-        for name in ("_build_meta.py", "__init__.py"):
-            if not self.version:
-                with contextlib.suppress(OSError):
-                    text = (self.root.parent / name).read_text(errors="replace")
-                    written = re.search(_VERSION, text, re.MULTILINE)
-                    self.version = written[1] if written else None
+        candidates = (location, location / "jit_cache", location / LAYOUT)
+        self.root = next((root for root in candidates if _modules_in(root)), location)
+        self.version = version or self._written_version()
 
     def modules(self) -> list[str]:
-        try:
-            names = sorted(os.listdir(self.root))
-        except OSError:
-            return []
-        return [name for name in names if (self.root / name / f"{name}.so").is_file()]
+        return _modules_in(self.root)
 
     def file(self, module: str) -> ModuleFile:
         found = hashed_file(module, self.root / module / f"{module}.so")
@@ -121,6 +109,22 @@ class KernelDirectory:
                 "to use it as it is"
             )
         return found
+
+    def _written_version(self) -> str | None:
+        for name in ("_build_meta.py", "__init__.py"):
+            with contextlib.suppress(OSError):
+                text = (self.root.parent / name).read_text(errors="replace")
+                if written := re.search(_VERSION, text, re.MULTILINE):
+                    return written[1]
+        return None
+
+
+def _modules_in(root: Path) -> list[str]:
+    try:
+        names = sorted(os.listdir(root))
+    except OSError:
+        return []
+    return [name for name in names if (root / name / f"{name}.so").is_file()]
 
 
 class KernelWheel:

@@ -95,7 +95,7 @@ def parse_release(text: str, argument: str = "release") -> str:
     return text
 
 
-def _installed(_: str | None) -> Iterator[Candidate]:
+def _installed() -> Iterator[Candidate]:
     """Yield installed kernels; of distributions for one SM each, the latest SM first.
 
     Those of another version than the `flashinfer-jit-cache` that names them are left over from an
@@ -146,7 +146,7 @@ def flashinfer_folder() -> Path:
     return base / ".cache" / "flashinfer"
 
 
-def _jit(_: str | None) -> Iterator[Candidate]:
+def _jit() -> Iterator[Candidate]:
     root = flashinfer_folder()
     folders = sorted(root.glob("*/*/cached_ops")) if root.is_dir() else []
     for folder in folders:
@@ -158,7 +158,7 @@ def _jit(_: str | None) -> Iterator[Candidate]:
         yield Candidate("jit", None, note, is_empty=True)
 
 
-def _local(_: str | None) -> Iterator[Candidate]:
+def _local() -> Iterator[Candidate]:
     named = os.environ.get(WHEELS)
     folders = named.split(os.pathsep) if named else [str(cache.cache_root() / "wheels")]
     if not named and Path(folders[0]).is_dir():
@@ -185,23 +185,24 @@ def _local(_: str | None) -> Iterator[Candidate]:
         yield Candidate("local", None, note, is_empty=True)
 
 
-_KINDS: dict[str, Callable[[str | None], Iterator[Candidate]]] = {
-    "installed": _installed,
-    "jit": _jit,
-    "local": _local,
-    "remote": lambda release: services.published.get()(release),
+# The places of this machine: what finds them, and how they are called.
+_HERE: dict[str, tuple[Callable[[], Iterator[Candidate]], str]] = {
+    "installed": (_installed, "an installed flashinfer-jit-cache"),
+    "jit": (_jit, "FlashInfer's own compiled modules"),
+    "local": (_local, "a wheel"),
 }
+_KINDS = [*_HERE, "remote"]
 
 
 def kinds_asked() -> list[str]:
     """Return the kinds of places to search, in order."""
     named = os.environ.get(SOURCES)
     if named is None:
-        return list(_KINDS)
+        return [*_KINDS]
     kinds = [kind.strip() for kind in named.split(",") if kind.strip()]
     unknown = [kind for kind in kinds if kind not in _KINDS]
     if unknown:
-        raise ArgumentError("sources", SOURCES, got=unknown, expected=f"some of {list(_KINDS)}")
+        raise ArgumentError("sources", SOURCES, got=unknown, expected=f"some of {_KINDS}")
     return kinds
 
 
@@ -227,7 +228,8 @@ def candidates(
         if kind == but:
             continue
         try:
-            for candidate in _KINDS[kind](release):
+            places = _HERE[kind][0]() if kind in _HERE else services.published.get()(release)
+            for candidate in places:
                 if candidate.source is not None:
                     found = release_of(candidate.source)
                     if release is not None and found is not None and found != release:
@@ -398,15 +400,7 @@ def _listed_here(source: KernelSource, module: str) -> Sequence[str]:
     return []
 
 
-# What `decided` returned, by the generation of kernels.
-_decided: dict[int, tuple[str, str]] = {}
-_LOCAL = {
-    "installed": "an installed flashinfer-jit-cache",
-    "jit": "FlashInfer's own compiled modules",
-    "local": "a wheel",
-}
-
-
+@generation.cached
 def decided() -> tuple[str, str]:
     """Return the release in force, or "", and what determines it.
 
@@ -414,21 +408,17 @@ def decided() -> tuple[str, str]:
     on this machine, or the lock's default: the one that would be fetched. The driver is not asked,
     so that calls on the CPU use no GPU.
     """
-    number = generation.number
-    if number not in _decided:
-        named = named_release()
-        here = candidates(_location, but="remote")
-        place = next((place for place in here if place.source is not None), None)
-        source = place.source if place is not None else None
-        if place is not None and source is not None and (place.kind == "explicit" or not named):
-            what = _LOCAL.get(place.kind, place.note)
-            by = RELEASE if what == RELEASE else f"{what}: {source.location}"
-            _decided[number] = release_of(source) or "", by
-        elif named is not None:
-            _decided[number] = named, RELEASE
-        else:
-            _decided[number] = default_release(), f"the default of {lock_path()}"
-    return _decided[number]
+    named = named_release()
+    here = candidates(_location, but="remote")
+    place = next((place for place in here if place.source is not None), None)
+    source = place.source if place is not None else None
+    if place is not None and source is not None and (place.kind == "explicit" or not named):
+        what = _HERE[place.kind][1] if place.kind in _HERE else place.note
+        by = RELEASE if what == RELEASE else f"{what}: {source.location}"
+        return release_of(source) or "", by
+    if named is not None:
+        return named, RELEASE
+    return default_release(), f"the default of {lock_path()}"
 
 
 def find_module(module: str, device: int | None = None) -> tuple[KernelSource, ModuleFile, Facts]:

@@ -51,7 +51,6 @@ _MAX_NAMES = 16 << 20  # bytes of a library's names of symbols that are looked t
 # Guards dlopen (together with its own lock) and libtvm_ffi.
 linking = threading.RLock()
 library.renew_after_fork(globals(), "linking", threading.RLock)
-_INSTALL = f"`pip install '{PROJECT}{ACCEPTED}'`"
 
 
 @dataclass(frozen=True)
@@ -129,7 +128,8 @@ def release_of(found: Found) -> str | None:
 def installed() -> Found:
     """Find the installed distribution's copy through its metadata alone."""
     missing = f"{PROJECT} is not installed, which has libtvm_ffi"
-    return of_distribution({PROJECT: MEMBER}, ACCEPTED, missing, _INSTALL)
+    install = f"`pip install '{PROJECT}{ACCEPTED}'`"
+    return of_distribution({PROJECT: MEMBER}, ACCEPTED, missing, install)
 
 
 def of_distribution(
@@ -233,7 +233,8 @@ def _check_meaning(
     found: Found,
     compiled: Sequence[str],
 ) -> None:
-    """Raise `LoaderError` if `symbol` certainly means something else in lib"""
+    """Raise `LoaderError` if `symbol` certainly means something else in this process's
+    libtvm_ffi."""
     here = release_of(found)
     means = next((text for text, of in meanings.items() if here in of), None)
     wants = {text: of for text, of in meanings.items() if not {*of}.isdisjoint(compiled)}

@@ -1,12 +1,13 @@
-"""Names of kernel modules.
+"""How the names of kernel modules are built.
 
-    uri("batch_prefill", release="0.6.13", dtype_q="bf16", head_dim_qk=128, backend="fa3")
+    row = family_row("batch_prefill", "0.6.13")
+    row.render(row.complete({"dtype_q": "bf16", "head_dim_qk": 128, "backend": "fa3"}))
 
-FlashInfer builds a module's name from its family and all parameters it
-was compiled for, and releases differ in how. `data/names.json` has a row for each family and range
-of releases: a template whose parameters are named as in FlashInfer's generator, and the parameters'
-kinds. `fi_ffi.module_names` parses names by the same rows. docs/catalogue.md describes pitfalls and
-the changes between releases.
+FlashInfer builds a module's name from its family and all parameters that it was compiled for, and
+releases differ in how. `data/names.json` has a row for each family and range of releases: a
+template whose parameters are named as in FlashInfer's generator, and the parameters' kinds.
+`fi_ffi.module_names` parses names by the same rows. docs/catalogue.md describes pitfalls and the
+changes between releases.
 """
 
 from __future__ import annotations
@@ -274,16 +275,3 @@ def family_row(family: str, release: str) -> Row:
     close = get_close_matches(family, families, n=3)
     expected = " or ".join(close) if close else f"one of {', '.join(families)}"
     raise ArgumentError("uri", "family", got=repr(family), expected=expected)
-
-
-def uri(family: str, *, release: str, **params: Value) -> str:
-    """Return the name that `release` gives the module of `family` compiled for `params`.
-
-    Dtypes may be short or long names ("f16", "float16"); "fp4" is NVFP4 under any release's name.
-    Omitted parameters take the most common value of FlashInfer's published wheels: keys, values and
-    outputs of the query's dtype, int32 indices, equal head sizes, no option, fa2. Raises
-    ArgumentError for a parameter or a value that the family does not have in this release;
-    `fi_ffi.module_names.uri` also refuses combinations that no generator makes.
-    """
-    row = family_row(family, release)
-    return row.render(row.complete(params))

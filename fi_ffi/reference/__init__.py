@@ -29,7 +29,8 @@ from fi_ffi.abi.signature import Signature
 from fi_ffi.errors import KernelNotFoundError
 from fi_ffi.families import FAMILIES
 from fi_ffi.loader import generation, tvm_ffi
-from fi_ffi.ops.call.releases import is_in, release_in_force
+from fi_ffi.loader.distributions import is_in
+from fi_ffi.ops.call.releases import release_in_force
 from fi_ffi.reference.arrays import bits, over_arrays, store_changed
 from fi_ffi.reference.formula import Formula, Move, as_inputs
 

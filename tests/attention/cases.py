@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import fi_ffi
+from fi_ffi.loader.distributions import is_in
 from fi_ffi.ops.attention.backends import Kernel
 from fi_ffi.ops.attention.options import (
     DecodeOptions,
@@ -18,7 +19,7 @@ from fi_ffi.ops.attention.options import (
     PrefillOptions,
 )
 from fi_ffi.ops.attention.rows import MLA_FP8
-from fi_ffi.ops.call.releases import is_in, release_in_force
+from fi_ffi.ops.call.releases import release_in_force
 from fi_ffi.ops.plans.batch_attention import AttentionOptions
 from fi_ffi.ops.plans.rows import BATCH_ATTENTION_FP4
 from fi_ffi.reference.attention.formula import Exact, exact, from_pages

@@ -10,9 +10,10 @@ import pytest
 
 import fi_ffi
 from fi_ffi.abi.tensor import TensorDesc
+from fi_ffi.loader.distributions import is_in
 from fi_ffi.ops.attention.backends import Kernel
 from fi_ffi.ops.attention.values import OWN_STRIDES
-from fi_ffi.ops.call.releases import is_in, release_in_force
+from fi_ffi.ops.call.releases import release_in_force
 
 from tests.attention import judge
 from tests.attention.cases import E4M3, dequantised, make

@@ -13,9 +13,10 @@ import pytest
 
 import fi_ffi
 from fi_ffi.comm.memory import copy
+from fi_ffi.loader.distributions import is_in
 from fi_ffi.ops.attention.arrays import Arrays
 from fi_ffi.ops.attention.rows import UNIFORM
-from fi_ffi.ops.call.releases import is_in, release_in_force
+from fi_ffi.ops.call.releases import release_in_force
 from fi_ffi.reference.attention.formula import Options, exact, from_pages
 
 from tests.attention import judge

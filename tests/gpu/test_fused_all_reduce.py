@@ -9,7 +9,8 @@ import pytest
 import fi_ffi
 from fi_ffi.comm.entries import OPS, setup
 from fi_ffi.loader import machine, search
-from fi_ffi.ops.call.releases import FIRST, is_in
+from fi_ffi.loader.distributions import is_in
+from fi_ffi.ops.call.releases import FIRST
 from fi_ffi.ops.table.comm import PATTERNS
 
 from tests.helpers.fusion_calls import Call, MoeCall, Sizes

@@ -11,7 +11,8 @@ from cuda.bindings import runtime
 import fi_ffi
 from fi_ffi.cli.cuda import check
 from fi_ffi.loader import machine
-from fi_ffi.ops.call.releases import is_in, release_in_force
+from fi_ffi.loader.distributions import is_in
+from fi_ffi.ops.call.releases import release_in_force
 from fi_ffi.ops.plans.rows import SCRATCH_BYTES
 from fi_ffi.ops.plans.xqa import WINDOWS_OF_EACH
 

@@ -24,17 +24,9 @@ def default_dtypes(row: Row) -> dict[str, str]:
     return {variable: names[0] for variable, names in row.dtypes.items()}
 
 
-def make_case(
-    row: Row,
-    sizes: Mapping[str, int],
-    dtypes: Mapping[str, str],
-    rng: np.random.Generator,
-    tables: Mapping[str, Array] | None = None,
-    without: Collection[str] = (),
-    **scalars: Any,
-) -> Case:
+def make_case(row: Row, *args: Any, **scalars: Any) -> Case:
     """Arguments of `make_arguments`, and what the op must give of them."""
-    return case_of(row, *make_arguments(row, sizes, dtypes, rng, tables, without, **scalars))
+    return case_of(row, *make_arguments(row, *args, **scalars))
 
 
 def make_arguments(

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 import fi_ffi
-from fi_ffi.ops.call.releases import is_in, release_in_force
+from fi_ffi.loader.distributions import is_in
+from fi_ffi.ops.call.releases import release_in_force
 from fi_ffi.ops.moe.interface import FOLDED_RELEASES
 from fi_ffi.reference.moe import Layer
 

@@ -9,9 +9,10 @@ from packaging.specifiers import SpecifierSet
 
 import fi_ffi
 from fi_ffi.catalogue.ahead_of_time import known_releases
+from fi_ffi.loader.distributions import is_in
 from fi_ffi.ops.call.compiled import CompiledRow
 from fi_ffi.ops.call.notation import Condition, parse_expression, round_up
-from fi_ffi.ops.call.releases import forms_of, is_in, span_of
+from fi_ffi.ops.call.releases import forms_of, span_of
 from fi_ffi.ops.call.row import Row, Rule, Scalar, Tensor
 
 from tests.helpers.limits import limits

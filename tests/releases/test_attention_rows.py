@@ -7,9 +7,10 @@ from collections.abc import Callable
 import pytest
 
 import fi_ffi
+from fi_ffi.loader.distributions import is_in
 from fi_ffi.loader.fetch.wheels_lock import the_lock
 from fi_ffi.ops.call.forms import form_of
-from fi_ffi.ops.call.releases import FIRST, fits, is_in
+from fi_ffi.ops.call.releases import FIRST, fits
 from fi_ffi.ops.call.row import Row, Tensor
 from fi_ffi.ops.plans.rows import BATCH_ATTENTION_FP4, FORMS, ROWS
 from tools.release.generators import added_parameters

@@ -6,8 +6,8 @@ import re
 
 import pytest
 
+from fi_ffi.loader.distributions import is_in
 from fi_ffi.loader.fetch.wheels_lock import the_lock
-from fi_ffi.ops.call.releases import is_in
 from fi_ffi.ops.moe.activations import ACTIVATIONS, GATED, activation_numbers
 from fi_ffi.ops.moe.interface import (
     FOLDED_RELEASES,

@@ -17,12 +17,12 @@ from fi_ffi.abi.function import library_function, register
 from fi_ffi.abi.interop import as_desc
 from fi_ffi.abi.tensor import parse_device
 from fi_ffi.loader import generation
+from fi_ffi.loader.distributions import is_in
 from fi_ffi.loader.runtime import ensure_tvm_ffi
 from fi_ffi.ops.attention import plan
 from fi_ffi.ops.attention.rows import BATCH_MLA, WITH_COPY
 from fi_ffi.ops.call import compiled, forms
 from fi_ffi.ops.call.forms import form_of, in_force
-from fi_ffi.ops.call.releases import is_in
 from fi_ffi.ops.plans import single
 from fi_ffi.ops.plans.rows import FORMS, ROWS
 from fi_ffi.reference.attention.formula import Options, exact

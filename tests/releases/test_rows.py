@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from fi_ffi.catalogue.ahead_of_time import known_releases, recorded_releases, sha256_of
+from fi_ffi.loader.distributions import is_in
 from fi_ffi.loader.fetch.wheels_lock import the_lock
-from fi_ffi.ops.call.releases import OLDEST, fits, is_in
+from fi_ffi.ops.call.releases import OLDEST, fits
 from fi_ffi.ops.call.row import Row
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.matmul import rows as matmul

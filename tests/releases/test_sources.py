@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 
 from fi_ffi import reference
+from fi_ffi.loader.distributions import is_in
 from fi_ffi.ops import on_host
 from fi_ffi.ops.attention.backends import FP8_WINDOWS, decode_groups
 from fi_ffi.ops.attention.rows import UNIFORM
 from fi_ffi.ops.attention.sizes import BY_QUERY
 from fi_ffi.ops.attention.values import OWN_STRIDES
-from fi_ffi.ops.call.releases import GUARDED, fits, is_in
+from fi_ffi.ops.call.releases import GUARDED, fits
 from fi_ffi.ops.call.row import KV_LAYOUTS, Row
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.matmul.rows import RUN_GEMM

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from fi_ffi.abi.signature import Signature
-from fi_ffi.ops.call.releases import is_in
+from fi_ffi.loader.distributions import is_in
 from fi_ffi.ops.call.row import Row
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.matmul import rows as matmul

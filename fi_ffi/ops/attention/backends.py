@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 from fi_ffi.abi.tensor import Device, parse_dtype
 from fi_ffi.errors import printed
 from fi_ffi.loader import machine
+from fi_ffi.loader.distributions import is_in
 from fi_ffi.ops.attention.rows import DECODE_GROUPS, F16, FP4, FP8, MLA_FP8
 from fi_ffi.ops.call.arguments import Refusal, check_choice, check_number
-from fi_ffi.ops.call.releases import is_in, release_in_force
+from fi_ffi.ops.call.releases import release_in_force
 
 # flashinfer/utils.py: PosEncodingMode and MaskMode
 POS_ENCODING_MODES = {"NONE": 0, "ROPE_LLAMA": 1, "ALIBI": 2}
@@ -78,10 +79,11 @@ def module_name(family: str, of: str | None = None, **parameters: Any) -> str:
 
 @functools.lru_cache(256)
 def _module_name(family: str, of: str, **parameters: Any) -> str:
-    from fi_ffi.loader.uris import family_row, uri  # imported late: it has a large table
+    from fi_ffi.loader.uris import family_row  # imported late: it has a large table
 
-    known = family_row(family, of).kinds
-    return uri(family, release=of, **{n: v for n, v in parameters.items() if n in known})
+    row = family_row(family, of)
+    known = {name: value for name, value in parameters.items() if name in row.kinds}
+    return row.render(row.complete(known))
 
 
 def multiprocessors(device: Device) -> int:

@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, TypedDict, get_type_hints
 
 from fi_ffi.errors import nearest
+from fi_ffi.loader.distributions import is_in
 from fi_ffi.ops.attention.backends import (
     BACKENDS,
     CAUSAL,
@@ -42,7 +43,6 @@ from fi_ffi.ops.attention.rows import (
 )
 from fi_ffi.ops.attention.sizes import BY_QUERY, Geometry
 from fi_ffi.ops.call.arguments import Refusal, check_choice, check_flag, check_int
-from fi_ffi.ops.call.releases import is_in
 from fi_ffi.ops.call.row import Row
 
 Check = Callable[[str, str, Any], Any]

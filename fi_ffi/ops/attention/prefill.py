@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from fi_ffi.abi.interop import TensorLike, as_desc
+from fi_ffi.loader.distributions import is_in
 from fi_ffi.ops.attention import sizes
 from fi_ffi.ops.attention.arrays import PAGES, Batch
 from fi_ffi.ops.attention.backends import release_for
@@ -17,7 +18,6 @@ from fi_ffi.ops.attention.plan import Plan
 from fi_ffi.ops.attention.values import OWN_STRIDES, Values, block_scales
 from fi_ffi.ops.attention.workspace import Workspace
 from fi_ffi.ops.call.arguments import check_int, shown
-from fi_ffi.ops.call.releases import is_in
 from fi_ffi.ops.call.row import Row
 
 if TYPE_CHECKING:

@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from fi_ffi.abi.function import FrameLayout
 from fi_ffi.abi.tensor import DTYPES, TensorKind
@@ -63,17 +64,18 @@ class CompileOptions:
     # Parameters of `pack` that come before the others.
     first: tuple[str, ...] = ()
 
-    # The arguments whose shapes calls do not write with the others: bound ones, and scratch.
-    last: frozenset[str] = field(init=False)
-    # Where the row's arguments are in a frame; the shapes of those in `last` come last.
-    layout: FrameLayout = field(init=False)
+    @cached_property
+    def last(self) -> frozenset[str]:
+        """Bound arguments and scratch, whose shapes calls do not write with the others."""
+        return frozenset((*self.bound, *(arg.name for arg in self.row.tensors if arg.is_scratch)))
 
-    def __post_init__(self) -> None:
-        row, scratch = self.row, (arg.name for arg in self.row.tensors if arg.is_scratch)
-        last = frozenset((*self.bound, *scratch))
-        ranks = [arg.entry_rank if isinstance(arg, (Tensor, Absent)) else None for arg in row.slots]
-        places = [i for i, arg in enumerate(row.slots) if arg.name in last]
-        vars(self).update(last=last, layout=FrameLayout(ranks, places, len(row.args)))
+    @cached_property
+    def layout(self) -> FrameLayout:
+        """Where the row's arguments are in a frame; the shapes of those in `last` come last."""
+        slots = self.row.slots
+        ranks = [arg.entry_rank if isinstance(arg, (Tensor, Absent)) else None for arg in slots]
+        places = [i for i, arg in enumerate(slots) if arg.name in self.last]
+        return FrameLayout(ranks, places, len(self.row.args))
 
     @property
     def packed_names(self) -> list[str]:

@@ -15,8 +15,7 @@ from fi_ffi.abi.function import Entry
 from fi_ffi.abi.tensor import Device
 from fi_ffi.errors import ArchitectureError, KernelNotFoundError, LoaderError
 from fi_ffi.loader import machine
-from fi_ffi.loader.distributions import NUMBER, version_key
-from fi_ffi.loader.distributions import is_in as is_in
+from fi_ffi.loader.distributions import NUMBER, is_in, version_key
 from fi_ffi.ops.call.row import Absent, Arg, Ranged, Row, Tensor
 
 OLDEST = "0.6.3"

@@ -9,17 +9,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from fi_ffi.abi.signature import Signature
 from fi_ffi.abi.tensor import TensorDesc, frozen
 from fi_ffi.errors import ArgumentTypeError
 from fi_ffi.ops.call.notation import Condition, parse_axis, parse_expression
-
-
-def derived() -> Any:
-    """Return the field of a value that a frozen class computes from others, once."""
-    return field(init=False, repr=False, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,29 +90,36 @@ class Tensor(Ranged):
     # axes here. Several indices are merged into one axis, and must be adjacent in memory.
     view: tuple[tuple[int, ...], ...] = ()
 
-    axis_names: tuple[str, ...] = derived()
-    # The names of sizes in the axes.
-    axis_variables: tuple[str, ...] = derived()
-    is_scratch: bool = derived()
-    # Whether a call may leave it out: it is optional, or memory that fi_ffi has.
-    may_be_none: bool = derived()
-    # Whether the tensor may be passed with fewer or more axes: [] and [1, 1] for [1].
-    is_loose: bool = derived()
-    abi_type: str = derived()
+    # What is computed once is computed at its first use: most rows of a process are never called.
 
-    def __post_init__(self) -> None:
-        axes = tuple(self.axes.split())
-        is_scratch = bool(self.bytes or self.bytes_per_multiprocessor or self.bytes_for)
+    @cached_property
+    def axis_names(self) -> tuple[str, ...]:
+        return tuple(self.axes.split())
+
+    @cached_property
+    def axis_variables(self) -> tuple[str, ...]:
+        """The names of sizes in the axes."""
+        return tuple(name for text in self.axis_names for name in parse_axis(text).names)
+
+    @cached_property
+    def is_scratch(self) -> bool:
+        return bool(self.bytes or self.bytes_per_multiprocessor or self.bytes_for)
+
+    @property
+    def may_be_none(self) -> bool:
+        """Whether a call may leave it out: it is optional, or memory that fi_ffi has."""
+        return self.optional or self.is_scratch
+
+    @property
+    def is_loose(self) -> bool:
+        """Whether the tensor may be passed with fewer or more axes: [] and [1, 1] for [1]."""
+        return self.column or (self.axes == "1" and not self.is_scratch)
+
+    @property
+    def abi_type(self) -> str:
         kind = "ffi.Tensor" if self.as_object else "DLTensor*"
         is_optional = (self.optional or self.entry_optional) and not self.empty
-        vars(self).update(
-            axis_names=axes,
-            axis_variables=tuple(name for text in axes for name in parse_axis(text).names),
-            is_scratch=is_scratch,
-            may_be_none=self.optional or is_scratch,
-            is_loose=self.column or (self.axes == "1" and not is_scratch),
-            abi_type=f"Optional<{kind}>" if is_optional else kind,
-        )
+        return f"Optional<{kind}>" if is_optional else kind
 
     @property
     def entry_rank(self) -> int:
@@ -154,11 +157,11 @@ class Scalar(Ranged):
     zero: str = ""
     # The entry takes an optional type, but always gets a value.
     entry_optional: bool = False
-    abi_type: str = derived()
 
-    def __post_init__(self) -> None:
+    @property
+    def abi_type(self) -> str:
         name = self.type.__name__
-        vars(self).update(abi_type=f"Optional<{name}>" if self.entry_optional else name)
+        return f"Optional<{name}>" if self.entry_optional else name
 
 
 PDL = Scalar(
@@ -285,13 +288,15 @@ class Rule(Ranged):
     condition: str
     expected: str | Callable[..., str]
     using: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
-    # The condition with its names in braces.
-    template: str = derived()
-    names: tuple[str, ...] = derived()
 
-    def __post_init__(self) -> None:
-        template, names = parse_expression(self.condition)
-        vars(self).update(template=template, names=names)
+    @property
+    def template(self) -> str:
+        """The condition with its names in braces."""
+        return parse_expression(self.condition)[0]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return parse_expression(self.condition)[1]
 
 
 def default_of(arg: Arg) -> str | None:
@@ -396,39 +401,49 @@ class Row:
     order: tuple[str, ...] = ()
     # Returns the row for the module compiled for these dtypes, by name of a given tensor.
     compiled_for: Callable[[Row, Mapping[str, str]], Row] | None = None
-    # The entry's arguments, then the tensors of its Arrays.
-    slots: tuple[Arg, ...] = derived()
-    # The op's arguments in its order: all but the absent ones.
-    given: tuple[Arg, ...] = derived()
-    # Their defaults in a Python function; None for none.
-    defaults: tuple[str | None, ...] = derived()
-    tensors: tuple[Tensor, ...] = derived()
-    kv_layout: KvLayout | None = field(init=False, repr=False)
-    conditions: tuple[Condition, ...] = derived()
-    rules: tuple[Rule, ...] = derived()
-    # The signature that the binary must report.
-    signature: Signature = field(init=False, repr=False)
 
-    def __post_init__(self) -> None:
+    @cached_property
+    def slots(self) -> tuple[Arg, ...]:
+        """The entry's arguments, then the tensors of its Arrays."""
         arrays = (arg.items for arg in self.args if isinstance(arg, TensorArray))
-        slots = (*self.args, *itertools.chain.from_iterable(arrays))
-        given = [arg for arg in slots if not isinstance(arg, (Absent, TensorArray))]
+        return (*self.args, *itertools.chain.from_iterable(arrays))
+
+    @cached_property
+    def given(self) -> tuple[Arg, ...]:
+        """The op's arguments in its order: all but the absent ones."""
+        found = [arg for arg in self.slots if not isinstance(arg, (Absent, TensorArray))]
         if self.order:
-            given.sort(key=lambda arg: self.order.index(arg.name))
-        written = [default_of(arg) for arg in given]
+            found.sort(key=lambda arg: self.order.index(arg.name))
+        return tuple(found)
+
+    @cached_property
+    def defaults(self) -> tuple[str | None, ...]:
+        """Their defaults in a Python function; None for none."""
+        written = [default_of(arg) for arg in self.given]
         first = next((i for i, default in enumerate(written) if default), len(written))
         written[first + 1 :] = [default or REQUIRED for default in written[first + 1 :]]
-        texts = (each for each in self.requires if isinstance(each, str))
-        vars(self).update(
-            slots=slots,
-            given=tuple(given),
-            defaults=tuple(written),
-            tensors=tuple(arg for arg in slots if isinstance(arg, Tensor)),
-            kv_layout=next((arg for arg in slots if isinstance(arg, KvLayout)), None),
-            conditions=tuple(map(Condition.of, texts)),
-            rules=tuple(each for each in self.requires if isinstance(each, Rule)),
-            signature=Signature(self.symbol, tuple(arg.abi_type for arg in self.args), self.result),
-        )
+        return tuple(written)
+
+    @cached_property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return tuple(arg for arg in self.slots if isinstance(arg, Tensor))
+
+    @cached_property
+    def kv_layout(self) -> KvLayout | None:
+        return next((arg for arg in self.slots if isinstance(arg, KvLayout)), None)
+
+    @cached_property
+    def conditions(self) -> tuple[Condition, ...]:
+        return tuple(Condition.of(each) for each in self.requires if isinstance(each, str))
+
+    @cached_property
+    def rules(self) -> tuple[Rule, ...]:
+        return tuple(each for each in self.requires if isinstance(each, Rule))
+
+    @cached_property
+    def signature(self) -> Signature:
+        """The signature that the binary must report."""
+        return Signature(self.symbol, tuple(arg.abi_type for arg in self.args), self.result)
 
     def module_on(self, capability: tuple[int, int] | None) -> str:
         """Return the module that has the entry for a GPU."""

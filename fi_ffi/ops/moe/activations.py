@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from fi_ffi.errors import printed
+from fi_ffi.loader.distributions import is_in
 from fi_ffi.ops.call.arguments import Refusal
-from fi_ffi.ops.call.releases import is_in
 
 # `ActivationType` of nv_internal/.../cutlass_kernels/include/common.h, and the releases that have a
 # name. A name's number is its index among the names that a release has.

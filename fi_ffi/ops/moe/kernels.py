@@ -9,10 +9,11 @@ from fi_ffi.abi.function import Entry, array_values
 from fi_ffi.abi.tensor import DTYPES, Device
 from fi_ffi.errors import ArchitectureError, KernelNotFoundError
 from fi_ffi.loader import machine
+from fi_ffi.loader.distributions import is_in
 from fi_ffi.loader.methods import AttestedObject
 from fi_ffi.ops.call import cuda
 from fi_ffi.ops.call.arguments import Refusal
-from fi_ffi.ops.call.releases import entry_for, is_in
+from fi_ffi.ops.call.releases import entry_for
 from fi_ffi.ops.call.row import Row
 from fi_ffi.ops.moe.activations import GATED, activation_numbers
 from fi_ffi.ops.moe.interface import FLAGS, MODULE, MODULES, Interface, of_release

@@ -14,10 +14,10 @@ from fi_ffi.abi.function import Frame, make_array
 from fi_ffi.abi.interop import as_desc
 from fi_ffi.abi.objects import Array
 from fi_ffi.errors import KernelError, KernelNotFoundError
+from fi_ffi.loader.distributions import is_in
 from fi_ffi.ops.call import cuda
 from fi_ffi.ops.call.arguments import Refusal, check_int
 from fi_ffi.ops.call.compiled import CompiledRow
-from fi_ffi.ops.call.releases import is_in
 from fi_ffi.ops.call.row import Scalar
 from fi_ffi.ops.moe.activations import GATED, activation_name
 from fi_ffi.ops.moe.kernels import Kernels, Runner

@@ -8,12 +8,12 @@ import numbers
 from fi_ffi.abi.interop import TensorLike, as_desc
 from fi_ffi.abi.tensor import Device, TensorDesc, make_desc
 from fi_ffi.loader import machine
+from fi_ffi.loader.distributions import is_in
 from fi_ffi.ops.attention.backends import module_name, multiprocessors, release_for
 from fi_ffi.ops.attention.rows import FORMS
 from fi_ffi.ops.attention.values import Values, compiled_row
 from fi_ffi.ops.call.arguments import Refusal, check_choice, check_int, check_number, shown
 from fi_ffi.ops.call.forms import in_force
-from fi_ffi.ops.call.releases import is_in
 from fi_ffi.ops.call.row import KV_LAYOUTS, as_nhd
 from fi_ffi.ops.plans.arguments import described
 from fi_ffi.ops.plans.rows import XQA, XQA_MLA, XQA_ROWS, XQA_SPEC_DEC, query_blocks
