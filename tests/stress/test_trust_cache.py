@@ -198,7 +198,7 @@ def test_wheels_that_another_user_put_into_the_cache(what, root):
     wheel = root / "wheels" / WHEEL
     wheel.parent.mkdir(parents=True)
     wheel.write_bytes(make_wheel({MODULE: CONTENT}))
-    assert [place.source is not None for place in search._local(None)] == [True]
+    assert [place.source is not None for place in search._local()] == [True]
     if what == "link":
         elsewhere = root.parent / "theirs.whl"
         wheel.rename(elsewhere)
@@ -209,7 +209,7 @@ def test_wheels_that_another_user_put_into_the_cache(what, root):
     else:
         another(wheel if what == "wheel" else wheel.parent)
     with pytest.raises(ArtifactError, match=r"belongs to user|can be written by every user"):
-        [*search._local(None)]
+        [*search._local()]
 
 
 def script(path, text):
