@@ -119,7 +119,7 @@ def test_no_home(testing_library):
         assert "set FI_FFI_CACHE_DIR to a directory" in result.output.replace("\n", " ")
     for look in (search._local, search._jit):
         with pytest.raises(LoaderError, match="home directory"):
-            [*look(None)]
+            [*look()]
     # Kernels that are named need no cache: what would be noted there is asked for again.
     assert kernels.facts_of(KernelFile(testing_library).file()).functions
     assert files.load_file(testing_library).facts.functions
