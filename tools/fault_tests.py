@@ -414,6 +414,7 @@ class Judge:
     def __init__(self, tests: Map, seconds: float) -> None:
         self._map, self._each = tests, seconds
         self._is_sound: dict[str, bool] = {}
+        self._tests_run = False
         self._alone = threading.Lock()
 
     def judged(self, root: Path, clean: Path, fault: Fault) -> Verdict:
@@ -435,18 +436,29 @@ class Judge:
 
     def _seen(self, root: Path, clean: Path, order: list[str], seconds: float) -> tuple[str, int]:
         """The first of some tests that fails for a fault, or "", and how many pass."""
+        end = time.monotonic() + seconds
         unsound: list[str] = []  # they fail without a fault
-        while True:
-            told = self._ran(root, order, seconds, unsound)
+        while (left := end - time.monotonic()) > 0:
+            told = self._ran(root, order, left, unsound)
             if told.status in (0, 5):
                 return "", len(told.passed)
             if not told.failed:  # pytest did not begin, or not end
+                self._check_that_tests_run(clean, order)
                 return told.last[:80] or f"status {told.status}", 0
             if told.failed[0] in unsound:  # of a file, which was not asked for
                 return "", 0
             if self._passes(clean, told.failed[0]):
                 return told.failed[0], 0
             unsound.append(told.failed[0])
+        return "", 0
+
+    def _check_that_tests_run(self, clean: Path, order: list[str]) -> None:
+        """End the program where pytest does not even begin without a fault."""
+        if not self._tests_run:
+            told = self._ran(clean, order[:1], self._each)
+            if told.status not in (0, 5) and not told.failed:
+                raise RuntimeError(f"no tests run on this machine: {told.last}")
+            self._tests_run = True
 
     def _ran(
         self, root: Path, order: list[str], seconds: float, unsound: Iterable[str] = ()

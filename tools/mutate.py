@@ -30,7 +30,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -196,7 +196,9 @@ def draw(given: argparse.Namespace) -> int:
                     return judge.judged(root, clean, fault)
 
             verdicts: list[Verdict] = []
-            for verdict in filter(None, pool.map(judged, chosen)):
+            for done in as_completed([pool.submit(judged, fault) for fault in chosen]):
+                if (verdict := done.result()) is None:
+                    continue
                 print(verdict, flush=True)
                 verdicts.append(verdict)
                 lost = [one.fault for one in verdicts if one.kind in ("survives", "not run")]
