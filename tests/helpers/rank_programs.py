@@ -6,7 +6,6 @@ numbers, all the same one where `gpus` is 1.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import threading
@@ -19,6 +18,7 @@ import numpy as np
 from fi_ffi import comm
 from fi_ffi.errors import HangError
 
+from tests.helpers import ranks
 from tests.helpers.rounding import step
 
 DTYPES = tuple(map(np.dtype, (np.float32, np.float16, ml_dtypes.bfloat16)))
@@ -432,7 +432,7 @@ def after_a_kill(victim: int, gpus: int, options: dict[str, Any], how: str, size
 
     Each has a pipe of its own: of a queue, one that is killed may hold the lock.
     """
-    context = multiprocessing.get_context("spawn")
+    context = ranks.processes()
     given, pipes = comm.processes(size), [context.Pipe() for _ in range(size)]
     children = [
         context.Process(

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 KINDS = ("threads", "processes")
+_IMPORTED = ["fi_ffi.comm", "fi_ffi.reference", "tests.helpers.rank_programs"]
 
 
 def address_of(array: np.ndarray[Any, Any]) -> int:
@@ -49,6 +50,13 @@ class Memory:
         for block in self._blocks:
             if hasattr(block, "unlink"):
                 block.unlink()
+
+
+def processes() -> multiprocessing.context.ForkServerContext:
+    """Return what makes processes of ranks: forks of one that has imported what they need."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_IMPORTED)
+    return context
 
 
 def _in_process(
@@ -90,17 +98,17 @@ def run(
         for thread in threads:
             thread.join()
         return found
-    context = multiprocessing.get_context("spawn")
+    context = processes()
     results, start = context.Queue(), context.Barrier(len(ranks))
-    processes = [
+    children = [
         context.Process(target=_in_process, args=(body, rank, args, results, start))
         for rank in ranks
     ]
-    for process in processes:
-        process.start()
+    for child in children:
+        child.start()
     for _ in ranks:
         rank, value = results.get(timeout=300)
         found[rank] = value
-    for process in processes:
-        process.join()
+    for child in children:
+        child.join()
     return found
