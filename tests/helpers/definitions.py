@@ -130,7 +130,7 @@ def _(a):
     limit = 448.0 if a["output_fp8"] else math.inf
     found = {}
     for name, x in (("q", a["qkv_in"][:, :nq]), ("k", a["qkv_in"][:, nq : nq + nk])):
-        if a["is_qk_norm"]:
+        if a["is_qk_norm"] and x.size:
             x = _over_root(x, a["eps"], (1, 2)) * a[f"{name}_weight"]
         if a["factor"] != 1:
             x = x * a["attention_factor"]
@@ -189,7 +189,7 @@ def _frequency(a: dict, pair: int, rotary_dim: int) -> float:
 
 
 def _roped(a: dict, positions: np.ndarray) -> dict:
-    dim = a["rotary_dim"] or a["q"].shape[2]
+    dim = a["q"].shape[2] if a["rotary_dim"] is None else a["rotary_dim"]
     speeds = np.array([_frequency(a, pair, dim) for pair in range(dim // 2)])
     angles = np.multiply.outer(positions, speeds)
     return {

@@ -5,6 +5,7 @@ Tensors lie at addresses that nothing is at: refused is what is wrong before mem
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 import fi_ffi
+from fi_ffi.cli.cases import Case
 from fi_ffi.ops.call.notation import parse_axis
 from fi_ffi.ops.call.releases import fits
 from fi_ffi.ops.call.row import Row, Scalar
@@ -40,21 +42,29 @@ KV, MLA = QUANTISE[1:]
 _MOST_PAGES = {"num_indices": 2**32 // 48, "page_size": 48}
 
 
+@functools.cache
+def _right(row: Row) -> tuple[Case, dict[str, int]]:
+    """A right call, and its sizes by axis."""
+    small = inputs_of(row).small
+    case = make_case(row, small, default_dtypes(row), np.random.default_rng())
+    of_tensors = {
+        axis: size
+        for arg in row.tensors if arg.name in case.arrays
+        for axis, size in zip(arg.axis_names, case.arrays[arg.name].shape, strict=True)
+        if axis.isidentifier()
+    }  # fmt: skip
+    return case, {**of_tensors, **small}
+
+
 def described(row: Row, **changes: Any) -> dict[str, Any]:
     """A right call's arguments but for changes of sizes, dtypes, numbers, or (as a dict) a tensor's
     fields.
 
     A tensor that is said to be another one is that one.
     """
-    rng = np.random.default_rng()
+    case, sizes = _right(row)
     dtypes = {name: changes.get(name, dtype) for name, dtype in default_dtypes(row).items()}
-    case = make_case(row, inputs_of(row).small, default_dtypes(row), rng)
-    sizes = {
-        axis: size
-        for arg in row.tensors if arg.name in case.arrays
-        for axis, size in zip(arg.axis_names, case.arrays[arg.name].shape, strict=True)
-        if axis.isidentifier()
-    } | inputs_of(row).small | {n: v for n, v in changes.items() if type(v) is int}  # fmt: skip
+    sizes = sizes | {name: value for name, value in changes.items() if type(value) is int}
     given = {arg.name for arg in row.given}
     descs: dict[str, Any] = {}
     address = 1 << 30
