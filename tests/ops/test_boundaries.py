@@ -10,15 +10,16 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 
+from fi_ffi.abi.tensor import parse_device
 from fi_ffi.catalogue.ahead_of_time import known_releases
 from fi_ffi.loader.distributions import is_in
+from fi_ffi.ops.call.memory import scratch_bytes
 from fi_ffi.ops.call.releases import fits
 from fi_ffi.ops.call.row import Row, Scalar
 from fi_ffi.ops.functions import OPS
@@ -30,6 +31,7 @@ from tests.helpers.calls import MOST_HEADS
 from tests.helpers.cases import default_dtypes, make_case
 from tests.helpers.every_op import check_on
 from tests.helpers.inputs import inputs_of
+from tests.helpers.limits import FAR, Bound, Floats, misjudged
 from tests.helpers.prepared_calls import refusal_of
 from tests.helpers.rope_calls import ANGLES, APPLY, COS_SIN, LLAMA_31, QUANTISE
 from tests.helpers.sampled import DEFINITIONS
@@ -58,77 +60,6 @@ def cut(whole: int, part: int) -> int:
 def tiles(rows: int, columns: int, of: int = 128) -> int:
     """Scales in tiles of so many rows and 4 columns."""
     return of * cut(rows, of) * 4 * cut(columns, 4)
-
-
-@dataclass(frozen=True)
-class Floats:
-    """Numbers from `low` to `high`; without one, all that are finite."""
-
-    low: float
-    high: float = math.inf
-
-
-Values = range | tuple[int, ...] | Floats
-FAR = 2**62  # a range up to here has no end
-
-
-@dataclass(frozen=True)
-class Bound:
-    """What a size or a number may be in calls with `beside`, whose functions are of its value.
-
-    `releases` is a specifier.  Errors name it, and one of the numbers that bound it, unless they
-    have words of their own, `says`.
-    """
-
-    ops: str | tuple[str, ...] | list[str]
-    name: str
-    values: Values
-    beside: Mapping[str, Any] = field(default_factory=dict)
-    says: str = ""
-    releases: str = ""
-
-    def changes(self, value: Any) -> dict[str, Any]:
-        each = self.beside.items()
-        beside = {name: made(value) if callable(made) else made for name, made in each}
-        return {**beside, self.name: value}
-
-    @property
-    def taken(self) -> list[Any]:
-        """The first and the last values, and those next to them."""
-        if isinstance(self.values, tuple):
-            return [*self.values]
-        if isinstance(self.values, Floats):
-            low, high = self.values.low, self.values.high
-            return [low, math.nextafter(low, high), min(low + 1.0, high)]
-        first, last = [*self.values[:2]], [*self.values[-2:]]
-        return first if self.values.stop == FAR else [*dict.fromkeys(first + last)]
-
-    @property
-    def refused(self) -> list[Any]:
-        """Those just outside, by one and by a step, and beside a step; no size is negative."""
-        if isinstance(self.values, Floats):
-            low, high = self.values.low, self.values.high
-            outside = [math.nextafter(low, -math.inf), math.nextafter(high, math.inf)]
-            return [*outside, -1.0, -math.inf, math.inf, math.nan]
-        step = self.values.step if isinstance(self.values, range) else 1
-        near = [end + off for end in self.taken for off in (-step, -1, 1, step)]
-        near += [2 * max(self.values)] if isinstance(self.values, tuple) else []
-        least = min(*self.taken, 0)
-        return [n for n in dict.fromkeys(near) if n not in self.values and n >= least - step]
-
-    @property
-    def words(self) -> str:
-        """What an error has of the limits, one of which it names."""
-        if self.says:
-            return self.says
-        if isinstance(self.values, Floats):
-            return rf"\b{self.values.low:g}\b|{self.values.low}|{self.values.high}|a finite number"
-        stated = (
-            self.values
-            if isinstance(self.values, tuple)
-            else (self.values[0], self.values.stop - 1, self.values.step)
-        )
-        return "|".join([*(rf"\b{number}\b" for number in stated), "of at least 1$"])
 
 
 CPU = Cpu()
@@ -263,6 +194,7 @@ BOUNDS = [
     B(MERGES[2], "num_heads", range(129), {"n": 3, "num_index_sets": 2}, "1024"),
     B(MERGES[2], "num_heads", range(GRID), {"n": 1, "num_index_sets": 1}),
     # gdn: as many heads of keys and values as the fewer, states as the more.
+    B("gdn_prefill", "workspace_size", range(128, FAR)),
     B("gdn_prefill", "head_size", (128,)),
     B("gdn_prefill", "scale", Floats(0.0)),
     B("gdn_prefill", "checkpoint_every_n_tokens", range(64, FAR, 64),
@@ -380,6 +312,13 @@ BOUNDS = [
     B(("top_p_sampling_from_probs", "top_k_top_p_sampling_from_probs"), "top_p_val", Floats(0.0),
       NO_ARRAYS),
     B("top_k_top_p_sampling_from_probs", "top_k_val", Floats(1, INT - 1), NO_ARRAYS),
+    # Buckets' counts of 4 and sums of 8 bytes, 384 bytes, and two buffers of a 32nd of the row.
+    *(B("top_p_renorm_probs", "workspace_size", range(most, FAR), {
+        "n": n, "h": h, "is_deterministic": is_deterministic}, f"{most} bytes", ">=0.6.7")
+      for n, h, is_deterministic, most in (
+        (1, 2047, True, 0), (1, 2048, True, 27136), (1, 2048, False, 18944),
+        (1, 8191, True, 27136), (1, 8224, True, 29184), (2, 8192, True, 54016),
+        (3, 8224, True, 87296))),
     B("top_p_renorm_probs", "top_p_val", Floats(0.0, 1.0), NO_ARRAYS, "."),
     B("top_p_renorm_probs", "top_p_val", Floats(4.0), NO_ARRAYS, "."),
     B("min_p_sampling_from_probs", "min_p_val", Floats(0.0), NO_ARRAYS),
@@ -399,6 +338,7 @@ BOUNDS = [
     B(TOP_KS[1:], "d", range(1, INT), {"n": 1, "m": lambda d: max(d, 0)}),
     B(TOP_KS, "n", range(858993459 + 1), {"top_k": 5}, f"{UINT - 1}"),
     B(TOP_KS, "n", range(INT), {"top_k": 1, "d": 8}),
+    B(TOP_KS, "workspace_size", range(2**20, FAR)),
     B(TOP_KS[0], "top_k", range(INT), {"n": 1, "d": INT - 1}),
     B(TOP_KS[1:], "top_k", range(INT), {"n": 1}),
     *(B(TOP_KS, "top_k", range(2049), {"n": 1, "d": 4096, "m": 4096, option: on}, "2048",
@@ -418,6 +358,8 @@ BOUNDS = [
     B("fused_topk_deepseek", "most_tokens", range(5, FAR), {"n": 5}, ".", ">=0.6.8"),
     B("fused_topk_deepseek", "experts", range(16, 257, 8),
       {"n_group": 8, "topk_group": 1, "topk": 2, "k": 2}, "."),
+    B("fused_topk_deepseek", "experts", range(1, 129), {
+        "n_group": 1, "topk_group": 1, "topk": 1, "k": 1}, "."),
     B("fused_topk_deepseek", "experts", range(8, 385), {
         "n_group": 1, "topk_group": 1, "topk": 8, "k": 8}, "."),
     B("fused_topk_deepseek", "experts", range(7, 129), {
@@ -436,6 +378,9 @@ BOUNDS = [
     B("seq_chunk_cumsum", "num_logical_chunks", range(INT)),
     B("seq_chunk_cumsum", "num_seqs", range(INT - 1024), {"tile_state": None}),
     B("seq_chunk_cumsum", "chunk_size", range(1, INT)),
+    # Eight bytes for each tile of 256 sequences that a scan needs, and for each thread of a warp.
+    *(B("seq_chunk_cumsum", "bytes", range(most, FAR), {"num_seqs": count})
+      for count, most in ((1023, 0), (1024, 288), (1025, 296), (1280, 296), (1281, 304))),
     # Products of SM100: a scale for 16 of the one (a byte has two), and for 32 of the other.
     B("fp4_gemm", "half", range(16, INT // 2, 16), {
         "scales_a": lambda half: tiles(3, cut(half, 8)),
@@ -484,6 +429,7 @@ BOUNDS = [
     B("tgv_gemm", "n", range(INT // 32), {"k": 16, "m": 8}, "."),
     B("tgv_gemm", "n", range((INT // 2 - 1) // 24 + 1), {"k": 8, "m": 24}, "."),
     B(SM100, "tactic", range(-1, FAR)),
+    B(SM100[:-1], "workspace_size", range(32 * 2**20, FAR)),
 ]  # fmt: skip
 
 
@@ -510,28 +456,16 @@ each_op = pytest.mark.parametrize("name", OPS)
 
 
 @each_op
-def test_values_at_a_bound_are_taken(name):
+def test_values_at_and_beyond_a_bound(name):
+    """Of each form of the op."""
     for row, bounds in forms(name):
-        for bound in bounds:
-            for value in bound.taken:
-                error = refusal_of(row, described(row, **bound.changes(value)))
-                assert error is None, f"{row.releases} {bound.name} = {value}: {error}"
 
+        def judge(changes, row=row):
+            error = refusal_of(row, described(row, **changes))
+            assert error is None or error.op == name
+            return error
 
-@each_op
-def test_values_beyond_a_bound_are_refused(name):
-    """By the name of the size or of the number, or of a tensor that has it, and the limit."""
-    for row, bounds in forms(name):
-        axes = {arg.name: arg.axis_variables for arg in row.tensors}
-        for bound in bounds:
-            for value in bound.refused:
-                if value < 0 and bound.name in axes_of(row):
-                    continue  # no tensor has it
-                error = refusal_of(row, described(row, **bound.changes(value)))
-                told = f"{row.releases} {bound.name} = {value}: {error}"
-                assert error is not None and error.op == name, told
-                assert bound.name in str(error) or bound.name in axes[error.argument], told
-                assert re.search(bound.words, str(error)), told
+        assert not [told for bound in bounds for told in misjudged(row, bound, judge)], row.releases
 
 
 @each_op
@@ -545,9 +479,20 @@ def test_every_limit_of_a_row_has_a_bound(name):
         for rule in row.rules:
             has_numbers = re.search(r"(?<![\w.])\d", rule.condition) or rule.using
             assert not has_numbers or {*rule.names} & having, rule.condition
+        for arg in row.tensors:
+            assert not arg.is_scratch or arg.any_size or {*arg.axis_names} <= having, arg.name
         for arg in row.args:
             if isinstance(arg, Scalar) and ({arg.low, arg.high} != {None} or arg.multiple_of > 1):
                 assert arg.name in having, arg.name
+
+
+def test_own_scratch_of_a_kernel_that_works_with_any():
+    rows = [row for op in OPS.values() for row in op.rows]
+    found = {
+        (row.name, arg.name): scratch_bytes(arg, parse_device("cpu"))
+        for row in rows for arg in row.tensors if arg.any_size
+    }  # fmt: skip
+    assert found == {("bmm_fp8", "workspace_buffer"): 221184}
 
 
 # Ops whose tables say how many there are of what is bounded, and those that only take megabytes.
@@ -558,7 +503,7 @@ NOT_CALLED = {*APPENDS, *QUANTISE[1:], "seq_chunk_cumsum", "segment_packbits", "
 def calls_at(row: Row, bound: Bound) -> Iterator[tuple[Any, dict[str, Any]]]:
     """Values at a bound, and what is said of calls with them that are small and have a result."""
     own = [arg for arg in row.tensors if not arg.is_scratch]
-    if isinstance(bound.values, Floats) or bound.name == "workspace_size":
+    if isinstance(bound.values, Floats) or bound.name in ("workspace_size", "bytes"):
         return
     for value in bound.taken:
         changes = bound.changes(value)

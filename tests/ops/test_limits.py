@@ -14,7 +14,6 @@ import pytest
 
 import fi_ffi
 from fi_ffi.cli.cases import Case
-from fi_ffi.ops.call.notation import parse_axis
 from fi_ffi.ops.call.releases import fits
 from fi_ffi.ops.call.row import Row, Scalar
 from fi_ffi.ops.functions import OPS
@@ -22,6 +21,7 @@ from fi_ffi.ops.functions import OPS
 from tests.helpers.calls import MOST_HEADS
 from tests.helpers.cases import default_dtypes, make_case
 from tests.helpers.inputs import inputs_of
+from tests.helpers.limits import laid_out
 from tests.helpers.prepared_calls import refusal_of, same_error
 from tests.helpers.rope_calls import ANGLES, APPLY, COS_SIN, LLAMA_31, QUANTISE
 from tests.helpers.sampling_calls import SAMPLERS
@@ -63,35 +63,9 @@ def described(row: Row, **changes: Any) -> dict[str, Any]:
     A tensor that is said to be another one is that one.
     """
     case, sizes = _right(row)
-    dtypes = {name: changes.get(name, dtype) for name, dtype in default_dtypes(row).items()}
     sizes = sizes | {name: value for name, value in changes.items() if type(value) is int}
     given = {arg.name for arg in row.given}
-    descs: dict[str, Any] = {}
-    address = 1 << 30
-    for arg in row.tensors:
-        if arg.name not in case.arrays:
-            continue
-        shape = [parse_axis(axis).size(sizes) for axis in arg.axis_names]
-        fields: dict[str, Any] = {"dtype": dtypes.get(arg.dtype, arg.dtype)}
-        steps = [int(np.prod(shape[k + 1 :], dtype=object)) * arg.parts for k in range(len(shape))]
-        steps[-1:] = [1]
-        if arg.transposed:
-            steps[-2:] = [1, shape[-2]]
-        changed = changes.get(arg.name)
-        fields |= {"ptr": address, "shape": shape, "strides": steps}
-        if isinstance(changed, dict):
-            fields |= changed
-            if "shape" in changed and "strides" not in changed:
-                fields["strides"] = None
-        desc = fi_ffi.TensorDesc(fields.pop("ptr"), fields.pop("shape"), fields.pop("dtype"),
-                                 device="cpu", **fields)  # fmt: skip
-        descs[arg.name] = desc
-        address += (desc.span_bytes + 8192) & ~4095
-    for name, changed in changes.items():
-        if isinstance(changed, str) and changed in descs:
-            descs[name] = descs[changed]
-        elif changed is None and name in descs:
-            descs[name] = None
+    descs = laid_out(row, (arg for arg in row.tensors if arg.name in case.arrays), sizes, changes)
     numbers = {arg.name for arg in row.given if isinstance(arg, Scalar) and not arg.size_of}
     scalars = {
         n: v for n, v in case.scalars.items() if n in numbers or n in ("bitorder", "kv_layout")
