@@ -45,10 +45,13 @@ def laid_out(
     address = 1 << 30
     for arg in tensors:
         shape = [parse_axis(axis).size(sizes) for axis in arg.axis_names]
-        steps = [math.prod(shape[k + 1 :]) * arg.parts for k in range(len(shape))]
-        steps[-1:] = [1]
+        apart = shape[: len(shape) - arg.broadcast]
+        steps = [math.prod(apart[k + 1 :]) * arg.parts for k in range(len(apart))]
+        if apart:
+            steps[-1] = 1
         if arg.transposed:
             steps[-2:] = [1, shape[-2]]
+        steps += [0] * arg.broadcast
         fields = {"dtype": dtypes.get(arg.dtype, arg.dtype), "shape": shape, "strides": steps}
         changed = changes.get(arg.name)
         if isinstance(changed, dict):
@@ -117,7 +120,7 @@ class Bound:
         near = [
             end + off for end in self.taken for off in (-step, -step // 2, -1, 1, step // 2, step)
         ]
-        near += [2 * max(self.values)] if isinstance(self.values, tuple) else []
+        near += [min(self.taken) + max(self.taken)] if isinstance(self.values, tuple) else []
         least = min(*self.taken, 0)
         return [n for n in dict.fromkeys(near) if n not in self.values and n >= least - step]
 
@@ -159,3 +162,25 @@ def misjudged(row: Row, bound: Bound, judge: Judge) -> Iterator[str]:
         is_named = error and (bound.name in told or bound.name in axes.get(error.argument, ()))
         if not is_named or not re.search(bound.words, told):
             yield f"{bound.name} = {value}: {told}"
+
+
+def unbounded(row: Row, bounds: Iterable[Bound]) -> Iterator[str]:
+    """Tell of limits that a row states and none of the bounds is about: conditions and rules that
+    compare numbers, those of a number, and of scratch memory."""
+    having = {bound.name for bound in bounds}
+    for condition in row.conditions:
+        names = {condition.left} if condition.left.isidentifier() else {*condition.names}
+        if not names & having:
+            yield condition.text
+    for rule in row.rules:
+        has_numbers = re.search(r"(?<![\w.])\d", rule.condition) or rule.using
+        if has_numbers and not {*rule.names} & having:
+            yield rule.condition
+    for arg in row.args:
+        if isinstance(arg, Tensor):
+            is_told = not arg.is_scratch or arg.any_size or {*arg.axis_names} <= having
+        else:
+            limits = getattr(arg, "low", None), getattr(arg, "high", None)
+            is_told = limits == (None, None) or arg.name in having
+        if not is_told:
+            yield arg.name

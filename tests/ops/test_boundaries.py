@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,7 +20,7 @@ from fi_ffi.catalogue.ahead_of_time import known_releases
 from fi_ffi.loader.distributions import is_in
 from fi_ffi.ops.call.memory import scratch_bytes
 from fi_ffi.ops.call.releases import fits
-from fi_ffi.ops.call.row import Row, Scalar
+from fi_ffi.ops.call.row import Row
 from fi_ffi.ops.functions import OPS
 from fi_ffi.reference import MOVES
 from fi_ffi.reference.formula import as_inputs
@@ -31,7 +30,7 @@ from tests.helpers.calls import MOST_HEADS
 from tests.helpers.cases import default_dtypes, make_case
 from tests.helpers.every_op import check_on
 from tests.helpers.inputs import inputs_of
-from tests.helpers.limits import FAR, Bound, Floats, misjudged
+from tests.helpers.limits import FAR, Bound, Floats, misjudged, unbounded
 from tests.helpers.prepared_calls import refusal_of
 from tests.helpers.rope_calls import ANGLES, APPLY, COS_SIN, LLAMA_31, QUANTISE
 from tests.helpers.sampled import DEFINITIONS
@@ -470,20 +469,30 @@ def test_values_at_and_beyond_a_bound(name):
 
 @each_op
 def test_every_limit_of_a_row_has_a_bound(name):
-    """A condition or a rule that compares numbers, and the limits of a number."""
     for row, bounds in forms(name):
-        having = {bound.name for bound in bounds}
-        for condition in row.conditions:
-            names = {condition.left} if condition.left.isidentifier() else {*condition.names}
-            assert names & having, condition.text
-        for rule in row.rules:
-            has_numbers = re.search(r"(?<![\w.])\d", rule.condition) or rule.using
-            assert not has_numbers or {*rule.names} & having, rule.condition
-        for arg in row.tensors:
-            assert not arg.is_scratch or arg.any_size or {*arg.axis_names} <= having, arg.name
-        for arg in row.args:
-            if isinstance(arg, Scalar) and ({arg.low, arg.high} != {None} or arg.multiple_of > 1):
-                assert arg.name in having, arg.name
+        assert not [*unbounded(row, bounds)], row.releases
+
+
+# Majors of the GPUs that ops were written for, by the instructions in their sources; others: any.
+HOPPER, FP8_UNITS, LATER, BLACKWELL = (9,), (8, 9, 10, 11, 12), (9, 10, 11, 12), (10, 11, 12)
+MAJORS = {
+    **dict.fromkeys(("gdn_prefill", "fp8_quantize_1x128"), HOPPER),
+    "bmm_fp8": FP8_UNITS,
+    **dict.fromkeys((*TINY, "block_scale_interleave", "block_scale_interleave_reverse"), LATER),
+    **dict.fromkeys(("mxfp8_quantize", "nvfp4_kv_quant", "fp4_quantize", "fp4_batched_quantize",
+                     "fp4_gemm", "mxfp8_gemm", "bmm_mxfp8"), BLACKWELL),
+    **dict.fromkeys(("bf16_gemm", "bmm_bf16", "tgv_gemm"), (10,)),
+}  # fmt: skip
+GPUS = [(7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1), (13, 0)]
+
+
+@each_op
+def test_gpus_that_a_row_is_for(name):
+    majors = MAJORS.get(name)
+    for row in OPS[name].rows:
+        refused = [gpu for gpu in GPUS if row.other_gpus(gpu)]
+        assert refused == [gpu for gpu in GPUS if majors and gpu[0] not in majors]
+        assert not row.other_gpus(None)  # the CPU's reference
 
 
 def test_own_scratch_of_a_kernel_that_works_with_any():
