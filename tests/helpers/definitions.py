@@ -713,3 +713,66 @@ def _(a):
 @defines("tgv_gemm")
 def _(a):
     return {"out": np.einsum("mk,kn->nm", a["mat1"], a["mat2"]) + a.get("bias", 0.0)}
+
+
+# ---------------------------------------------------------------- states of tokens one by one
+
+
+def _slot_of(indices: np.ndarray | None, request: int, token: int) -> int:
+    """A request's slot, which may be another for each of its tokens."""
+    if indices is None:
+        return request
+    return int(indices[request] if indices.ndim == 1 else indices[request, token])
+
+
+def selective_state_update(a: dict) -> dict:
+    """Arguments as callers have them: one number for each head, and a pad that is no slot.
+
+    A state decays by `exp(dt * A)` and gets `dt * x * B`; `C` reads it, `D` adds to it, `z` gates.
+    Kernels for one token write no state with `disable_state_update`, others still those elsewhere.
+    """
+    if "cu_seqlens" in a:
+        requests = [range(*map(int, ends)) for ends in itertools.pairwise(a["cu_seqlens"])]
+        of_tokens = [[(token,) for token in tokens] for tokens in requests]
+    elif a["x"].ndim == 3:
+        of_tokens = [[(i,)] for i in range(len(a["x"]))]
+    else:
+        of_tokens = [[(i, t) for t in range(a["x"].shape[1])] for i in range(len(a["x"]))]
+    is_one = a["x"].ndim == 3 and "cu_seqlens" not in a
+    each = a.get("intermediate_states_buffer")
+    found = {"out": a["out"].copy(), "state": a["state"].copy()}
+    if each is not None:
+        found["intermediate_states_buffer"] = each.copy()
+    heads = a["state"].shape[1]
+    for i, tokens in enumerate(of_tokens):
+        accepted = int(a["num_accepted_tokens"][i]) if "num_accepted_tokens" in a else 1
+        slot = _slot_of(a.get("state_batch_indices"), i, max(accepted - 1, 0))
+        is_kept = slot != a["pad"]
+        state = a["state"][slot].copy() if is_kept else np.zeros(a["state"].shape[1:])
+        for number, token in enumerate(tokens):
+            for h in range(heads):
+                group = h * a["B"].shape[-2] // heads
+                dt = a["dt"][token][h] + (a["dt_bias"][h] if "dt_bias" in a else 0.0)
+                dt = math.log1p(math.exp(dt)) if a["dt_softplus"] else dt
+                x = a["x"][token][h]
+                state[h] = state[h] * math.exp(dt * a["A"][h])
+                state[h] += dt * np.multiply.outer(x, a["B"][token][group])
+                out = state[h] @ a["C"][token][group] + a["D"][h] * x
+                if "z" in a:
+                    z = a["z"][token][h]
+                    out = out * z / (1 + np.exp(-z))
+                found["out"][token][h] = out
+            is_last, targets = number == len(tokens) - 1, a.get("dst_state_batch_indices")
+            is_off = a.get("disable_state_update", False)
+            if not is_kept:
+                continue
+            if each is not None:
+                row = _slot_of(a.get("intermediate_state_indices"), i, 0)
+                found["intermediate_states_buffer"][row, number] = state
+            elif targets is not None:
+                target = _slot_of(targets, i, number)
+                if target != a["pad"] and not (is_off and is_one):
+                    found["state"][target] = state
+            elif is_last and not is_off:
+                found["state"][slot] = state
+    return found
