@@ -383,19 +383,27 @@ def _(a):
 # ---------------------------------------------------------------- the gated delta rule
 
 
-@defines("gdn_prefill")
-def _(a):
-    """Token by token: the state fades, its value at a key is corrected, a query reads it."""
+def _prefill(a: dict, of_tiles: bool) -> dict:
+    """Token by token: the state fades, its value at a key is corrected, a query reads it.
+
+    Kernels in tiles of 64 tokens keep a state after the tile that completes `every` tokens, short
+    as the last one may be; others after just as many.
+    """
     heads, size = a["output_state"].shape[1:3]
     scale, every = a["scale"] or size**-0.5, a.get("checkpoint_every_n_tokens", 0)
     names = ("output", "output_state", "state_checkpoints")
     found = {name: empty(a[name]) for name in names if name in a}
+    if not of_tiles:  # of sequences without tokens, and of pools
+        found["output_state"] = a["output_state"].copy()
     for (i, (start, end)), head in itertools.product(
         enumerate(itertools.pairwise(map(int, a["cu_seqlens"]))), range(heads)
     ):
+        slot = int(a["state_indices"][i]) if "state_indices" in a else i
         # A head of q, k or v serves as many of the output's as there are more of those.
         q, k, v = (a[name][:, head * a[name].shape[1] // heads] for name in "qkv")
-        state = a["input_state"][i, head].copy() if "input_state" in a else np.zeros((size, size))
+        state = np.zeros((size, size))
+        if "input_state" in a:
+            state = a["input_state"][slot, head].copy()
         for token in range(start, end):
             state *= a["alpha"][token, head] if "alpha" in a else 1.0
             wrong = v[token] - (state * k[token]).sum(axis=1)
@@ -403,14 +411,18 @@ def _(a):
             state += np.multiply.outer(beta * wrong, k[token])
             found["output"][token, head] = scale * (state * q[token]).sum(axis=1)
             done = token - start + 1
-            # After each tile that completes `every` tokens, and after the last, if it is such.
-            tiles = -(-done // 64)
-            is_end = done % 64 == 0 or token + 1 == end
-            if "state_checkpoints" in a and every and is_end and tiles * 64 % every == 0:
+            if of_tiles and token + 1 == end:
+                done = 64 * -(-done // 64)
+            if "state_checkpoints" in a and every and done % every == 0:
                 first = int(a["checkpoint_cu_starts"][i])
-                found["state_checkpoints"][first + tiles * 64 // every - 1, head] = state
-        found["output_state"][i, head] = state
+                found["state_checkpoints"][first + done // every - 1, head] = state
+        if of_tiles or end > start:
+            found["output_state"][slot, head] = state
     return found
+
+
+defines("gdn_prefill")(lambda a: _prefill(a, of_tiles=True))
+defines("gdn_prefill_cute")(lambda a: _prefill(a, of_tiles=False))
 
 
 # ---------------------------------------------------------------- the greatest of a row

@@ -7,7 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.helpers.definitions import selective_state_update
+from fi_ffi.cli.cases import case_of
+from fi_ffi.ops.functions import OPS
+from fi_ffi.reference.formula import as_inputs
+
+from tests.helpers.definitions import DEFINITIONS, selective_state_update
 from tests.helpers.gates import EDGES
 from tests.helpers.state_calls import PAD, StateCall
 
@@ -59,3 +63,41 @@ def test_steps_at_the_edges_of_softplus(softplus, rng):
     call.arrays["dt"][...] = np.array(EDGES)[:, None]
     call.options["dt_softplus"] = softplus
     check_states(call)
+
+
+LENGTHS = [1, 63, 64, 65, 127, 128, 129]
+
+
+@pytest.mark.parametrize("every", [64, 128])
+@pytest.mark.parametrize("row", [*OPS["gdn_prefill"].rows], ids=lambda row: row.releases)
+def test_sequences_of_as_many_tokens_as_a_tile_has(row, every, rng):
+    """And one more or less, and none where a form takes that; a state is kept every so often."""
+    keeps = any(arg.name == "checkpoint_every_n_tokens" for arg in row.args)
+    lengths = rng.permutation(LENGTHS + [0, 0] * bool(row.variant))
+    starts, total = np.concatenate([[0], np.cumsum(lengths)]), int(lengths.sum())
+    kept = lengths // every if row.variant else -(-lengths // 64) * 64 // every
+    shape, count = (total, 1, 128), len(lengths)
+
+    def unit(*sizes: int) -> np.ndarray:
+        values = rng.standard_normal(sizes)
+        return (values / np.linalg.norm(values, axis=-1, keepdims=True)).astype(np.float32)
+
+    arrays = {
+        "output": np.full(shape, np.nan, np.float16), "q": unit(*shape), "k": unit(*shape),
+        "output_state": np.full((count, 1, 128, 128), 3, np.float32), "v": unit(*shape),
+        "input_state": unit(count, 1, 128, 128), "cu_seqlens": starts.astype(np.int64),
+        "alpha": rng.uniform(0.7, 1, (total, 1)).astype(np.float32),
+        "beta": rng.uniform(0, 1, (total, 1)).astype(np.float32),
+    }  # fmt: skip
+    scalars: dict[str, Any] = {"scale": 0.0}
+    if keeps:
+        arrays["state_checkpoints"] = np.full((kept.sum(), 1, 128, 128), 3, np.float32)
+        arrays["checkpoint_cu_starts"] = np.concatenate([[0], np.cumsum(kept)])
+        scalars["checkpoint_every_n_tokens"] = every
+    wanted = DEFINITIONS[row.formula](as_inputs({**arrays, **scalars}))
+    expected = case_of(row, arrays, scalars).expected
+    assert wanted.keys() == expected.keys()
+    for name, value in wanted.items():
+        found = expected[name]
+        assert isinstance(found, tuple)
+        np.testing.assert_allclose(found[0], value, 1e-6, 1e-6, err_msg=name)
