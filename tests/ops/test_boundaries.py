@@ -80,6 +80,14 @@ def same(size: int) -> int:
     return size
 
 
+def rows_apart(stride: int) -> dict[str, Any]:
+    return {"strides": (stride, 1)}
+
+
+def pages_apart(stride: int) -> dict[str, Any]:
+    return {"strides": (stride, 128, 64, 1)}
+
+
 def within_int(count: int) -> int:
     return min(max(count, 1), INT - 1)
 
@@ -119,6 +127,21 @@ BOUNDS = [
     *(B(TURNED, name, Floats(0.0), {"factor": 1.5}) for name in (
         "eps", "low", "high", "attention_factor", "output_quant_scale", "v_quant_scale")),
     *(B(TURNED, name, Floats(1e-6)) for name in ("base", "factor")),
+    # Rows that lie apart: those that are written do not overlap, and all start at whole vectors.
+    *(B("rmsnorm", "stride", range(first, UINT - 16), {
+        "n": 2, "h": 17, name: rows_apart}, "overlap|0 or more|offsets below")
+      for name, first in (("out", 17), ("input", 0))),
+    *(B("rmsnorm", "stride", range(first, UINT - 15, 8), {
+        "n": 2, "h": 16, name: rows_apart}, "overlap|0 or more|offsets below|multiples of the 8")
+      for name, first in (("out", 16), ("input", 0))),
+    B(APPENDS[0], "stride", range(512, UINT, 8), {
+        "num_kv_heads": 2, "head_dim": 64, "page_size": 4, "num_pages": 3,
+        "paged_k_cache": pages_apart, "paged_v_cache": pages_apart},
+      "overlap|below 4294967296|multiples"),
+    *(B("concat_mla_k", "stride", range(first, 19173952, 4), {
+        name: lambda apart, size=size: {"strides": (apart, size, 1)}},
+        "overlap|below 19173952|multiples of the 4|0 or more")
+      for name, size, first in (("k", 192, 128 * 192), ("k_nope", 128, 0))),
     # activation.cuh: an int of `2 * d`; vectors of 16 bytes until 0.7.1.
     B(GATED, "n", range(INT), {"d": 8}),
     B(GATED, "d", range(8, INT // 2, 8), {"n": 1}, f"1$|{INT // 2 - 1}|multiple of 8",

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import pytest
 
 import fi_ffi
+from fi_ffi.abi.tensor import parse_device
 from fi_ffi.ops.call.compiled import CompiledRow
+from fi_ffi.ops.call.memory import scratch_bytes
 from fi_ffi.ops.call.row import Row, Scalar
 from fi_ffi.ops.matmul import rows as of_matmul
 from fi_ffi.ops.moe import lora, weights
@@ -21,6 +24,9 @@ from tests.helpers.limits import FAR, Bound, laid_out, misjudged
 from tests.ops.test_boundaries import GRID, INT, cut, tiles
 
 B = functools.partial(Bound, "")
+
+
+CPU = parse_device("cpu")
 
 
 class Rows(NamedTuple):
@@ -180,6 +186,7 @@ TABLE = {
     "delta attention of several tokens": Rows(
         [kda.row_of(kda.KdaKernel(t=3, h=2, hv=4))], STATE, [
             *HEADS_OF_STATES, B("n", range(1, GRID)),
+            B("tokens", range(INT // 512 + 1), {"HV": 4}, f"{INT} elements"),
         ]),
     "states": Rows([mamba.row_of("one", 1, 1)], MAMBA, [
         *WIDE_OF_STATES,
@@ -308,3 +315,61 @@ def test_values_at_and_beyond_a_bound(name):
 
         told = [told for bound in bounds for told in misjudged(row, bound, judge)]
         assert not told, (row.name, row.releases)
+
+
+# Bytes that a call without scratch takes, by the argument: a piece of each multiprocessor, of which
+# the CPU counts one, and counters of 4 bytes for each request, head of keys and block of 32 rows.
+SCRATCH = {
+    "gemm_fp8_nt_groupwise": {"float_workspace_buffer": 221184},
+    "group_gemm_fp8_nt_groupwise": {
+        "int_workspace_buffer": 221184, "float_workspace_buffer": 221184,
+    },
+    "bmm_fp8_get_algos": {"workspace_buffer": 221184},
+    "bmm_fp8_run_with_algo": {"workspace_buffer": 221184},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SCRATCH)
+def test_own_scratch(name):
+    for row in of_matmul_called(name):
+        found = {arg.name: scratch_bytes(arg, CPU) for arg in row.tensors if arg.is_scratch}
+        assert found == SCRATCH[name]
+
+
+@pytest.mark.parametrize(
+    ("queries", "heads", "kv_heads", "requests", "counters"),
+    [(1, 8, 2, 3, 6), (1, 1, 1, 1, 1), (2, 32, 2, 3, 6), (2, 34, 2, 3, 12), (3, 8, 1, 5, 5),
+     (4, 16, 2, 1, 2), (5, 14, 2, 1, 4), (33, 1, 1, 7, 14), (1, 8, 2, 0, 0)],
+)  # fmt: skip
+def test_counters_of_xqa(queries, heads, kv_heads, requests, counters):
+    sizes = {"b": requests, "num_kv_heads": kv_heads, "num_qo_heads": heads, "q_seq_len": queries}
+    for row in FORMS[XQA if queries == 1 else XQA_SPEC_DEC]:
+        found = {arg.name: arg for arg in row.tensors if arg.is_scratch}
+        assert scratch_bytes(found["semaphores"], CPU, sizes) == 4 * counters
+        assert scratch_bytes(found["scratch"], CPU, sizes) == 34048
+
+
+FEW = {1: (8, 2, 0), 65: (16, 4, 0), 129: (16, 2, 0), 449: (32, 4, 0)}
+MORE = {1: (8, 2, 0), 65: (16, 4, 0), 129: (32, 4, 0), 1025: (64, 4, 1)}
+
+
+@pytest.mark.parametrize(
+    ("t", "is_off", "chosen"),
+    [(2, False, FEW | {1025: (64, 8, 0)}), (2, True, FEW | {1025: (64, 4, 1)}), (3, False, MORE),
+     (3, True, MORE)],
+)  # fmt: skip
+def test_rows_of_a_block_of_float32_states(t, is_off, chosen):
+    """What FlashInfer chooses by the number of states: rows, those at once, and shared values."""
+    for states in (1, 64, 65, 128, 129, 448, 449, 1024, 1025, 5000):
+        kernel = gdn.GdnKernel(1, 1, t, states, "float32", disable_state_update=is_off)
+        name = kernel.names((9, 0), 132)[1]
+        rows, at_once, is_shared = chosen[max(first for first in chosen if first <= states)]
+        assert re.search(rf"_{rows}_4_t.*xt0_{at_once}_{is_shared}_", name), (states, name)
+        assert ("_inline_" in name) is (states <= 128)
+
+
+@pytest.mark.parametrize(("states", "size"), [(1, "small"), (63, "small"), (64, "big")])
+def test_kernels_of_states_whose_keys_are_first(states, size):
+    """Of 32 requests or more another one."""
+    kernel = gdn.GdnKernel(1, 2, 1, states, "float32", state_layout="KV")
+    assert f"_{size}_" in kernel.names((9, 0), 132)[1]
