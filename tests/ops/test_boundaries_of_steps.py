@@ -119,7 +119,40 @@ OF_RANKS = [
       for size in (2, 16)),
 ]  # fmt: skip
 
+# A run's tensors, with heads of 128 elements; its numbers are those of an empty plan.
+RUN = {
+    "num_qo_heads": 8, "num_kv_heads": 2, "head_dim_qk": 128, "head_dim_vo": 128, "page_size": 16,
+    "num_pages": 3, "num_indices": 3, "b": 2, "nnz_qo": 5, "nnz_kv": 9, "float_bytes": 64,
+    "int_bytes": 64, "tmp_bytes": 64, "plan_info_vec": 1, "mask_mode_code": 0, "window_left": -1,
+    "sm_scale": 1.0, "Q": "float16", "KV": "float16", "O": "float16",
+}  # fmt: skip
+HEADS_OF_A_RUN = [
+    B("num_qo_heads", range(0, FAR, 2)[1:], {"nnz_qo": 0, "b": 0}, "1$|multiple of"),
+    B("num_kv_heads", (1, 2, 4, 8), says="1$|multiple of"),
+]
+# Caches are addressed in 64 bits, from strides of 32; queries and outputs in an int.
+OF_QUERIES = B("nnz_qo", range(2**21 + 1), says=f"offsets below {INT}")
+OF_PAGES = B("page_size", range(1, 2**24), says="1$|below 4294967296")
+
+
+def runs(name: str) -> list[Row]:
+    """Forms for queries of 16 bits."""
+    return [row for forms in FORMS.values() for row in forms
+            if row.name == name and "float16" in row.dtypes.get("Q", ())
+            and "float16" in row.dtypes.get("KV", ("float16",))]  # fmt: skip
+
+
 TABLE = {
+    "decode": Rows(runs("batch_decode.run"), RUN, [
+        *HEADS_OF_A_RUN, OF_PAGES, B("b", range(2**21 + 1), says=f"offsets below {INT}"),
+    ]),
+    "prefill of pages": Rows(
+        runs("batch_prefill.paged_run"), RUN, [*HEADS_OF_A_RUN, OF_PAGES, OF_QUERIES]),
+    "prefill": Rows(runs("batch_prefill.ragged_run"), RUN, [*HEADS_OF_A_RUN, OF_QUERIES]),
+    "prefill of a request": Rows(
+        runs("single_prefill.run"), RUN, [*HEADS_OF_A_RUN, OF_QUERIES]),
+    "decode of a request": Rows(runs("single_decode.run"), RUN, [
+        *HEADS_OF_A_RUN, B("nnz_kv", range(1, 2**23 + 1), says=f"1$|offsets below {INT}")]),
     "segments": Rows([of_matmul.SEGMENTS[False, order] for order in (False, True)],
                      {"n": 3, "d_in": 16, "d_out": 24, "num_weights": 2}, segments(8)),
     "segments of fp8": Rows([of_matmul.SEGMENTS[True, True]],
