@@ -16,12 +16,21 @@ from fi_ffi.ops.call.memory import scratch_bytes
 from fi_ffi.ops.call.row import Row, Scalar
 from fi_ffi.ops.matmul import rows as of_matmul
 from fi_ffi.ops.moe import lora, weights
-from fi_ffi.ops.plans.rows import FORMS, XQA, XQA_SPEC_DEC
+from fi_ffi.ops.plans.rows import FORMS, XQA, XQA_MLA, XQA_SPEC_DEC
 from fi_ffi.ops.states import gdn, kda, mamba
 from fi_ffi.ops.table import comm
 
 from tests.helpers.limits import FAR, Bound, laid_out, misjudged
-from tests.ops.test_boundaries import GRID, INT, cut, tiles
+from tests.ops.test_boundaries import (
+    FP8_UNITS,
+    GPUS,
+    GRID,
+    HOPPER,
+    INT,
+    LATER,
+    cut,
+    tiles,
+)
 
 B = functools.partial(Bound, "")
 
@@ -257,6 +266,12 @@ TABLE = {
     "xqa of several queries": Rows([*FORMS[XQA_SPEC_DEC]], XQA_CALL, [
         B("page_size", (16, 32, 64, 128)), B("b", range(GRID)),
     ]),
+    # 128 heads of 576 elements, of which values have 512.
+    "xqa of latent keys": Rows([*FORMS[XQA_MLA]], {
+        **XQA_CALL, "num_qo_heads": 128, "head_dim": 576}, [
+            B("num_qo_heads", (128,)), B("head_dim", (576,)), B("b", range(GRID)),
+            B("page_size", (16, 32, 64, 128)),
+        ]),
     "sums of ranks": Rows(of_comm("trtllm_allreduce_fusion"), FUSED, [
         *OF_RANKS,
         B("hidden_size", range(0, FAR, 8), {"token_num": 0, "T": "float16"}, "."),
@@ -406,3 +421,26 @@ def test_kernels_of_states_whose_keys_are_first(states, size):
     """Of 32 requests or more another one."""
     kernel = gdn.GdnKernel(1, 2, 1, states, "float32", state_layout="KV")
     assert f"_{size}_" in kernel.names((9, 0), 132)[1]
+
+
+# Majors of the GPUs that kernels were written for; those of other rows: any.
+MAJORS = {
+    **dict.fromkeys(("algorithms", "an algorithm"), FP8_UNITS),
+    **dict.fromkeys(("block scales", "block scales of fp8", "weights of experts"), HOPPER),
+    **dict.fromkeys(("groupwise", "groups", "sums of ranks in 4 bits"), (10,)),
+    **dict.fromkeys(("groupwise, SM120", "groups, SM120", "xqa of latent keys"), (12,)),
+    **dict.fromkeys(("adapters", "xqa", "xqa of several queries"), LATER),
+    **dict.fromkeys(("delta attention", "delta attention to 64",
+                     "delta attention of several tokens", "sums of ranks",
+                     "sums of ranks in blocks", "sums of ranks with scales", "sums of experts"),
+                    (9, 10)),
+    "gated delta rule": (9, 10, 12),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_gpus_that_a_row_is_for(name):
+    majors = MAJORS.get(name)
+    for row in TABLE[name].rows:
+        refused = [gpu for gpu in GPUS if row.other_gpus(gpu)]
+        assert refused == [gpu for gpu in GPUS if majors and gpu[0] not in majors]
