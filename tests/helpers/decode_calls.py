@@ -173,6 +173,11 @@ class DecodeCall:
         return called(fi_ffi.gdn_decode, self.arrays, machine.place, written, **self.options,
                       stream=machine.stream)  # fmt: skip
 
+    def _is_padded(self, requests: np.ndarray) -> np.ndarray:
+        """Which requests have no state: their results may be undefined, as slot 0 may."""
+        indices = self.arrays.get("initial_state_indices")
+        return np.zeros(len(requests), bool) if indices is None else indices[requests] < 0
+
     def worst(self, machine: Any) -> float:
         """The worst error as a fraction of its bound, of some requests where there are many; what
         is not written must be as it was."""
@@ -191,6 +196,8 @@ class DecodeCall:
             rows = self.slots if name == "state" else chosen
             found, before = got[name][rows], self.arrays[name][rows]
             judged = np.isfinite(magnitude)
+            of_none = rows == 0 if name == "state" else self._is_padded(chosen)
+            assert judged[~of_none].all(), f"{name} is judged by nothing"
             changed = (magnitude > 0) | (name == "output") & (value == 0)
             kept = judged & ~changed
             assert found[kept].tobytes() == before[kept].tobytes(), (

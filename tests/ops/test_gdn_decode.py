@@ -109,6 +109,43 @@ def test_what_padding_leaves_behind(machine, rng):
 
 
 @pytest.mark.parametrize("t", [1, 2])
+@pytest.mark.parametrize("state_dtype", STATES)
+def test_where_nothing_is_written(state_dtype, t, rng):
+    """A state that is read and written nowhere: slot 0 stands for that, except of several tokens'
+    float32, whose output is the same."""
+    call = DecodeCall(rng, 3, t, state_dtype=state_dtype)
+    call.write_elsewhere()
+    whole = {name: array.copy() for name, array in call.arrays.items()}
+    before = call.arrays["state"].copy()
+    lost = call.arrays["output_state_indices"][1]
+    call.arrays["output_state_indices"][1] = PAD
+    for arrays in (whole, call.arrays):
+        fi_ffi.gdn_decode(**arrays, **call.options)
+    state, full = call.arrays["state"], whole["state"]
+    assert call.arrays["output"].tobytes() == whole["output"].tobytes()
+    assert state[lost].tobytes() == before[lost].tobytes() != full[lost].tobytes()
+    has_slot = t == 1 or state_dtype == "bfloat16"
+    assert state[0].tobytes() == (full[lost] if has_slot else before[0]).tobytes()
+    rest = [slot for slot in range(1, len(state)) if slot != lost]
+    assert state[rest].tobytes() == full[rest].tobytes()
+
+
+@pytest.mark.parametrize("t", [1, 2])
+@pytest.mark.parametrize("state_dtype", STATES)
+def test_what_of_padding_is_judged(state_dtype, t, rng):
+    """Of bfloat16, a request without a state reads and writes slot 0, which others may do at once;
+    all else is judged."""
+    call = DecodeCall(rng, 3, t, state_dtype=state_dtype)
+    call.pad(1)
+    open_rows = [1] if state_dtype == "bfloat16" else []
+    expected = call.expected(np.arange(3))
+    for name, nothing in (("output", open_rows), ("state", [*call.slots[: len(open_rows)]])):
+        magnitude = expected[name][1].reshape(len(expected[name][1]), -1)
+        assert np.flatnonzero(np.isinf(magnitude).all(1)).tolist() == nothing
+        assert np.isinf(magnitude).any(1).sum() == len(nothing)
+
+
+@pytest.mark.parametrize("t", [1, 2])
 @pytest.mark.parametrize("pad", [1, 8192])
 @pytest.mark.parametrize("number", [0, 1])
 def test_bfloat16_slots_that_lie_apart(number, pad, t, machine, rng):

@@ -17,6 +17,7 @@ from fi_ffi.capability.matrix import SMS, lines
 from fi_ffi.catalogue.ahead_of_time import compiles_for, in_wheel, is_recorded, listed_in
 from fi_ffi.errors import ArgumentError, KernelNotFoundError, LoaderError
 from fi_ffi.loader import machine, search
+from fi_ffi.loader.fetch.pinned_wheels import PinnedKernels
 from fi_ffi.loader.fetch.wheels_lock import the_lock
 from fi_ffi.ops.call.releases import span_of
 from fi_ffi.ops.call.support import WORDS
@@ -195,6 +196,62 @@ def test_kernels_at_hand(built_wheel):
     assert lacks.build.endswith(" cascade")
     with pytest.raises(KernelNotFoundError):
         fi_ffi.rmsnorm.supports(sm=90, kernels="/nowhere")
+
+
+FETCHED = ", and nothing is here yet: it is fetched when it is first called, from the pinned wheel "
+LOOKS = "; a call fetches the pinned wheel {file}, and looks"
+# The row, the GPU, the pin's release, CUDA and SM; the status, what the reason ends with, and
+# whether a command makes it.
+PINNED = [
+    ("norm", (9, 0), DEFAULT, "cu130", None, "built",
+     f"norm is in FlashInfer {DEFAULT}'s cu130 wheels{FETCHED}{{file}}; not run here on such a GPU",
+     False),
+    ("norm", None, DEFAULT, "cu130", None, "built", FETCHED + "{file}", False),
+    ("norm", (9, 0), DEFAULT, "cu130", "sm90a", "built",
+     FETCHED + "{file}; not run here on such a GPU", False),
+    ("norm", (9, 0), DEFAULT, "cu129", None, "built",
+     f"norm is in FlashInfer {DEFAULT}'s cu129 wheels{FETCHED}{{file}}; not run here on such a GPU",
+     False),
+    ("norm", (9, 0), "0.6.8", "cu130", None, "unknown", LOOKS, True),
+    ("norm", (10, 7), "0.7.2.post1", "cu134", None, "unknown", "for on sm_107" + LOOKS, True),
+    # What is known of it, a call need not look for.
+    ("norm", (8, 7), DEFAULT, "cu130", None, "missing", "the cu130 wheels are not compiled for it",
+     True),
+    ("norm", (9, 0), DEFAULT, "cu130", "sm100a", "missing", "{file} is for another GPU", True),
+    ("norm", (9, 0), DEFAULT, "cu134", None, "missing",
+     f"FlashInfer {DEFAULT} publishes no cu134 wheels", True),
+    ("gemm_sm90", (10, 0), DEFAULT, "cu130", None, "refused",
+     "FlashInfer compiles gemm_sm90 for sm_90a only", False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PINNED, ids=str)
+def test_a_pinned_wheel_that_is_not_here(case, tmp_path, monkeypatch):
+    """By the record of its own release and CUDA, whatever others the query is about."""
+    module, sm, release, cuda, only, status, reason, is_built = case
+    monkeypatch.setenv("FI_FFI_CACHE_DIR", str(tmp_path))
+    pin = replace(the_lock().kernels[0], release=release, cuda=cuda, sm=only, file="pinned.whl")
+    pin = replace(pin, url="https://wheels.invalid/pinned.whl", sha256="0" * 64)
+    place = search.Candidate("remote", PinnedKernels(pin), sm=pin.sm)
+    query = Query(sm, release, "cu130", (place,), {}, "x86_64")
+    answer = judge("x", [entry_row(module, "run")], query)
+    assert answer.status == status
+    assert answer.reason.endswith(reason.format(file="pinned.whl")), answer
+    assert (answer.build is not None, answer.is_here) == (is_built, False)
+    assert answer.place == ("remote" if status == "built" else "")
+
+
+def test_a_place_without_anything_is_not_spoken_of():
+    """One whose kernels are not used is."""
+    places = [
+        search.Candidate("installed", None, "no package", is_empty=True),
+        search.Candidate("jit", None, "a folder of another release"),
+    ]
+    query = Query((9, 0), DEFAULT, "cu130", (*places,), {}, "x86_64")
+    answer = judge("x", [entry_row("norm", "run")], query)
+    remote = f"{search.SOURCES} leaves out `remote`, from which it could be fetched"
+    assert answer.status == "missing"
+    assert answer.reason == f"a folder of another release; {remote}"
 
 
 def test_kernels_in_use_come_first(monkeypatch, built_wheel):

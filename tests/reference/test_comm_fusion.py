@@ -19,6 +19,7 @@ from tests.helpers import ranks
 from tests.helpers.fusion_calls import DTYPES, Call, MoeCall, Sizes
 from tests.helpers.ranks import Memory
 
+Array = np.ndarray
 Results = list[dict[str, Any]]
 
 
@@ -91,6 +92,52 @@ def drawn(rng: np.random.Generator, sizes: Sizes, pattern: int, count: int) -> l
 def test_patterns(pattern, itemsize, rng):
     sizes = Sizes(int(rng.choice([2, 4])), 17, 320, itemsize)
     judged("threads", sizes, drawn(rng, sizes, pattern, 6))
+
+
+def quantised(pattern: int, rows: Array, gamma: Array, group: int = 128) -> dict[str, Array]:
+    """What the first of two ranks gets of a residual, where the addends are zeros."""
+    tokens, hidden = rows.shape
+    sizes = Sizes(2, tokens, hidden, gamma.itemsize)
+    call = Call(0, pattern, tokens, hidden, DTYPES.index(gamma.dtype), group=group)
+    given = {"allreduce_in": np.zeros(rows.shape, gamma.dtype), "rms_gamma": gamma}
+    given |= {"residual_in": rows.astype(gamma.dtype), **call.numbers()}
+    memory = begun(sizes, "threads")
+
+    def body(rank: int) -> dict[str, Array]:
+        outs, pointers = call.outputs(), sizes.pointers(memory.addresses(), rank)
+        OPS[call.op](world_size=2, world_rank=rank, workspace_ptrs=pointers, **given, **outs)
+        return outs
+
+    return ranks.run("threads", 2, body)[0]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS["_dynamic_fp8"])
+def test_tokens_of_almost_nothing(pattern, rng):
+    """Their scale is that of 2**-9, and they are no more than their part of 448."""
+    hidden = 256
+    gamma = np.repeat(np.array([2.0**-8, 2.0**-11], np.float32), hidden // 2)
+    rows = rng.choice([-1.0, 1.0], (3, hidden))
+    rows[0, hidden // 2 :], rows[1, : hidden // 2], rows[2] = 0, 0, 0
+    outs = quantised(pattern, rows, gamma)
+    root = 2**0.5  # of a row whose half is zeros
+    np.testing.assert_allclose(outs["scale_out"] * 448, [root * 2.0**-8, 2.0**-9, 2.0**-9], 1e-5)
+    largest = np.abs(outs["quant_out"].astype(np.float32)).max(axis=1)
+    np.testing.assert_allclose(largest, [448, 448 * root / 4, 0], 2.0**-4)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS["_block_fp8"])
+def test_scales_of_groups_are_powers_of_2(pattern, rng):
+    """The least that a group's largest element fits in, of 448 elements exactly itself; and none
+    below 1e-10."""
+    of_group = np.array([448, 224, 449.5, 2.0**-24, 2.0**-25, 1], np.float64)
+    gamma = np.repeat(of_group, 32).astype(DTYPES[2])
+    rows = rng.choice([-1.0, 1.0], (2, len(gamma)))
+    rows[1] = 0
+    outs = quantised(pattern, rows, gamma, group=32)
+    # Columns of four groups, each with four tokens but the last.
+    codes = outs["scale_out"].view(np.uint8).reshape(-1, 4)[[0, 4, 1, 5]].reshape(2, 8)[:, :6]
+    assert (codes.astype(int) - 127).tolist() == [[0, -1, 1, -32, -33, -8], [-33] * 6]
+    assert (np.abs(outs["quant_out"][0, :64].astype(np.float32)) == 448).all()
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -256,6 +303,36 @@ def of_experts(finalize: bool, **changed: Any) -> tuple[Any, dict[str, Any]]:
     given = call.inputs(0) | call.outputs() | call.numbers() | {name: POINTERS}
     given |= {"world_size": 2, "world_rank": 0} | changed
     return OPS[call.op], given
+
+
+@pytest.mark.parametrize("finalize", [False, True])
+@pytest.mark.parametrize("of_ranks", [False, True])
+def test_elements_of_experts_are_counted_in_32_bits(finalize, of_ranks):
+    """Those of all ranks, and those of this rank's experts, each where the others are few enough."""
+    tokens, hidden = (4096 if of_ranks else 4095), 1 << 16
+    experts, permuted = (1, 1 << 14) if of_ranks else (9, 1 << 15)
+
+    def far(*shape: int) -> TensorDesc:
+        return TensorDesc(1 << 40, shape, "float16", device="cpu")
+
+    shapes = {
+        "allreduce_in": (permuted, hidden), "norm_weight": (hidden,), "rms_gamma": (hidden,),
+        "expert_scale_factor": (tokens, 2),
+        "moe_reduction_active_experts_token_input": (experts, tokens, hidden),
+    }  # fmt: skip
+    op, given = of_experts(finalize, world_size=8, world_rank=0)
+    others = {
+        "workspace": np.zeros(25, np.int64), "workspace_ptrs": np.zeros(25, np.int64),
+        "expanded_idx_to_permuted_idx": np.zeros((tokens, 2), np.int32),
+        "moe_reduction_scale_input": np.ones((experts, tokens), np.float32),
+    }  # fmt: skip
+    for name, value in given.items():
+        if name in others:
+            given[name] = others[name]
+        elif isinstance(value, np.ndarray):
+            given[name] = far(*shapes.get(name, (tokens, hidden)))
+    argument = "allreduce_in" if finalize else "moe_reduction_scale_input"
+    refused(op, given, "residual_in" if of_ranks else argument, "2147483647")
 
 
 @pytest.mark.parametrize(

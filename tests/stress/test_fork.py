@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -252,6 +253,30 @@ def test_another_librarys_use_is_told_of(monkeypatch) -> None:
     for ask in (lambda: of_loader.capability(0), lambda: of_loader.make_current(0)):
         with pytest.raises(fi_ffi.LoaderError, match="forked from a process that had used CUDA"):
             ask()
+
+
+def test_no_runtime_is_looked_for(monkeypatch) -> None:
+    """Neither that of the kernels nor one of either version, nor are the kernels asked; what the
+    parent has is given up, and no error is examined by it."""
+    asked: list[object] = []
+    monkeypatch.setattr(of_loader, "_device_count", 1)
+    monkeypatch.setattr(of_loader, "_runtime", None)
+    monkeypatch.setattr(of_loader.failure, "examine", None)
+    monkeypatch.setattr(of_loader, "runtimes_in_process", dict)
+    monkeypatch.setattr(of_loader, "load_library", lambda file: (asked.append(file), file))
+    monkeypatch.setattr(of_loader, "ask_kernels", lambda: asked.append("kernels"))
+    ways = {f"CUDA {major}": partial(of_loader.use_cuda, major) for major in of_loader.CUDA_MAJORS}
+    ways |= {"any CUDA": of_loader.load_cudart, "a device": of_loader.current_device}
+
+    def child() -> None:
+        before = [*asked]
+        check(ways)
+        assert (asked, of_loader._runtime, of_loader.failure.examine) == (before, None, None)
+
+    assert in_child(child) == 0
+    assert of_loader.use_cuda(13) == (None, "libcudart.so.13")  # this process may
+    assert of_loader.failure.examine is of_loader.root_cause
+    assert in_child(child) == 0
 
 
 MULTI = """
