@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import fi_ffi
+from fi_ffi.ops.call import support
 
 from tests.helpers.calls import HostArray
 from tests.helpers.sparse_calls import DIM, SPECS, Sparse, drawn
@@ -54,6 +55,10 @@ def cascade(**changes):
     return fi_ffi.MultiLevelCascadePlan(**given | changes)
 
 
+LEVELS = ("qo_indptr_arr", "paged_kv_indptr_arr", "paged_kv_indices_arr",
+          "paged_kv_last_page_len_arr")  # fmt: skip
+
+
 def prefix(**changes):
     given = {
         "num_shared": 5, "qo_indptr": None, "paged_kv_indptr": np.int32([0, 1]),
@@ -75,11 +80,16 @@ PLANS = {
     "variable: columns": (lambda: variable(columns=((5, 6),) * 2), "block_col_sz", "integers of"),
     "variable: heads": (lambda: variable(num_qo_heads=3), "num_qo_heads", "a multiple of"),
     "levels": (lambda: cascade(paged_kv_indices_arr=[]), "paged_kv_indices_arr", "for each level"),
+    "no levels": (
+        lambda: cascade(**dict.fromkeys(LEVELS, ())), LEVELS[0],
+        "got 0 arrays, expected 1: an array for each level"),
     "queries of levels": (
         lambda: cascade(qo_indptr_arr=[np.int32([0, 2]), np.int32([0, 3])]), "qo_indptr_arr",
         "the same in every level"),
     "workspaces": (lambda: cascade(workspaces=[None]), "workspaces", "one for each level"),
     "heads that cannot be merged": (lambda: cascade(head_dim_qk=96), "head_dim_qk", "be merged"),
+    "values that cannot be merged": (
+        lambda: prefix(head_dim_qk=128, head_dim_vo=96), "head_dim_qk", "be merged"),
     "shared keys": (lambda: prefix(num_shared=0), "num_shared", "from 1"),
 }  # fmt: skip
 
@@ -207,6 +217,52 @@ def test_a_replan_of_levels_is_of_all_or_none(make, why, rng):
     assert result() == before
     replan(2, level(2))
     assert result() != before
+
+
+@pytest.mark.parametrize("make", [cascade, prefix])
+def test_heads_that_can_be_merged(make):
+    """By the size of values, which are merged, where it is another than that of keys."""
+    for sizes in ({"head_dim_qk": size} for size in (64, 128, 256, 512)):
+        assert repr(make(**sizes)).startswith(f"<{make().op} of 2 levels: <BatchPrefillPlan")
+    assert make(head_dim_qk=192, head_dim_vo=128)
+
+
+def test_each_level_is_run_once(rng, monkeypatch):
+    ran, paged_run = [], fi_ffi.BatchPrefillPlan.paged_run
+
+    def run(self, *args, **more):
+        ran.append(self)
+        paged_run(self, *args, **more)
+
+    monkeypatch.setattr(fi_ffi.BatchPrefillPlan, "paged_run", run)
+    for levels in (1, 2, 3):
+        plan = cascade(**{n: [a] * levels for n, a in zip(LEVELS, level(1), strict=True)})
+        cache = drawn(rng, 1, 4, 2, DIM)
+        o, lse = np.empty((2, 4, DIM), np.float16), np.empty((2, 4), np.float32)
+        plan.run(drawn(rng, 2, 4, DIM), cache, cache.copy(), o, lse, o.copy(), lse.copy())
+        assert len(ran) == levels and {*map(id, ran)} == {*map(id, plan.levels)}
+        ran.clear()
+
+
+@pytest.mark.parametrize("of", [fi_ffi.MultiLevelCascadePlan, fi_ffi.SharedPrefixPlan])
+@pytest.mark.parametrize("planned", [True, False])
+@pytest.mark.parametrize("merged", [True, False])
+def test_a_cascade_needs_a_merge(of, planned, merged, monkeypatch):
+    """The judge is asked for both, and answers of what is not there."""
+    asked = {}
+
+    def judge(op, given, rows):
+        asked[op] = given
+        there = merged if rows else planned
+        return support.Support(op, "built" if there else "missing", "")
+
+    monkeypatch.setattr(support.judge, "get", lambda: judge)
+    place = {"release": "0.6.13", "cuda": "cu130", "kernels": "a folder"}
+    found = of.supports(sm=90, head_dim_qk=128, **place)
+    assert bool(found) == (planned and merged)
+    assert found.op == (of.op if merged or not planned else "merge_state_in_place")
+    assert asked.pop(of.op) == {"sm": 90, "head_dim_qk": 128, **place}
+    assert asked == {"merge_state_in_place": {"sm": 90, "dtypes": None, **place}}
 
 
 def test_cascades_are_asked_for_like_prefills():

@@ -162,6 +162,8 @@ class Cascade:
     kv_heads: int = 2
     causal: bool = True
     dense: bool = False  # the first level side by side: `SharedPrefixPlan`
+    sm_scale: float | None = None
+    kv_layout: str = "NHD"
 
     def _batch(self, rng: np.random.Generator) -> tuple[list[list[Any]], list[list[int]]]:
         """Each level's arrays, and its groups' keys."""
@@ -192,6 +194,8 @@ class Cascade:
             planned: list[Any]
             if self.dense:
                 planned = [lengths[0][0], *levels[1]]
+                if {*self.queries} == {1}:
+                    planned[1] = None
                 where = levels[0][2]
                 shared = [c[where].reshape(-1, *c.shape[2:])[: lengths[0][0]] for c in caches]
                 given |= dict(zip(("k_shared", "v_shared"), shared, strict=True))
@@ -204,10 +208,14 @@ class Cascade:
             else:
                 plan.replan(*planned, stream=stream)
             given |= dict(zip(("paged_k_cache", "paged_v_cache"), caches, strict=True))
+            if self.kv_layout == "HND":
+                for name in given.keys() - {"q"}:
+                    given[name] = np.ascontiguousarray(given[name].swapaxes(-3, -2))
             arrays = given | outputs(sum(self.queries), self.heads)
             arrays |= {f"tmp_{name}": arrays[name].copy() for name in ("o", "lse")}
             written = ("o", "lse", "tmp_o", "tmp_lse")
-            result = called(plan.run, arrays, place, written, stream=stream)
+            options = {"sm_scale": self.sm_scale, "kv_layout": self.kv_layout}
+            result = called(plan.run, arrays, place, written, stream=stream, **options)
             found = max(found, self._judge(result, given["q"], caches, levels, lengths))
         return found
 
@@ -228,7 +236,7 @@ class Cascade:
                     part.append(cache[mine].reshape(-1, *cache.shape[2:])[: keys[group]])
             k, v = (np.concatenate(part) for part in parts)
             rows = slice(starts[request], starts[request] + count)
-            right = exact(q[rows], k, v, Options(DIM**-0.5, causal=self.causal))
+            right = exact(q[rows], k, v, Options(self.sm_scale or DIM**-0.5, causal=self.causal))
             found = max(found, worst({n: result[n][rows] for n in ("o", "lse")}, right))
         return found
 
@@ -245,8 +253,10 @@ SPECS: dict[str, Sparse | Variable | Cascade] = {
     "variable fa2": Variable(backend="fa2"),
     "three levels": Cascade(),
     "two levels, decode": Cascade(shares=(4, 1), queries=(1, 1, 1, 1), causal=False),
+    "two levels, scaled": Cascade(shares=(2, 1), sm_scale=0.25, kv_layout="HND"),
     "one level": Cascade(shares=(1,)),
     "shared prefix": Cascade(shares=(6, 1), dense=True),
+    "shared prefix, scaled": Cascade(shares=(6, 1), dense=True, sm_scale=0.25, kv_layout="HND"),
     "shared prefix, decode": Cascade(
         shares=(3, 1), queries=(1, 1, 1), dense=True, causal=False, most_keys=700
     ),
