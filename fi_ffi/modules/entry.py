@@ -392,10 +392,12 @@ class ReflectedObject(Object):
 
     def field(self, name: str) -> Any:
         """Read the value of a field; raise `AttributeError` if there is none of that name."""
-        member = self._member(name, Field)
-        value = get_field(self, member, f"{self.type_key}.{name}")
-        origin = self.origin._replace(name=f"{self.type_key}.{name}", asks=False)
-        return adopted(value, origin)
+        return self._value(self._member(name, Field))
+
+    def _value(self, member: Field) -> Any:
+        where = f"{self.type_key}.{member.name}"
+        value = get_field(self, member, where)
+        return adopted(value, self.origin._replace(name=where, asks=False))
 
     def set_field(self, name: str, value: object) -> None:
         """Set a field; raise `AttributeError` if it is read-only or does not exist.
@@ -412,7 +414,10 @@ class ReflectedObject(Object):
 
         Calls are checked against the method's signature if its library reports one.
         """
-        return method_entry(self._type, self._member(name, Method)).bound_to(self)
+        return self._bound(self._member(name, Method))
+
+    def _bound(self, member: Method) -> ModuleEntry:
+        return method_entry(self._type, member).bound_to(self)
 
     def _member(self, name: str, kind: type[_Member]) -> _Member:
         member = self._type.member(name) if isinstance(name, str) else None
@@ -428,9 +433,9 @@ class ReflectedObject(Object):
             raise AttributeError(name)
         member = self._type.member(name)
         if isinstance(member, Field):
-            return self.field(name)
+            return self._value(member)
         if isinstance(member, Method):
-            return self.method(name)
+            return self._bound(member)
         names = self._type.members()
         raise AttributeError(unknown(f"a {self.type_key} has no {name!r}", name, names))
 

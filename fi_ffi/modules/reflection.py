@@ -49,7 +49,7 @@ class Method(NamedTuple):
 class TypeInfo:
     """A registered object type; `type_info` returns the one instance for each type."""
 
-    __slots__ = ("_counts", "_members", "_tables", "index", "key")
+    __slots__ = ("_counts", "_members", "_numbers", "_tables", "index", "key")
 
     def __init__(self, index: int) -> None:
         with library.tables:
@@ -57,14 +57,16 @@ class TypeInfo:
             # Ancestors from ffi.Object on, then the type itself; the entries never move.
             self._tables = [*own.type_ancestors[0 : own.type_depth], own]
             self.index, self.key = index, _text(own.type_key)
-        self._counts: list[tuple[int, int]] = []
+        # `num_fields` and `num_methods` of each table, read at each access to a member.
+        self._numbers = [ffi.buffer(ffi.addressof(each, "num_fields"), 8) for each in self._tables]
+        self._counts: list[bytes] = []
         self._members: dict[str, Field | Method] = {}
 
     def members(self) -> dict[str, Field | Method]:
         """Return fields and methods by name; a type's own members override its ancestors'."""
         with library.tables:
             # A library loaded later may register more members.
-            counts = [(table.num_fields, table.num_methods) for table in self._tables]
+            counts = [numbers[:] for numbers in self._numbers]
             if counts != self._counts:
                 members: dict[str, Field | Method] = {}
                 for table in self._tables:
@@ -77,7 +79,7 @@ class TypeInfo:
 
     def member(self, name: str) -> Field | Method | None:
         """Return the field or method called `name`, or None."""
-        return self._members.get(name) or self.members().get(name)
+        return self.members().get(name)
 
     def constructor(self) -> Method | None:
         """Return the function that constructs this type, not an ancestor's; None if it has none."""

@@ -421,6 +421,64 @@ def test_of_two_cudas_that_of_the_process(driver, here, cuda, tmp_path, monkeypa
         pinned_wheels.pinned("0.6.13")
 
 
+@pytest.mark.parametrize(
+    ("driver", "gpus", "here", "words"),
+    [
+        (None, [], (), "no CUDA driver"),
+        (None, [], (13,), "no CUDA driver, libcudart.so.13 in this process"),
+        ((12, 6), [], (), "CUDA 12.6, no GPU"),
+        ((12, 6), [(9, 0), (12, 1)], (), "CUDA 12.6, sm_90 sm_121"),
+        (
+            (13, 0),
+            [(8, 9)],
+            (12, 13),
+            "CUDA 13.0, sm_89, libcudart.so.12 in this process, libcudart.so.13 in this process",
+        ),
+        ((13, 0), None, (), "compute capability 10.3"),
+    ],
+)
+def test_what_cannot_run_a_pin_is_told(driver, gpus, here, words, tmp_path, monkeypatch):
+    """The driver, the GPUs and the runtimes; or the GPU that is named. And what is pinned: of the
+    release for this platform, or else for any."""
+    places = [("cu118", wheels_lock.this_platform()), ("cu117", "linux-s390x")]
+    text = TEXT
+    for number, (cuda, platform) in enumerate(places):
+        for release, pinned in (("9.9.8", places), ("9.9.9", places[1:])):
+            if (cuda, platform) in pinned:
+                text += f"""
+[[kernels.files]]
+release = "{release}"
+cuda = "{cuda}"
+platform = "{platform}"
+layout = "monolithic"
+file = "{release}.{cuda}.whl"
+sha256 = "{number}{release[-1] * 63}"
+provenance = "none"
+"""
+    (tmp_path / "wheels.lock").write_text(text)
+    monkeypatch.setenv(lock.ENVIRONMENT, str(tmp_path / "wheels.lock"))
+    monkeypatch.delenv(search.CUDA, raising=False)
+    monkeypatch.setattr(machine, "driver_version", lambda: driver)
+    monkeypatch.setattr(machine, "device_count", lambda: len(gpus or ()))
+    monkeypatch.setattr(machine, "capability", lambda device: gpus[device])
+    monkeypatch.setattr(machine, "_runtime", None)
+    runtimes = {major: f"libcudart.so.{major}" for major in here}
+    monkeypatch.setattr(machine, "runtimes_in_process", lambda: runtimes)
+    wheels_lock.the_lock.cache_clear()
+    named = (10, 3) if gpus is None else None
+    for release, listed in (
+        ("9.9.8", f"9.9.8 cu118 {wheels_lock.this_platform()}"),
+        ("9.9.9", "9.9.9 cu117 linux-s390x"),
+    ):
+        with pytest.raises(LoaderError) as refused:
+            pinned_wheels.pinned(release, named)
+        assert str(refused.value) == (
+            f"wheels.lock pins no kernels of FlashInfer {release} that this machine "
+            f"({wheels_lock.this_platform()}, {words}) can run; it has {listed}"
+        )
+    wheels_lock.the_lock.cache_clear()
+
+
 def test_the_pin_for_a_gpu_that_is_not_here(tmp_path, monkeypatch, no_runtime):
     """Of wheels of one SM each, that of the GPU which is named, whatever the machine has."""
     entry = {"release": "0.7.1", "cuda": "cu130", "layout": "provider", "provenance": "none"}
