@@ -9,6 +9,8 @@ import pytest
 
 import fi_ffi
 from fi_ffi.cli.cases import Case
+from fi_ffi.errors import ArgumentError
+from fi_ffi.ops.call.row import Tensor
 from fi_ffi.ops.functions import OPS
 
 from tests.helpers.cases import make_case
@@ -49,6 +51,42 @@ def test_quantised_values_are_clamped_as_the_kernel_does():
         fi_ffi.rmsnorm_quant(out, x, weight, scale)
         assert out[0, :2].astype(float).tolist() == [448, -448]
         assert out[1].astype(float).tolist() == [448] * 4
+
+
+def far(*shape: int, dtype: str = "bfloat16") -> fi_ffi.TensorDesc:
+    return fi_ffi.TensorDesc(1 << 40, shape, dtype, device="cpu")
+
+
+@pytest.mark.parametrize("axis", ["n", "num_rows"])
+@pytest.mark.parametrize("name", [name for name in OPS if name.startswith("fused_dit")])
+def test_layernorms_of_more_rows_than_the_kernel_counts(name, axis):
+    """Of no elements, which are never read, but of which the grid would be as large."""
+    op = OPS[name]
+    for count in (2**31 - 1, 2**31):
+        sizes = {"n": 0, "num_rows": 0, "3072": 3072, axis: count}
+        given = {
+            arg.name: far(*(sizes[size] for size in arg.axes.split()),
+                          dtype={"T": "bfloat16"}.get(arg.dtype, arg.dtype))
+            for arg in op.row.given if isinstance(arg, Tensor) and not arg.optional
+        }  # fmt: skip
+        if count < 2**31:
+            op(**given)
+            continue
+        with pytest.raises(ArgumentError, match=f"{axis} = 2147483648 of at most 2147483647"):
+            op(**given)
+
+
+def test_a_video_of_more_tokens_than_the_kernel_counts():
+    """Refused for its number; one less, for its first other fault."""
+    weights = {"q_weight": far(1, 64), "k_weight": far(1, 64)}
+    heads = dict.fromkeys(("num_heads_q", "num_heads_k", "num_heads_v"))
+    wrong = VIDEO | {"seq_len": 10**6}
+    for n, argument in ((2**31, "qkv_in"), (2**31 - 1, "seq_len")):
+        outs = {f"{name}_out": far(n, 1, 64) for name in "qkv"}
+        with pytest.raises(ArgumentError) as caught:
+            OP(far(n, 3, 64), **weights, **outs, num_tokens=None, **heads, **wrong)
+        assert caught.value.argument == argument
+    assert "seq_len = ppf * pph * ppw" in str(caught.value)
 
 
 def test_stream_is_allowed_and_unused_on_the_cpu(rng):

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from fi_ffi.cli.cases import Case
+from fi_ffi.comm.entries import OPS as OF_RANKS
 from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.call.row import Row, Tensor
 from fi_ffi.ops.functions import OPS
@@ -145,6 +146,37 @@ STRIDED = [
     if not any(arg.contiguous for arg in OPS[name].row.tensors
                if arg.name in {of for pair in OPS[name].row.in_place for of in pair})
 ]  # fmt: skip
+
+
+# Each op's inputs in whose memory an output may be, by FlashInfer's sources: where a thread reads
+# what it needs before it writes. On the CPU any would do.
+EITHER = ("input", "residual")
+ADDENDS = ("allreduce_in", "residual_in")
+ROPES = ("apply_rope", "apply_rope_pos_ids", "apply_llama31_rope", "apply_llama31_rope_pos_ids",
+         "apply_rope_pos_ids_cos_sin_cache")  # fmt: skip
+FUSED = {"residual_out": ADDENDS, "norm_out": ADDENDS}
+MAY_BE_IN_PLACE: dict[str, dict[str, tuple[str, ...]]] = {
+    **dict.fromkeys(("rmsnorm", "gemma_rmsnorm", "qk_rmsnorm", "layernorm"), {"out": ("input",)}),
+    **{name: {"residual_out": EITHER, "norm_out": EITHER} for name in OPS if "fused_dit" in name},
+    **dict.fromkeys(ROPES, {"q_rope": ("q",), "k_rope": ("k",)}),
+    "gdn_prefill": {"output_state": ("input_state",)},
+    "merge_state": {"v_merged": ("v_a", "v_b"), "s_merged": ("s_a", "s_b")},
+    "softmax": {"output": ("logits",)},
+    **dict.fromkeys(("top_k_renorm_probs", "top_p_renorm_probs"), {"renorm_probs": ("probs",)}),
+    "top_k_mask_logits": {"mask_logits": ("logits",)},
+    "all_reduce": {"out": ("inp",)},
+    "trtllm_allreduce_fusion": {"allreduce_out": ADDENDS, **FUSED},
+    **{f"trtllm_allreduce_fusion_{kind}": FUSED for kind in ("fp4", "block_fp8", "dynamic_fp8")},
+    **{f"trtllm_moe_{kind}allreduce_fusion": dict.fromkeys(FUSED, ("residual_in",))
+       for kind in ("", "finalize_")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*OPS, *OF_RANKS])
+def test_what_may_be_in_place(name):
+    wanted = {(out, of) for out, ins in MAY_BE_IN_PLACE.get(name, {}).items() for of in ins}
+    for row in (OPS | OF_RANKS)[name].rows:
+        assert {*row.in_place} == wanted
 
 
 @pytest.mark.parametrize("name", LISTED)

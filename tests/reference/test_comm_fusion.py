@@ -308,7 +308,7 @@ def of_experts(finalize: bool, **changed: Any) -> tuple[Any, dict[str, Any]]:
 @pytest.mark.parametrize("finalize", [False, True])
 @pytest.mark.parametrize("of_ranks", [False, True])
 def test_elements_of_experts_are_counted_in_32_bits(finalize, of_ranks):
-    """Those of all ranks, and those of this rank's experts, each where the others are few enough."""
+    """Those of all ranks, and those of this rank's experts: each where the others are few."""
     tokens, hidden = (4096 if of_ranks else 4095), 1 << 16
     experts, permuted = (1, 1 << 14) if of_ranks else (9, 1 << 15)
 
