@@ -15,6 +15,7 @@ from fi_ffi.ops.functions import OPS
 
 from tests.helpers.cases import make_case
 from tests.helpers.sampling_calls import run
+from tests.ops.test_results import _CHANNELS as CHANNELS
 from tests.ops.test_results import VIDEO
 
 OP = OPS["fused_qk_rmsnorm_rope"]
@@ -80,7 +81,7 @@ def test_a_video_of_more_tokens_than_the_kernel_counts():
     """Refused for its number; one less, for its first other fault."""
     weights = {"q_weight": far(1, 64), "k_weight": far(1, 64)}
     heads = dict.fromkeys(("num_heads_q", "num_heads_k", "num_heads_v"))
-    wrong = VIDEO | {"seq_len": 10**6}
+    wrong = VIDEO | dict(zip(CHANNELS, (24, 20, 20), strict=True)) | {"seq_len": 10**6}
     for n, argument in ((2**31, "qkv_in"), (2**31 - 1, "seq_len")):
         outs = {f"{name}_out": far(n, 1, 64) for name in "qkv"}
         with pytest.raises(ArgumentError) as caught:

@@ -152,17 +152,18 @@ STRIDED = [
 # what it needs before it writes. On the CPU any would do.
 EITHER = ("input", "residual")
 ADDENDS = ("allreduce_in", "residual_in")
+NORMS = ("rmsnorm", "gemma_rmsnorm", "qk_rmsnorm", "layernorm")
 ROPES = ("apply_rope", "apply_rope_pos_ids", "apply_llama31_rope", "apply_llama31_rope_pos_ids",
          "apply_rope_pos_ids_cos_sin_cache")  # fmt: skip
 FUSED = {"residual_out": ADDENDS, "norm_out": ADDENDS}
 MAY_BE_IN_PLACE: dict[str, dict[str, tuple[str, ...]]] = {
-    **dict.fromkeys(("rmsnorm", "gemma_rmsnorm", "qk_rmsnorm", "layernorm"), {"out": ("input",)}),
+    **{name: {"out": ("input",)} for name in NORMS},
     **{name: {"residual_out": EITHER, "norm_out": EITHER} for name in OPS if "fused_dit" in name},
-    **dict.fromkeys(ROPES, {"q_rope": ("q",), "k_rope": ("k",)}),
+    **{name: {"q_rope": ("q",), "k_rope": ("k",)} for name in ROPES},
     "gdn_prefill": {"output_state": ("input_state",)},
     "merge_state": {"v_merged": ("v_a", "v_b"), "s_merged": ("s_a", "s_b")},
     "softmax": {"output": ("logits",)},
-    **dict.fromkeys(("top_k_renorm_probs", "top_p_renorm_probs"), {"renorm_probs": ("probs",)}),
+    **{f"top_{of}_renorm_probs": {"renorm_probs": ("probs",)} for of in "kp"},
     "top_k_mask_logits": {"mask_logits": ("logits",)},
     "all_reduce": {"out": ("inp",)},
     "trtllm_allreduce_fusion": {"allreduce_out": ADDENDS, **FUSED},
