@@ -94,6 +94,38 @@ def test_where_mla_counts_in_32_bits(release, sources):
             assert limits == {2**63 if widened[0] else 2**32}
 
 
+# What kernels read of arrays that no call compares with another: of each request, of each and one
+# more, of each page, or of each head.
+OF_REQUESTS = "kv_len_arr kv_len paged_kv_last_page_len maybe_prefix_len_ptr maybe_max_item_len_ptr"
+ENDS_OF_REQUESTS = "qo_indptr kv_indptr indptr paged_kv_indptr maybe_mask_indptr"
+LENGTHS = {
+    **dict.fromkeys(OF_REQUESTS.split(), "b"), **dict.fromkeys(ENDS_OF_REQUESTS.split(), "b+1"),
+    "paged_kv_indices": "num_indices", "kv_indices": "num_indices",
+    "maybe_alibi_slopes": "num_qo_heads", "sink": "num_qo_heads", "maybe_scale_q": "num_qo_heads",
+    "maybe_scale_k": "num_kv_heads", "maybe_scale_v": "num_kv_heads",
+    "float_workspace_buffer": "float_bytes", "int_workspace_buffer": "int_bytes",
+    "page_locked_int_workspace_buffer": "int_bytes", "empty_q_data": "0", "empty_kv_data": "0",
+}  # fmt: skip
+UNSIGNED = {"maybe_prefix_len_ptr": "uint32", "maybe_max_item_len_ptr": "uint16"}
+ON_DEVICE = ("float_workspace_buffer", "int_workspace_buffer")  # of what a planner is given
+FLOATS = ("maybe_alibi_slopes", "sink", "maybe_scale_q", "maybe_scale_k", "maybe_scale_v")
+
+
+def test_arrays_are_as_long_as_there_are_requests_pages_or_heads():
+    seen = set()
+    for row in ROWS:
+        for arg in row.tensors:
+            if arg.name not in LENGTHS:
+                continue
+            seen.add(arg.name)
+            is_bytes = "workspace" in arg.name or "empty" in arg.name
+            dtype = "uint8" if is_bytes else "float32" if arg.name in FLOATS else "int32"
+            assert (arg.axes, arg.dtype) == (LENGTHS[arg.name], UNSIGNED.get(arg.name, dtype))
+            assert arg.writes == ("workspace" in arg.name)
+            assert arg.host == (row.symbol == "plan" and arg.name not in ON_DEVICE)
+    assert seen == {*LENGTHS}
+
+
 def test_the_first_forms_are_of_the_default_release():
     assert the_lock().default_release == FIRST
     assert all(fits(row, FIRST) for row in ROWS if row.variant not in LATER)
