@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,12 +42,17 @@ def findings_of():
     return doctor
 
 
-def test_the_package_runs_as_the_command():
-    program = "import runpy, sys; sys.argv[1:] = {}; runpy.run_module('fi_ffi', None, '__main__')"
-    code, out, _ = done(program.format(["--version"]))
-    assert code == 0 and out.startswith("fi-ffi, version ")
-    code, _, err = done(program.format(["docter"]))
-    assert code == 2 and "Usage: fi-ffi " in err and "doctor" in err
+@pytest.mark.parametrize(
+    ("argument", "code", "words"),
+    [("--version", 0, ["fi-ffi, version "]), ("docter", 2, ["Usage: fi-ffi ", "doctor"])],
+)
+def test_the_package_runs_as_the_command(argument, code, words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["fi_ffi", argument])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("fi_ffi", run_name="__main__")
+    assert ended.value.code == code
+    printed = capsys.readouterr()
+    assert all(word in (printed.err if code else printed.out) for word in words)
 
 
 @pytest.mark.parametrize("gpu", ["87", "8.7", "sm87", "sm_87"])
