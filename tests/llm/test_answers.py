@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ import requests
 from engine import Sampling
 from engine.engine import Request
 from server import Limits, api
+from server.answers import Answer, Chat, Completion
 from server.chat import OPEN, SHUT
 from server.service import Listener, _deliver
 from server.text import Text
@@ -119,6 +121,89 @@ def serve_with(tmp_path: Path, where: str, rng: Any) -> Iterator[Any]:
     yield start
     for served in made:
         served.end()
+
+
+class Drawn:
+    """A service whose engine has drawn everything at once."""
+
+    def submit(self, listener: Listener) -> None:
+        assert listener.note() == len(listener.request.tokens)
+        _deliver([listener])
+
+    def cancel(self, listener: Listener, finished: Any = None) -> None:
+        assert finished
+
+
+def answered(kind: type[Answer], text: str, **more: Any) -> tuple[Any, list[Any]]:
+    """An answer of two choices: in one, and the events of a stream."""
+    body = {
+        "stops": (), "logprobs": None, "top_logprobs": None, "n": 2, "stream_options": None,
+        "forced": None, "tools": None, "tool_choice": None, "echo": False, "prompts": [[1, 2, 3]],
+        "max_tokens": 9, "parallel_tool_calls": None,
+    }  # fmt: skip
+
+    def made() -> Answer:
+        requests = [Request([1, 2, 3], Sampling()) for _ in range(2)]
+        for request in requests:
+            request.tokens += ids(text)
+            request.finished, request.reused = "length", 2
+        return kind(Drawn(), TOKENIZER, "tiny", SimpleNamespace(**body | more), requests)
+
+    async def told() -> tuple[Any, list[str]]:
+        return await made().whole(), [event async for event in made().events()]
+
+    whole, events = asyncio.run(told())
+    assert events.pop() == "data: [DONE]\n\n"
+    assert all(event.startswith("data: ") and event.endswith("\n\n") for event in events)
+    return whole, [json.loads(event.removeprefix("data: ")) for event in events]
+
+
+@pytest.mark.parametrize("with_usage", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        (Chat, ("chat.completion", "chat.completion.chunk", "chatcmpl-")),
+        (Completion, ("text_completion", "text_completion", "cmpl-")),
+    ],
+)
+def test_what_answers_are_called(kind, names, with_usage):
+    """As OpenAI's clients expect: the kind and id of each object, and the tokens that were used."""
+    now, options = int(time.time()), SimpleNamespace(include_usage=with_usage)
+    whole, chunks = answered(kind, "Hi", stream_options=options)
+    usage = {
+        "prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7,
+        "prompt_tokens_details": {"cached_tokens": 2},
+    }  # fmt: skip
+    assert whole["usage"] == usage
+    if with_usage:
+        assert (chunks[-1]["choices"], chunks[-1]["usage"]) == ([], usage)
+        assert all(chunk["usage"] is None for chunk in chunks[:-1])
+        chunks.pop()
+    for name, told in zip(names, ([whole], chunks), strict=False):
+        assert len({one["id"] for one in told}) == 1 and told[0]["id"].startswith(names[2])
+        for one in told:
+            assert (one["object"], one["model"]) == (name, "tiny")
+            assert 0 <= one["created"] - now <= 60
+    finished = [
+        choice for chunk in chunks for choice in chunk["choices"] if choice["finish_reason"]
+    ]
+    for choices in (whole["choices"], finished):
+        assert [(one["index"], one["finish_reason"]) for one in choices] == [
+            (0, "length"), (1, "length"),
+        ]  # fmt: skip
+    is_chat = kind is Chat
+    for choice in whole["choices"]:
+        assert (choice["message"]["content"] if is_chat else choice["text"]) == "Hi"
+        assert not is_chat or choice["message"]["role"] == "assistant"
+    streamed = {0: "", 1: ""}
+    for chunk in chunks:
+        (choice,) = chunk["choices"]
+        part = choice["delta"].get("content", "") if is_chat else choice["text"]
+        streamed[choice["index"]] += part
+    assert streamed == {0: "Hi", 1: "Hi"}
+    if is_chat:
+        roles = [chunk["choices"][0]["delta"].get("role") for chunk in chunks]
+        assert roles[:2] == ["assistant"] * 2 and not any(roles[2:])
 
 
 WORDS = [OPEN, SHUT, '{"name": "', '", "arguments": {', "keep"]
