@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import engine.device
@@ -19,13 +20,15 @@ import numpy as np
 import pytest
 import requests
 from engine import Config, Sampling, load, watch
-from engine.ranks import index_of
+from engine.ranks import group_of, index_of
 from engine.split import DIMENSIONS, ONCE, Split, key_of, of_rank
+from engine.steps import SIZES as STEPS
 from engine.weights import Weights, shapes
 from safetensors.numpy import save_file
 from tiny import make_tiny
 
-from fi_ffi.errors import HangError
+from fi_ffi import comm
+from fi_ffi.errors import ArgumentError, HangError, LoaderError
 
 from tests.llm.process import ServerProcess, children
 from tests.llm.serving import KINDS, Serving, check_empty, greedy, texts
@@ -398,6 +401,59 @@ def test_more_ranks_than_gpus(device, options, needed, tmp_path, rng, monkeypatc
     words = f"{options.get('tp', 1)} ranks from {device} on need cuda:{needed}, and this machine"
     with pytest.raises(ValueError, match=f"{words} has {needed} GPUs"):
         load(make_tiny(tmp_path, "llama", rng), device, 8, **options)
+
+
+class Made:
+    """A `Group` that tells what it is made of, and may raise first."""
+
+    def __init__(self, *errors: Exception) -> None:
+        self.asked: list[Any] = []
+        self.errors = [*errors]
+
+    def __call__(self, ranks: Any, **options: Any) -> Any:
+        self.asked.append((ranks, options))
+        if self.errors:
+            raise self.errors.pop(0)
+        return self
+
+
+def grouped(made: Made, dtype: str, hidden: int, max_tokens: int, monkeypatch: Any) -> Any:
+    """The sizes that the first group is made for."""
+    monkeypatch.setattr(comm, "Group", made)
+    config = SimpleNamespace(hidden=hidden, dtype=dtype)
+    job, device = SimpleNamespace(config=config, max_tokens=max_tokens), SimpleNamespace(name="cpu")
+    assert group_of(job, "ranks", device) is made
+    assert all(ranks == "ranks" for ranks, _ in made.asked)
+    assert all(options["device"] == "cpu" for _, options in made.asked)
+    return made.asked[0][1]["fusion"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "hidden", "is_fused"),
+    [("bfloat16", 256, True), ("bfloat16", 248, False), ("float16", 256, True),
+     ("float32", 128, True), ("float32", 124, False), ("float32", 4096, True)],
+)  # fmt: skip
+@pytest.mark.parametrize("max_tokens", [1, max(STEPS) - 1, max(STEPS), max(STEPS) + 1])
+def test_what_a_group_is_made_for(dtype, hidden, is_fused, max_tokens, monkeypatch):
+    """Rows of 512 bytes or more, and as many tokens as a step of decoding has at most."""
+    made = Made()
+    size = grouped(made, dtype, hidden, max_tokens, monkeypatch)
+    wanted = comm.FusionSize(min(max_tokens, max(STEPS)), hidden, dtype) if is_fused else None
+    assert size == wanted and len(made.asked) == 1
+
+
+def test_ranks_that_cannot_fuse(monkeypatch):
+    """They are refused by an argument, and make a group without; what else fails is told."""
+    refusal = ArgumentError("Group", "fusion", got="3 ranks", expected="2, 4, 8 or 16")
+    made = Made(refusal)
+    grouped(made, "float16", 512, 8, monkeypatch)
+    assert made.asked[1:] == [("ranks", {"device": "cpu"})]
+    other = ArgumentError("Group", "device", got="cpu", expected="a GPU")
+    for errors in ([OSError("no memory")], [LoaderError("no kernels")], [refusal, other]):
+        last = errors[-1]
+        with pytest.raises(type(last)) as raised:
+            grouped(Made(*errors), "float16", 512, 8, monkeypatch)
+        assert raised.value is last
 
 
 def without_sums(real: Any) -> Any:
