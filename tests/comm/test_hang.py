@@ -15,13 +15,16 @@ import weakref
 import numpy as np
 import pytest
 
+import fi_ffi
 from fi_ffi import comm
+from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.tensor import parse_device
 from fi_ffi.comm import hang
 from fi_ffi.comm.hang import Monitor, SideStreamCopies, run_with_deadline
 from fi_ffi.comm.memory import has_ended, place_of
 
 from tests.helpers import ranks
+from tests.ops.conftest import gpu  # noqa: F401
 
 CPU = parse_device("cpu")
 SIZE, LATE = 4, 2
@@ -145,6 +148,57 @@ def test_a_rank_that_has_ended_is_told_while_a_copy_waits(monkeypatch):
     reads.set()
     monitor._threads[0].join(10)
     assert len(found) == 1  # a closed group's memory is not written
+
+
+class Copies:
+    """What `SideStreamCopies` asks of the CUDA runtime; its calls of a name may fail."""
+
+    STREAM = 0x77
+
+    def __init__(self, runtime, fails: str = "") -> None:
+        self.asked = []
+        real = runtime.cudaMemcpyAsync
+        runtime.cudaMemcpyAsync = self._told("copy", fails, real, 3, 4)
+        runtime.cudaStreamSynchronize = self._told("synchronize", fails, None, 0)
+        runtime.cudaStreamDestroy = self._told("destroy", fails, None, 0)
+        runtime.cudaStreamCreateWithFlags = self._told("create", fails, self._create, 1)
+
+    def _create(self, slot, flags) -> int:
+        slot[0] = ffi.cast("void *", self.STREAM)
+        return 0
+
+    def _told(self, name, fails, real, *places):
+        def call(*args) -> int:
+            self.asked.append((name, *(int(ffi.cast("uintptr_t", args[at])) for at in places)))
+            if name == fails:
+                return 700
+            return real(*args) if real else 0
+
+        return call
+
+
+def test_copies_are_on_a_stream_of_their_own(gpu, rng):  # noqa: F811
+    """Which waits for no other, and in either direction; each is done when it returns."""
+    asked, memory = Copies(gpu.runtime).asked, rng.integers(256, size=16, dtype=np.uint8)
+    before, device = memory.copy(), parse_device("cuda:0")
+    with SideStreamCopies(device) as copies:
+        assert copies.read(memory.ctypes.data + 2, 5) == before[2:7].tobytes()
+        copies.write(memory.ctypes.data + 9, b"abc")
+    before[9:12] = [*b"abc"]
+    assert (memory == before).all()
+    copy = [("copy", 4, 0x77), ("synchronize", 0x77)]  # cudaMemcpyDefault
+    assert asked == [("create", 1), *copy, *copy, ("destroy", 0x77)]  # cudaStreamNonBlocking
+
+
+@pytest.mark.parametrize("fails", ["create", "copy", "synchronize"])
+def test_copies_that_fail_are_told(fails, gpu):  # noqa: F811
+    made, memory = Copies(gpu.runtime, fails), np.zeros(4, np.uint8)
+    with pytest.raises(fi_ffi.FiFfiError), SideStreamCopies(parse_device("cuda:0")) as copies:
+        copies.read(memory.ctypes.data, 4)
+    names = [name for name, *_ in made.asked]
+    steps = ["create", "copy", "synchronize"]
+    ends = [] if fails == "create" else ["destroy"]
+    assert names == [*steps[: steps.index(fails) + 1], *ends]
 
 
 def test_a_monitor_that_sees_progress_tells_nothing():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import ml_dtypes
@@ -10,6 +11,7 @@ import pytest
 
 import fi_ffi
 from fi_ffi.abi.tensor import DTYPES
+from fi_ffi.ops.moe import lora
 
 from tests.helpers.calls import HostArray, refused
 
@@ -132,6 +134,32 @@ def test_in_the_order_of_the_stream(machine, rng):
     machine.synchronize()
     got = copied.get().astype(np.float64)
     assert (np.abs(got - value) <= off + 1e-30).all() and np.abs(got).max() > 0
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("stream", [0, 1, 0x51])
+def test_what_waits_for_the_default_stream(stream, fails, gpu):
+    """Launches on it come after the stream's work and before what follows, and wait for nothing
+    where the stream is the default one; a launch that fails leaves what follows in order too."""
+    log, device = gpu.runtime.log, fi_ffi.parse_device("cuda:0")
+    log.clear()
+    with contextlib.suppress(OSError), lora._on_default_stream(device, stream):
+        log.append(("launched",))
+        if fails:
+            raise OSError
+    if stream < 2:
+        assert log == [("launched",)]
+        return
+    assert [entry[0] for entry in log] == ["record", "wait", "launched", "record", "wait"]
+    (_, first, a), (_, same, b), _, (_, last, c), (_, also, d) = log
+    assert first == same != last == also
+    assert (a, b, c, d) == (stream, 0, 0, stream)
+
+
+def test_the_cpu_waits_for_no_stream(gpu):
+    with lora._on_default_stream(fi_ffi.parse_device("cpu"), 0x51):
+        pass
+    assert not [entry for entry in gpu.runtime.log if entry[0] in ("record", "wait")]
 
 
 def _copy(machine, target, source) -> None:
