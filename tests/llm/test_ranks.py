@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import enum
 import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +23,7 @@ import numpy as np
 import pytest
 import requests
 from engine import Config, Sampling, load, watch
-from engine.ranks import group_of, index_of
+from engine.ranks import Actors, group_of, index_of
 from engine.split import DIMENSIONS, ONCE, Split, key_of, of_rank
 from engine.steps import SIZES as STEPS
 from engine.weights import Weights, shapes
@@ -28,6 +31,7 @@ from safetensors.numpy import save_file
 from tiny import make_tiny
 
 from fi_ffi import comm
+from fi_ffi.abi.streams import current_scope
 from fi_ffi.errors import ArgumentError, HangError, LoaderError
 
 from tests.llm.process import ServerProcess, children
@@ -289,6 +293,106 @@ def test_actors_of_ray(split, where):
         actors.close()
     finally:
         ray.shutdown()
+
+
+class PlainRay:
+    """Ray's calls, each done at once in this process; `asked` has what actors are asked."""
+
+    def __init__(self, is_initialized: bool) -> None:
+        self.is_on, self.asked = is_initialized, []
+        self.killed: list[int] = []
+
+    def is_initialized(self) -> bool:
+        return self.is_on
+
+    def init(self) -> None:
+        assert not self.is_on
+        self.is_on = True
+
+    def shutdown(self) -> None:
+        self.is_on = False
+
+    def remote(self, **options: Any) -> Any:
+        self.options = options
+
+        def placed(job: Any, name: str, rank: int, size: int) -> Any:
+            self.asked.append(("placed", rank, (job, name, size)))
+            return SimpleNamespace(
+                rank=rank,
+                **{call: SimpleNamespace(remote=partial(self._call, call, rank))
+                   for call in ("run", "has_pieces", "close")},
+            )  # fmt: skip
+
+        return lambda actor: SimpleNamespace(remote=placed)
+
+    def _call(self, name: str, rank: int, *given: Any) -> Any:
+        self.asked.append((name, rank, given))
+        return lambda: (name, rank, *given)
+
+    def get(self, answers: Any) -> Any:
+        return [one() for one in answers] if isinstance(answers, list) else answers()
+
+    def kill(self, actor: Any) -> None:
+        self.killed.append(actor.rank)
+
+
+@pytest.mark.parametrize("is_initialized", [False, True])
+@pytest.mark.parametrize(("device", "gpus"), [("cpu", 0), ("cuda:0", 1)])
+def test_what_ray_is_asked(device, gpus, is_initialized, monkeypatch):
+    """A GPU for each rank that has one, which all see, and packages at the same places; each step
+    of every rank, packed once; and what was started here is ended."""
+    ray = PlainRay(is_initialized)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    job = SimpleNamespace(device=device)
+    made = Actors(job, 3)
+    settings = ray.options.pop("runtime_env")["env_vars"]
+    assert ray.options == {"num_gpus": gpus}
+    assert settings["RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"] == "1"
+    first, *rest = settings["PYTHONPATH"].split(os.pathsep)
+    assert first == str(Path(engine.ranks.__file__).parents[1]) and rest == [
+        *filter(None, sys.path)
+    ]
+    (name,) = {name for what, _, (_, name, _) in ray.asked[:3] if what == "placed"}
+    assert name.startswith("llm-") and Actors(job, 1).ranks and ray.asked[-3][2][1] != name
+    placed = [("placed", rank, (job, name, 3)) for rank in range(3)]
+    loaded = [("run", rank, (None,)) for rank in range(3)]
+    assert ray.asked[:7] == [*placed, *loaded, ("has_pieces", 0, ())]
+    assert made.has_pieces == ("has_pieces", 0)
+    ray.asked.clear()
+
+    assert [made.queue(["one"]), made.queue({"two": 2})] == [1, 2]
+    packed = [given for _, _, (given,) in ray.asked]
+    assert [*map(pickle.loads, packed)] == [["one"]] * 3 + [{"two": 2}] * 3
+    assert made.tokens(1) == ("run", 0, packed[3])  # with the tokens of the step before
+    assert len(ray.asked) == 6
+    assert made.tokens(2) == ("run", 0, None)  # there is no step that would bring them
+    assert ray.asked[6:] == loaded
+    ray.asked.clear()
+
+    made.close()
+    assert ray.asked == [("close", rank, ()) for rank in range(3)]
+    assert ray.killed == [0, 1, 2] and ray.is_on == is_initialized
+
+
+def test_a_thread_has_its_rank_s_gpu_and_stream():
+    """Each thread of a rank uses the GPU of that rank, and what it calls comes on its stream."""
+    asked: list[int] = []
+    made = object.__new__(engine.device.Gpu)
+    made.cuda = SimpleNamespace(cudaSetDevice=lambda index: (asked.append(index) or 0,))
+    made.index, made.stream = 3, 0x51
+    with made.scope():
+        scope = current_scope()
+        assert asked == [3] and scope is not None and scope.handle == 0x51
+    assert current_scope() is None
+    made.cuda.cudaSetDevice = lambda index: (Refusal.wrong,)
+    with pytest.raises(RuntimeError, match="wrong"):
+        made.scope()
+
+
+class Refusal(enum.IntEnum):
+    """cuda-python's errors."""
+
+    wrong = 1
 
 
 def test_the_gpu_that_ray_gives(monkeypatch):
