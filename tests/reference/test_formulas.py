@@ -6,13 +6,16 @@ these calls see how they are packed, and here is seen whether the formula is rig
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 
 import fi_ffi
 from fi_ffi import reference
 from fi_ffi.ops.table import ROWS
-from fi_ffi.reference import MOVES, kernels
+from fi_ffi.reference import EXACT, MOVES, kernels, sampling
+from fi_ffi.reference.attention.formula import Options, exact
 from fi_ffi.reference.formula import as_inputs
 
 from tests.helpers.cases import default_dtypes, make_case
@@ -36,6 +39,42 @@ def test_arguments_of_one_signature_are_known_by_their_names():
         rest = [False] * (len(names) - 2)
         found(*(fi_ffi.as_desc(given[name]) for name in order[:2]), *rest)
         np.testing.assert_allclose(out, expected, rtol=1e-2, atol=1e-3)
+
+
+# Inputs at which numpy would warn of what is right: formulas are called by judges as well.
+_LEAST = np.full((1, 4), -np.inf)
+_WORDS = {"output": np.zeros(1, np.int32), "seed_val": 3, "offset_val": 5}
+SILENT = {
+    "a row at temperature 0": lambda: EXACT["softmax"](
+        {"logits": np.array([[-np.inf, 0.0, 1.0]]), "temperature_val": 0.0}),
+    "an activation of much below 0": lambda: EXACT["silu_and_mul"](
+        {"input": np.array([[-1000.0, 1.0, 2.0, 3.0]])}),
+    "states without keys": lambda: EXACT["merge_state_of_empty_ones"](
+        {f"{of}_{part}": np.zeros((1, 1, 4)) if of == "v" else _LEAST[:, :1]
+         for of in "vs" for part in "ab"}),
+    "attention without keys": lambda: exact(
+        np.ones((1, 1, 4)), np.ones((0, 1, 4)), np.ones((0, 1, 4)), Options(1.0)),
+    "logits that are no number": lambda: sampling._with_one_number(_WORDS | {"logits": _LEAST}),
+    "a number as small as its error": lambda: sampling._from_logits(
+        _WORDS, np.zeros(4), 0, 0, 2.0**22),
+}  # fmt: skip
+
+
+def norm_of_infinities() -> np.ndarray:
+    out = np.empty((1, 8), np.float16)
+    fi_ffi.rmsnorm(out, np.full((1, 8), np.inf, np.float16), np.ones(8, np.float16))
+    assert np.isnan(out).all()
+    return out
+
+
+SILENT["a call on the CPU"] = norm_of_infinities
+
+
+@pytest.mark.parametrize("what", SILENT)
+def test_formulas_warn_of_nothing(what):
+    with np.errstate(all="warn"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert SILENT[what]() is not None
 
 
 # Options that are not at their neutral defaults, and sizes at which they matter.
