@@ -203,15 +203,14 @@ def decode(g: Geometry, batch_size: int, kv_pages: Sequence[int] | None) -> Need
     if kv_pages is not None and batch_size * g.num_kv_heads >= blocks:
         # The requests alone fill the GPU, so they are not split.
         return Need(0, bytes_of_ints(batch_size, batch_size, batch_size + 1) + 4, False)
-    grid = blocks // g.num_kv_heads
-    padded = max(grid, batch_size)
+    padded = grid = blocks // g.num_kv_heads  # no less than the requests, which fill no GPU
     if kv_pages is None:
-        padded = grid + batch_size
+        padded += batch_size
     elif not g.enable_cuda_graph:
         least = max(128 // g.page_size, 1)
         # A request without pages is one piece as well.
         pieces = sum([-(-n // least) for n in kv_pages]) + kv_pages.count(0)
-        padded = max(min(grid + batch_size, pieces), batch_size)
+        padded = min(grid + batch_size, pieces)
     int_bytes = aligned(bytes_of_ints(padded, padded, padded + 1) + 4) + padded
     return Need(partial_bytes(g, g.num_qo_heads * padded, 4), int_bytes)
 
