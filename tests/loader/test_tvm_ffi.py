@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 from packaging.specifiers import SpecifierSet
 
 from fi_ffi.loader import runtime, tvm_ffi
+
+from tests.ops.test_threads import at_once
 
 OLDEST = next(s.version for s in SpecifierSet(tvm_ffi.ACCEPTED) if s.operator == ">=")
 NEWEST = "0.1.15.post2"  # that was tried
@@ -46,6 +49,30 @@ def test_what_is_loaded_is_used(tvm_ffi_loaded):
     assert (found.path, found.origin) == (tvm_ffi_loaded, "already in this process")
     assert runtime.ensure_tvm_ffi().path == tvm_ffi_loaded
     assert tvm_ffi.tvm_ffi_version() > (0, 1, 0)
+
+
+def test_threads_load_it_once(monkeypatch):
+    """Those that come while one loads it wait, and have its copy."""
+    loaded = []
+
+    class Slow:
+        def load(self, attach):
+            loaded.append(self)
+            time.sleep(0.2)
+            return (0, 1, 2)
+
+    monkeypatch.setattr(tvm_ffi, "_loaded", None)
+    monkeypatch.setattr(tvm_ffi, "_version", None)
+    monkeypatch.setattr(tvm_ffi, "in_process", lambda: None)
+    monkeypatch.setattr(tvm_ffi, "installed", Slow)
+    found = [None] * 4
+
+    def ask(number):
+        found[number] = tvm_ffi.ensure_tvm_ffi()
+
+    at_once(ask, len(found))
+    assert len(loaded) == 1 and {*found} == {*loaded}
+    assert tvm_ffi.tvm_ffi_version() == (0, 1, 2)
 
 
 def test_an_installed_copy(child, install, tmp_path):
