@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 import time
 from pathlib import Path
 
@@ -73,6 +74,15 @@ def test_threads_load_it_once(monkeypatch):
     at_once(ask, len(found))
     assert len(loaded) == 1 and {*found} == {*loaded}
     assert tvm_ffi.tvm_ffi_version() == (0, 1, 2)
+
+
+def test_what_is_loaded_waits_for_no_other_library(tvm_ffi_loaded):
+    """Another thread may be opening one, for as long as it takes."""
+    with tvm_ffi.linking:
+        asked = threading.Thread(target=tvm_ffi.ensure_tvm_ffi, daemon=True)
+        asked.start()
+        asked.join(30)
+        assert not asked.is_alive()
 
 
 def test_an_installed_copy(child, install, tmp_path):

@@ -13,9 +13,13 @@ import fi_ffi
 from fi_ffi import reference
 from fi_ffi.ops import functions
 from fi_ffi.ops.call.op import Op
-from fi_ffi.ops.call.row import Row, Scalar, Tensor, default_of
+from fi_ffi.ops.call.row import Row, Rule, Scalar, Tensor, default_of
 from fi_ffi.ops.functions import OPS
+from fi_ffi.ops.matmul.rows import ROWS as OF_PRODUCTS
+from fi_ffi.ops.moe.lora import ROWS as OF_ADAPTERS
+from fi_ffi.ops.plans.rows import ROWS as OF_PLANS
 from fi_ffi.ops.table import ROWS
+from fi_ffi.ops.table.comm import OPS as OF_RANKS
 from fi_ffi.reference import EXACT, MOVES, norm
 
 ROW_IDS = [f"{row.name} {row.releases}" for row in ROWS]
@@ -52,6 +56,20 @@ def test_docstring_tells_everything(row):
         assert all(name in doc for name in names)
     assert max(map(len, doc.splitlines())) <= 100
     assert "<function" not in doc  # the words of a rule that computes them
+
+
+EVERY_ROW = [*ROWS, *OF_RANKS, *OF_PLANS, *OF_PRODUCTS, *OF_ADAPTERS]
+
+
+@pytest.mark.parametrize("row", EVERY_ROW, ids=[f"{row.name} {row.releases}" for row in EVERY_ROW])
+def test_arguments_have_names_of_their_own_by_which_rules_refuse_them(row):
+    """Those that no caller gives as well; an error names what the caller can change."""
+    names = [arg.name for arg in row.args]
+    assert len({*names}) == len(names)
+    given = {arg.name for arg in row.given}
+    # The op has it from 0.6.8 on.
+    given |= {"deterministic"} if row.name == "radix_topk_page_table_transform" else set()
+    assert {rule.argument for rule in row.requires if isinstance(rule, Rule)} <= given
 
 
 def test_a_new_row_and_its_formula_are_a_function_at_once(monkeypatch):
