@@ -81,7 +81,7 @@ def test_what_is_loaded_waits_for_no_other_library(tvm_ffi_loaded):
     with tvm_ffi.linking:
         asked = threading.Thread(target=tvm_ffi.ensure_tvm_ffi, daemon=True)
         asked.start()
-        asked.join(30)
+        asked.join(10)
         assert not asked.is_alive()
 
 
