@@ -505,6 +505,8 @@ def test_the_pin_for_a_gpu_that_is_not_here(tmp_path, monkeypatch, no_runtime):
         with pytest.raises(LoaderError, match=r"pins no kernels of FlashInfer 0\.7\.1"):
             pinned_wheels.pinned("0.7.1", (8, 0))
     assert pinned_wheels.pinned("0.7.1").sm == "sm100a"
+    monkeypatch.setattr(machine, "device_count", lambda: 0)
+    assert pinned_wheels.pinned("0.7.1").sm  # any, to be read only
     # The nearest of those that it runs, and each kind of GPU's own.
     assert chosen((10, 0)) == "sm100a"
     assert chosen((10, 3)) == "sm103a"
