@@ -137,6 +137,46 @@ def test_what_is_compared_can_fail(language, text, tmp_path):
         run(page, tmp_path)
 
 
+MISSING = """\
+```python
+x = [1]
+```
+
+```python
+import fi_ffi
+x.append(fi_ffi.module("no_such_module"))
+```
+
+<!-- output -->
+```text
+…
+```
+
+```python
+assert len(x) == 2
+```
+
+<!-- raises: KeyError -->
+```python
+{}["a"]
+```
+"""
+
+
+def test_after_a_missing_module_a_page_is_skipped(tmp_path):
+    """On a GPU: its later blocks go on with what the skipped one would have left."""
+    page = tmp_path / "page.md"
+    page.write_text(MISSING)
+    options = {"FI_FFI_SOURCES": "installed", "FI_FFI_CACHE_DIR": str(tmp_path / "cache")}
+    lines = run_page(page, tmp_path, "--gpu", **options).splitlines()
+    first, missing, *after = (line.split(": ", 2)[2] for line in lines)
+    assert first == "run" and missing.startswith("skipped: no kernels of module 'no_such_module': ")
+    assert len(after) == 3 and all(became.startswith("skipped: so was ") for became in after)
+    (tmp_path / "without").mkdir()
+    with pytest.raises(AssertionError, match="no kernels of module 'no_such_module'"):
+        run_page(page, tmp_path / "without", **options)
+
+
 def test_the_pages_are_seen():
     """What is read here is what stands there: a fence that is lost would be one that passes."""
     readme = ROOT / "README.md"

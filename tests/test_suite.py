@@ -115,6 +115,35 @@ def test_what_a_run_is_of(tmp_path):
     assert ran(tmp_path, "--all")[0] == ran(tmp_path, "tests")[0] == every
 
 
+def test_without_a_gpu_no_file_of_its_tests_is_read(tmp_path, monkeypatch):
+    folder = tmp_path / "tests" / "gpu"
+    folder.mkdir(parents=True)
+    (folder / "conftest.py").write_text("print('read')")
+    (folder / "test_it.py").write_text("print('read')\ndef test_it(): assert True")
+    (tmp_path / "tests" / "test_more.py").write_text("def test_more(): assert True")
+    for more in ([], ["-n", "2"]):
+        monkeypatch.delenv("FI_FFI_RUN_GPU_TESTS", raising=False)
+        names, printed = ran(tmp_path, "-rs", "-s", "--all", *more)
+        assert names == {"test_more"} and "1 passed, 1 skipped" in printed, printed
+        assert "\nread" not in printed and printed.count(sampling.NEEDS_GPU) == 1, printed
+        monkeypatch.setenv("FI_FFI_RUN_GPU_TESTS", "1")
+        names, printed = ran(tmp_path, "--all", *more)
+        assert names == {"test_more", "test_it"} and "2 passed" in printed, printed
+
+
+def test_gpu_tests_can_be_collected():
+    """On any machine: what they import and their cases' arguments are there."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-qq", "-p", "no:cacheprovider"]
+    names = {"PYTHONPATH": str(ROOT), "FI_FFI_RUN_GPU_TESTS": "1", "FI_FFI_OFFLINE": "1"}
+    done = subprocess.run(
+        [*command, "tests/gpu"], cwd=ROOT, env=os.environ | names, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    files = {f"tests/gpu/{path.name}" for path in (ROOT / "tests" / "gpu").glob("test_*.py")}
+    assert files == {*re.findall(r"^(tests/gpu/\w+\.py): \d+$", done.stdout, re.MULTILINE)}
+
+
 def test_what_is_shown_is_there():
     assert not [file for file in sampling.SHOWN if not (ROOT / "tests" / file).is_file()]
     assert len({*sampling.SHOWN}) == len(sampling.SHOWN)

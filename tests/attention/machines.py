@@ -10,7 +10,6 @@ import pytest
 
 import fi_ffi
 from fi_ffi.loader import machine as of_loader
-from fi_ffi.loader import search
 from fi_ffi.ops.attention.backends import (
     Kernel,
     Target,
@@ -21,6 +20,7 @@ from fi_ffi.ops.attention.backends import (
 )
 from fi_ffi.ops.call.releases import release_in_force
 
+from tests.helpers import kernels
 from tests.helpers.calls import HostArray
 
 POISON = 0xFF
@@ -124,10 +124,7 @@ class Gpu(Cpu):
         return super().backend(op, asked, kernel, custom_mask, is_paged)
 
     def need(self, module: str) -> None:
-        sources = list(search.sources())
-        if not any(module in source.modules() for source in sources):
-            where = " and ".join(source.location for source in sources)
-            pytest.skip(f"no module {module} in {where}")
+        kernels.need(module)
 
     def need_group(self, group: int) -> None:
         if group not in decode_groups(release_in_force()):

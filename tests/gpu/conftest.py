@@ -1,23 +1,24 @@
-"""GPU tests: real kernels, named by FI_FFI_KERNELS, on the first GPU."""
+"""GPU tests: real kernels, wherever fi_ffi finds them, on the first GPU."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from cuda.bindings import driver, runtime
 
-import fi_ffi
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.cli.cuda import DeviceArray, check
+from fi_ffi.errors import LoaderError
+from fi_ffi.loader import search
 
 from tests.attention.machines import Gpu
+from tests.helpers import kernels, sampling
 from tests.helpers.stress_strength import IS_SANITIZED
-
-HERE = Path(__file__).parent
 
 # Under compute-sanitizer, which lets one kernel run after another and each slowly.
 _AT_ONCE = "needs kernels of several streams that run at once"
@@ -30,11 +31,8 @@ _NOT_SANITIZED = {
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Every op takes the form of the kernels' release, before a case is made for it; and which
-    entries are called is noted, where results are kept: for docs/coverage.md."""
-    if os.environ.get("FI_FFI_RUN_GPU_TESTS") == "1":
-        fi_ffi.use_kernels(os.environ["FI_FFI_KERNELS"])
-    if os.environ.get("FI_FFI_RUN_GPU_TESTS") == "1" and os.environ.get("OUT"):
+    """Note which entries are called, where results are kept: for docs/coverage.md."""
+    if sampling.ON_GPU and os.environ.get("OUT"):
         from tests.helpers.calling import Calls
 
         calls = Calls(Path(os.environ["OUT"]))
@@ -42,19 +40,25 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(calls)
 
 
+def pytest_report_header() -> str:
+    return "kernels: FlashInfer {}, by {}".format(*search.decided())
+
+
+@pytest.hookimpl(wrapper=True)
+def _or_skip() -> Generator[None, Any, Any]:
+    """Skip a test, or what sets it up, where the kernels at hand have not its module."""
+    try:
+        return (yield)
+    except LoaderError as error:
+        kernels.skip_if_missing(error)
+        raise
+
+
+pytest_runtest_setup = pytest_runtest_call = _or_skip
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if os.environ.get("FI_FFI_RUN_GPU_TESTS") == "1":
-        if IS_SANITIZED:
-            _leave_out(items)
-        return
-    skip = pytest.mark.skip(reason="needs a GPU: set FI_FFI_RUN_GPU_TESTS=1 and FI_FFI_KERNELS")
-    for item in items:
-        if HERE in item.path.parents:
-            item.add_marker(skip)
-
-
-def _leave_out(items: list[pytest.Item]) -> None:
-    for item in items:
+    for item in items if IS_SANITIZED else ():
         reasons = [reason for name, reason in _NOT_SANITIZED.items() if name in item.nodeid]
         if "gate" in getattr(item, "fixturenames", ()):
             reasons.append(_AT_ONCE)
@@ -134,9 +138,8 @@ def machine(to_gpu, stream) -> Iterator[Gpu]:
 
 
 @pytest.fixture
-def sm87_wheel() -> Path:
-    """Kernels for a Jetson: what `fi-ffi build --arch 8.7 page` makes."""
-    found = sorted(Path(os.environ["FI_FFI_KERNELS"]).parent.glob("*sm87*.whl"))
-    if not found:
-        pytest.skip("no *sm87*.whl beside FI_FFI_KERNELS: fi-ffi build --arch 8.7 page makes one")
-    return found[0]
+def sm87_wheel(request: pytest.FixtureRequest) -> Path:
+    """Kernels for a Jetson: a wheel beside FI_FFI_KERNELS, or one that is built."""
+    given = os.environ.get("FI_FFI_KERNELS")
+    found = sorted(Path(given).parent.glob("*sm87*.whl")) if given else []
+    return found[0] if found else Path(request.getfixturevalue("built_wheel_sm87"))

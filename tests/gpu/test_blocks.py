@@ -12,7 +12,9 @@ pytest.importorskip("markdown_it", reason="finds the blocks")
 from tests.helpers.blocks import PAGES, PageError, blocks_of, shown
 from tests.helpers.blocks_page import run_page
 
-PATHS = ("FI_FFI_KERNELS", "FI_FFI_CACHE_DIR")
+# What chooses kernels.  The page is run in another folder, where a path of this one's is not.
+PATHS = ("FI_FFI_KERNELS", "FI_FFI_WHEELS", "FI_FFI_CACHE_DIR")
+CHOICES = ("FI_FFI_RELEASE", "FI_FFI_SOURCES", "FI_FFI_CUDA", "FI_FFI_OFFLINE")
 
 
 def _is_of_a_gpu(page: Path) -> bool:
@@ -25,10 +27,10 @@ def _is_of_a_gpu(page: Path) -> bool:
 
 @pytest.mark.parametrize("page", [*filter(_is_of_a_gpu, PAGES)], ids=shown)
 def test_blocks(page, tmp_path):
-    # The page is run in another folder, where a path of this one's is not.
-    environment = {name: os.path.abspath(os.environ[name]) for name in PATHS if name in os.environ}
-    if "FI_FFI_RELEASE" in os.environ:
-        environment["FI_FFI_RELEASE"] = os.environ["FI_FFI_RELEASE"]
+    environment = {name: os.environ[name] for name in (*PATHS, *CHOICES) if name in os.environ}
+    for name in environment.keys() & {*PATHS}:
+        paths = environment[name].split(os.pathsep)
+        environment[name] = os.pathsep.join(map(os.path.abspath, paths))
     became = run_page(page, tmp_path, "--gpu", FI_FFI_BLOCKS_DEVICE="cuda:0", **environment)
     print(became)
     missing = [line for line in became.splitlines() if ": skipped: " in line]

@@ -16,12 +16,11 @@ from cuda.bindings import runtime
 import fi_ffi
 from fi_ffi.cli import main
 from fi_ffi.cli.cuda import check
-from fi_ffi.loader import search
 from fi_ffi.ops.functions import OPS
 from fi_ffi.watch.dump import BEFORE
 from fi_ffi.watch.tensor_bytes import read as read_memory
 
-from tests.helpers import children
+from tests.helpers import children, kernels
 from tests.helpers.bodies import bodies_of
 from tests.helpers.cases import make_case
 from tests.helpers.inputs import inputs_of
@@ -174,8 +173,7 @@ def check_replays(path: Path) -> None:
                                   "merge_states"])  # fmt: skip
 def test_ops_replay(rng, to_gpu, stream, tmp_path, name):
     op = OPS[name]
-    if not any(op.row.module in source.modules() for source in search.sources()):
-        pytest.skip(f"no module {op.row.module} in FI_FFI_KERNELS")
+    kernels.need(op.row.module)
     dtypes = {variable: of[0] for variable, of in op.row.dtypes.items()}
     sizes = {"n": 33, "h": 1024} if op.row.module == "norm" else inputs_of(op.row).small
     placed = OnGpu(make_case(op.row, sizes, dtypes, rng), to_gpu)

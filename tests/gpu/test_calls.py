@@ -16,7 +16,7 @@ from fi_ffi.abi import library
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.cli import cuda
 from fi_ffi.cli.cuda import check
-from fi_ffi.loader import machine
+from fi_ffi.loader import machine, search
 from fi_ffi.loader.kernels import open_source
 from fi_ffi.loader.runtime import kernel_entry
 from fi_ffi.ops.functions import OPS
@@ -216,7 +216,7 @@ def test_kernels_for_another_gpu_are_refused_by_name(case, to_gpu, stream, sm87_
         assert f"--arch {major}.{minor}" in str(caught.value)
         assert str(folder) not in Path("/proc/self/maps").read_text(errors="replace")
     finally:
-        fi_ffi.use_kernels(os.environ["FI_FFI_KERNELS"])
+        search.use_source(os.environ.get("FI_FFI_KERNELS"))
     assert arrays[0].get().tobytes() == before
     fi_ffi.rmsnorm(*descs, stream=stream)
     assert case.error("out", arrays[0].get())[1] <= 1

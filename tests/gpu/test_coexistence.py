@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -11,15 +10,14 @@ from pathlib import Path
 
 import pytest
 
-import fi_ffi
 from fi_ffi.loader import search
 
-from tests.helpers import coexistence
+from tests.helpers import coexistence, kernels, sampling
 from tests.helpers.stress_strength import scaled
 
 NAMES = ("fi_ffi", "torch", "cupy", "jax", "tvm_ffi", "flashinfer")
 MISSING = coexistence.missing(NAMES)
-if "flashinfer" not in MISSING and os.environ.get("FI_FFI_RUN_GPU_TESTS") == "1":
+if "flashinfer" not in MISSING and sampling.ON_GPU:
     # It asks for many packages; one that is not there is its own matter.
     done = subprocess.run(
         [sys.executable, "-c", "import flashinfer"], capture_output=True, text=True
@@ -41,10 +39,8 @@ def get_jit_cache_dir():
 
 @pytest.fixture(scope="module")
 def norm() -> Path:
-    try:
-        return search.find_module("norm", 0)[1].path
-    except fi_ffi.LoaderError as error:
-        pytest.skip(str(error).partition("\n")[0])
+    kernels.need("norm")
+    return search.find_module("norm", 0)[1].path
 
 
 @pytest.fixture(scope="module")

@@ -19,9 +19,9 @@ from fi_ffi.cli import cuda
 from fi_ffi.cli.cuda import check
 from fi_ffi.comm import nccl
 from fi_ffi.errors import ArgumentError, HangError, LoaderError
-from fi_ffi.loader import machine, search
+from fi_ffi.loader import machine
 
-from tests.helpers import rank_programs, ranks
+from tests.helpers import kernels, rank_programs, ranks
 from tests.helpers.rank_programs import DTYPES, Calls
 from tests.helpers.stress_strength import IS_SANITIZED, scaled
 
@@ -38,10 +38,7 @@ def gpus() -> int:
 @pytest.fixture(autouse=True)
 def _modules():
     for name in ("vllm_comm", "trtllm_comm"):
-        try:
-            search.find_module(name, 0)
-        except LoaderError as error:
-            pytest.skip(str(error).partition("\n")[0])
+        kernels.need(name)
 
 
 def need(count: int, kind: str = "threads") -> None:

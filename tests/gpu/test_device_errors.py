@@ -14,11 +14,10 @@ from cuda.bindings import runtime
 import fi_ffi
 from fi_ffi.cli.cuda import CudaError, DeviceArray, check
 from fi_ffi.loader import machine as of_loader
-from fi_ffi.loader import search
 from fi_ffi.ops.call import cuda
 from fi_ffi.ops.functions import OPS
 
-from tests.helpers import children
+from tests.helpers import children, kernels
 from tests.helpers.cases import make_case
 from tests.helpers.untyped_calls import BF16, mhc_post, module, poisoned, rounded, worst
 from tests.ops.test_norm import case as video_case
@@ -97,10 +96,7 @@ FAULT = "fi_ffi.rmsnorm(out.desc(), bad, weight.desc(), stream=stream)\n"
 
 @pytest.fixture(scope="module", autouse=True)
 def norm_kernels() -> None:
-    try:
-        search.find_module("norm", 0)
-    except fi_ffi.LoaderError as error:
-        pytest.skip(str(error).partition("\n")[0])
+    kernels.need("norm")
 
 
 def child(program: str, **environment: str) -> tuple[list[dict], str]:

@@ -13,9 +13,10 @@ from cuda.bindings import runtime
 import fi_ffi
 from fi_ffi.cli.cuda import DeviceArray, check, gpus, on_device
 from fi_ffi.loader import machine as of_loader
-from fi_ffi.loader import per_device, search
+from fi_ffi.loader import per_device
 from fi_ffi.ops.functions import OPS
 
+from tests.helpers import kernels
 from tests.helpers.cases import make_case
 from tests.helpers.moe_layers import make as make_layer
 from tests.helpers.pod_calls import Batch, Spec
@@ -33,10 +34,7 @@ def current() -> int:
 
 
 def need(module: str) -> None:
-    try:
-        search.find_module(module, 1)
-    except fi_ffi.LoaderError as error:
-        pytest.skip(str(error).partition("\n")[0])
+    kernels.need(module, 1)
 
 
 class Place:
@@ -558,8 +556,6 @@ def test_pod_on_both(places, rng):
         try:
             plan = batch.plan(stream=waiting, device=place.device)
             assert batch.run(plan, place, waiting, tmp) <= 1
-        except fi_ffi.KernelNotFoundError as error:
-            pytest.skip(str(error).partition("\n")[0])
         finally:
             place.synchronize()
             check(runtime.cudaStreamDestroy(waiting))

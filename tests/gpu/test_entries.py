@@ -1,22 +1,20 @@
-"""Every function of every module in FI_FFI_KERNELS, asked for its signature and compared.
+"""Every function of every module of the kernels at hand, asked for its signature and compared.
 
 They are loaded in a process of their own: there are many, and some do things as they load.
 """
 
 from __future__ import annotations
 
-import functools
 import json
-import os
 
 import pytest
 
 from fi_ffi.loader import search
 from fi_ffi.loader.fetch.wheels_lock import the_lock
-from fi_ffi.loader.kernels import open_source
 from fi_ffi.module_names import parse
 from tools.entries import entries_of
 
+from tests.helpers import kernels
 from tests.helpers.children import done
 
 # A line of JSON for each module: what its functions say, and the methods of its objects.
@@ -31,7 +29,7 @@ from fi_ffi.abi.function import Entry, module_function, probe
 from fi_ffi.abi.objects import Module
 from fi_ffi.loader import machine
 from fi_ffi.loader.elf import FUNCTION_PREFIX
-from fi_ffi.loader.kernels import open_source
+from tests.helpers import kernels
 
 bf16 = parse_dtype("bfloat16")
 makers = {
@@ -48,8 +46,8 @@ def methods(path, arguments, names):
     return {name: str(probe(module_function(made, name))) for name in names}
 
 
-source = open_source(sys.argv[1])
-wanted = json.loads(sys.argv[2])
+source = kernels.first_here()
+wanted = json.loads(sys.argv[1])
 for module in source.modules():
     found = {"module": module}
     try:
@@ -63,12 +61,9 @@ for module in source.modules():
 """
 
 
-@functools.cache
-def kernels() -> str:
-    return os.environ.get("FI_FFI_KERNELS", "")
-
-
 def release() -> str:
+    if kernels.first_here() is None:
+        pytest.skip("no kernels are on this machine")
     found = search.release() or the_lock().default_release
     if entries_of(found) is None:
         pytest.skip(f"what the modules of FlashInfer {found} export is not recorded")
@@ -85,7 +80,7 @@ def said() -> dict[str, dict]:
         if group.objects
     }
     wanted = {"fused_moe_90": methods["fused_moe"], **methods}
-    status, out, err = done(ASK, kernels(), json.dumps(wanted), seconds=900)
+    status, out, err = done(ASK, json.dumps(wanted), seconds=900)
     lines = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
     assert status == 0, err[-2000:]
     return {line["module"]: line for line in lines}
@@ -101,7 +96,7 @@ def expected(module: str) -> list[dict[str, str]]:
 
 @pytest.mark.timeout(900)
 def test_every_module_exports_what_is_recorded(said):
-    assert {*said} == {*open_source(kernels()).modules()}
+    assert {*said} == {*kernels.first_here().modules()}
     wrong, unknown, entries = [], [], 0
     for module, found in said.items():
         known = expected(module)
@@ -120,7 +115,7 @@ def test_every_module_exports_what_is_recorded(said):
 @pytest.mark.timeout(900)
 def test_methods_of_objects_are_what_is_recorded(module, said):
     if module not in said:
-        pytest.skip(f"{module} is not in FI_FFI_KERNELS")
+        pytest.skip(f"no module {module} in {kernels.first_here().location}")
     (methods,) = entries_of(release()).of(module).objects.values()
     assert "error" not in said[module], said[module]
     # A method is not told its name.

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 import fi_ffi
-from fi_ffi.loader import machine, search
+from fi_ffi.loader import machine
 
+from tests.helpers import kernels
 from tests.helpers.every_op import CALLS, check, draw
 
 
@@ -15,9 +16,7 @@ def needs(op) -> None:
     row = op.row
     if row.capabilities and machine.capability(0)[0] not in row.capabilities:
         pytest.skip(f"{row.name} is for compute capability {row.capabilities}")
-    module = row.module_on(machine.capability(0))
-    if module not in next(iter(search.sources())).modules():
-        pytest.skip(f"FI_FFI_KERNELS has no module {module}")
+    kernels.need(row.module_on(machine.capability(0)))
 
 
 @pytest.mark.parametrize(("op", "dtypes", "sizes", "more"), CALLS)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers import kernels
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
@@ -15,8 +17,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 def test_runs(name):
     command = [sys.executable, str(EXAMPLES / name)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    if "KernelNotFoundError" in done.stderr:
-        pytest.skip(done.stderr[done.stderr.rindex("KernelNotFoundError") :].partition("\n")[0])
+    kernels.skip_if_missing(done.stderr)
     if "GPUs are needed" in done.stderr:
         pytest.skip(done.stderr.strip())
     assert done.returncode == 0, done.stderr

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import embedding
+from tests.helpers import embedding, kernels
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "interop"
 NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem != "checks")
@@ -61,17 +61,11 @@ def library(name: str, works: dict[str, str | None]) -> None:
         pytest.skip(works[kind])
 
 
-def skip_without_kernels(done: subprocess.CompletedProcess[str]) -> None:
-    if done.returncode and "KernelNotFoundError" in done.stderr:
-        said = [line for line in done.stderr.splitlines() if "KernelNotFoundError" in line]
-        pytest.skip(said[-1])
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_runs(name, works):
     library(name, works)
     done = run(str(EXAMPLES / f"{name}.py"))
-    skip_without_kernels(done)
+    kernels.skip_if_missing(done.stderr)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "request 2: largest error" in done.stdout
 
@@ -89,7 +83,7 @@ import {name} as example
 example.main()
 """
     done = run("-c", program)
-    skip_without_kernels(done)
+    kernels.skip_if_missing(done.stderr)
     assert done.returncode == 1
     assert "AssertionError: normalised is wrong" in done.stderr, done.stderr
 
@@ -112,7 +106,7 @@ def test_a_c_program(tmp_path):
     paths = [line for line in embedding.lines(embedding.FIRST).splitlines() if "export" in line]
     script = "\n".join([script, *paths, "./c_program"])
     done = embedding.run(script, tmp_path, CUDA_HOME=str(toolkit()))
-    skip_without_kernels(done)
+    kernels.skip_if_missing(done.stderr)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""
     assert done.stdout.count("20 calls, largest error 0.") == 3

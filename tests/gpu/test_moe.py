@@ -14,7 +14,7 @@ from cuda.bindings import runtime
 
 import fi_ffi
 from fi_ffi.cli.cuda import check as checked
-from fi_ffi.loader import machine, search
+from fi_ffi.loader import machine
 from fi_ffi.ops.call import cuda
 from fi_ffi.ops.moe import deepgemm, rows
 from fi_ffi.ops.moe.interface import MODULE, MODULES
@@ -23,7 +23,7 @@ from fi_ffi.reference import moe_weights
 from fi_ffi.watch import watching
 from fi_ffi.watch.call_record import CallRecord
 
-from tests.helpers import moe_layers
+from tests.helpers import kernels, moe_layers
 from tests.helpers.moe_bounds import ON_HOPPER, moe
 from tests.helpers.moe_layers import (
     BF16,
@@ -61,11 +61,8 @@ SMALL = {"hidden": 256, "inter": 128}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def kernels() -> None:
-    try:
-        search.find_module(MODULES.get(_capability(), MODULE), 0)
-    except fi_ffi.LoaderError as error:
-        pytest.skip(str(error).partition("\n")[0])
+def _module() -> None:
+    kernels.need(MODULES.get(_capability(), MODULE))
 
 
 class Judge:

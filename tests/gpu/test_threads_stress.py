@@ -231,7 +231,6 @@ OVERLAP = """
     from fi_ffi.cli.cuda import DeviceArray, check
     from fi_ffi.ops.call import cuda
 
-    fi_ffi.use_kernels(os.environ["FI_FFI_KERNELS"])
     flags = runtime.cudaStreamNonBlocking
     held, free = (int(check(runtime.cudaStreamCreateWithFlags(flags))) for _ in range(2))
     x = [DeviceArray(np.full((4, 64), i + 1, np.float16)) for i in range(2)]

@@ -72,6 +72,9 @@ class Page:
         if "signature" in block.marks:
             _check_signature(block)
             return "compared"
+        if self.skipped:  # it goes on with what that one left
+            self.printed = None
+            return "skipped: so was a block before"
         wanted = block.marks.get("raises")
         out = io.StringIO()
         try:
@@ -79,9 +82,9 @@ class Page:
                 self._exec(block.setup, block.setup_line, block.page)
                 self._exec(block.code, block.line, block.page)
         except Exception as error:
-            if self._is_missing(error):
-                self.printed = None
-                return f"skipped: {error}"
+            if why := self._why_missing(error):
+                self.printed, self.skipped = None, True
+                return f"skipped: {why}"
             if wanted is None or wanted not in (type(error).__name__, _full(error)):
                 raise
             print("".join(traceback.format_exception_only(error)), file=out)
@@ -91,16 +94,14 @@ class Page:
         self.printed = out.getvalue()
         return "run"
 
-    def _is_missing(self, error: Exception) -> bool:
-        """The kernels at hand have not the module, or an earlier block missed one."""
-        from fi_ffi.errors import KernelNotFoundError
+    def _why_missing(self, error: Exception) -> str:
+        """The module that the kernels at hand have not, and how to get it."""
+        from fi_ffi.errors import LoaderError
 
-        if not self.has_gpu:
-            return False
-        missing = isinstance(error, KernelNotFoundError)
-        missing = missing or (self.skipped and isinstance(error, NameError))
-        self.skipped |= missing
-        return missing
+        from tests.helpers import kernels
+
+        is_told = self.has_gpu and isinstance(error, LoaderError)
+        return kernels.why_missing(error) if is_told else ""
 
     def _exec(self, code: str, line: int, page: Path) -> None:
         # In a traceback, lines are the page's own.

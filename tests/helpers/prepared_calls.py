@@ -16,6 +16,7 @@ from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.call.row import KvLayout, Row, Scalar, Tensor
 from fi_ffi.ops.functions import OPS
 
+from tests.helpers import kernels
 from tests.helpers.calls import EVERY_CALL
 from tests.helpers.cases import default_dtypes, make_arguments, make_case
 from tests.helpers.inputs import inputs_of
@@ -228,8 +229,9 @@ def or_skip(call: Callable[..., Any], *given: Any, **named: Any) -> Any:
     """What a call gives; the test is skipped where the kernels in use have no module for it."""
     try:
         return call(*given, **named)
-    except fi_ffi.KernelNotFoundError as error:
-        pytest.skip(str(error).partition("\n")[0])
+    except fi_ffi.LoaderError as error:
+        kernels.skip_if_missing(error)
+        raise
 
 
 def settle(stream: int) -> None:

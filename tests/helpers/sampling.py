@@ -4,7 +4,8 @@
 that is compiled, loaded and called, modules fetched from a server.  All that it writes, a cache
 included, is in one folder, which it removes.  `--sample` has a few cases of nearly every test: it
 leaves out what takes nvcc, the network or minutes, and the folders `LEFT_OUT`.  `--all` runs every
-case, and so does naming a file, a test or a folder.
+case, and so does naming a file, a test or a folder.  tests/gpu is one skipped item without
+FI_FFI_RUN_GPU_TESTS=1, and none of its files is read.
 
 The first two draw at most `CASES` of a test's cases, anew each time: the seed is in the header,
 and `--sample-seed` repeats a draw.  All processes of pytest-xdist draw alike.
@@ -17,9 +18,12 @@ import random
 import tempfile
 from collections import defaultdict
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
+NEEDS_GPU = "needs a GPU, and kernels for it: FI_FFI_RUN_GPU_TESTS=1"
+ON_GPU = os.environ.get("FI_FFI_RUN_GPU_TESTS") == "1"
 CASES = 4  # of a test, at most
 LEFT_OUT = ("llm", "releases", "speed", "stress")  # folders of tests/
 # Files of tests/, by what they show.
@@ -112,6 +116,20 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     else:
         is_wanted = name not in LEFT_OUT
     return None if is_wanted else True
+
+
+class _WithoutGpu(pytest.File):  # of a Directory pytest would import the conftest.py
+    """The folder of GPU tests, where there is none."""
+
+    def collect(self) -> NoReturn:
+        pytest.skip(NEEDS_GPU)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collect_directory(path: Path, parent: pytest.Collector) -> pytest.Collector | None:
+    if ON_GPU or path != parent.config.rootpath / "tests" / "gpu":
+        return None
+    return _WithoutGpu.from_parent(parent, path=path)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -8,7 +8,6 @@ a watchdog that ends it.
 
 from __future__ import annotations
 
-import os
 import sys
 
 import numpy as np
@@ -22,7 +21,6 @@ SECONDS = 5.0
 
 
 def main(which: str) -> None:
-    fi_ffi.use_kernels(os.environ["FI_FFI_KERNELS"])
     probs = np.array([CLOSE if which == "close" else APART], np.float32)
     source, out = DeviceArray(probs), DeviceArray(np.zeros_like(probs))
     workspace = DeviceArray(np.zeros(1024, np.uint8))

@@ -18,10 +18,10 @@ from cuda.bindings import runtime
 
 import fi_ffi
 from fi_ffi.cli.cuda import DeviceArray, check
-from fi_ffi.loader import search
 from fi_ffi.ops.call import cuda
 from fi_ffi.ops.functions import OPS
 
+from tests.helpers import kernels
 from tests.helpers.cases import make_case
 from tests.stress import gauges
 
@@ -31,8 +31,8 @@ NO_KERNELS = 77  # the exit status of a program whose kernels are not there
 
 
 def need(module: str) -> None:
-    if not any(module in source.modules() for source in search.sources()):
-        print(f"no module {module} in FI_FFI_KERNELS")
+    if why := kernels.why_not(module):
+        print(why)
         sys.exit(NO_KERNELS)
 
 
@@ -182,16 +182,16 @@ class Decode:
 
 def plans() -> Work:
     """Made with a workspace of their own, made again, run, run prepared, and dropped."""
-    if not any("batch_decode" in name for source in search.sources() for name in source.modules()):
-        need("batch_decode")
     decode, (stream,) = Decode(), new_streams(1)
     workspace = fi_ffi.Workspace.allocate("cuda:0", 16 << 20, 1 << 20)
     try:
         plan = fi_ffi.BatchDecodePlan(
             **decode.arrays(0), **decode.options, workspace=workspace, stream=stream
         )
-    except fi_ffi.KernelNotFoundError as error:
-        print(error)
+    except fi_ffi.LoaderError as error:
+        if not (why := kernels.why_missing(error)):
+            raise
+        print(why)
         sys.exit(NO_KERNELS)
     call = fi_ffi.prepare(plan.run, **decode.tensors, stream=stream)
 

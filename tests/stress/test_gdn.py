@@ -7,7 +7,6 @@ held against float64 must be the same bits.  `-m sanitizer` is a small one of ea
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -17,6 +16,7 @@ import pytest
 import fi_ffi
 
 from tests.helpers import children
+from tests.helpers.sampling import NEEDS_GPU, ON_GPU
 from tests.stress.gdn import (
     HEAD_SIZE,
     OP,
@@ -44,21 +44,12 @@ GVA = ((1, 2), (2, 4), (4, 8), (16, 32))
 OPTIONAL = ("input_state", "alpha", "beta")
 EVERY = (0, 64, 128, 192, 1024)
 DTYPES = pytest.mark.parametrize("dtype", OP.row.dtypes["T"])
-ON_GPU = os.environ.get("FI_FFI_RUN_GPU_TESTS") == "1"
-NEEDS_GPU = "needs a GPU: set FI_FFI_RUN_GPU_TESTS=1 and FI_FFI_KERNELS"
 MACHINES = ["gpu"] if ON_GPU else ["cpu", pytest.param("gpu", marks=pytest.mark.skip(NEEDS_GPU))]
 PLACES = pytest.mark.parametrize("in_place", [False, True], ids=["two places", "in place"])
 
 
-@pytest.fixture(scope="session")
-def kernels() -> None:
-    """The op takes the form of the kernels' release, before a case is made for it."""
-    if ON_GPU:
-        fi_ffi.use_kernels(os.environ["FI_FFI_KERNELS"])
-
-
 @pytest.fixture(params=MACHINES)
-def machine(request: pytest.FixtureRequest, kernels: None) -> Iterator[Cpu]:
+def machine(request: pytest.FixtureRequest) -> Iterator[Cpu]:
     made = Gpu() if request.param == "gpu" else Cpu()
     yield made
     made.close()

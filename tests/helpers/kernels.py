@@ -1,0 +1,63 @@
+"""The kernels that tests on a GPU run: those that a user's own calls would find there.
+
+Nothing has to be named: kernels are in FI_FFI_KERNELS, an installed flashinfer-jit-cache or any
+other place that fi_ffi searches.  A test without its module is skipped, and says which it is and
+how to get it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import pytest
+
+from fi_ffi.errors import LoaderError
+from fi_ffi.loader import search
+from fi_ffi.loader.kernels import KernelSource
+
+# What `search.find_module` raises, in a traceback or by itself; its last line is the advice.
+_MISSING = re.compile(r"no kernels of module '([^']+)'.*:\n(?:  .*\n)*(.*)")
+
+
+def why_missing(text: object) -> str:
+    """The module that an error says no place has, and how to get it; "" for any other error.
+
+    A file of this machine that cannot be read is a fault, and no reason to skip.
+    """
+    found = _MISSING.search(str(text))
+    if found is None:
+        return ""
+    said = {search.ask(place, found[1]).status for place in _here()}
+    return "" if search.FAILS in said else f"no kernels of module {found[1]!r}: {found[2]}"
+
+
+def skip_if_missing(text: object) -> None:
+    if why := why_missing(text):
+        pytest.skip(why)
+
+
+def why_not(module: str, device: int = 0) -> str:
+    """Why a GPU has no kernels of a module, or ""."""
+    try:
+        search.find_module(module, device)
+    except LoaderError as error:
+        if not (why := why_missing(error)):
+            raise
+        return why
+    return ""
+
+
+def need(module: str, device: int = 0) -> None:
+    """Skip the test where the kernels at hand have no such module for a GPU."""
+    if why := why_not(module, device):
+        pytest.skip(why)
+
+
+def first_here() -> KernelSource | None:
+    """The first place on this machine that has kernels."""
+    return next((place.source for place in _here() if place.source), None)
+
+
+def _here() -> Iterator[search.Candidate]:
+    return (place for place in search.places() if place.kind != "remote")
