@@ -63,9 +63,9 @@ def test_one():
 """
 
 
-def run(folder: Path, *arguments: str) -> str:
+def run(folder: Path, *arguments: str, more: str = "") -> str:
     """What pytest prints in a folder with a suite of its own, and these plugins."""
-    (folder / "conftest.py").write_text(CONFTEST)
+    (folder / "conftest.py").write_text(CONFTEST + more)
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "xdist", "-v"]
     command += arguments
     names = {"PYTHONPATH": str(ROOT), "PYTEST_ADDOPTS": "", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
@@ -129,6 +129,53 @@ def test_without_a_gpu_no_file_of_its_tests_is_read(tmp_path, monkeypatch):
         monkeypatch.setenv("FI_FFI_RUN_GPU_TESTS", "1")
         names, printed = ran(tmp_path, "--all", *more)
         assert names == {"test_more", "test_it"} and "2 passed" in printed, printed
+
+
+WITHOUT_KERNELS = """
+import pytest
+from fi_ffi.loader import search
+
+def load(module):
+    search.find_module(module)
+
+@pytest.fixture
+def loaded():
+    load("norm")
+
+def test_of_a_module():
+    load("norm")
+
+def test_set_up_with_a_module(loaded):
+    assert False
+
+def test_expects_that_there_is_none():
+    with pytest.raises(LookupError, match="no kernels of module 'norm'"):
+        load("norm")
+
+def test_of_a_file_that_cannot_be_read():
+    load("page")
+
+def test_another_error():
+    raise LookupError("norm")
+"""
+
+
+def test_a_gpu_test_without_its_module_is_skipped(tmp_path, monkeypatch):
+    """It names the module and how to get it.  What fails otherwise, a file that is there among it,
+    is no such test."""
+    (tmp_path / "kernels" / "page").mkdir(parents=True)
+    (tmp_path / "kernels" / "page" / "page.so").write_bytes(b"no library")
+    monkeypatch.setenv("FI_FFI_KERNELS", str(tmp_path / "kernels"))
+    (tmp_path / "test_without.py").write_text(WITHOUT_KERNELS)
+    hooks = "from tests.gpu.conftest import pytest_runtest_call, pytest_runtest_setup\n"
+    printed = run(tmp_path, "-rs", more=hooks)
+    outcomes = dict(re.findall(r"::test_(\w+) (PASSED|FAILED|SKIPPED|ERROR)", printed))
+    assert outcomes == {
+        "of_a_module": "SKIPPED", "set_up_with_a_module": "SKIPPED",
+        "expects_that_there_is_none": "PASSED", "of_a_file_that_cannot_be_read": "FAILED",
+        "another_error": "FAILED",
+    }, printed  # fmt: skip
+    assert re.search(r"no kernels of module 'norm': `fi-ffi build .* norm` makes it", printed)
 
 
 def test_gpu_tests_can_be_collected():

@@ -3,8 +3,8 @@
 #
 #   [FI_FFI_KERNELS=WHEEL or FOLDER] [RANKS='2 4'] tools/gpu_comm.sh [the benchmark's arguments]
 #
-# Kernels: vllm_comm, trtllm_comm and norm.  For NCCL: nccl4py with cuda-core and nvidia-nccl, which
-# may lie in .wheels/, or torch.  FI_FFI_STRESS=1 runs the tests at full length.  The tests' record,
+# Kernels: vllm_comm, trtllm_comm and norm.  For NCCL: nccl4py with cuda-core and nvidia-nccl
+# (the extra nccl), or torch.  FI_FFI_STRESS=1 runs the tests at full length.  The tests' record,
 # tables and JSON are left under $OUT.  The benchmark needs a GPU for each rank.  In the tests
 # processes share GPUs where there are too few: RANKS=' ' runs the tests alone, and with CUDA's
 # multi-process service (nvidia-cuda-mps-control -d) their kernels run at once.

@@ -5,8 +5,8 @@
 #   tools/gpu_everything.sh [wheel...]
 #
 # The wheels have what was built before: what is in them is not built again, and their modules are
-# benchmarked, checked for leaks and run under memcheck while the others are built.  Needs a CUDA
-# toolkit, torch, and what gpu_environment.sh needs.  It ends after $DEADLINE seconds (590), $BUILD
+# benchmarked, checked for leaks and run under memcheck while the others are built.  Needs what
+# gpu_build.sh and gpu_environment.sh needs.  It ends after $DEADLINE seconds (590), $BUILD
 # (400) of them for building $PARTS ("core options rest moe gdn"); $JOBS compilers run at once (the
 # machine's cores).  All that was printed is in $OUT/everything.tar.gz, a table on the screen.
 set -u
@@ -37,9 +37,6 @@ build_part() {
   OUT=$work/built/$1 HAVE=$work/kernels FI_FFI_CACHE_DIR=$work/cache/$1 timeout "$(left "${BUILD:-400}")" \
     tools/gpu_build.sh "$1" >"$work/build-$1.txt" 2>&1
   echo "built $1: $? after $(($(date +%s) - start)) s"
-  if [ -e "$work/built/$1/kernels.name" ]; then
-    cat "$work/built/$1"/kernels.part.* >"$work/built/$1/$(cat "$work/built/$1/kernels.name")"
-  fi
 }
 for part in ${PARTS:-core options rest moe gdn}; do
   JOBS=$((jobs / 3)) build_part "$part" &

@@ -5,23 +5,24 @@
 #   MODELS=llama-3-8b TP='1 2 4' tools/gpu_llm.sh --batch 1,64   # over several GPUs
 #   MODELS=llama-3-70b TP=4 tools/gpu_llm.sh --batch 1,64 --no-peer
 #
-# Tables and JSON are left under $OUT.  The kernel wheels (those in .kernels/core/ and
-# .kernels/decoder/ where none are named; tar archives of what is in them do as well) are
-# unpacked into one folder, so that fi_ffi and flashinfer-python load the same files.  Each
-# model has a process of its own.  Needs a GPU with 48 GB, torch, flashinfer-python,
+# Tables and JSON are left under $OUT.  Kernel wheels that are named (tar archives of what is in
+# them do as well) are unpacked into one folder, so that fi_ffi and flashinfer-python load the same
+# files; without them, both take the installed flashinfer-jit-cache.  Each model has a process of its
+# own.  Needs a GPU with 48 GB, torch, flashinfer-python,
 # nvmath-python, what examples/llm needs, and what gpu_environment.sh needs.
 set -u
 cd "$(dirname "$0")/.."
-kernels=${FI_FFI_KERNELS:-$(ls .kernels/{core,decoder}/*.whl 2>/dev/null)}
 . tools/gpu_environment.sh
-modules=$(mktemp -d)
-for file in $kernels; do
-  case $file in
-    *.whl) python3 -m zipfile -e "$file" "$modules" || exit ;;
-    *) tar -xf "$file" -C "$modules" || exit ;;
-  esac
-done
-export PYTHONPATH=$PYTHONPATH:$modules FI_FFI_KERNELS=$modules/flashinfer_jit_cache/jit_cache
+if [ -n "${FI_FFI_KERNELS:-}" ]; then
+  modules=$(mktemp -d)
+  for file in $FI_FFI_KERNELS; do
+    case $file in
+      *.whl) python3 -m zipfile -e "$file" "$modules" || exit ;;
+      *) tar -xf "$file" -C "$modules" || exit ;;
+    esac
+  done
+  export PYTHONPATH=$PYTHONPATH:$modules FI_FFI_KERNELS=$modules/flashinfer_jit_cache/jit_cache
+fi
 status=0
 set -o pipefail
 for model in ${MODELS:-qwen3-0.6b llama-3-8b}; do

@@ -2,7 +2,7 @@
 # The GPU tests under compute-sanitizer's memcheck, each file in a process of its own, a table at
 # the end; what each found is under $OUT.
 #
-#   FI_FFI_KERNELS=wheel-or-directory tools/gpu_memcheck.sh [file...]
+#   [FI_FFI_KERNELS=wheel-or-directory] tools/gpu_memcheck.sh [file...]
 #
 # $JOBS run at a time (4), each for $LIMIT seconds at most (540).  Ends with an error where memcheck
 # or a test found one.  Needs what tools/gpu_run.sh needs.

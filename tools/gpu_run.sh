@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Every GPU test, the demo and the doctor on this machine, results under $OUT.
 #
-#   FI_FFI_KERNELS=wheel-or-directory tools/gpu_run.sh [pytest arguments]
+#   [FI_FFI_KERNELS=wheel-or-directory] tools/gpu_run.sh [pytest arguments]
 #
-# Needs a GPU, Python 3.10 or later, and fi_ffi's dependencies; see gpu_environment.sh.
-# Tests of modules that the kernels lack are skipped and say so.
+# Needs a GPU, and what gpu_environment.sh needs.  Tests of modules that the kernels lack are skipped
+# and say how to get them.
 set -u
 cd "$(dirname "$0")/.."
 . tools/gpu_environment.sh

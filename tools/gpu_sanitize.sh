@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The small stress tests (`-m sanitizer`) under compute-sanitizer, results under $OUT.
 #
-#   FI_FFI_KERNELS=wheel tools/gpu_sanitize.sh memcheck|racecheck|synccheck|initcheck [pytest arguments]
+#   [FI_FFI_KERNELS=wheel] tools/gpu_sanitize.sh memcheck|racecheck|synccheck|initcheck [pytest arguments]
 #
 # Ends with an error where the tool or a test found one, and after $LIMIT seconds (540).
 # Needs what tools/gpu_run.sh needs.

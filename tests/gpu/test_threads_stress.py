@@ -172,8 +172,6 @@ EXIT = """
     from cuda.bindings import runtime
     import fi_ffi
     from fi_ffi.cli.cuda import DeviceArray, check
-    from tests.stress.forked_gpu import use
-    use()
     flags = runtime.cudaStreamNonBlocking
     stream, other = (int(check(runtime.cudaStreamCreateWithFlags(flags))) for _ in range(2))
     x, out = (DeviceArray(np.ones((4, 64), np.float16)) for _ in range(2))

@@ -8,7 +8,6 @@ import json
 import subprocess
 import sys
 import tempfile
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ import pytest
 import fi_ffi
 
 from tests.helpers import sampling
-from tests.helpers.children import ROOT
 
 WHEEL = "xgrammar==0.2.8"
 MEMBER = "xgrammar/libxgrammar_bindings.so"
@@ -49,17 +47,12 @@ SETTINGS = (True, None, None, True, None, False)  # of compile_json_schema
 
 @functools.cache
 def package() -> Path:
-    """The folder that has the package xgrammar: installed, of .wheels/, or from the index."""
+    """The folder that has the package xgrammar: installed, or from pip's index."""
     try:
         return Path(str(importlib.metadata.distribution("xgrammar").locate_file("")))
     except importlib.metadata.PackageNotFoundError:
         pass
     folder = Path(_folder.name)
-    for wheel in (ROOT / ".wheels").glob("xgrammar-*.whl"):
-        # Of any Python's tag: the library inside is the same.
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(folder)
-        return folder
     sampling.only_in_full("installs xgrammar from the package index")
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile"]
     quick = ["--disable-pip-version-check", "--retries", "1", "--timeout", "20"]

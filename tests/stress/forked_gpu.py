@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 
 import fi_ffi
-
-
-def use() -> None:
-    fi_ffi.use_kernels(os.environ["FI_FFI_KERNELS"])
 
 
 def norm(number: int) -> int:
@@ -19,7 +13,6 @@ def norm(number: int) -> int:
 
     from fi_ffi.cli.cuda import DeviceArray, check
 
-    use()
     x, weight = np.full((2, 64), 3, np.float16), np.full(64, number, np.float16)
     arrays = [DeviceArray(array) for array in (np.full_like(x, np.nan), x, weight)]
     check(runtime.cudaDeviceSynchronize())

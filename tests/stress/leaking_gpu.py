@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -283,7 +282,6 @@ KINDS: dict[str, Callable[[], Work]] = {
 
 
 def main(kind: str, count: int) -> None:
-    fi_ffi.use_kernels(os.environ["FI_FFI_KERNELS"])
     work, more = KINDS[kind]()
     for i in range(max(count // 10, 50)):
         work(i)
