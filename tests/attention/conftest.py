@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 from tests.attention.machines import Cpu
+from tests.attention.prepared import on_each
 
 
 @pytest.fixture
-def machine() -> Cpu:
-    return Cpu()
+def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cpu]:
+    yield from on_each(getattr(request, "param", "cpu"), monkeypatch)

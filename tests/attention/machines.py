@@ -73,6 +73,12 @@ class Cpu:
 
     def synchronize(self) -> None: ...
 
+    def check_order(self, *streams: int | None) -> None:
+        """Each kernel and copy on these waits for all before it; a GPU tells by its results."""
+
+    def check_apart(self, *streams: int | None) -> None:
+        """None of these waits for another."""
+
     def delay(self, stream: object) -> None:
         """Give a stream some milliseconds of work."""
 

@@ -1,12 +1,14 @@
 """A GPU that is pretended: calls on "cuda:0" take all of a GPU's way, and end in the reference.
 
 Its memory is the host's, and its streams do their work at once; what was asked of the CUDA
-runtime is written down.
+runtime is written down, and what a GPU's streams would wait for is told from that.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -46,14 +48,17 @@ class Runtime:
     """The CUDA runtime: it remembers what it is asked."""
 
     def __init__(self) -> None:
-        self.log: list[tuple[object, ...]] = []
+        self.log: list[tuple[Any, ...]] = []
+        self.work: list[tuple[Any, ...]] = []  # the log, with the kernels
         self.capturing: set[int] = set()
         self.non_blocking: set[int] = set()
         self.device, self.devices = 0, 1
         self._handles = itertools.count(0x1000, 16)
 
     def _say(self, what: str, *values: Any) -> int:
-        self.log.append((what, *(int(ffi.cast("uintptr_t", value)) for value in values)))
+        said = (what, *(int(ffi.cast("uintptr_t", value)) for value in values))
+        self.log.append(said)
+        self.work.append(said)
         return 0
 
     def cudaGetLastError(self) -> int:
@@ -157,6 +162,7 @@ class Pretend(Cpu):
             if not desc.device.is_cuda:
                 return array_of(desc)
             self.seen.append(current_stream(desc.device.index))
+            self.runtime.work.append(("kernel", self.seen[-1]))
             return array_of(on_host(desc))
 
         patch = monkeypatch.setattr
@@ -201,3 +207,30 @@ class Pretend(Cpu):
 
     def poison(self, placed: Any, stream: object) -> None:
         placed.array[...] = np.nan
+
+    def check_order(self, *streams: int | None) -> None:
+        last: dict[int, int] = {}  # of each stream, the number of its last kernel or copy
+        for what, stream, known in self._known():
+            if stream in streams:
+                late = [t for t, number in last.items() if t != stream and known[t] < number]
+                assert not late, f"{what} on {stream:#x} does not wait for {late}"
+                last[stream] = known[stream]
+        assert {*last} == {*streams}, "a stream without work"
+
+    def check_apart(self, *streams: int | None) -> None:
+        for what, stream, known in self._known():
+            waits = [t for t in streams if t != stream and known[t]]
+            assert stream not in streams or not waits, f"{what} on {stream:#x} waits for {waits}"
+
+    def _known(self) -> Iterator[tuple[str, int, Counter[Any]]]:
+        """Each kernel and copy, its stream, and how many of each stream's are done by its end."""
+        known: dict[int, Counter[Any]] = defaultdict(Counter)
+        events: dict[int, Counter[Any]] = {}
+        for what, *of in self.runtime.work:
+            if what == "record":
+                events[of[0]] = known[of[1]].copy()
+            elif what == "wait":
+                known[of[1]] |= events.get(of[0], Counter())
+            elif what in ("kernel", "copy", "set"):
+                known[of[0]][of[0]] += 1
+                yield what, of[0], known[of[0]].copy()

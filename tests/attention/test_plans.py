@@ -34,6 +34,8 @@ from tests.attention.cases import (
 from tests.attention.tables import FIXED_SPLIT, GRAPHS, REFUSED_OR_RIGHT, SERVED, Spec
 from tests.helpers import plan_calls
 
+# On the CPU nothing waits; a pretended GPU tells what a real one would wait for.
+WITH_STREAMS = pytest.mark.parametrize("machine", ["pretended gpu"], indirect=True)
 SERVICES = pytest.mark.parametrize("spec", SERVED.values(), ids=SERVED)
 
 
@@ -110,24 +112,28 @@ def test_many_replans(spec, machine, rng):
 
 
 @SERVICES
+@WITH_STREAMS
 def test_another_stream(spec, machine, rng):
-    """A run on another stream waits for its plan, and a replan for such a run."""
+    """A run on another stream waits for its plan, a replan for such a run and for the last plan."""
     service = Service(spec, machine, rng)
     case = service.case
-    planning, running = machine.streams(2)
+    one, other = machine.streams(2)
+    order = [(one, other)] * 3 + [(one, one), (other, one), (other, other), (one, other)]
     workspace = fi_ffi.Workspace.allocate(machine.device, 1 << 27, 1 << 23)
-    batches = [service.batch() for _ in range(6)]
+    batches = [service.batch() for _ in order]
     kept = [case.outputs(batch.rows) for batch in batches]
     case.inputs(0)  # placed before anything is queued
     plan = None
     for turn, (batch, out) in enumerate(zip(batches, kept, strict=True)):
-        machine.delay(planning if turn % 2 else running)
+        planning, running = order[turn]
+        machine.delay(one if turn % 2 else other)
         if plan is None:
             plan = case.plan(batch, planning, workspace=workspace)
         else:
             case.replan(plan, batch, planning)
-        case.run(plan, batch, out, planning if turn == 4 else running)
+        case.run(plan, batch, out, running)
     machine.synchronize()
+    machine.check_order(one, other)
     for batch, out in zip(batches, kept, strict=True):
         case.check(batch, out)
 
@@ -135,6 +141,7 @@ def test_another_stream(spec, machine, rng):
 @pytest.mark.parametrize(
     "names", [("prefill fa2", "prefill fa3"), ("decode", "prefill fa2"), ("mla fa2", "mla fa3")]
 )
+@WITH_STREAMS
 def test_two_plans_interleaved(names, machine, rng):
     """Two plans on two streams, with a workspace each, that neither waits for."""
     services = [Service(spec, machine, rng) for spec in map(SERVED.get, names)]
@@ -157,6 +164,9 @@ def test_two_plans_interleaved(names, machine, rng):
                 service.case.replan(plans[i], batch, stream)
             service.case.run(plans[i], batch, out, stream)
     machine.synchronize()
+    machine.check_apart(*streams)
+    for stream in streams:
+        machine.check_order(stream)
     for service, done in zip(services, work, strict=True):
         for batch, out in done:
             service.case.check(batch, out)

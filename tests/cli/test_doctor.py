@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from cuda.bindings import driver
 
 from fi_ffi.cli import cuda, main
 from fi_ffi.cli import doctor as of_doctor
-from fi_ffi.loader import machine, runtime
+from fi_ffi.loader import machine, runtime, search
 from fi_ffi.loader.fetch import wheels_lock
 from fi_ffi.ops.table import ROWS
 
@@ -118,14 +119,70 @@ def test_an_answer_for_an_op_fetches_nothing(bare, web):
     assert "fetched when it is first called" in answer["reason"]
 
 
-def test_the_driver_is_told_as_it_is():
-    found = {f["check"]: f for f in json.loads(run("doctor", "--json").output)}
-    if machine.driver_version() is None:
-        assert (found["driver"]["status"], found["driver"]["found"]) == ("warn", "no CUDA driver")
-        assert "calls run on the CPU only" in found["driver"]["advice"]
-        assert not [check for check in found if check.startswith("cuda:")]
-    else:
-        assert found["driver"]["found"] == "CUDA {}.{}".format(*machine.driver_version())
+class Driver:
+    """A driver as cuda-python shows it: what starting it answers, its version and its GPUs."""
+
+    CUresult = driver.CUresult
+
+    def __init__(self, code: int | None, version: int, gpus: dict[str, int]) -> None:
+        self.code, self.version, self.gpus = code, version, [*gpus.items()]
+
+    def cuInit(self, flags: int) -> tuple[object]:
+        if self.code is None:
+            raise RuntimeError("libcuda.so.1 is not there")
+        return (self.CUresult(self.code),)
+
+    def cuDriverGetVersion(self) -> tuple[object, int]:
+        return self.CUresult(0), self.version
+
+    def cuDeviceGetCount(self) -> tuple[object, int]:
+        return self.CUresult(self.code), len(self.gpus)
+
+    def cuDeviceGet(self, index: int) -> tuple[object, int]:
+        return self.CUresult(0), 100 + index
+
+    def cuDeviceGetName(self, size: int, device: int) -> tuple[object, bytes]:
+        return self.CUresult(0), self.gpus[device - 100][0].encode().ljust(size, b"\0")
+
+    def cuDeviceTotalMem(self, device: int) -> tuple[object, int]:
+        return self.CUresult(0), self.gpus[device - 100][1]
+
+
+NO_DEVICE, MISMATCH = 100, 803
+GPUS = {"NVIDIA H200": 150_754_820_096, "NVIDIA L4": 23_609_475_072}
+
+
+@pytest.mark.parametrize(
+    ("answer", "kernels", "told"),
+    [
+        ((None, 0, {}), None, {"driver": ("warn", "no CUDA driver", "calls run on the CPU only")}),
+        ((MISMATCH, 13000, {}), None, {"driver": ("warn", "no CUDA driver", "install NVIDIA's")}),
+        ((NO_DEVICE, 12080, {}), None,
+         {"driver": ("ok", "CUDA 12.8", ""),
+          "gpus": ("warn", "the driver shows no GPU", "CUDA_VISIBLE_DEVICES is '7'")}),
+        ((0, 13010, GPUS), 13,
+         {"driver": ("ok", "CUDA 13.1", ""), "cuda:0": ("ok", "NVIDIA H200, sm_90, 140 GiB", ""),
+          "cuda:1": ("ok", "NVIDIA L4, sm_89, 22 GiB", "")}),
+        ((0, 12090, {"NVIDIA L4": 2**30}), 13,
+         {"driver": ("fail", "CUDA 12.9", "need CUDA 13.0 or later, or `fi-ffi build --cuda 12`"),
+          "cuda:0": ("ok", "NVIDIA L4, sm_90, 1 GiB", "")}),
+        ((NO_DEVICE, 11080, {}), None,
+         {"driver": ("fail", "CUDA 11.8", "need CUDA 12.0 or later"),
+          "gpus": ("warn", "the driver shows no GPU", "")}),
+    ],
+    ids=["no driver", "mismatch", "no GPU", "two GPUs", "of the kernels before", "too old"],
+)  # fmt: skip
+def test_the_driver_is_told_as_it_is(answer, kernels, told, monkeypatch):
+    monkeypatch.setattr(cuda, "driver", Driver(*answer))
+    monkeypatch.setattr(machine, "capability", lambda device: [(9, 0), (8, 9)][device])
+    monkeypatch.setattr(search, "cuda_of_kernels", lambda: kernels)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    found = {one.check: one for one in of_doctor._gpus(None)}
+    assert {name: (one.status, one.found) for name, one in found.items()} == {
+        name: parts[:2] for name, parts in told.items()
+    }
+    assert all(told[name][2] in (one.advice or "") for name, one in found.items()), found
+    assert all(bool(one.advice) == (one.status != "ok") for one in found.values()), found
 
 
 def test_no_op_works_without_a_driver(monkeypatch, built_wheel):

@@ -6,7 +6,6 @@ What a GPU would answer is pretended.
 
 from __future__ import annotations
 
-import contextlib
 from typing import ClassVar
 
 import pytest
@@ -69,33 +68,44 @@ FAILING = {
     "event": cuda.Event,
     "copy": lambda: cuda.copy_to_device(64, 64, 4, 0),
     "is_capturing": lambda: cuda.is_capturing(0),
-    "relaxed": lambda: cuda.relaxed().__enter__(),
     "allocate": lambda: cuda.allocate(64, fi_ffi.parse_device("cuda:0")),
     "page-locked": lambda: cuda.allocate_page_locked(64, fi_ffi.parse_device("cuda:0")),
     "capture": lambda: graphs.capture(16).__enter__(),
-    "array": lambda: _array(),
 }
 
 
-def _array():
-    import numpy as np
+@pytest.fixture
+def asked(monkeypatch):
+    """How often cuda-python's runtime, which has a last error too, was asked for it."""
+    from cuda.bindings import runtime
 
-    from fi_ffi.cli.cuda import DeviceArray
-
-    DeviceArray(np.zeros(4, np.float32))
+    found: list[int] = []
+    monkeypatch.setattr(runtime, "cudaGetLastError", lambda: found.append(1))
+    return found
 
 
 @pytest.mark.parametrize("name", FAILING)
-def test_nothing_is_left_of_a_failed_call(name, real, monkeypatch):
-    from cuda.bindings import runtime as theirs
-
-    asked: list[int] = []
-    monkeypatch.setattr(theirs, "cudaGetLastError", lambda: asked.append(1))
-    with contextlib.suppress(fi_ffi.FiFfiError):
+def test_nothing_is_left_of_a_failed_call(name, real, asked):
+    with pytest.raises(fi_ffi.LoaderError, match="there is no cuda:0: this process sees 0 GPUs"):
         FAILING[name]()
-    assert real.failures or name == "array", "that runtime is cuda-python's"
+    assert real.failures == 1 and not real.is_left and asked
+
+
+def test_nothing_is_left_of_a_mode_that_cannot_be_set(real, asked):
+    """The calls in it say what fails."""
+    with cuda.relaxed():
+        assert real.failures == 1 and not real.is_left and asked
     assert not real.is_left
-    assert asked, "cuda-python's runtime has a last error too"
+
+
+def test_nothing_is_left_of_a_failed_call_of_cuda_python(real, asked):
+    import numpy as np
+
+    from fi_ffi.cli.cuda import CudaError, DeviceArray
+
+    with pytest.raises(CudaError, match=r"^cudaError_t\.cudaError(InsufficientDriver|NoDevice)$"):
+        DeviceArray(np.zeros(4, np.float32))
+    assert asked and not real.failures
 
 
 def test_a_failed_call_says_what_cuda_says(real):

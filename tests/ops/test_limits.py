@@ -316,14 +316,19 @@ def _rows(table: list[Any]) -> list[Any]:
     ]  # fmt: skip
 
 
-in_parts = pytest.mark.parametrize("part", range(8))  # all of which a sample has
+def _by_op(table: list[Any]) -> dict[str, list[Any]]:
+    """The rows of each op, without its name."""
+    found: dict[str, list[Any]] = {}
+    for name, *rest in _rows(table):
+        found.setdefault(name, []).append(rest)
+    return found
 
 
-@in_parts
-def test_is_refused(part):
+@pytest.mark.parametrize(("name", "rows"), _by_op(REFUSED).items(), ids=_by_op(REFUSED))
+def test_is_refused(name, rows):
     """By a call and where it is prepared, in the same words; `argument` "" leaves it open."""
-    for name, change, argument, words in _rows(REFUSED)[part::8]:
-        op = OPS[name]
+    op = OPS[name]
+    for change, argument, words in rows:
         values = described(op.row, **change)
         error = refusal_of(op.row, values)
         assert error is not None, f"{name} is fine: {change}"
@@ -335,10 +340,10 @@ def test_is_refused(part):
             assert same_error(caught.value, error)
 
 
-@in_parts
-def test_is_fine(part):
-    for name, change in _rows(FINE)[part::8]:
-        row = OPS[name].row
+@pytest.mark.parametrize(("name", "rows"), _by_op(FINE).items(), ids=_by_op(FINE))
+def test_is_fine(name, rows):
+    row = OPS[name].row
+    for (change,) in rows:
         assert refusal_of(row, described(row, **change)) is None, (name, change)
 
 

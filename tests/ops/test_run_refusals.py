@@ -435,14 +435,22 @@ WRONG: list[tuple[Any, dict[str, Any], Any, str, Any]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("part", range(8))
-def test_is_refused(part):
-    for calls, options, argument, words, change in WRONG[part::8]:
-        for kind, backend in calls:
-            case, plan = planned(kind, backend, **options)
-            given = change(case) if callable(change) else change
-            name = argument(case) if callable(argument) else argument
-            refused(case, name, words, case.run, plan, **given)
+def _by_kind():
+    """The rows of each kind of call and backend."""
+    found = {}
+    for calls, *row in WRONG:
+        for call in calls:
+            found.setdefault(" ".join(filter(None, call)), (call, []))[1].append(row)
+    return found
+
+
+@pytest.mark.parametrize(("call", "rows"), _by_kind().values(), ids=_by_kind())
+def test_is_refused(call, rows):
+    for options, argument, words, change in rows:
+        case, plan = planned(*call, **options)
+        given = change(case) if callable(change) else change
+        name = argument(case) if callable(argument) else argument
+        refused(case, name, words, case.run, plan, **given)
 
 
 def test_what_is_next_to_it_is_fine():
