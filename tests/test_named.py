@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,11 @@ from click.testing import CliRunner
 
 import fi_ffi
 from fi_ffi.cli import main
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 from tests.helpers.blocks import PAGES, ROOT, blocks_of, parsed, shown
 
@@ -107,9 +113,11 @@ def test_names_exist():
 
 
 def test_extras_exist():
-    made = (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2]
-    extras = set(re.findall(r"^(\w+) = \[", made.partition("\n[")[0], re.MULTILINE))
+    made = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    extras, named = {*made["project"]["optional-dependencies"]}, set()
     for page in PAGES:
         text = page.read_text()
-        for names in re.findall(r"(?:fi-ffi|\.)\[([a-z,]+)\](?=['\"`])", text):
+        for names in re.findall(r"(?:fi-ffi|\.)\[([^\]\s]+)\](?=['\"`])", text):
             assert set(names.split(",")) <= extras, f"{shown(page)}: {names}"
+            named |= set(names.split(","))
+    assert {"cu12", "llm-gpu", "nccl", "test"} <= named

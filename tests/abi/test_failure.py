@@ -4,7 +4,6 @@ raise anything."""
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import gc
 import signal
@@ -353,7 +352,7 @@ def test_raising_while_raising(abuse: Abuse) -> None:
     assert (told.kind, told.message) == ("KeyError", "'second'")
 
     def again() -> None:
-        with contextlib.suppress(KernelError):
+        with pytest.raises(KernelError, match="first"):
             abuse.call(first)
         abuse.call(second)
 

@@ -88,22 +88,22 @@ def refused(value: object, match: str = "") -> ArgumentError:
     return caught.value
 
 
-VIEWS: list[Callable[[Array], Array]] = [
-    lambda a: a,
-    lambda a: a.T,
-    lambda a: a[::2, 1:],
-    lambda a: a[:, ::-1],
-    lambda a: a[0, 0, ...],
-    lambda a: a[1:1],
-    lambda a: a.reshape(2, 1, 2, 6),
-    lambda a: np.asfortranarray(a),
-    lambda a: a.reshape(-1)[:1].reshape(1, 1, 1),
-    lambda a: np.array(a[0, 0]),
-]
+VIEWS: dict[str, Callable[[Array], Array]] = {
+    "itself": lambda a: a,
+    "transposed": lambda a: a.T,
+    "apart": lambda a: a[::2, 1:],
+    "backwards": lambda a: a[:, ::-1],
+    "rank 0": lambda a: a[0, 0, ...],
+    "empty": lambda a: a[1:1],
+    "rank 4": lambda a: a.reshape(2, 1, 2, 6),
+    "by columns": lambda a: np.asfortranarray(a),
+    "one element": lambda a: a.reshape(-1)[:1].reshape(1, 1, 1),
+    "a copy of rank 0": lambda a: np.array(a[0, 0]),
+}
 
 
 @ANY_EXPORTER
-@pytest.mark.parametrize("view", VIEWS, ids=range(len(VIEWS)))
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
 def test_views(exporter: Exporter, view: Callable[[Array], Array]) -> None:
     """The first of numpy's dtypes and ranks is read from its interface, others by attributes."""
     for dtype in (np.float16, np.int64):
@@ -195,7 +195,9 @@ def of_an_instance() -> object:
 NO_TENSORS = [None, 1, 1.5, "x", b"x", [1.0], (1,), {}, object(), memoryview(b"x"), Array]
 
 
-@pytest.mark.parametrize("value", [*NO_TENSORS, Lookalike(), of_an_instance()], ids=range(13))
+@pytest.mark.parametrize(
+    "value", [*NO_TENSORS, Lookalike(), of_an_instance()], ids=lambda value: type(value).__name__
+)
 def test_no_tensor(value: object) -> None:
     with pytest.raises(ArgumentTypeError, match="rmsnorm: argument `x`"):
         as_desc(value, "rmsnorm", "x")

@@ -65,7 +65,7 @@ def test_pieces_at_any_address(kind, rng):
     assert on_all(kind, 2, rank_programs.many, options, seed, 200, 1 << 18, 1 << 18) == ["", ""]
 
 
-@pytest.mark.parametrize("of", range(3))
+@pytest.mark.parametrize("of", range(3), ids=[dtype.name for dtype in rank_programs.DTYPES])
 @pytest.mark.parametrize(("kind", "size"), [("threads", 2), ("threads", 4), ("processes", 2)])
 def test_fusion(kind, size, of, rng):
     seed, hidden = int(rng.integers(2**32)), 256

@@ -153,7 +153,7 @@ def test_of_each_kind(mode, act, out, call, rng, to_gpu, stream, record_property
     check(make(rng, mode, act, out, **OF_EACH_KIND[call]), to_gpu, stream, record_property)
 
 
-@pytest.mark.parametrize(("mode", "act", "out", "given"), OF_ONE, ids=range(len(OF_ONE)))
+@pytest.mark.parametrize(("mode", "act", "out", "given"), OF_ONE, ids=lambda value: str(value))
 def test_of_one(mode, act, out, given, rng, to_gpu, stream, record_property):
     check(make(rng, mode, act, out, **given), to_gpu, stream, record_property)
 

@@ -102,7 +102,9 @@ def test_an_unknown_entry(every, name):
     assert not hasattr(every, "__array_interface__")
 
 
-@pytest.mark.parametrize("name", [3, None, b"norm", object(), ""], ids=range(5))
+@pytest.mark.parametrize(
+    "name", [3, None, b"norm", object(), ""], ids=lambda value: type(value).__name__
+)
 def test_what_is_no_name(every, name):
     kind = fi_ffi.ArgumentError if name == "" else fi_ffi.ArgumentTypeError
     with pytest.raises(kind):

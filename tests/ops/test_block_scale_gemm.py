@@ -458,10 +458,15 @@ REFUSED: dict[str, list[tuple[dict[str, Any], str, str]]] = {
 
 
 @pytest.mark.parametrize(
-    ("name", "number"), [(n, i) for n in REFUSED for i in range(len(REFUSED[n]))]
+    ("name", "changed", "argument", "told"),
+    [
+        pytest.param(name, *row, id=f"{name} {', '.join(row[0])}")
+        for name, rows in REFUSED.items()
+        for row in rows
+    ],
 )
-def test_what_is_refused(name, number):
-    (right, value), (changed, argument, told) = RIGHT[name], REFUSED[name][number]
+def test_what_is_refused(name, changed, argument, told):
+    right, value = RIGHT[name]
     call = getattr(fi_ffi, name)
     call(**right)
     assert (right["out"] == value).all()

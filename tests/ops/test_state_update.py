@@ -211,6 +211,7 @@ def test_rows_of_0_have_a_scale_of_1(machine, rng):
         machine.need(call.module())
     got = call.run(machine)
     assert (got["state_scale"][:3] == 1).all() and not got["state"][:3].any()
+    assert not got["out"].astype(np.float64).any()
     assert got["state_scale"][3:].tobytes() == call.arrays["state_scale"][3:].tobytes()
 
 
