@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
@@ -11,6 +12,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 import mutate  # noqa: E402
+
+from fi_ffi import errors  # noqa: E402
 
 from tests.helpers import sampling  # noqa: E402
 
@@ -189,6 +192,40 @@ def test_gpu_tests_can_be_collected():
     assert done.returncode == 0, done.stdout + done.stderr
     files = {f"tests/gpu/{path.name}" for path in (ROOT / "tests" / "gpu").glob("test_*.py")}
     assert files == {*re.findall(r"^(tests/gpu/\w+\.py): \d+$", done.stdout, re.MULTILINE)}
+
+
+_ERRORS = {name for name in vars(errors) if name.endswith("Error")}
+
+
+def weak_spots(text: str) -> list[int]:
+    """Lines of a file of tests where one lets errors of ours pass for no reason told, or numbers
+    its cases, so that a failure does not say what failed."""
+    lines, found = text.splitlines(), []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.keyword) and node.arg == "ids":
+            if isinstance(node.value, ast.Call) and ast.unparse(node.value.func) == "range":
+                found.append(node.value.lineno)
+        elif isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+            for call in (each for each in ast.walk(node) if isinstance(each, ast.Call)):
+                names = {ast.unparse(name).rpartition(".")[2] for name in call.args}
+                is_suppressed = ast.unparse(call.func).endswith("suppress") and names & _ERRORS
+                if is_suppressed and "#" not in lines[call.lineno - 1]:
+                    found.append(call.lineno)
+    return found
+
+
+def test_no_test_is_of_a_weak_kind():
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        assert not weak_spots(path.read_text()), path
+    weak = """@parametrize("x", WRONG, ids=range(3))
+def test_a(x):
+    with suppress(ArgumentError):
+        f(x)
+"""
+    assert weak_spots(weak) == [1, 3]
+    assert not weak_spots(
+        weak.replace("ids=range(3)", "ids=WRONG").replace("Error):", "Error):  # why")
+    )
 
 
 def test_what_is_shown_is_there():

@@ -78,7 +78,7 @@ def test_round_trip(signature: Signature) -> None:
         MISMATCH.format("f() -> void", "9" * 5000),  # longer than Python converts to an int
         MISMATCH.format("f() -> void", "٠"),
     ],
-    ids=range(6),
+    ids=ascii,
 )  # fmt: skip
 def test_refusals_without_a_signature(message: str) -> None:
     with pytest.raises(AbiError):
@@ -118,7 +118,7 @@ def test_what_cute_says(text: str) -> None:
         "f(x: Tensor([1], int8)", "f(x: Thing(1))", "f(x: Tensor([1], int8)) -> void", "f(x: )",
         "f(0: Tensor([1], int8))", f"f(x: {'Tuple[' * 50}int32{']' * 50})", "f(x: Tuple[int32)",
     ],
-    ids=range(7),
+    ids=ascii,
 )  # fmt: skip
 def test_what_cute_does_not_say(text: str) -> None:
     with pytest.raises(AbiError):

@@ -8,6 +8,7 @@ import decimal
 import fractions
 import itertools
 import pickle
+import re
 from typing import Any
 
 import ml_dtypes
@@ -351,8 +352,8 @@ def test_the_quick_way_makes_the_same(size: Any) -> None:
     """And refuses the same, in the same words; also of tensors without elements, whose strides
     are written as int64 all the same."""
     for rank, (ptr, dtype, device) in itertools.product((1, 2, 3), PLACES):
-        with contextlib.suppress(ArgumentError):
-            make_desc(0, (1,) * rank, dtype, None, device)  # so that its names are known
+        with contextlib.suppress(ArgumentError):  # names are known where they are right
+            make_desc(0, (1,) * rank, dtype, None, device)
         for others in itertools.product((0, 1, 5), repeat=rank - 1):
             for at in range(rank):
                 shape = (*others[:at], size, *others[at:])
@@ -490,7 +491,12 @@ def test_no_device(device: object) -> None:
     assert (caught.value.op, caught.value.argument) == ("rmsnorm", "input")
 
 
-@given(st.text())
+@given(st.text() | st.from_regex(r"(cpu|cuda|cuda_host|gpu)(:[0-9]{1,3})?\n?", fullmatch=True))
 def test_any_text_is_a_device_or_refused(text: str) -> None:
-    with contextlib.suppress(ArgumentTypeError):
-        assert parse_device(text).type in DEVICE_TYPES
+    found = re.fullmatch("(cpu|cuda|cuda_host|cuda_managed)(?::([0-9]{1,9}))?", text)
+    if found:
+        device = parse_device(text)
+        assert (device.type, device.index) == (found[1], int(found[2] or 0))
+    else:
+        with pytest.raises(ArgumentTypeError):
+            parse_device(text)

@@ -405,20 +405,18 @@ FIXED_SPLIT: Table = {
     "1 query": Spec(batch=5, queries=1, keys=900, page_size=16, causal=True),
     "40 queries": Spec(batch=5, queries=40, keys=900, page_size=16, causal=True),
 }
-# What the kernels' sources say they do wrong: fi_ffi is to refuse it, or has a way around it.
-REFUSED_OR_RIGHT: Table = {
-    # mla.cuh and mla_hopper.cuh round down how many keys a tile of rows sees, by
-    # (the tile's end) / num_heads: wrong where tiles end inside of a query.
-    **table(
-        BOTH,
-        [{"heads": 128, "lengths": ((1, 65), (0, 5))},
-         {"heads": 48, "lengths": ((4, 66), (4, 130))}],
-        causal=True, page_size=16, **_MLA,
-    ),
-    # scheduler.cuh makes pieces of the keys from a window's start for a window and a tile of
-    # queries; without a causal mask all later keys are seen as well.
-    **under("window, all later keys", table(
-        FA2, RAGGED_OR_PAGED, [{"lengths": ((300, 3000),)}, {"lengths": ((500, 500), (3, 9))}],
-        window_left=17,
-    )),
-}  # fmt: skip
+# What the kernels' sources say they do wrong.  Refused: mla.cuh and mla_hopper.cuh round down how
+# many keys a tile of rows sees, by (the tile's end) / num_heads: wrong where tiles end inside of a
+# query.
+TILES_INSIDE: Table = table(
+    BOTH,
+    [{"heads": 128, "lengths": ((1, 65), (0, 5))},
+     {"heads": 48, "lengths": ((4, 66), (4, 130))}],
+    causal=True, page_size=16, **_MLA,
+)  # fmt: skip
+# With a way around it: scheduler.cuh makes pieces of the keys from a window's start for a window
+# and a tile of queries; without a causal mask all later keys are seen as well.
+LATER_KEYS: Table = table(
+    FA2, RAGGED_OR_PAGED, [{"lengths": ((300, 3000),)}, {"lengths": ((500, 500), (3, 9))}],
+    window_left=17,
+)  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from dataclasses import replace
 from types import SimpleNamespace
@@ -31,7 +30,7 @@ from tests.attention.cases import (
     make,
     refused,
 )
-from tests.attention.tables import FIXED_SPLIT, GRAPHS, REFUSED_OR_RIGHT, SERVED, Spec
+from tests.attention.tables import FIXED_SPLIT, GRAPHS, LATER_KEYS, SERVED, TILES_INSIDE, Spec
 from tests.helpers import plan_calls
 
 # On the CPU nothing waits; a pretended GPU tells what a real one would wait for.
@@ -238,11 +237,17 @@ def test_graphs(spec, machine, rng):
         play()
 
 
-@pytest.mark.parametrize("spec", REFUSED_OR_RIGHT.values(), ids=REFUSED_OR_RIGHT)
-def test_refused_or_right(spec, machine, rng):
-    """What a kernel may not be able to do is refused, not done wrong."""
-    with contextlib.suppress(fi_ffi.ArgumentError):
+@pytest.mark.parametrize("spec", TILES_INSIDE.values(), ids=TILES_INSIDE)
+def test_tiles_that_end_inside_a_query_are_refused(spec, machine, rng):
+    words = rf"`qo_indptr`: got \d queries of {spec.heads} heads in a request"
+    with pytest.raises(fi_ffi.ArgumentError, match=words):
         check_results(spec, machine, rng)
+    check_results(replace(spec, causal=False), machine, rng)
+
+
+@pytest.mark.parametrize("spec", LATER_KEYS.values(), ids=LATER_KEYS)
+def test_windows_with_all_later_keys(spec, machine, rng):
+    check_results(spec, machine, rng)
 
 
 def test_room_for_as_many_requests_as_have_starts():

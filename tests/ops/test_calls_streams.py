@@ -392,7 +392,7 @@ def test_interrupts_leave_no_stream_set(number, scope, gpu, mine, monkeypatch):
             if scope:
                 calls.typed(None)
             for _ in range(400):
-                with contextlib.suppress(stop, fi_ffi.KernelError):
+                with contextlib.suppress(stop, fi_ffi.KernelError):  # wherever it was stopped
                     work()
                 signal.setitimer(signal.ITIMER_REAL, 0)
                 next(rounds)
