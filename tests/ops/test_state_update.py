@@ -13,6 +13,7 @@ from fi_ffi.ops.states.mamba import ALGORITHMS
 from tests.helpers.calls import refused
 from tests.helpers.gates import EDGES
 from tests.helpers.state_calls import PAD, StateCall
+from tests.helpers.state_definition import Defined
 
 FLOATS = "float32 bfloat16 bfloat16 float32"
 # The modules that GPU tests have: dtypes of states, inputs, weights and A, of indices, and tokens.
@@ -118,32 +119,48 @@ def test_sequences(machine, rng):
         assert call.worst(machine) <= 1
 
 
-def test_it_is_its_definition(rng):
-    """One element at a time; a step past 20 is itself to about 1e-9."""
-    call = StateCall(rng, "steps", 2, 3, heads=2, groups=1, dim=16, dstate=32)
+def elsewhere(call: StateCall) -> None:
     call.read_from()
-    call.arrays["dt"][...] = np.resize(EDGES, call.arrays["dt"].shape)
-    given = {name: array.astype(np.float64) for name, array in call.arrays.items()}
-    found = {name: value for name, (value, _) in call.case().expected.items()}
+    call.write_to(0)
 
-    def near(value, wanted, magnitude):
-        """Terms may cancel: what is off is so of their magnitudes."""
-        assert (np.abs(value - wanted) <= 1e-8 * magnitude).all()
 
-    for i, head, d in np.ndindex(2, 2, 16):
-        state = given["state"][int(given["state_batch_indices"][i]), head, d].copy()
-        size = np.abs(state)
-        for step in range(3):
-            dt = np.log(1 + np.exp(given["dt"][i, step, head] + given["dt_bias"][head]))
-            x, z = given["x"][i, step, head, d], given["z"][i, step, head, d]
-            for n in range(32):
-                kept, added = np.exp(given["A"][head] * dt), dt * given["B"][i, step, 0, n] * x
-                state[n], size[n] = state[n] * kept + added, size[n] * kept + abs(added)
-            c, skipped, gate = given["C"][i, step, 0], given["D"][head] * x, z / (1 + np.exp(-z))
-            read, of_read = state @ c + skipped, size @ np.abs(c) + abs(skipped)
-            near(found["out"][i, step, head, d], read * gate, of_read * abs(gate))
-        slot = int(given["state_batch_indices"][i])
-        near(found["state"][slot, head, d], state, size)
+def at_targets(call: StateCall) -> None:
+    call.read_from(width=call.steps)
+    call.write_to(width=call.steps)
+    accepted = call.rng.integers(0, call.steps + 1, call.b)
+    call.arrays["num_accepted_tokens"] = accepted.astype(np.int32)
+
+
+def kept(call: StateCall) -> None:
+    call.read_from(1)
+    call.keep_each(call.steps + 1)
+
+
+WAYS = {
+    "in place": lambda call: None, "in any order": lambda call: call.read_from(1),
+    "elsewhere": elsewhere, "at targets": at_targets, "kept": kept,
+    "not updated": lambda call: call.options.update(disable_state_update=True),
+    "without softplus": lambda call: call.options.update(dt_softplus=False),
+}  # fmt: skip
+OF_KINDS = [(kind, way) for way in WAYS for kind in ("one", "steps", "sequences")
+            if kind == "steps" or way not in ("at targets", "kept")]  # fmt: skip
+
+
+@pytest.mark.parametrize("state", ["float32", "int16"])
+@pytest.mark.parametrize(("kind", "way"), OF_KINDS)
+def test_it_is_its_definition(kind, way, state, rng):
+    """One number at a time; a step past 20 is itself to about 1e-9."""
+    steps = 1 if kind == "one" else 3
+    call = StateCall(
+        rng, kind, 3, steps, heads=4, groups=2, dim=3, dstate=16, slots=30,
+        dtypes=f"{state} bfloat16 bfloat16 float32", gated=way != "kept",
+        biased=way != "at targets",
+    )  # fmt: skip
+    WAYS[way](call)
+    edges = np.resize(EDGES, call.arrays["dt"].shape)
+    if way != "without softplus":
+        call.arrays["dt"][...] = edges
+    Defined(call).check()
 
 
 # The modules of int16 and of random rounding that GPU tests have.
