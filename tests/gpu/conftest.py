@@ -14,6 +14,7 @@ from cuda.bindings import driver, runtime
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.cli.cuda import DeviceArray, check
 from fi_ffi.errors import LoaderError
+from fi_ffi.loader import machine as of_loader
 from fi_ffi.loader import search
 
 from tests.attention.machines import Gpu
@@ -31,7 +32,10 @@ _NOT_SANITIZED = {
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Note which entries are called, where results are kept: for docs/coverage.md."""
+    """Ask for a GPU once; and note which entries are called, where results are kept: for
+    docs/coverage.md."""
+    if sampling.ON_GPU and not config.option.collectonly and not of_loader.device_count():
+        raise pytest.UsageError("FI_FFI_RUN_GPU_TESTS=1, and no GPU: `fi-ffi doctor` tells why")
     if sampling.ON_GPU and os.environ.get("OUT"):
         from tests.helpers.calling import Calls
 
