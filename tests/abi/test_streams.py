@@ -24,6 +24,7 @@ from fi_ffi.errors import ArgumentError, ArgumentTypeError
 from fi_ffi.ops.steps.stream import stream_context
 
 from tests.helpers.children import done
+from tests.helpers.remains import allowed
 
 CUDA0, CUDA1 = parse_device("cuda:0"), parse_device("cuda:1")
 
@@ -357,11 +358,12 @@ def two_gpus(monkeypatch) -> Iterator[list[int]]:
 
 def test_a_stream_of_another_gpu_is_refused(two_gpus):
     for handle, device in ((50, CUDA1), (150, CUDA0)):
-        with pytest.raises(ArgumentError) as caught:
+        with allowed("two_gpus"), pytest.raises(ArgumentError) as caught:
             stream_context(handle, device, "an_op")
         wrong = f"a stream of cuda:{1 - device.index}, expected a stream of {device}"
         assert f"an_op: argument `stream`: got {wrong}" in str(caught.value)
-        with stream(handle), pytest.raises(ArgumentError, match=f"got {wrong}"):
+        refused = pytest.raises(ArgumentError, match=f"got {wrong}")
+        with allowed("two_gpus"), stream(handle), refused:
             streams.open_scope(device, "an_op")
     assert len(two_gpus) == 4, "what is wrong is asked for each time"
 

@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import time
+from collections.abc import Iterator
 
 import ml_dtypes
 import numpy as np
@@ -19,10 +20,18 @@ from fi_ffi.loader import machine
 from fi_ffi.ops.call import cuda
 from fi_ffi.reference.comm import _ranks
 
-from tests.helpers import rank_programs, ranks
+from tests.helpers import rank_programs, ranks, remains
 
 F32 = np.float32
 NORM = comm.AllReduceFusionPattern.kARResidualRMSNorm
+
+
+@pytest.fixture(autouse=True)
+def exchanging() -> Iterator[None]:
+    """Ranks tell each other their arguments first, which is a round of their meeting, and memory
+    that they share from then on."""
+    with remains.allowed("threads", "open descriptors", "._", "_round"):
+        yield
 
 
 def group(of, **options) -> comm.Group:

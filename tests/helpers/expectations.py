@@ -55,7 +55,9 @@ def install() -> None:
     rewrite.note_expectation = note  # type: ignore[attr-defined]
     # What pytest has compiled without notes is left alone.
     rewrite.PYC_TAIL = "-noted" + rewrite.PYC_TAIL
-    pytest.raises, pytest.warns = _noted(pytest.raises), _noted(pytest.warns)
+    from tests.helpers import remains
+
+    pytest.raises, pytest.warns = _noted(remains.watched(pytest.raises)), _noted(pytest.warns)
     for name in ("assert_allclose", "assert_array_equal", "assert_equal"):
         setattr(np.testing, name, _noted(getattr(np.testing, name)))
     folders = (path for path in TESTS.iterdir() if path.is_dir() and path != HELPERS)
