@@ -201,15 +201,19 @@ class Fusion:
         if is_oneshot and nbytes > self.max_bytes:
             expected = f"False for more than {self.max_bytes} bytes"
             raise ArgumentError(self.op, "use_oneshot", got=True, expected=expected)
-        self._message_bytes = nbytes
-        entries.OPS[f"trtllm_allreduce_fusion{kind}"](
-            x,
-            use_oneshot=is_oneshot,
-            pattern_code=int(pattern),
-            stream=stream if self.device.is_cuda else None,
-            **self._of_ranks,
-            **more,
-        )
+        before, self._message_bytes = self._message_bytes, nbytes
+        try:
+            entries.OPS[f"trtllm_allreduce_fusion{kind}"](
+                x,
+                use_oneshot=is_oneshot,
+                pattern_code=int(pattern),
+                stream=stream if self.device.is_cuda else None,
+                **self._of_ranks,
+                **more,
+            )
+        except ArgumentError:  # the last call may still wait
+            self._message_bytes = before
+            raise
 
     # ------------------------------------------------------- what a GPU's kernels wait for
 

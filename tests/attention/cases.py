@@ -454,7 +454,7 @@ class SingleCase(Case):
             spec.window_left >= 0, spec.cap > 0,
         )  # fmt: skip
         self.function = getattr(fi_ffi, spec.family)
-        self.scratch: list[Any] = []
+        self.scratch: list[Any] = []  # of each call: see `remains._GROWING`
         return kernel, spec.family
 
     def plan(self, batch: Batch, stream: Any = None, **more: Any) -> Any:

