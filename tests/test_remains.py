@@ -169,10 +169,10 @@ def test_what_a_kernels_error_leaves(undo, called):
     def launch() -> None:
         array[0] = 1
         scratch(undo)
-        descriptor(undo)
+        thread(undo)
 
     error = KernelError("an_op", "ValueError", "")
-    assert remaining(error, launch) == ["open descriptors"]
+    assert remaining(error, launch) == ["threads"]
 
 
 def prepared() -> Any:

@@ -28,9 +28,9 @@ NORM = comm.AllReduceFusionPattern.kARResidualRMSNorm
 
 @pytest.fixture(autouse=True)
 def exchanging() -> Iterator[None]:
-    """Ranks tell each other their arguments first, which is a call and a round of theirs, over
-    memory that they share from then on; the other ranks are threads with frames and results."""
-    mine = "._calls", "._round", "open descriptors", "threads"
+    """Ranks tell each other their arguments first, which is a round of theirs, over memory that
+    they share from then on; the other ranks are threads with frames and results."""
+    mine = "._round", "open descriptors", "threads"
     with remains.allowed(*mine, "free frames", "found["):
         yield
 

@@ -48,15 +48,23 @@ REFUSALS, LATE = errors.ArgumentError, errors.KernelError
 
 _MOST_OBJECTS, _MOST_ITEMS, _MOST_BYTES = 2000, 64, 1 << 24
 _PLAIN = frozenset((int, float, complex, str, bytes, bool, type(None)))
-# Attributes of plans and of the tests' own cases that may have more items: memories, scratch memory
-# made for each call.
-_GROWING = frozenset(("bound", "current", "_placed", "_extra", "scratch"))
-_REMEMBERED = frozenset(("_most_need", "_most_of"))
+# Attributes of plans, of modules and of the tests' own cases that may have more items: memories, and
+# scratch memory made for each call.
+_GROWING = frozenset(("bound", "current", "_entries", "signatures", "_placed", "_extra", "scratch"))
+# Attributes that are made when they are first asked for, and a group's count of its calls: each rank
+# counts one that all refuse.
+_REMEMBERED = frozenset(("_most_need", "_most_of", "_counts", "_members", "_calls"))
 _CONSTANT = (Row, Ranged, TensorDesc, TensorKind, DType)
 _MEMORIES = (CompiledRow, Kernels, MoeCall, Op, Variant)
 _DEVICES = [parse_device(name) for name in ("cpu", "cuda:0", "cuda:1")]
 _PATIENCE_S = 0.2
-_BY_LAUNCHES = "open scopes", "current streams", "scratch memory", "objects kept for good"
+_BY_LAUNCHES = (
+    "open descriptors",  # of a file of kernels, loaded at the first call
+    "open scopes",
+    "current streams",
+    "scratch memory",
+    "objects kept for good",
+)
 
 _allowed: list[str] = []
 

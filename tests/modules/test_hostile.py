@@ -20,6 +20,7 @@ from fi_ffi.modules.entry import HandleGuard
 from fi_ffi.modules.packing import call
 
 from tests.helpers.heap_text import heap_string
+from tests.helpers.remains import allowed
 
 MANY = 100_000
 
@@ -107,7 +108,8 @@ def test_containers_that_lie(every):
         (("same_dict", "same_any"), LYING_MAPS),
     ):
         for name, value in itertools.product(names, lies):
-            with pytest.raises(ArgumentError, match="as many elements as its length"):
+            refused = pytest.raises(ArgumentError, match="as many elements as its length")
+            with allowed("value.told"), refused:  # it grows as it is read
                 every.entry(name)(value)
     assert list(every.same_numbers(Lies(4, 4))) == [0, 1, 2, 3]
     assert dict(every.same_dict(LyingMap(2, "ab"))) == {"a": 1, "b": 1}
