@@ -315,8 +315,8 @@ def test_many_calls_leave_nothing(every):
         with pytest.raises(KernelError):
             every.fail("ValueError", "each time")
 
-    others = "allocations", "open descriptors", "held locks", "threads", "every._entries"
-    with allowed(*others):  # what other threads do at the time
+    shared = "allocations", "open descriptors", "held locks", "threads", "every._entries"
+    with allowed(*shared):  # what other threads do at the time
         at_once(lambda _: [calls() for _ in range(20)], 6)
     leaves_nothing(calls, 600, 20 << 20)
     gc.collect()
