@@ -24,6 +24,7 @@ from fi_ffi.loader import generation  # noqa: E402
 from fi_ffi_build.build import build  # noqa: E402
 
 from tests.helpers.compiler import why_not_build  # noqa: E402
+from tests.helpers.remains import allowed  # noqa: E402
 
 
 def keep_freed_memory() -> None:
@@ -55,6 +56,13 @@ def rng() -> np.random.Generator:
     seed = int.from_bytes(os.urandom(8), "little")
     print(f"seed {seed}")  # shown with a failure
     return np.random.default_rng(seed)
+
+
+@pytest.fixture
+def other_threads() -> Iterator[None]:
+    """What is there after a thread's refusal may be of calls that other threads made meanwhile."""
+    with allowed(""):
+        yield
 
 
 @pytest.fixture(params=[1, 4, 1000])

@@ -101,8 +101,8 @@ def stream(undo: Undo) -> None:
 
 
 def variable(undo: Undo) -> None:
-    os.environ["FI_FFI_REMAINS"] = "1"
-    undo.callback(os.environ.pop, "FI_FFI_REMAINS")
+    os.environ["LEFT_BY_A_REFUSAL"] = "1"
+    undo.callback(os.environ.pop, "LEFT_BY_A_REFUSAL")
 
 
 OF_PROCESS: dict[str, tuple[str, Callable[[Undo], Any]]] = {

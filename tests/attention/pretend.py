@@ -170,6 +170,7 @@ class Pretend(Cpu):
         patch(arrays, "as_array", as_array)
         patch(of_loader, "load_cudart", lambda: (self.runtime, "a pretended one"))
         patch(of_loader, "_device_count", 1)
+        patch(of_loader, "thread", of_loader._Thread())  # no thread has this GPU's context
         patch(of_loader, "multiprocessors", lambda _: 4)
         patch(of_loader, "shared_memory", lambda _: 200_000)
         patch(of_loader, "capability", lambda _: (9, 0))

@@ -19,6 +19,8 @@ from tests.helpers.prepared_calls import norm_sets, settle
 from tests.helpers.stress_strength import scaled
 from tests.ops.test_threads import at_once
 
+pytestmark = pytest.mark.usefixtures("other_threads")
+
 RMSNORM = OPS["rmsnorm"]
 THREADS = 16
 

@@ -50,7 +50,9 @@ _MOST_OBJECTS, _MOST_ITEMS, _MOST_BYTES = 2000, 64, 1 << 24
 _PLAIN = frozenset((int, float, complex, str, bytes, bool, type(None)))
 # Attributes of plans, modules and the tests' own cases that may have more items: memories, and
 # scratch memory made for each call.
-_GROWING = frozenset(("bound", "current", "_entries", "signatures", "_placed", "_extra", "scratch"))
+_GROWING = frozenset(
+    ("bound", "current", "_entries", "signatures", "_placed", "_extra", "scratch", "made")
+)
 # Attributes that are made when they are first asked for, and a group's count of its calls, in which
 # ranks count what all refuse.
 _REMEMBERED = frozenset(("_most_need", "_most_of", "_counts", "_members", "_calls"))

@@ -132,16 +132,14 @@ class Forward:
         if at + "q_norm.weight" in self.weights:
             q, k = self.norm(q, at + "q_norm"), self.norm(k, at + "k_norm")
         q, k = self.rotate(q), self.rotate(k)
-        out = np.empty((n, heads, dim))
-        for h in range(heads):
-            g = h * kv // heads
-            scores = q[:, h] @ k[:, g].T / dim**0.5
-            scores[np.triu_indices(n, 1)] = -np.inf
-            if window:
-                scores[np.tril_indices(n, -window)] = -np.inf
-            if at + "sinks" in self.weights:
-                scores = np.column_stack([scores, np.full(n, self.weights[at + "sinks"][h])])
-            out[:, h] = softmax(scores)[:, :n] @ v[:, g]
+        of = np.arange(heads) * kv // heads  # whose keys and values a head has
+        scores = q.transpose(1, 0, 2) @ k.transpose(1, 2, 0)[of] / dim**0.5
+        later = np.arange(n) - np.arange(n)[:, None]
+        scores[:, (later > 0) | (later <= -(window or n))] = -np.inf
+        if at + "sinks" in self.weights:
+            sinks = self.weights[at + "sinks"][:, None, None]
+            scores = np.concatenate([scores, np.broadcast_to(sinks, (heads, n, 1))], -1)
+        out = (softmax(scores)[..., :n] @ v.transpose(1, 0, 2)[of]).transpose(1, 0, 2)
         out = self.off(out.reshape(n, -1))
         if gate is not None:
             out = self.off(out / (1 + np.exp(-gate)))
@@ -165,13 +163,13 @@ class Forward:
         q, k = (self.off(p / np.sqrt((p * p).sum(-1, keepdims=True) + 1e-6)) for p in (q, k))
         decay = np.exp(-np.exp(w[at + "A_log"]) * np.log1p(np.exp(a + w[at + "dt_bias"])))
         write, out = 1 / (1 + np.exp(-b)), np.empty((n, vh, d))
-        for h in range(vh):
-            state = np.zeros((d, d))  # (key, value)
-            for t in range(n):
-                key = k[t, h // each]
-                state = state * decay[t, h]
-                state += write[t, h] * np.outer(key, v[t, h] - key @ state)
-                out[t, h] = q[t, h // each] @ state / d**0.5
+        q, k = (np.repeat(part, each, axis=1) for part in (q, k))
+        state = np.zeros((vh, d, d))  # (head, key, value)
+        for t in range(n):
+            state *= decay[t, :, None, None]
+            new = v[t] - (k[t, :, None] @ state)[:, 0]
+            state += (write[t, :, None] * k[t])[:, :, None] * new[:, None]
+            out[t] = (q[t, :, None] @ state)[:, 0] / d**0.5
         out = self.norm(self.off(out), at + "norm", adds_one=False)
         out = self.off(out * silu(z.reshape(n, vh, d)))
         return self.off(out.reshape(n, -1) @ w[at + "out_proj.weight"].T)

@@ -217,6 +217,7 @@ def scopes(_: str) -> Work:
                 RMSNORM(*descs, stream=0x71)
         gpu.seen.clear()
         gpu.runtime.log.clear()
+        gpu.runtime.work.clear()
 
     return work, {"stream": lambda: current_stream(0)}
 

@@ -26,6 +26,8 @@ from tests.ops.conftest import gpu, mine  # noqa: F401  the pretended GPU, and a
 from tests.ops.test_threads import at_once
 from tests.stress.gauges import counted
 
+pytestmark = pytest.mark.usefixtures("other_threads")
+
 THREADS = 16
 RMSNORM = OPS["rmsnorm"]
 

@@ -14,6 +14,7 @@ import pytest
 
 import fi_ffi
 from fi_ffi.abi import library
+from fi_ffi.abi._cffi import ffi
 from fi_ffi.errors import ArtifactError, LoaderError
 from fi_ffi.loader import cache, elf, kernels, runtime, search, tvm_ffi
 from fi_ffi.loader.kernels import ModuleFile, open_source
@@ -327,6 +328,9 @@ def test_libtvm_ffi_that_is_replaced_while_it_is_loaded(site, bad, monkeypatch):
 
         def new(self, kind):
             raise AssertionError("nothing was opened")
+
+        def __getattr__(self, name):
+            return getattr(ffi, name)
 
     monkeypatch.setattr(library, "ffi", Linker())
     with pytest.raises(LoaderError, match="not now"):
