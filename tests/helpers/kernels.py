@@ -18,13 +18,17 @@ from fi_ffi.loader.kernels import KernelSource
 
 # What `search.find_module` raises, in a traceback or by itself; its last line is the advice.
 _MISSING = re.compile(r"no kernels of module '([^']+)'.*:\n(?:  .*\n)*(.*)")
+_OF_ANOTHER_RELEASE = re.compile(r"\w+ is in FlashInfer .*; the kernels in use are of .*")
 
 
 def why_missing(text: object) -> str:
-    """The module that an error says no place has, and how to get it; "" for any other error.
+    """The module that an error says no place has, and how to get it, or what the release in use
+    does not have; "" for any other error.
 
     A file of this machine that cannot be read is a fault, and no reason to skip.
     """
+    if found := _OF_ANOTHER_RELEASE.search(str(text)):
+        return found[0]
     found = _MISSING.search(str(text))
     if found is None:
         return ""

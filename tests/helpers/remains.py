@@ -308,7 +308,8 @@ class Objects:
                 continue
             for key in {**before, **now}:
                 one, other = before.get(key, _NONE), now.get(key, _NONE)
-                is_kept = one is _NONE and _may_gain(value, looked_at, key)
+                is_new = one is _NONE or key == "length"
+                is_kept = is_new and _may_gain(value, looked_at, key)
                 if not is_kept and not _is_same(one, other):
                     text = f" ({one!r:.60} before, now {other!r:.60})"
                     changed.append(self._name(number) + _step(value, key) + text)
