@@ -14,6 +14,8 @@ from fi_ffi.errors import ArgumentError
 from tests.helpers import rank_programs, ranks
 from tests.helpers.rank_programs import Calls
 
+pytestmark = pytest.mark.usefixtures("other_threads")
+
 MOST = 1 << 20
 MAKE = {"threads": comm.threads, "processes": comm.processes}
 OPS = ("all_reduce", "all_reduce", "all_gather", "reduce_scatter")
