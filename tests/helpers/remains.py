@@ -177,7 +177,7 @@ def _current_streams() -> list[int]:
 def changes(before: dict[str, Any]) -> list[str]:
     """Return what has changed of a process, in words."""
     found = _changes(before)
-    if found and any(name.startswith(("held locks", "free frames")) for name in found):
+    if found:
         time.sleep(_PATIENCE_S)  # another thread may have had it
         found = _changes(before)
     return found
