@@ -375,7 +375,7 @@ def reader(kind: type) -> Callable[[Any], dict[Any, Any]] | None:
     if issubclass(kind, BoundRow):
         return _bound_row
     if kind in (dict, list, tuple, set):
-        return {dict: _dict, list: _list, tuple: _tuple, set: _set}[kind]
+        return {dict: _dict, list: _items, tuple: _items, set: _set}[kind]
     if kind is types.FunctionType:
         return _function
     if kind is types.MethodType:
@@ -415,12 +415,8 @@ def _length(value: Any) -> dict[str, int]:
     return {"length": len(value)} if len(value) > _MOST_ITEMS else {}
 
 
-def _list(value: list[Any]) -> dict[Any, Any]:
+def _items(value: list[Any] | tuple[Any, ...]) -> dict[Any, Any]:
     return dict(enumerate(value[:_MOST_ITEMS])) | _length(value)
-
-
-def _tuple(value: tuple[Any, ...]) -> dict[Any, Any]:
-    return dict(enumerate(value[:_MOST_ITEMS]))
 
 
 def _set(value: set[Any]) -> dict[Any, Any]:
