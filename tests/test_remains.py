@@ -127,11 +127,15 @@ OF_PROCESS: dict[str, tuple[str, Callable[[Undo], Any]]] = {
 }
 
 
+def call() -> None:
+    x = np.ones((2, 64), np.float16)
+    fi_ffi.rmsnorm(np.empty_like(x), x, np.ones(64, np.float16))
+
+
 @pytest.fixture
 def called() -> None:
     """A call first, whose libraries and frames are there then."""
-    x = np.ones((2, 64), np.float16)
-    fi_ffi.rmsnorm(np.empty_like(x), x, np.ones(64, np.float16))
+    call()
 
 
 REFUSAL = ArgumentError("an_op", "x", got=1, expected=2)
@@ -161,6 +165,13 @@ def test_what_is_left_in_the_process(name, undo, called):
     error = ArgumentTypeError("an_op", "x", got=1, expected=2)
     assert told in remaining(error, lambda: leak(undo))
     assert not remaining(REFUSAL, lambda: None)
+
+
+def test_a_frame_of_a_variant_that_replaces_another(undo, called):
+    assert not remaining(REFUSAL, lambda: None)
+    OPS["rmsnorm"].forget()
+    call()
+    assert "free frames" in remaining(REFUSAL, lambda: frame(undo))
 
 
 def test_what_a_kernels_error_leaves(undo, called):

@@ -208,23 +208,13 @@ class _Pools(NamedTuple):
     counts: list[int]
 
 
-_variants: list[dict[object, Variant]] = []
-_pools: tuple[int, int, list[list[Any]]] = 0, 0, []
-
-
 def _free_frames() -> _Pools:
-    global _variants, _pools
-    followers = len(generation._followers)
-    if _pools[0] != followers:
-        rows = []
-        for each in [*generation._followers]:
-            rows += each._compiled if isinstance(each, Op) else [each]
-        _variants = [row.variants for row in rows if isinstance(row, CompiledRow)]
-    count = sum(map(len, _variants))
-    if _pools[:2] != (followers, count):
-        pools = [variant.frames for variants in _variants for variant in [*variants.values()]]
-        _pools = followers, count, pools
-    return _Pools(_pools[2], [*map(len, _pools[2])])
+    rows: list[Any] = []
+    for each in [*generation._followers]:
+        rows += each._compiled if isinstance(each, Op) else [each]
+    compiled = [row for row in rows if isinstance(row, CompiledRow)]
+    pools = [variant.frames for row in compiled for variant in [*row.variants.values()]]
+    return _Pools(pools, [*map(len, pools)])
 
 
 _locks: tuple[int, dict[str, Any]] = 0, {}
