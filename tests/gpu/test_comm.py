@@ -25,6 +25,8 @@ from tests.helpers import kernels, rank_programs, ranks
 from tests.helpers.rank_programs import DTYPES, Calls
 from tests.helpers.stress_strength import IS_SANITIZED, scaled
 
+pytestmark = pytest.mark.usefixtures("other_threads")
+
 MAKE = {"threads": comm.threads, "processes": comm.processes}
 FUSION = comm.FusionSize(64, 4096)
 LARGEST = 64 << 20
