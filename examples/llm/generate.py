@@ -67,13 +67,15 @@ def main():
     streams = [DecodeStream(skip_special_tokens=True) for _ in requests]
     told, start = [0] * len(requests), time.perf_counter()
     texts = [*given.prompts]
+    if len(requests) == 1:  # as it comes; several would mix
+        print(given.prompts[0], end="", flush=True)
     while engine.step() is not None:
         for i, request in enumerate(requests):
             for token in request.tokens[told[i] :]:
                 piece = streams[i].step(tokenizer, token) or ""
                 texts[i] += piece
-                if len(requests) == 1:  # as it comes; several would mix
-                    print(piece if told[i] else given.prompts[0] + piece, end="", flush=True)
+                if len(requests) == 1:
+                    print(piece, end="", flush=True)
                 told[i] += 1
     if len(requests) > 1:
         print(*texts, sep="\n---\n", end="")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import requests
+from tiny import make_tiny
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "llm.md").read_text()
@@ -44,6 +46,17 @@ def test_two_ranks():
     wrong = subprocess.run([*line, "--tp", "3"], cwd=ROOT, capture_output=True, timeout=120)
     assert wrong.returncode == 1
     assert b"num_attention_heads is 4, not a multiple of 3 ranks" in wrong.stderr
+
+
+def test_a_prompt_that_ends_at_once_is_printed(tmp_path):
+    """A model whose every token ends the text writes the prompt alone."""
+    model = Path(make_tiny(tmp_path, "qwen3"))
+    described = json.loads((model / "config.json").read_text())
+    described["eos_token_id"] = [*range(described["vocab_size"])]
+    (model / "config.json").write_text(json.dumps(described))
+    program = [sys.executable, "examples/llm/generate.py", "--cpu", "--model", str(model)]
+    done = subprocess.run([*program, "Once upon"], cwd=ROOT, capture_output=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, b"Once upon")
 
 
 def test_several_prompts_and_what_is_wrong():
