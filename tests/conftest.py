@@ -16,7 +16,7 @@ import cffi
 import numpy as np
 import pytest
 
-from tests.helpers import expectations, sampling
+from tests.helpers import budgets, expectations, sampling, settled
 
 expectations.install()  # before any module is imported that has an `assert`
 
@@ -47,7 +47,7 @@ KERNELS = "FI_FFI_TEST_KERNELS"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    for plugin in (expectations, sampling):
+    for plugin in (budgets, expectations, sampling, settled):
         config.pluginmanager.register(plugin)
 
 

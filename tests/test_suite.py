@@ -15,17 +15,17 @@ import mutate  # noqa: E402
 
 from fi_ffi import errors  # noqa: E402
 
-from tests.helpers import sampling  # noqa: E402
+from tests.helpers import sampling, settled  # noqa: E402
 
 CONFTEST = """
-from tests.helpers import expectations, sampling
+from tests.helpers import expectations, sampling, settled
 
 expectations.install()
 pytest_addoption = sampling.add_options
 
 
 def pytest_configure(config):
-    for plugin in (expectations, sampling):
+    for plugin in (expectations, sampling, settled):
         config.pluginmanager.register(plugin)
 """
 EXPECTING = """
@@ -116,6 +116,58 @@ def test_what_a_run_is_of(tmp_path):
     assert ran(tmp_path, "--sample")[0] == {"test_shown", "test_more"}
     every = {"test_shown", "test_more", "test_long"}
     assert ran(tmp_path, "--all")[0] == ran(tmp_path, "tests")[0] == every
+
+
+SETTLED = """
+[first]
+tests = ["tests/first"]
+files = ["package/*.py", "data"]
+passed = ""
+
+[second]
+tests = ["tests/test_second.py"]
+files = ["package/two.py"]
+passed = ""
+"""
+
+
+def test_what_a_hash_settles(tmp_path):
+    for name in ("first/test_first", "test_second", "test_always"):
+        path = tmp_path / "tests" / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = f"def {path.stem}(): assert not (Path(__file__).parents[1] / 'broken').exists()"
+        path.write_text(f"from pathlib import Path\n\n{text}\n")
+    for name in ("package/one.py", "package/two.py", "data/below/it"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    (tmp_path / settled.TABLE).write_text(SETTLED)
+    (tmp_path / "pytest.ini").touch()
+    every, second = {"test_first", "test_second", "test_always"}, {"test_second"}
+    assert ran(tmp_path, "--unsettled")[0] == every
+    (tmp_path / "broken").touch()  # of tests/test_second.py
+    run(tmp_path, "--settle")
+    assert [group.is_settled for group in settled.read(tmp_path)] == [True, False]
+    (tmp_path / "broken").unlink()
+    assert ran(tmp_path, "--unsettled", "-n", "2")[0] == every - {"test_first"}
+    assert ran(tmp_path, "--settle", "-n", "2")[0] == second
+    assert ran(tmp_path, "--unsettled")[0] == {"test_always"}
+    assert ran(tmp_path, "--all")[0] == every
+    for name in ("package/three.py", "data/below/it", "tests/first/test_first.py"):
+        (tmp_path / name).write_text("def test_first(): assert True")
+        assert [group.is_settled for group in settled.read(tmp_path)] == [False, True], name
+        settled.write(tmp_path, settled.read(tmp_path))
+    (tmp_path / "package" / "two.py").rename(tmp_path / "package" / "four.py")
+    assert [group.is_settled for group in settled.read(tmp_path)] == [False, False]
+
+
+def test_what_is_settled_is_of_files():
+    """Each pattern names some, and no test is of two groups."""
+    table = settled.tomllib.loads((ROOT / settled.TABLE).read_text())
+    for name, of in table.items():
+        for pattern in of["tests"] + of["files"]:
+            assert settled.matching(ROOT, [pattern]), (name, pattern)
+    tests = [path for of in table.values() for path in settled.matching(ROOT, of["tests"])]
+    assert len({*tests}) == len(tests)
 
 
 def test_without_a_gpu_no_file_of_its_tests_is_read(tmp_path, monkeypatch):

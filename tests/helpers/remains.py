@@ -46,7 +46,7 @@ from fi_ffi.watch import watching
 
 REFUSALS, LATE = errors.ArgumentError, errors.KernelError
 
-_MOST_OBJECTS, _MOST_ITEMS, _MOST_BYTES = 2000, 64, 1 << 24
+_MOST_OBJECTS, _MOST_ITEMS, _MOST_BYTES = 2000, 64, 1 << 18
 _PLAIN = frozenset((int, float, complex, str, bytes, bool, type(None)))
 # Attributes of plans, modules and the tests' own cases that may have more items: memories, and
 # scratch memory made for each call.

@@ -4,8 +4,8 @@
 that is compiled, loaded and called, modules fetched from a server.  All that it writes, a cache
 included, is in one folder, which it removes.  `--sample` has a few cases of nearly every test: it
 leaves out what takes nvcc, the network or minutes, and the folders `LEFT_OUT`.  `--all` runs every
-case, and so does naming a file, a test or a folder.  tests/gpu is one skipped item without
-FI_FFI_RUN_GPU_TESTS=1, and none of its files is read.
+case, and so does naming a file, a test or a folder; `--unsettled` and `--settle` are those of
+`settled.py`.  tests/gpu is one skipped item without FI_FFI_RUN_GPU_TESTS=1: no file of it is read.
 
 The first two draw at most `CASES` of a test's cases, anew each time: the seed is in the header,
 and `--sample-seed` repeats a draw.  All processes of pytest-xdist draw alike.
@@ -58,6 +58,8 @@ def only_in_full(why: str) -> None:
 
 def add_options(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="run every case of every test")
+    parser.addoption("--unsettled", action="store_true", help="the same, but what a hash settles")
+    parser.addoption("--settle", action="store_true", help="run and settle what has changed")
     parser.addoption("--sample", action="store_true", help="run a few cases of every test")
     parser.addoption("--sample-seed", type=int, help="the seed of the sample of cases")
 
@@ -67,7 +69,7 @@ def pytest_configure(config: pytest.Config) -> None:
     seed = room = None
     if worker is not None:
         seed = worker["sample_seed"]
-    elif not config.option.all and config.args_source is not pytest.Config.ArgsSource.ARGS:
+    elif not _is_whole(config) and config.args_source is not pytest.Config.ArgsSource.ARGS:
         seed = config.option.sample_seed
         if seed is None:
             seed = random.SystemRandom().randrange(2**32)
@@ -87,8 +89,12 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         room.cleanup()
 
 
+def _is_whole(config: pytest.Config) -> bool:
+    return bool(config.option.all or config.option.unsettled or config.option.settle)
+
+
 def _is_shown(config: pytest.Config) -> bool:
-    return not (config.option.sample or config.option.all)
+    return not (config.option.sample or _is_whole(config))
 
 
 @pytest.hookimpl(optionalhook=True)
