@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -250,3 +252,16 @@ def test_survivors_are_tried_again(tmp_path: Path, capsys: pytest.CaptureFixture
     given = mutate.arguments(["--again", str(path)])
     assert mutate.wanted(given) == [Fault(**one)]
     assert "no longer has 'no such line'" in capsys.readouterr().out
+
+
+def test_the_bytecode_of_a_fault_does_not_outlive_it(tmp_path):
+    """Nor that of the code before it: both are of one length, within one second."""
+    module, root = tmp_path / "copy" / "number.py", tmp_path / "copy"
+    root.mkdir()
+    for text in ("one", "two", "one", "two"):
+        mutate._write_anew(module, f"print('{text}')")
+        command = [sys.executable, "-c", "import number"]
+        names = os.environ | fault_tests.variables(root)
+        done = subprocess.run(command, env=names, capture_output=True, text=True, check=True)
+        assert done.stdout == f"{text}\n"
+    assert [*tmp_path.rglob("*.pyc")]  # it is kept

@@ -88,10 +88,10 @@ def record(folder: Path, root: Path, jobs: int, cases: int = CASES) -> None:
             settings = Path(data, "settings")
             source = "".join(f"\n    {root / one}" for one in MEASURED)
             settings.write_text(_SETTINGS_OF_COVERAGE.format(source=source, data=f"{data}/data"))
-            variables = {"COVERAGE_PROCESS_START": str(settings), "FAULT_CONTEXT": ""}
+            measuring = {"COVERAGE_PROCESS_START": str(settings), "FAULT_CONTEXT": ""}
             more = ["-n", str(jobs), "-o", f"timeout={_HANGS - 20}"]
             wanted: dict[str, object] = {"cases": cases, "hangs": _HANGS}
-            told = run(root, tests, wanted, more, variables, patience=7200)
+            told = run(root, tests, wanted, more, measuring, patience=7200)
             combine(Path(data), folder / f"{name}.db")
         kept = {"root": str(root), "seconds": told.seconds, "passed": told.passed}
         kept["files"] = {file: files[file] for file in {_file_of(test) for test in told.seconds}}
@@ -124,9 +124,18 @@ class Told:
     seconds: dict[str, float]
 
 
+def variables(root: Path, *more: Path) -> dict[str, str]:
+    """What has Python import a checkout, and keep its bytecode beside it."""
+    return {
+        "PYTHONPATH": os.pathsep.join(map(str, (root, *more))),
+        "PYTHONPYCACHEPREFIX": str(root.with_name(f"{root.name}-bytecode")),
+        "PYTHONDONTWRITEBYTECODE": "",
+    }
+
+
 def run(
     root: Path, tests: Iterable[str], wanted: dict[str, object], more: Iterable[str] = (),
-    variables: dict[str, str] | None = None, patience: float = 600,
+    more_variables: dict[str, str] | None = None, patience: float = 600,
 ) -> Told:  # fmt: skip
     """Run tests in a checkout, as tools/fault_plugin.py is told by `wanted`."""
     with tempfile.TemporaryDirectory() as room:
@@ -134,11 +143,8 @@ def run(
         order.write_text(json.dumps(wanted))
         command = [sys.executable, "-m", "pytest", "-q", "-p", "fault_plugin"]
         command += ["-p", "no:cacheprovider", *more, *tests]
-        names = {
-            "PYTHONPATH": f"{root}{os.pathsep}{ROOT / 'tools'}",
-            "PYTHONDONTWRITEBYTECODE": "1",
-        }
-        names |= {"FAULT_TESTS": str(order), "FAULT_REPORT": str(report), **(variables or {})}
+        names = variables(root, ROOT / "tools")
+        names |= {"FAULT_TESTS": str(order), "FAULT_REPORT": str(report), **(more_variables or {})}
         with (Path(room, "printed")).open("w+") as printed:
             child = subprocess.Popen(
                 command, cwd=root, env=os.environ | names, stdin=subprocess.DEVNULL,

@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -108,11 +109,11 @@ class Checkouts:
                 return
             path = root / fault.file
             before = path.read_text()
-            path.write_text(fault.applied(root))
+            _write_anew(path, fault.applied(root))
             try:
                 yield root
             finally:
-                path.write_text(before)
+                _write_anew(path, before)
         finally:
             self._free.put(root)
 
@@ -122,11 +123,20 @@ class Checkouts:
             return _fails(root, tests)
 
 
+_times = itertools.count(1)
+
+
+def _write_anew(path: Path, text: str) -> None:
+    """Write a source at a time of its own, or the bytecode of a fault would outlive it."""
+    path.write_text(text)
+    time_s = next(_times)
+    os.utime(path, (time_s, time_s))
+
+
 def _fails(root: Path, tests: str) -> tuple[bool, str]:
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
     command += ["-o", f"timeout={_LONGEST}", *tests.split()]
-    # Compiled code would outlive a fault that is put in and out within one second.
-    names = {"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
+    names = fault_tests.variables(root)
     try:
         done = subprocess.run(
             command, cwd=root, env=os.environ | names, capture_output=True, text=True,
