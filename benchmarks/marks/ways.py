@@ -52,6 +52,8 @@ def own_calls() -> list[Call]:
         _rmsnorm(NUMPY_REPEATED, sliced),
         _rmsnorm("typed call, numpy arrays (CPU), other lengths", sliced, repeated=NUMPY_REPEATED),
         Call("one TensorDesc made", _DESC, lambda: {"T": TensorDesc}, _wrong_desc),
+        Call("TensorDesc.rows", _ROWS, _whole, lambda: _wrong_part(_ROWS, 4096 + 2 * _HIDDEN, 2)),
+        Call("TensorDesc.at", _AT, _whole, lambda: _wrong_part(_AT, 8192, 4)),
         _decode(PLAN_TYPED, "plan.run(q, k, v, o)"),
         _decode("plan.run, prepared (CPU: no stream)", "call()"),
     ]
@@ -70,6 +72,19 @@ def _wrong_desc() -> str | None:
     right = got.ptr, got.shape, got.strides, str(got.dtype), str(got.device)
     wrong = right != (4096, (4, _HIDDEN), (_HIDDEN, 1), "float16", "cuda:0")
     return f"it is {got}" if wrong else None
+
+
+_ROWS, _AT = "desc.rows(1, 3)", "desc.at(8192)"
+
+
+def _whole() -> dict[str, TensorDesc]:
+    return {"desc": eval(_DESC, {"T": TensorDesc})}
+
+
+def _wrong_part(statement: str, ptr: int, rows: int) -> str | None:
+    got = eval(statement, _whole())
+    right = TensorDesc(ptr, (rows, _HIDDEN), "float16")
+    return None if repr(got) == repr(right) else f"it is {got}"
 
 
 # Out, input and weight: arrays on the host, or addresses on a GPU that are nobody's memory.

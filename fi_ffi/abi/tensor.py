@@ -340,7 +340,7 @@ class TensorDesc(_Fields):
 
         Raises `ArgumentError` unless `0 <= start <= stop <= shape[0]`.
         """
-        shape, strides = self.shape, self.strides
+        shape, kind = self.shape, self.kind
         if type(start) is not int or type(stop) is not int:
             try:
                 start, stop = index_of(start), index_of(stop)
@@ -350,12 +350,16 @@ class TensorDesc(_Fields):
         if not shape or not 0 <= start <= stop <= shape[0]:
             expected = f"rows within 0 to {shape[0]}" if shape else "a tensor of rank 1 or more"
             raise ArgumentError("TensorDesc", "rows", got=(start, stop), expected=expected)
-        dtype, before = self.kind.dtype, start * strides[0]
-        if dtype.shares_bytes and before % 2 and stop > start:
-            expected = f"rows that start at a whole byte, which holds two {dtype} elements"
-            raise ArgumentError("TensorDesc", "rows", got=(start, stop), expected=expected)
-        ptr = self.ptr + before * dtype.bits * dtype.lanes // 8
-        return frozen(ptr, (stop - start, *shape[1:]), strides, self.kind, self.owner)
+        strides = self.strides
+        made: Any = _new(_Made)
+        if kind.shares_bytes:
+            made.ptr = self.ptr + _bytes_before(self, start, stop)
+        else:
+            made.ptr = self.ptr + start * strides[0] * kind.itemsize
+        made.shape, made.strides = (stop - start, *shape[1:]), strides
+        made.kind, made.owner = kind, self.owner
+        made.__class__ = TensorDesc
+        return made  # type: ignore[no-any-return]
 
     def __setattr__(self, name: str, value: object) -> NoReturn:
         raise AttributeError(f"TensorDesc is immutable; make a new one to change `{name}`")
@@ -385,6 +389,15 @@ def frozen(
     made.ptr, made.shape, made.strides, made.kind, made.owner = ptr, shape, strides, kind, owner
     made.__class__ = TensorDesc
     return made  # type: ignore[no-any-return]
+
+
+def _bytes_before(desc: TensorDesc, start: int, stop: int) -> int:
+    """Return the bytes before a row; refuse rows that start in the middle of one."""
+    dtype, before = desc.dtype, start * desc.strides[0]
+    if before % 2 and stop > start:
+        expected = f"rows that start at a whole byte, which holds two {dtype} elements"
+        raise ArgumentError("TensorDesc", "rows", got=(start, stop), expected=expected)
+    return before * dtype.bits // 8
 
 
 def as_vector(desc: TensorDesc) -> TensorDesc:

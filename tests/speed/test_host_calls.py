@@ -22,7 +22,8 @@ NAMES = [
     ways.EMPTY, ways.PREPARED, "prepared call, 3 new pointers, in a scope",
     "prepared call with a stream", "typed call, in a scope", ways.TYPED, ways.REPEATED,
     "typed call, 2 TensorDescs made, other lengths", ways.NUMPY_REPEATED,
-    "typed call, numpy arrays (CPU), other lengths", "one TensorDesc made", ways.PLAN_TYPED,
+    "typed call, numpy arrays (CPU), other lengths", "one TensorDesc made", "TensorDesc.rows",
+    "TensorDesc.at", ways.PLAN_TYPED,
     "plan.run, prepared (CPU: no stream)",
 ]  # fmt: skip
 OTHERS = {ways.REPEATED: NAMES[7], ways.NUMPY_REPEATED: NAMES[9]}

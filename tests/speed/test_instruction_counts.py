@@ -49,6 +49,8 @@ BUDGETS = {
     ways.REPEATED: Budget(621, 11),
     ways.NUMPY_REPEATED: Budget(772, 34),
     "one TensorDesc made": Budget(147, 3),
+    "TensorDesc.rows": Budget(103, 1),
+    "TensorDesc.at": Budget(62, 1),
     ways.PLAN_TYPED: Budget(713, 6),
     "plan.run, prepared (CPU: no stream)": Budget(121, 3),
 }
