@@ -15,17 +15,17 @@ import mutate  # noqa: E402
 
 from fi_ffi import errors  # noqa: E402
 
-from tests.helpers import sampling, settled  # noqa: E402
+from tests.helpers import budgets, sampling, settled  # noqa: E402
 
 CONFTEST = """
-from tests.helpers import expectations, sampling, settled
+from tests.helpers import budgets, expectations, sampling, settled
 
 expectations.install()
 pytest_addoption = sampling.add_options
 
 
 def pytest_configure(config):
-    for plugin in (expectations, sampling, settled):
+    for plugin in (budgets, expectations, sampling, settled):
         config.pluginmanager.register(plugin)
 """
 EXPECTING = """
@@ -168,6 +168,46 @@ def test_what_is_settled_is_of_files():
             assert settled.matching(ROOT, [pattern]), (name, pattern)
     tests = [path for of in table.values() for path in settled.matching(ROOT, of["tests"])]
     assert len({*tests}) == len(tests)
+
+
+BUSY = """
+import subprocess, sys, time
+
+def test_here():
+    end = time.process_time() + 0.7
+    while time.process_time() < end: pass
+    assert True
+
+def test_in_a_child():
+    spin = "import time\\nwhile time.process_time() < 0.7: pass"
+    assert not subprocess.run([sys.executable, "-c", spin]).returncode
+"""
+
+
+def test_a_folder_has_a_budget_of_cpu_seconds(tmp_path):
+    """Of its processes and of those that they wait for; a run of a part is not held to it."""
+    (tmp_path / "pytest.ini").touch()
+    rows = "| `tests/short` | 30 |\n| `tests/*.py` | 1 |\n"
+    (tmp_path / "CONTRIBUTING.md").write_text(rows)
+    (tmp_path / "tests" / "short").mkdir(parents=True)
+    for file in ("short/test_one.py", "test_two.py"):
+        (tmp_path / "tests" / file).write_text(BUSY)
+    for more in ((), ("-n", "2")):
+        printed = run(tmp_path, "--all", *more)
+        (took,) = re.findall(r"tests/\*\.py took (\d+) CPU seconds: its budget is 1", printed)
+        assert 1 <= int(took) <= 4 and "4 passed" in printed, printed
+        assert "tests/short took" not in printed
+    assert "CPU seconds" not in run(tmp_path, "tests")
+    (tmp_path / "CONTRIBUTING.md").write_text(rows.replace("| 1 |", "| 60 |"))
+    printed = run(tmp_path, "--all")
+    assert "took" not in printed and re.search(r"^ +\d +60 tests/\*\.py$", printed, re.MULTILINE)
+
+
+def test_every_folder_has_a_budget():
+    areas = {
+        budgets.area_of(f"{path.relative_to(ROOT)}") for path in ROOT.glob("tests/**/test_*.py")
+    }
+    assert budgets.budgets(ROOT).keys() == areas - {"gpu"}
 
 
 def test_without_a_gpu_no_file_of_its_tests_is_read(tmp_path, monkeypatch):

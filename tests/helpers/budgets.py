@@ -34,11 +34,11 @@ def area_of(path: str) -> str:
 
 
 def over(taken: dict[str, float], allowed: dict[str, int]) -> list[str]:
-    """Return a line for each area that has taken more than its budget, or has none."""
+    """Return a line for each area that has taken more than its budget."""
     return [
-        f"tests/{area} took {seconds:.0f} CPU seconds: its budget is {allowed.get(area, 0)}"
-        for area, seconds in sorted(taken.items())
-        if seconds > allowed.get(area, 0)
+        f"tests/{area} took {taken[area]:.0f} CPU seconds: its budget is {most}"
+        for area, most in allowed.items()
+        if taken.get(area, 0) > most
     ]
 
 
@@ -77,7 +77,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.section("CPU seconds, and budgets")
     allowed = budgets(terminalreporter.config.rootpath)
     for area, seconds in sorted(_taken.items(), key=lambda each: -each[1]):
-        terminalreporter.line(f"{seconds:7.0f} {allowed.get(area, 0):5} tests/{area}")
+        terminalreporter.line(f"{seconds:7.0f} {allowed.get(area, '-'):>5} tests/{area}")
     for line in over(_taken, allowed):
         terminalreporter.line(line, red=True)
 
