@@ -107,7 +107,7 @@ def _adapter_of(kind: type) -> Adapter | None:
     """Return the adapter for a type: its library's adapter, or else a protocol's."""
     found: Adapter | None = None
     if issubclass(kind, Tensor):  # also a Tensor that a call returned
-        return remember(_ADAPTERS, kind, lambda value, *_: value.described(value), _MAX_TYPES)
+        return remember(_ADAPTERS, kind, lambda value, *_: value.described(), _MAX_TYPES)
     for base in kind.__mro__:
         make = _LIBRARIES.get((base.__module__, base.__qualname__))
         # Another library's type of the same name is read through its protocols only.

@@ -11,7 +11,7 @@ import difflib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar, overload
 
 from fi_ffi.abi import library
 from fi_ffi.abi._cffi import ffi
@@ -133,8 +133,9 @@ class ModuleEntry(Unique):
         The question is a call with 512 arguments of None. A typed function refuses the call and
         reports its signature. A function that accepts any arguments runs, and `AbiError` is raised.
         """
-        self._check_alive()
-        self._declare(probe(self._find(None)))
+        held, find = self._hold(), self._find
+        self._declare(probe(find(None)))
+        del held
         assert self.signature is not None
         return self.signature
 
@@ -146,33 +147,36 @@ class ModuleEntry(Unique):
                 is open.
             device: the GPU of a call without a tensor on a GPU ("cuda:0").
         """
-        self._check_alive()
+        held, find = self._hold(), self._find
         # The origin holds no entry: an entry keeps its object, and the callee may keep a Python
         # function that it was given.
         origin = Origin(self.name, self._home, self._asks)
         arena = CallArena(self.name, functools.partial(adopted, origin=origin))
+        arena.keep.append(held)
         try:
             packed = self._pack(args, arena)
             place, needs_stream = _place_of(arena, device, self._home)
             if place is None:
                 if stream is not None:
                     stream_handle(stream, self.name)
-                return self._invoke(self._find(None), packed, args, arena, None)
+                return self._invoke(find(None), packed, args, arena, None)
             # Refuse a missing stream before the entry is looked up.
             on_stream = _stream_of(stream, place, needs_stream, self.name)
-            entry = self._find(place.index)
+            entry = find(place.index)
             with cuda.current(place), on_stream or _NOTHING:
                 return self._invoke(entry, packed, args, arena, place)
         finally:
             arena.end()
 
-    def _check_alive(self) -> None:
+    def _hold(self) -> Any:
+        """Return the handle that the call needs, so that `release` takes nothing from it."""
         guard: HandleGuard | ReflectedObject | None = self._guard
         if self._bound is not None:
             guard = self._bound
-        if guard is not None and guard._handle is None:
-            expected = "an object still held"
-            raise ArgumentError(self.name, "self", got="one that was released", expected=expected)
+        handle = None if guard is None else guard._handle
+        if guard is not None and handle is None:
+            _refuse_released(self.name)
+        return handle
 
     def _pack(self, args: tuple[Any, ...], arena: CallArena) -> Any:
         packers = self._packers
@@ -210,6 +214,11 @@ class ModuleEntry(Unique):
             return value
         stream = None if place is None else current_handle(place)
         return adopted(value, Origin(self.name, place or self._home, self._asks, stream))
+
+
+def _refuse_released(name: str, device: object = None) -> NoReturn:
+    expected = "an object still held"
+    raise ArgumentError(name, "self", got="one that was released", expected=expected)
 
 
 def _place_of(arena: CallArena, told: object, home: Device | None) -> tuple[Device | None, bool]:
@@ -505,6 +514,7 @@ class FunctionObject(Function):
 
     def release(self) -> None:
         self._guard._handle = None
+        self._entry._find = functools.partial(_refuse_released, self._entry.name)
         super().release()
 
     def __repr__(self) -> str:
@@ -585,22 +595,25 @@ class TensorObject(Tensor, Exported):
 
     def _begin(self, origin: Origin) -> None:
         self.origin = origin
-        self._desc = self.described()
+        desc = super().described()
+        self._desc = desc.at(desc.ptr)
         self._held: Any = None
+
+    def described(self) -> TensorDesc:
+        # Owned by a second object of the same handle, which nobody releases.
+        owner = object.__new__(TensorObject)
+        owner._handle, owner._number = self.handle, None
+        owner.origin, owner._desc, owner._held = self.origin, self._desc, None
+        return self._desc.at(self._desc.ptr, owner)
 
     @property
     def desc(self) -> TensorDesc:
-        """Its address and layout, valid while this object is referred to, until `release`."""
-        _ = self.handle
-        return self._desc.at(self._desc.ptr, self)
+        """Its address and layout; the memory lives as long as the descriptor."""
+        return self.described()
 
     def _to_export(self) -> tuple[TensorDesc, object, int | None]:
         if self._held is None:
-            # An additional reference, which outlives `release` for the importer.
-            handle = self.handle
-            library.lib.TVMFFIObjectIncRef(handle)
-            held = ffi.cast("TVMFFIObjectHandle", handle)
-            self._held = ffi.gc(held, library.lib.TVMFFIObjectDecRef)
+            self._held = self.handle  # which outlives `release` for the importer
         return self._desc, self, self.origin.stream
 
     @property

@@ -298,7 +298,8 @@ def _packer_of(spelled: TypeExpr) -> Packer:
 
 def ints_of(value: Object) -> tuple[int, ...]:
     """Return the ints of a Shape object."""
-    cell = ffi.cast("FiFfiShapeObject *", value.handle).cell
+    handle = value.handle
+    cell = ffi.cast("FiFfiShapeObject *", handle).cell
     if not cell.size:
         return ()
     if cell.data == ffi.NULL or cell.size > library.MAX_BYTES // 8:
