@@ -233,3 +233,67 @@ def test_calls_release_the_gil():
     """While one thread's call waits in C another goes on; else neither would ever end."""
     status, out, err = done(GIL)
     assert (status, out) == (0, "done\n"), err
+
+
+class Quit(BaseException):
+    """What a debugger's trace function raises."""
+
+
+def test_a_trace_function_raises_anywhere(rng):
+    """While a lost frame is looked for: no other call of the process waits, and this one works."""
+    rows = rng.standard_normal((4, 64)).astype(np.float16)
+    call, other = (
+        fi_ffi.rmsnorm.prepare(np.empty_like(rows), rows, np.ones(64, np.float16)) for _ in range(2)
+    )
+    code, raised = type(call).reclaim.__code__, 0
+
+    def trace(frame, event, arg):
+        nonlocal left
+        if frame.f_code is not code:
+            return None
+        left -= 1
+        if not left:
+            raise Quit
+        return trace
+
+    def called(one, works):
+        works.append(one())
+
+    for at in count(1):
+        left = at
+        with contextlib.suppress(IndexError):
+            call.take()  # and lost
+        sys.settrace(trace)
+        try:
+            call()
+        except Quit:
+            raised += 1
+        finally:
+            sys.settrace(None)
+        if left > 0:
+            break
+        works = []
+        for each in (call, other):
+            thread = threading.Thread(target=called, args=(each, works), daemon=True)
+            thread.start()
+            thread.join(20)
+        assert len(works) == 2, f"after event {at}"
+    assert raised > 5
+
+
+def test_one_of_many_gets_a_lost_frame():
+    rows = np.ones((4, 64), np.float16)
+    call = fi_ffi.rmsnorm.prepare(np.empty_like(rows), rows, np.ones(64, np.float16))
+    for _ in range(ROUNDS):
+        with contextlib.suppress(IndexError):
+            call.take()
+        taken = []
+
+        def take(number, taken=taken):
+            with contextlib.suppress(fi_ffi.ArgumentError):
+                taken.append(call.reclaim())
+
+        at_once(take)
+        assert len(taken) == 1
+        call.give(taken.pop())
+        call()
