@@ -235,6 +235,85 @@ def test_calls_release_the_gil():
     assert (status, out) == (0, "done\n"), err
 
 
+COLLECTED = """
+import ctypes, gc, sys
+import fi_ffi
+
+DEFINING = {f"/fi_ffi/{name}" for name in ("reference/", "ops/attention/", "ops/plans/")}
+memory = [(ctypes.c_uint16 * 64)(*[0x3C00] * 64) for _ in range(3)]
+shapes = [(1, 64), (1, 64), (64,)]
+out, *read = [
+    fi_ffi.TensorDesc(ctypes.addressof(each), shape, "float16", device="cpu")
+    for each, shape in zip(memory, shapes)
+]
+told, is_calling = [], False
+
+class Cycle:
+    def __init__(self):
+        self.itself = self
+
+    def __del__(self):
+        global is_calling
+        if is_calling:
+            return
+        is_calling = True
+        try:
+            memory[0][:] = [0] * 64
+            fi_ffi.rmsnorm(out, *read, eps=0.0)
+            told.append({*memory[0]} == {0x3C00} and callable(fi_ffi.BatchDecodePlan))
+        except BaseException as error:
+            told.append(repr(error))
+        is_calling = False
+
+def profile(frame, event, value):
+    if not is_calling and any(part in frame.f_code.co_filename for part in DEFINING):
+        Cycle()
+
+gc.set_threshold(1)
+sys.setprofile(profile)
+fi_ffi.rmsnorm(out, *read, eps=0.0)
+fi_ffi.BatchDecodePlan
+sys.setprofile(None)
+assert gc.isenabled() and len(told) > 50 and {*told} == {True}, {*told}
+"""
+
+
+def test_garbage_calls_while_modules_are_imported():
+    """Those of `fi_ffi.reference` and of plans, which the first use imports."""
+    assert done(COLLECTED) == (0, "", "")
+
+
+HANDLED = """
+import signal, sys
+import numpy as np
+import fi_ffi
+
+rows, told = np.ones((3, 1, 64), np.float16), []
+
+def handler(number, frame):
+    try:
+        fi_ffi.rmsnorm(*rows[:2], rows[2, 0])
+    except fi_ffi.LoaderError as error:
+        told.append(str(error))
+
+def profile(frame, event, value):
+    if not told and frame.f_code.co_filename.endswith("/reference/arrays.py"):
+        signal.raise_signal(signal.SIGUSR1)
+
+signal.signal(signal.SIGUSR1, handler)
+sys.setprofile(profile)
+fi_ffi.rmsnorm(*rows[:2], rows[2, 0])
+sys.setprofile(None)
+handler(0, None)
+print(*told)
+"""
+
+
+def test_a_signal_handler_calls_while_modules_are_imported():
+    expected = "fi_ffi.reference is still being imported by this thread: call again after it\n"
+    assert done(HANDLED) == (0, expected, "")
+
+
 class Quit(BaseException):
     """What a debugger's trace function raises."""
 
