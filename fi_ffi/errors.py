@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import signal
 import threading
-from types import CodeType
-from typing import TYPE_CHECKING, Any
+import types
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+    from typing import Any
 
 
 class FiFfiError(Exception):
@@ -82,13 +83,13 @@ def signal_of(error: BaseException) -> int:
     return 0
 
 
-def _handler_codes() -> Iterator[tuple[CodeType, int]]:
+def _handler_codes() -> Iterator[tuple[types.CodeType, int]]:
     for number in signal.valid_signals():
         handler = signal.getsignal(number)
         if callable(handler):
             function = getattr(handler, "func", handler)  # unwraps functools.partial
             for made in (function, type(function).__call__):
-                if isinstance(code := getattr(made, "__code__", None), CodeType):
+                if isinstance(code := getattr(made, "__code__", None), types.CodeType):
                     yield code, number
 
 

@@ -45,7 +45,7 @@ class Unique:
 class Object(Unique):
     """One owned reference to a TVM-FFI object; close it as a context manager or with `release`."""
 
-    __slots__ = ("_handle", "_number")
+    __slots__ = ("_handle", "_number", "depth")
     type_index: ClassVar[int] = TypeIndex.OBJECT_BEGIN
 
     def __init__(self, handle: Any, backing: object = None) -> None:
@@ -55,6 +55,8 @@ class Object(Unique):
         """
         self._handle: Any = ffi.gc(handle, library.lib.TVMFFIObjectDecRef)
         self._number = None if backing is None else _lend(handle, backing)
+        # Bounds how deep the containers inside are nested, as far as fi_ffi's calls nested them.
+        self.depth = 0
 
     @property
     def handle(self) -> Any:
@@ -80,7 +82,7 @@ class Object(Unique):
     def moved_to(self, kind: type[_Kind]) -> _Kind:
         """Move the reference to a new object of another class; this object counts as released."""
         made = object.__new__(kind)
-        made._handle, made._number = self.handle, self._number
+        made._handle, made._number, made.depth = self.handle, self._number, self.depth
         self._handle = self._number = None
         return made
 
@@ -224,15 +226,17 @@ class CallArena(Unique):
     """Owner of the temporary objects behind one call's arguments.
 
     `descs` lists all tensors among the arguments, with their argument's name. `adopt` converts the
-    objects passed to Python callbacks to the caller's classes.
+    objects passed to Python callbacks to the caller's classes. `depth` is that of the containers
+    among the arguments, and `level` that of the one being packed.
     """
 
-    __slots__ = ("_owned", "adopt", "descs", "is_result", "keep", "op")
+    __slots__ = ("_owned", "adopt", "depth", "descs", "is_result", "keep", "level", "op")
 
     def __init__(self, op: str, adopt: Callable[[Any], Any] | None = None) -> None:
         self.op, self.adopt = op, adopt
         self.is_result = False  # set for a callback's result, whose referents must outlive the call
         self.keep: list[object] = []
+        self.depth = self.level = 0
         self.descs: list[tuple[str, TensorDesc]] = []
         self._owned: list[Object] = []
 

@@ -214,6 +214,7 @@ def object_packer(name: str, *indices: int) -> Packer:
             refuse(value, arena, where, f"an object of type {name}")
         slot.type_index, slot.v_ptr = index, handle
         arena.keep.append(handle)
+        arena.depth = max(arena.depth, arena.level + value.depth)
 
     return packer
 

@@ -213,12 +213,55 @@ class ModuleEntry(Unique):
         if not isinstance(value, Object):
             return value
         stream = None if place is None else current_handle(place)
-        return adopted(value, Origin(self.name, place or self._home, self._asks, stream))
+        made = adopted(value, Origin(self.name, place or self._home, self._asks, stream))
+        return _nested(made, arena)
 
 
 def _refuse_released(name: str, device: object = None) -> NoReturn:
     expected = "an object still held"
     raise ArgumentError(name, "self", got="one that was released", expected=expected)
+
+
+# Containers that libtvm_ffi frees by recursion, on a stack that is as small as a thread's may be.
+_DEEPEST = 1000
+
+
+def _nested(value: Any, arena: CallArena) -> Any:
+    """Return a call's result, which may contain the arguments, unless it is nested too deep."""
+    if isinstance(value, Object):
+        value.depth = arena.depth + 1
+        if value.depth > _DEEPEST:
+            value.depth = _measured(value)
+        if value.depth > _DEEPEST:
+            value.release()
+            got, expected = "containers nested deeper", f"containers nested {_DEEPEST} deep at most"
+            raise ArgumentError(arena.op, "*args", got=got, expected=expected)
+    return value
+
+
+def _measured(value: Object) -> int:
+    """Return how deep the arrays and mappings of an object are nested, up to a few too many."""
+    level = {0: value}
+    for depth in range(1, _DEEPEST + 2):
+        parts = (
+            part
+            for one in level.values()
+            if isinstance(one, (ArrayObject, MapObject))
+            for part in (one if isinstance(one, ArrayObject) else (*one, *one.values()))
+        )
+        level = {
+            library.address_of(part.handle): part for part in parts if isinstance(part, Object)
+        }
+        if not level:
+            return depth
+    return depth
+
+
+def _of(owner: Object, part: Any) -> Any:
+    """Return a part of an object, which is nested no deeper."""
+    if isinstance(part, Object):
+        part.depth = owner.depth
+    return part
 
 
 def _place_of(arena: CallArena, told: object, home: Device | None) -> tuple[Device | None, bool]:
@@ -406,7 +449,7 @@ class ReflectedObject(Object):
     def _value(self, member: Field) -> Any:
         where = f"{self.type_key}.{member.name}"
         value = get_field(self, member, where)
-        return adopted(value, self.origin._replace(name=where, asks=False))
+        return _of(self, adopted(value, self.origin._replace(name=where, asks=False)))
 
     def set_field(self, name: str, value: object) -> None:
         """Set a field; raise `AttributeError` if it is read-only or does not exist.
@@ -545,7 +588,8 @@ class ArrayObject(Array, Sequence[Any]):
         return self._item(positions)
 
     def _item(self, index: int) -> Any:
-        return adopted(library_function(f"{self._names}GetItem")(self, index), self.origin)
+        item = library_function(f"{self._names}GetItem")(self, index)
+        return _of(self, adopted(item, self.origin))
 
     def __repr__(self) -> str:
         return repr(list(self)) if self._handle is not None else "<released array>"
@@ -571,15 +615,16 @@ class MapObject(Object, Mapping[Any, Any]):
             is_there = False
         if not is_there:
             raise KeyError(key)
-        return adopted(call(library_function(f"{self._names}GetItem"), self, key), self.origin)
+        item = call(library_function(f"{self._names}GetItem"), self, key)
+        return _of(self, adopted(item, self.origin))
 
     def __iter__(self) -> Iterator[Any]:
         if not len(self):
             return
         step = Entry.of(library_function(f"{self._names}ForwardIterFunctor")(self), "iterate")
-        yield adopted(step(0), self.origin)
+        yield _of(self, adopted(step(0), self.origin))
         while step(2):
-            yield adopted(step(0), self.origin)
+            yield _of(self, adopted(step(0), self.origin))
 
     def __repr__(self) -> str:
         return repr(dict(self)) if self._handle is not None else "<released mapping>"
@@ -604,6 +649,7 @@ class TensorObject(Tensor, Exported):
         owner = object.__new__(TensorObject)
         owner._handle, owner._number = self.handle, None
         owner.origin, owner._desc, owner._held = self.origin, self._desc, None
+        owner.depth = 0
         return self._desc.at(self._desc.ptr, owner)
 
     @property

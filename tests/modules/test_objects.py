@@ -288,6 +288,53 @@ def test_a_released_tensor_is_not_exported(every, rng):
     assert allocator.count == before
 
 
+def wrapped(kind, item):
+    make = fi_ffi.function(kind)
+    return {
+        "ffi.Array": lambda: make(item),
+        "ffi.List": lambda: make([item]),
+        "ffi.Map": lambda: make("at", item),
+        "ffi.Dict": lambda: make("at", {"in": [item]}),
+    }[kind]()
+
+
+WAYS = {
+    "ffi.Array": [0],
+    "ffi.List": [0, 0],
+    "ffi.Map": ["at"],
+    "ffi.Dict": ["at", "in", 0],
+}
+
+
+def as_deep_as_can_be(kind, made):
+    for depth in range(5000):
+        try:
+            made = wrapped(kind, made)
+        except ArgumentError:
+            return made, depth
+    return made, 5000
+
+
+@pytest.mark.parametrize("kind", WAYS)
+def test_results_that_are_nested(every, kind):
+    """Their deletion recurses in C++: endless nesting would end the process."""
+    way = WAYS[kind]
+    made, depth = as_deep_as_can_be(kind, 7)
+    assert 1000 - len(way) <= depth * len(way) <= 1000
+    with pytest.raises(ArgumentError, match="expected containers nested 1000 deep at most"):
+        wrapped(kind, made)
+    # What comes back is no deeper, however often it was passed.
+    wide = every.same_array([[1, 2]] * 20)
+    for _ in range(2500):
+        wide = every.same_array(wide)
+    assert [*map(list, wide)] == [[1, 2]] * 20
+    for _ in range(3 * depth // 4):
+        for at in way:
+            made = made[at]
+    _, more = as_deep_as_can_be(kind, made)
+    assert abs(more - 3 * depth // 4) <= 2
+
+
 class Releasing(int):
     """A number that releases an object while it is packed, as another thread could."""
 
