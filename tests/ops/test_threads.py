@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable
 from itertools import count, cycle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,12 +18,13 @@ import pytest
 import fi_ffi
 from fi_ffi.abi.interop import as_desc
 from fi_ffi.loader import generation
-from fi_ffi.ops.call import compiled
+from fi_ffi.ops.call import compiled, prepared
 from fi_ffi.ops.call.op import Op
 
 from tests.helpers.children import done
 from tests.helpers.plan_calls import KINDS, Case
 from tests.helpers.prepared_calls import EVERY_OP, draw, full, placed
+from tests.helpers.remains import allowed
 
 THREADS, ROUNDS = 8, 30
 
@@ -199,7 +201,7 @@ GIL = """
     from fi_ffi.abi._cffi import ffi
     from fi_ffi.abi.function import Entry
     from fi_ffi.loader.runtime import ensure_tvm_ffi
-    from fi_ffi.ops.call import compiled
+    from fi_ffi.ops.call import compiled, prepared
 
     ensure_tvm_ffi()
     libc = ctypes.CDLL(None)
@@ -360,19 +362,24 @@ def test_a_trace_function_raises_anywhere(rng):
     assert raised > 5
 
 
-def test_one_of_many_gets_a_lost_frame():
+def test_one_of_many_gets_a_lost_frame(monkeypatch):
+    """Also where another takes it after this one found it lost."""
     rows = np.ones((4, 64), np.float16)
     call = fi_ffi.rmsnorm.prepare(np.empty_like(rows), rows, np.ones(64, np.float16))
-    for _ in range(ROUNDS):
-        with contextlib.suppress(IndexError):
-            call.take()
-        taken = []
+    taken = []
 
-        def take(number, taken=taken):
-            with contextlib.suppress(fi_ffi.ArgumentError):
-                taken.append(call.reclaim())
+    def count_references(frame):
+        if not taken:
+            taken.append(None)
+            taken.append(call.reclaim())
+        return 2
 
-        at_once(take)
-        assert len(taken) == 1
+    for _ in range(3):
+        call.take()
+        with monkeypatch.context() as patch:
+            patch.setattr(prepared, "sys", SimpleNamespace(getrefcount=count_references))
+            with allowed("taken", "call.lost"), pytest.raises(fi_ffi.ArgumentError, match="in use"):
+                call.reclaim()
         call.give(taken.pop())
+        taken.clear()
         call()
