@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from fi_ffi.abi.interop import as_desc
+from fi_ffi.abi.library import import_whole
 from fi_ffi.abi.signature import Signature, parse_signature
 from fi_ffi.abi.streams import stream
 from fi_ffi.abi.tensor import DTYPES, Device, DType, TensorDesc, parse_device
@@ -170,7 +171,7 @@ def _later(name: str) -> object:
             text += api_map.hint(name, __all__) if api_map else ""
         # With `name` and `obj`, Python's traceback suggests the nearest name.
         raise AttributeError(text, name=name, obj=sys.modules[__name__])
-    module = importlib.import_module(_LATER[name])
+    module = import_whole(_LATER[name])
     for known, where in _LATER.items():
         if where == _LATER[name]:
             globals()[known] = getattr(module, known)

@@ -6,10 +6,14 @@ expected type (`ValueError` for a bad argument, `RuntimeError` for a failed kern
 
 from __future__ import annotations
 
+import signal
+import threading
+import types
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
+    from typing import Any
 
 
 class FiFfiError(Exception):
@@ -44,7 +48,8 @@ def _text(value: object) -> str:
     try:
         text = str(value)
     # an int with more digits than Python prints, or an error of the value's own `__str__`
-    except Exception:
+    except Exception as error:
+        let_through(error)
         return _unprintable(value)
     if not text:
         return repr(text)
@@ -55,8 +60,56 @@ def printed(value: object, most: int = 60) -> str:
     """Return the start of a value's repr for an error message, even if the repr raises."""
     try:
         return repr(value)[:most]
-    except Exception:
+    except Exception as error:
+        let_through(error)
         return _unprintable(value)
+
+
+# A subclass may override the attribute.
+_frames_of: Any = BaseException.__dict__["__traceback__"].__get__
+
+
+def signal_of(error: BaseException) -> int:
+    """Return the signal whose handler raised an exception; 0 if none did."""
+    frames = _frames_of(error)
+    # Python runs signal handlers on the main thread only.
+    if frames is None or threading.get_ident() != threading.main_thread().ident:
+        return 0
+    handlers = dict(_handler_codes())
+    while handlers and frames is not None:
+        if frames.tb_frame.f_code in handlers:
+            return handlers[frames.tb_frame.f_code]
+        frames = frames.tb_next
+    return 0
+
+
+def _handler_codes() -> Iterator[tuple[types.CodeType, int]]:
+    for number in signal.valid_signals():
+        handler = signal.getsignal(number)
+        if callable(handler):
+            function = getattr(handler, "func", handler)  # unwraps functools.partial
+            for made in (function, type(function).__call__):
+                if isinstance(code := getattr(made, "__code__", None), types.CodeType):
+                    yield code, number
+
+
+def let_through(error: BaseException | None, is_replaced: bool = False) -> None:
+    """Raise an exception again if a signal handler raised it, and not what was called.
+
+    With `is_replaced`, do so for one in whose place another was raised.
+    """
+    # No cycle of references may keep the memory of calls, not of this frame, nor of contexts.
+    try:
+        while error is not None and not signal_of(error):
+            error = error.__context__ if is_replaced else None
+        if error is not None:
+            before = error.__context__
+            try:
+                raise error
+            finally:
+                error.__context__ = before
+    finally:
+        error = before = None
 
 
 def printable(text: str) -> str:

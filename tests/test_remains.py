@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import fi_ffi
-from fi_ffi.abi import failure, objects, streams
+from fi_ffi.abi import failure, streams
 from fi_ffi.abi.tensor import parse_device
 from fi_ffi.errors import ArgumentError, ArgumentTypeError, KernelError, KernelNotFoundError
 from fi_ffi.loader import cache, generation, search
@@ -66,11 +66,6 @@ def folder(undo: Undo) -> None:
     undo.callback(cache.removed_at_exit.discard, "a folder")
 
 
-def orphan(undo: Undo) -> None:
-    objects._orphans.append(object())
-    undo.callback(objects._orphans.pop)
-
-
 def kept(undo: Undo) -> None:
     memory.keep(undo)
     undo.callback(memory._kept.pop, id(undo))
@@ -110,7 +105,6 @@ OF_PROCESS: dict[str, tuple[str, Callable[[Undo], Any]]] = {
     "thread": ("threads", thread),
     "lock": ("held locks", lock),
     "folder": ("folders to remove at exit", folder),
-    "orphan": ("orphans", orphan),
     "kept": ("objects kept for good", kept),
     "travelling": ("exceptions on their way", travelling),
     "scratch": ("scratch memory", scratch),

@@ -13,12 +13,20 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import TracebackType
 from typing import Any, NamedTuple
 
 from fi_ffi.abi import library
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.dlpack import dims_of
-from fi_ffi.abi.failure import check, message_of
+from fi_ffi.abi.failure import (
+    check,
+    is_foreign,
+    message_of,
+    set_escaped,
+    set_raised,
+    signal_again,
+)
 from fi_ffi.abi.tensor import Device, c_strides, device_from_code
 
 _DLPACK_MAJOR = 1
@@ -58,9 +66,12 @@ class Allocator:
         # operation needs no lock, and a deleter must not wait for one: it may run on any thread.
         self._blocks: dict[int, Callable[[], None]] = {}
         self._is_closed = False
-        self._callback = ffi.callback("DLPackManagedTensorAllocator", self._allocate, error=-1)
-        # An exception of give_back goes to sys.unraisablehook, as from a `__del__`.
-        self._deleter = ffi.callback("void(DLManagedTensorVersioned *)", self._delete)
+        self._callback = ffi.callback(
+            "DLPackManagedTensorAllocator", self._allocate, error=-1, onerror=set_escaped
+        )
+        self._deleter = ffi.callback(
+            "void(DLManagedTensorVersioned *)", self._delete, onerror=self._delete_again
+        )
         _ALLOCATORS.append(self)
 
     @property
@@ -92,6 +103,8 @@ class Allocator:
             words = (type(error).__name__, message_of(error))
             kind, message = (ffi.new("char[]", word.encode(errors="replace")) for word in words)
             set_error(error_context, kind, message)
+            if is_foreign(error):
+                set_raised(error)
             return -1
         return 0
 
@@ -128,9 +141,25 @@ class Allocator:
 
     def _delete(self, managed: Any) -> None:
         header = library.address_of(managed)
-        give_back = self._blocks.pop(header)
-        _free_host(header)
-        give_back()
+        give_back = self._blocks.pop(header, None)
+        if give_back is not None:
+            _free_host(header)
+            give_back()
+
+    def _delete_again(
+        self, kind: type[BaseException], error: BaseException, frames: TracebackType
+    ) -> None:
+        """Delete what an interrupted `_delete` has left, and raise the signal once more. Another
+        error goes to sys.unraisablehook, as from a `__del__`."""
+        again = signal_again(BaseException.with_traceback(error, frames))
+        if again is None:
+
+            def fail(_: Any) -> None:
+                raise error
+
+            ffi.release(ffi.gc(ffi.cast("void *", 1), fail))
+            return
+        self._delete(frames.tb_frame.f_locals["managed"])
 
 
 # Kept for the life of the process: tensors point to the allocators' deleters.

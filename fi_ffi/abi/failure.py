@@ -5,17 +5,21 @@ The CUDA runtime and the driver use the same numbers (driver_types.h, cuda.h).
 
 from __future__ import annotations
 
+import functools
+import operator
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Iterator
-from types import CodeType, TracebackType
+import weakref
+from _thread import interrupt_main
+from collections.abc import Callable
+from types import TracebackType
 from typing import Any
 
 from fi_ffi.abi import library
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.library import TypeIndex
-from fi_ffi.errors import DeviceError, KernelError
+from fi_ffi.errors import DeviceError, KernelError, signal_of
 
 _MAX_CAUSES = 16
 _MAX_WORDS = 64 << 20  # bytes of an error's message or backtrace; a longer one is corrupt
@@ -56,6 +60,8 @@ def take_kernel_error(op: str) -> BaseException:
 # handler), keyed by the address of the Error object that stands for them. Holding a reference to
 # the Error object keeps its address from being reused.
 _travelling: dict[int, tuple[Any, BaseException]] = {}
+# The last of them of each thread for which no Error object of its own could be made.
+_escaped: dict[int, BaseException] = {}
 # Exception types that are rebuilt if the original exception is gone.
 _REBUILT: dict[str, type[BaseException]] = {
     "KeyboardInterrupt": KeyboardInterrupt,
@@ -73,11 +79,12 @@ def take_raised(op: str) -> BaseException:
     library.lib.TVMFFIErrorMoveFromRaised(slot)
     if slot[0] == ffi.NULL:
         return KernelError(op, "UnknownError", "the call failed and left no error behind")
-    _, original = _travelling.pop(library.address_of(slot[0]), (None, None))
-    try:
-        error = error_from(slot[0], op)
-    finally:
-        library.lib.TVMFFIObjectDecRef(slot[0])
+    handle = ffi.gc(slot[0], library.lib.TVMFFIObjectDecRef)
+    _, original = _travelling.pop(library.address_of(handle), (None, None))
+    error = error_from(handle, op)
+    escaped = _escaped.pop(threading.get_ident(), None)
+    if escaped is not None and error.kind in (_ESCAPED, _name_of(type(escaped))):
+        original = escaped
     if original is None:
         if error.kind not in _REBUILT:
             return error
@@ -145,13 +152,14 @@ def set_raised(error: BaseException) -> None:
     """
     try:
         _raise(error)
-    except Exception:
-        _raise_fallback(type(error))
-    except BaseException as interrupt:  # Ctrl-C while the error was converted
-        try:
-            _raise(interrupt)
+    except BaseException as broken:
+        if not is_foreign(broken):
+            _raise_fallback(error, not is_foreign(error))
+            return
+        try:  # Ctrl-C while the error was converted
+            _raise(broken)
         except BaseException:
-            _raise_fallback(type(interrupt))
+            _raise_fallback(broken, False)
 
 
 def set_escaped(
@@ -161,29 +169,53 @@ def set_escaped(
     try:
         set_raised(BaseException.with_traceback(error, frames))
     except BaseException:  # the stack is exhausted
-        _raise_fallback(kind)
+        _raise_fallback(error, issubclass(kind, Exception))
 
 
-def _raise_fallback(kind: type[BaseException]) -> None:
+def _raise_fallback(error: BaseException, is_failure: bool) -> None:
     """Set an error created in advance: memory or stack may not suffice for a new one."""
-    for known, handle in _fallbacks:
-        if issubclass(kind, known):
-            library.lib.TVMFFIErrorSetRaised(handle)
-            return
+    if not is_failure:
+        _escaped[threading.get_ident()] = error
+    library.lib.TVMFFIErrorSetRaised(_fallbacks[is_failure])
+
+
+def is_foreign(error: BaseException) -> bool:
+    """Return whether an exception is no failure of the code that it passed through."""
+    return not isinstance(error, Exception) or signal_of(error) != 0
+
+
+class _Again(weakref.ref[Any]):
+    __slots__ = ("raise_",)
+    raise_: Callable[[], None]
+
+
+def signal_again(error: BaseException) -> object | None:
+    """Return an object whose end raises the signal again of whose handler the exception is, or None
+    if it is none's.
+
+    A destructor returns to Python with it as its last local variable: no line of Python comes after
+    its end in which the exception could be lost once more.
+    """
+    number = signal_of(error) or (signal.SIGINT if isinstance(error, KeyboardInterrupt) else 0)
+    if not number:
+        return None
+    alive = ffi.new("char *")
+    again = _Again(alive, operator.methodcaller("raise_"))
+    again.raise_ = functools.partial(interrupt_main, signal.Signals(number))
+    return again, alive  # a tuple drops its last item first
 
 
 def prepare_fallbacks() -> None:
     """Create the errors of `_raise_fallback` once, for the life of the process."""
     if not _fallbacks:
         words = b"a callback failed, and its exception cannot be converted"
-        kinds = {**_REBUILT, "RuntimeError": BaseException}
-        # Extend once: another thread may be iterating.
-        _fallbacks.extend(
-            [(kind, _create_error(name.encode(), words, b"")) for name, kind in kinds.items()]
-        )
+        kinds = (_ESCAPED, "RuntimeError")
+        # Extend once: another thread may read.
+        _fallbacks.extend([_create_error(name.encode(), words, b"") for name in kinds])
 
 
-_fallbacks: list[tuple[type[BaseException], Any]] = []
+_ESCAPED = "BaseException"  # the kind of the Error that stands for a thread's `_escaped`
+_fallbacks: list[Any] = []
 
 
 def _raise(error: BaseException) -> None:
@@ -192,32 +224,9 @@ def _raise(error: BaseException) -> None:
     for address, (handle, _) in _travelling.copy().items():
         if library.references(handle) == 1:
             _travelling.pop(address, None)
-    if not isinstance(error, Exception) or _is_of_signal_handler(error):
+    if is_foreign(error):
         _travelling[library.address_of(made)] = made, error
     library.lib.TVMFFIErrorSetRaised(made)
-
-
-def _is_of_signal_handler(error: BaseException) -> bool:
-    """Return whether an exception was raised by a signal handler."""
-    if threading.get_ident() != threading.main_thread().ident:
-        return False  # Python runs signal handlers on the main thread only
-    handlers = {*_handler_codes()}
-    frames = error.__traceback__
-    while handlers and frames is not None:
-        if frames.tb_frame.f_code in handlers:
-            return True
-        frames = frames.tb_next
-    return False
-
-
-def _handler_codes() -> Iterator[CodeType]:
-    for number in signal.valid_signals():
-        handler = signal.getsignal(number)
-        if callable(handler):
-            function = getattr(handler, "func", handler)  # unwraps functools.partial
-            for made in (function, type(function).__call__):
-                if isinstance(code := getattr(made, "__code__", None), CodeType):
-                    yield code
 
 
 def _error_parts(error: BaseException) -> tuple[bytes, ...]:

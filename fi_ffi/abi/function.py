@@ -282,8 +282,9 @@ class Frame:
         cell = ffi.addressof(ffi.cast("FiFfiTensorObject *", made.handle).cell)
         ffi.memmove(cell, self._buffer + at, ffi.sizeof("DLTensor"))
         self._objects[i] = made
-        # A tensor past the arguments is in an Array, which holds a second reference.
-        self._references.append((_references_of(made), 1 + (i >= self.layout.count)))
+        # Beside this frame's, there is one in `objects._lent`, and for a tensor past the arguments
+        # one in an Array.
+        self._references.append((_references_of(made), 2 + (i >= self.layout.count)))
         # The address is the first field of the object's copy of the DLTensor.
         self._cells.append((memoryview(ffi.buffer(cell, 8)).cast("B").cast("Q"), at))
         return made
@@ -306,11 +307,6 @@ class Frame:
             if references[0] != own:
                 return True
         return False
-
-    def __del__(self) -> None:
-        # Release Arrays first: they hold references to the Tensor objects.
-        for array in getattr(self, "_arrays", ()):
-            array.release()
 
     def call(self) -> Any:
         """Call the entry with the written arguments; return the result, which the caller owns."""

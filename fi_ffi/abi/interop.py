@@ -29,7 +29,7 @@ from fi_ffi.abi.tensor import (
     remember,
     tensor_kind,
 )
-from fi_ffi.errors import ArgumentError, ArgumentTypeError, DeviceError, printed
+from fi_ffi.errors import ArgumentError, ArgumentTypeError, DeviceError, let_through, printed
 
 
 class SupportsDLPack(Protocol):
@@ -93,6 +93,7 @@ def as_desc(value: object, op: str = "as_desc", argument: str = "value") -> Tens
     except (DeviceError, MemoryError):
         raise
     except Exception as error:  # the exporter failed: attribute the message to it
+        let_through(error)
         got = f"a {kind.__module__}.{kind.__qualname__} that refused: {message_of(error)}"
         raise ArgumentError(op, argument, got=got, expected="an exportable tensor") from error
     raise made
@@ -107,7 +108,7 @@ def _adapter_of(kind: type) -> Adapter | None:
     """Return the adapter for a type: its library's adapter, or else a protocol's."""
     found: Adapter | None = None
     if issubclass(kind, Tensor):  # also a Tensor that a call returned
-        return remember(_ADAPTERS, kind, lambda value, *_: value.described(value), _MAX_TYPES)
+        return remember(_ADAPTERS, kind, lambda value, *_: value.described(), _MAX_TYPES)
     for base in kind.__mro__:
         make = _LIBRARIES.get((base.__module__, base.__qualname__))
         # Another library's type of the same name is read through its protocols only.
@@ -175,6 +176,7 @@ def _torch_adapter(kind: type, torch: Any) -> Adapter:
                 found = described(tensor, op, argument)
             return frozen(tensor.data_ptr(), shape, tensor.stride(), found, tensor)
         except RuntimeError as error:
+            let_through(error)
             failed = error
         # `described` has a clearer message for most cases; it runs outside the except block, so
         # that the error has no chained traceback.
@@ -330,7 +332,8 @@ def _export(value: Any, no_sync: dict[str, int]) -> object:
     """Return a DLPack capsule, of the newest version that the exporter supports."""
     try:
         return value.__dlpack__(max_version=(1, 0), **no_sync)
-    except Exception:
+    except Exception as error:
+        let_through(error)
         # An exporter older than DLPack 1.0, or one that cannot leave the ordering to its consumer
         # (jax takes -1 for a stream). The default makes the exporter order the work itself.
         return value.__dlpack__()

@@ -5,8 +5,11 @@ The loader finds and opens the files; the rest of `fi_ffi.abi` calls them throug
 
 from __future__ import annotations
 
+import gc
+import importlib
 import os
 import re
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -211,6 +214,26 @@ def type_index_of(handle: Any) -> int:
 def references(handle: Any) -> int:
     """Return the number of strong references to an object."""
     return int(ffi.cast("TVMFFIObject *", handle).combined_ref_count & 0xFFFFFFFF)
+
+
+def import_whole(name: str) -> Any:
+    """Import a module late, without garbage being collected meanwhile.
+
+    A `__del__` that calls fi_ffi would find the module half made on this thread. Other threads
+    wait. A signal handler cannot: for its call, `LoaderError`.
+    """
+    module = sys.modules.get(name)
+    if module is None or module.__spec__._initializing:  # type: ignore[union-attr]
+        was_enabled = gc.isenabled()
+        try:
+            gc.disable()
+            module = importlib.import_module(name)
+        finally:
+            if was_enabled:
+                gc.enable()
+        if module.__spec__._initializing:  # type: ignore[union-attr]
+            raise LoaderError(f"{name} is still being imported by this thread: call again after it")
+    return module
 
 
 def renew_after_fork(names: dict[str, Any], name: str, make: Callable[[], Any]) -> None:

@@ -1,17 +1,19 @@
 """Reference-counted TVM-FFI objects; each reference is released exactly once.
 
-`ffi.gc` ties one `TVMFFIObjectDecRef` to each handle. It runs once: in `release()`, when the Python
-object dies, or at exit.
+`ffi.gc` ties one `TVMFFIObjectDecRef` to each handle. It runs when nobody holds the handle any
+more: calls and descriptors that read an object hold its handle, so `release` on another thread
+takes nothing from them. No destructor here is written in Python, where an exception of a signal
+handler would be lost.
 
 Objects made by libtvm_ffi own their memory. A Tensor object over a caller's tensor and a Function
-object that calls Python use memory of fi_ffi, which must outlive every reference. Such objects have
-no destructor, because it could call Python after the interpreter ended. Instead, objects that a
-callee still refers to are kept in `_lent` and checked again later.
+object that calls Python use memory of fi_ffi, which must outlive every reference. `_lent` holds
+that memory and one reference, and is looked through when such an object is released, and when there
+are many.
 """
 
 from __future__ import annotations
 
-import threading
+import itertools
 from collections.abc import Callable
 from typing import Any, ClassVar, NoReturn, TypeVar
 
@@ -43,50 +45,45 @@ class Unique:
 class Object(Unique):
     """One owned reference to a TVM-FFI object; close it as a context manager or with `release`."""
 
-    __slots__ = ("_backing", "_handle")
+    __slots__ = ("_handle", "_number", "depth")
     type_index: ClassVar[int] = TypeIndex.OBJECT_BEGIN
 
-    def __init__(self, handle: Any, backing: tuple[Any, object] | None = None) -> None:
+    def __init__(self, handle: Any, backing: object = None) -> None:
         """Take over a reference that the caller owns (a `TVMFFIObjectHandle`).
 
-        `backing` must outlive every reference to the object: a block of libc's memory (or NULL) and
-        a Python object.
+        `backing` is a Python object that must outlive every other reference to the object.
         """
         self._handle: Any = ffi.gc(handle, library.lib.TVMFFIObjectDecRef)
-        self._backing = backing
+        self._number = None if backing is None else _lend(handle, backing)
+        # Bounds how deep the containers inside are nested, as far as fi_ffi's calls nested them.
+        self.depth = 0
 
     @property
     def handle(self) -> Any:
-        """The borrowed handle; raises `FiFfiError` after `release`."""
-        if self._handle is None:
+        """The handle; hold it while you read the object. Raises `FiFfiError` after `release`."""
+        handle = self._handle
+        if handle is None:
             raise FiFfiError(f"this {type(self).__name__} was released")
-        return self._handle
+        return handle
 
     @property
     def use_count(self) -> int:
-        """Number of strong references to the object, including this one."""
+        """Number of strong references to the object, including this one, and fi_ffi's own if it is
+        over fi_ffi's memory."""
         return library.references(self.handle)
 
     def release(self) -> None:
-        """Release the reference now; later calls do nothing."""
-        # No call between the read and the write: if two threads release, only one gets the handle.
-        handle, self._handle = self._handle, None
-        if handle is None:
-            return
-        if self._backing is None:
-            ffi.release(handle)
-        elif library.references(handle) > 1:
-            _lend(handle, self._backing)
-        else:
-            ffi.release(handle)
-            library.c_library.free(self._backing[0])
-        self._backing = None
+        """Release the reference, or leave that to the calls that read it; later calls do
+        nothing."""
+        self._handle = None
+        if self._number is not None:
+            _take_back(self._number)
 
     def moved_to(self, kind: type[_Kind]) -> _Kind:
         """Move the reference to a new object of another class; this object counts as released."""
         made = object.__new__(kind)
-        made._handle, made._backing = self.handle, self._backing
-        self._handle = self._backing = None
+        made._handle, made._number, made.depth = self.handle, self._number, self.depth
+        self._handle = self._number = None
         return made
 
     def __enter__(self) -> Object:
@@ -94,17 +91,6 @@ class Object(Unique):
 
     def __exit__(self, *_: object) -> None:
         self.release()
-
-    def __del__(self) -> None:
-        # Without a backing, ffi.gc releases the handle; others may hold the handle too.
-        backing = getattr(self, "_backing", None)
-        # At interpreter exit, `_lent` is None and objects that callees hold stay as they are.
-        if backing is None or _lent is None:
-            return
-        # an interrupt ended the release, and a callee may still refer to the backing
-        if self._handle is None:
-            _orphans.append(backing)
-        Object.release(self)
 
 
 class Function(Object):
@@ -115,7 +101,8 @@ class Function(Object):
 
     @property
     def safe_call(self) -> Any:
-        return ffi.cast("FiFfiFunctionObject *", self.handle).cell.safe_call
+        handle = self.handle
+        return ffi.cast("FiFfiFunctionObject *", handle).cell.safe_call
 
 
 class Array(Object):
@@ -165,17 +152,24 @@ class Tensor(Object):
         block = library.aligned(size, _ALIGNMENT)
         try:
             managed, slot = ffi.cast("DLManagedTensor *", block), ffi.new("TVMFFIObjectHandle *")
-            managed.manager_ctx = managed.deleter = ffi.NULL
+            managed.manager_ctx = ffi.NULL
+            # The block begins with `managed`, so the last reference frees it, whoever has it.
+            managed.deleter = ffi.cast("void(*)(DLManagedTensor *)", library.c_library.free)
             write_dl_tensor(managed.dl_tensor, desc, ffi.cast("int64_t *", managed + 1))
             check(library.lib.TVMFFITensorFromDLPack(managed, 0, 0, slot), "Tensor")
         except BaseException:
             library.c_library.free(block)
             raise
-        return cls(slot[0], (block, desc))
+        return cls(slot[0], desc)
 
-    def described(self, owner: object = None) -> TensorDesc:
-        """Describe the tensor, keeping `owner`; valid while a reference is held."""
-        return desc_from_dl_tensor(ffi.cast("FiFfiTensorObject *", self.handle).cell, owner)
+    def described(self) -> TensorDesc:
+        """Describe the tensor, which lives as long as the descriptor."""
+        return tensor_of(self.handle)
+
+
+def tensor_of(handle: Any) -> TensorDesc:
+    """Describe a Tensor object; the descriptor keeps its handle."""
+    return desc_from_dl_tensor(ffi.cast("FiFfiTensorObject *", handle).cell, handle)
 
 
 OBJECT_TYPES: dict[int, type[Object]] = {
@@ -185,45 +179,45 @@ OBJECT_TYPES: dict[int, type[Object]] = {
 
 def bytes_of(value: Object) -> bytes:
     """Return the bytes of a heap string or of a Bytes object."""
-    return library.read_bytes(ffi.cast("FiFfiBytesObject *", value.handle).cell)
+    handle = value.handle
+    return library.read_bytes(ffi.cast("FiFfiBytesObject *", handle).cell)
 
 
-# Objects that a callee still refers to, by address: fi_ffi's own reference, and the backing.
-_lent: dict[int, tuple[Any, tuple[Any, object]]] = {}
-# Backings of objects whose release was interrupted. A callee may refer to them, so they are kept.
-_orphans: list[object] = []
+# Objects over fi_ffi's memory: fi_ffi's own reference, and the backing. No step of what follows
+# needs a lock: any thread may repeat it, and so may a signal handler in between.
+_lent: dict[int, tuple[Any, object]] = {}
+_numbers = itertools.count()
 _FEW = 64
 _limit = _FEW
-# Acquired without blocking only: a finalizer may run on the thread that is sweeping.
-_sweeping = threading.Lock()
-library.renew_after_fork(globals(), "_sweeping", threading.Lock)
 
 
-def _lend(handle: Any, backing: tuple[Any, object]) -> None:
-    _lent[library.address_of(handle)] = handle, backing
+def _lend(handle: Any, backing: object) -> int:
+    """Hold the backing of an object for as long as anybody refers to the object."""
+    number = next(_numbers)
+    library.lib.TVMFFIObjectIncRef(handle)
+    _lent[number] = ffi.gc(handle, library.lib.TVMFFIObjectDecRef), backing
     if len(_lent) >= _limit:
         _sweep()
+    return number
+
+
+def _take_back(number: int) -> None:
+    """Drop a backing if the one reference left is fi_ffi's own: nobody can create another."""
+    found = _lent.get(number)
+    if found is not None and library.references(found[0]) == 1:
+        _lent.pop(number, None)
 
 
 def _sweep() -> None:
-    """Release the lent objects that no callee refers to any more."""
+    """Drop the backings of the objects to which nobody else refers any more."""
     global _limit
-    if not _sweeping.acquire(blocking=False):
-        return
-    try:
-        for address, (handle, backing) in _lent.copy().items():
-            # The one reference left is fi_ffi's own, so nobody else can create another.
-            if library.references(handle) == 1:
-                del _lent[address]
-                ffi.release(handle)
-                library.c_library.free(backing[0])
-        _limit = max(_FEW, 2 * len(_lent))
-    finally:
-        _sweeping.release()
+    for number in [*_lent]:
+        _take_back(number)
+    _limit = max(_FEW, 2 * len(_lent))
 
 
 def lent_count() -> int:
-    """Return the number of objects over fi_ffi's memory that callees still refer to."""
+    """Return the number of objects over fi_ffi's memory that anybody refers to."""
     _sweep()
     return len(_lent)
 
@@ -232,15 +226,17 @@ class CallArena(Unique):
     """Owner of the temporary objects behind one call's arguments.
 
     `descs` lists all tensors among the arguments, with their argument's name. `adopt` converts the
-    objects passed to Python callbacks to the caller's classes.
+    objects passed to Python callbacks to the caller's classes. `depth` is that of the containers
+    among the arguments, and `level` that of the one being packed.
     """
 
-    __slots__ = ("_owned", "adopt", "descs", "is_result", "keep", "op")
+    __slots__ = ("_owned", "adopt", "depth", "descs", "is_result", "keep", "level", "op")
 
     def __init__(self, op: str, adopt: Callable[[Any], Any] | None = None) -> None:
         self.op, self.adopt = op, adopt
         self.is_result = False  # set for a callback's result, whose referents must outlive the call
         self.keep: list[object] = []
+        self.depth = self.level = 0
         self.descs: list[tuple[str, TensorDesc]] = []
         self._owned: list[Object] = []
 

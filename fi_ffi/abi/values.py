@@ -29,6 +29,7 @@ from fi_ffi.abi.objects import (
     String,
     Tensor,
     bytes_of,
+    tensor_of,
 )
 from fi_ffi.abi.signature import Signature
 from fi_ffi.abi.tensor import (
@@ -174,8 +175,7 @@ def pack_dtype(slot: Any, value: Any, arena: CallArena, where: str) -> None:
 def described(value: Any, arena: CallArena, where: str) -> TensorDesc:
     """Describe a tensor and record it in the call's arena."""
     if isinstance(value, Tensor):
-        _handle(value, arena, where)
-        desc = value.described()
+        desc = tensor_of(_handle(value, arena, where))
     else:
         desc = as_desc(value, arena.op, where)
     arena.descs.append((where, desc))
@@ -188,8 +188,9 @@ def pack_tensor(slot: Any, value: Any, arena: CallArena, where: str) -> None:
     if arena.is_result and desc is value and desc.owner is None:
         expected = "a tensor with an owner: what it is a view of may be gone when it is read"
         raise ArgumentTypeError(arena.op, where, got=value, expected=expected)
-    made = value if isinstance(value, Tensor) else arena.own(Tensor.from_desc(desc))
-    slot.type_index, slot.v_ptr = TypeIndex.TENSOR, made.handle
+    is_object = isinstance(value, Tensor)
+    handle: Any = desc.owner if is_object else arena.own(Tensor.from_desc(desc)).handle
+    slot.type_index, slot.v_ptr = TypeIndex.TENSOR, handle
 
 
 def _handle(value: Object, arena: CallArena, where: str) -> Any:
@@ -212,7 +213,8 @@ def object_packer(name: str, *indices: int) -> Packer:
         if indices and index not in indices:
             refuse(value, arena, where, f"an object of type {name}")
         slot.type_index, slot.v_ptr = index, handle
-        arena.keep.append(value)
+        arena.keep.append(handle)
+        arena.depth = max(arena.depth, arena.level + value.depth)
 
     return packer
 
@@ -341,11 +343,11 @@ def make_function(
     callback = ffi.callback(_SAFE_CALL, call, error=-1, onerror=set_escaped)
     slot = ffi.new("TVMFFIObjectHandle *")
     check(library.lib.TVMFFIFunctionCreate(ffi.NULL, callback, ffi.NULL, slot), name)
-    return Function(slot[0], (ffi.NULL, callback))
+    return Function(slot[0], callback)
 
 
 def _argument(slot: Any, adopt: Callable[[Any], Any] | None) -> Any:
     value = unpack(slot, owned=False)
     if isinstance(value, Tensor):
-        return value.described(value)  # keeps the Tensor object alive with the view
+        return value.described()
     return value if adopt is None else adopt(value)

@@ -11,7 +11,7 @@ import difflib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar, overload
 
 from fi_ffi.abi import library
 from fi_ffi.abi._cffi import ffi
@@ -133,8 +133,9 @@ class ModuleEntry(Unique):
         The question is a call with 512 arguments of None. A typed function refuses the call and
         reports its signature. A function that accepts any arguments runs, and `AbiError` is raised.
         """
-        self._check_alive()
-        self._declare(probe(self._find(None)))
+        held, find = self._hold(), self._find
+        self._declare(probe(find(None)))
+        del held
         assert self.signature is not None
         return self.signature
 
@@ -146,33 +147,36 @@ class ModuleEntry(Unique):
                 is open.
             device: the GPU of a call without a tensor on a GPU ("cuda:0").
         """
-        self._check_alive()
+        held, find = self._hold(), self._find
         # The origin holds no entry: an entry keeps its object, and the callee may keep a Python
         # function that it was given.
         origin = Origin(self.name, self._home, self._asks)
         arena = CallArena(self.name, functools.partial(adopted, origin=origin))
+        arena.keep.append(held)
         try:
             packed = self._pack(args, arena)
             place, needs_stream = _place_of(arena, device, self._home)
             if place is None:
                 if stream is not None:
                     stream_handle(stream, self.name)
-                return self._invoke(self._find(None), packed, args, arena, None)
+                return self._invoke(find(None), packed, args, arena, None)
             # Refuse a missing stream before the entry is looked up.
             on_stream = _stream_of(stream, place, needs_stream, self.name)
-            entry = self._find(place.index)
+            entry = find(place.index)
             with cuda.current(place), on_stream or _NOTHING:
                 return self._invoke(entry, packed, args, arena, place)
         finally:
             arena.end()
 
-    def _check_alive(self) -> None:
+    def _hold(self) -> Any:
+        """Return the handle that the call needs, so that `release` takes nothing from it."""
         guard: HandleGuard | ReflectedObject | None = self._guard
         if self._bound is not None:
             guard = self._bound
-        if guard is not None and guard._handle is None:
-            expected = "an object still held"
-            raise ArgumentError(self.name, "self", got="one that was released", expected=expected)
+        handle = None if guard is None else guard._handle
+        if guard is not None and handle is None:
+            _refuse_released(self.name)
+        return handle
 
     def _pack(self, args: tuple[Any, ...], arena: CallArena) -> Any:
         packers = self._packers
@@ -209,7 +213,55 @@ class ModuleEntry(Unique):
         if not isinstance(value, Object):
             return value
         stream = None if place is None else current_handle(place)
-        return adopted(value, Origin(self.name, place or self._home, self._asks, stream))
+        made = adopted(value, Origin(self.name, place or self._home, self._asks, stream))
+        return _nested(made, arena)
+
+
+def _refuse_released(name: str, device: object = None) -> NoReturn:
+    expected = "an object still held"
+    raise ArgumentError(name, "self", got="one that was released", expected=expected)
+
+
+# Containers that libtvm_ffi frees by recursion, on a stack that is as small as a thread's may be.
+_DEEPEST = 1000
+
+
+def _nested(value: Any, arena: CallArena) -> Any:
+    """Return a call's result, which may contain the arguments, unless it is nested too deep."""
+    if isinstance(value, Object):
+        value.depth = arena.depth + 1
+        if value.depth > _DEEPEST:
+            value.depth = _measured(value)
+        if value.depth > _DEEPEST:
+            value.release()
+            got, expected = "containers nested deeper", f"containers nested {_DEEPEST} deep at most"
+            raise ArgumentError(arena.op, "*args", got=got, expected=expected)
+    return value
+
+
+def _measured(value: Object) -> int:
+    """Return how deep the arrays and mappings of an object are nested, up to a few too many."""
+    level = {0: value}
+    for depth in range(1, _DEEPEST + 2):
+        parts = (
+            part
+            for one in level.values()
+            if isinstance(one, (ArrayObject, MapObject))
+            for part in (one if isinstance(one, ArrayObject) else (*one, *one.values()))
+        )
+        level = {
+            library.address_of(part.handle): part for part in parts if isinstance(part, Object)
+        }
+        if not level:
+            return depth
+    return depth
+
+
+def _of(owner: Object, part: Any) -> Any:
+    """Return a part of an object, which is nested no deeper."""
+    if isinstance(part, Object):
+        part.depth = owner.depth
+    return part
 
 
 def _place_of(arena: CallArena, told: object, home: Device | None) -> tuple[Device | None, bool]:
@@ -397,7 +449,7 @@ class ReflectedObject(Object):
     def _value(self, member: Field) -> Any:
         where = f"{self.type_key}.{member.name}"
         value = get_field(self, member, where)
-        return adopted(value, self.origin._replace(name=where, asks=False))
+        return _of(self, adopted(value, self.origin._replace(name=where, asks=False)))
 
     def set_field(self, name: str, value: object) -> None:
         """Set a field; raise `AttributeError` if it is read-only or does not exist.
@@ -505,6 +557,7 @@ class FunctionObject(Function):
 
     def release(self) -> None:
         self._guard._handle = None
+        self._entry._find = functools.partial(_refuse_released, self._entry.name)
         super().release()
 
     def __repr__(self) -> str:
@@ -535,7 +588,8 @@ class ArrayObject(Array, Sequence[Any]):
         return self._item(positions)
 
     def _item(self, index: int) -> Any:
-        return adopted(library_function(f"{self._names}GetItem")(self, index), self.origin)
+        item = library_function(f"{self._names}GetItem")(self, index)
+        return _of(self, adopted(item, self.origin))
 
     def __repr__(self) -> str:
         return repr(list(self)) if self._handle is not None else "<released array>"
@@ -561,15 +615,16 @@ class MapObject(Object, Mapping[Any, Any]):
             is_there = False
         if not is_there:
             raise KeyError(key)
-        return adopted(call(library_function(f"{self._names}GetItem"), self, key), self.origin)
+        item = call(library_function(f"{self._names}GetItem"), self, key)
+        return _of(self, adopted(item, self.origin))
 
     def __iter__(self) -> Iterator[Any]:
         if not len(self):
             return
         step = Entry.of(library_function(f"{self._names}ForwardIterFunctor")(self), "iterate")
-        yield adopted(step(0), self.origin)
+        yield _of(self, adopted(step(0), self.origin))
         while step(2):
-            yield adopted(step(0), self.origin)
+            yield _of(self, adopted(step(0), self.origin))
 
     def __repr__(self) -> str:
         return repr(dict(self)) if self._handle is not None else "<released mapping>"
@@ -585,22 +640,26 @@ class TensorObject(Tensor, Exported):
 
     def _begin(self, origin: Origin) -> None:
         self.origin = origin
-        self._desc = self.described()
+        desc = super().described()
+        self._desc = desc.at(desc.ptr)
         self._held: Any = None
+
+    def described(self) -> TensorDesc:
+        # Owned by a second object of the same handle, which nobody releases.
+        owner = object.__new__(TensorObject)
+        owner._handle, owner._number = self.handle, None
+        owner.origin, owner._desc, owner._held = self.origin, self._desc, None
+        owner.depth = 0
+        return self._desc.at(self._desc.ptr, owner)
 
     @property
     def desc(self) -> TensorDesc:
-        """Its address and layout, valid while this object is referred to, until `release`."""
-        _ = self.handle
-        return self._desc.at(self._desc.ptr, self)
+        """Its address and layout; the memory lives as long as the descriptor."""
+        return self.described()
 
     def _to_export(self) -> tuple[TensorDesc, object, int | None]:
         if self._held is None:
-            # An additional reference, which outlives `release` for the importer.
-            handle = self.handle
-            library.lib.TVMFFIObjectIncRef(handle)
-            held = ffi.cast("TVMFFIObjectHandle", handle)
-            self._held = ffi.gc(held, library.lib.TVMFFIObjectDecRef)
+            self._held = self.handle  # which outlives `release` for the importer
         return self._desc, self, self.origin.stream
 
     @property

@@ -192,8 +192,13 @@ def _make(
 ) -> None:
     """Write the container that the function `maker` returns; it is released after the call."""
     packed, result = ffi.new("TVMFFIAny[]", max(count, 1)), ffi.new("TVMFFIAny *")
-    for i, (packer, value, where) in enumerate(parts):
-        packer(packed[i], value, arena, where)
+    arena.level += 1
+    arena.depth = max(arena.depth, arena.level)
+    try:
+        for i, (packer, value, where) in enumerate(parts):
+            packer(packed[i], value, arena, where)
+    finally:
+        arena.level -= 1
     safe_call, handle = _container_maker(maker)
     check(safe_call(handle, packed, count, result), maker)
     container = arena.own(OBJECT_TYPES.get(result.type_index, Object)(result.v_ptr))
@@ -298,7 +303,8 @@ def _packer_of(spelled: TypeExpr) -> Packer:
 
 def ints_of(value: Object) -> tuple[int, ...]:
     """Return the ints of a Shape object."""
-    cell = ffi.cast("FiFfiShapeObject *", value.handle).cell
+    handle = value.handle
+    cell = ffi.cast("FiFfiShapeObject *", handle).cell
     if not cell.size:
         return ()
     if cell.data == ffi.NULL or cell.size > library.MAX_BYTES // 8:

@@ -154,15 +154,16 @@ def type_info(index: int) -> TypeInfo | None:
 
 def get_field(value: Object, field: Field, where: str) -> Any:
     """Return the value of an object's field: a Python value or an owned object."""
-    address, result = _address_of(value, field), ffi.new("TVMFFIAny *")
-    check(field.getter(address, result), where)
+    handle, result = value.handle, ffi.new("TVMFFIAny *")
+    check(field.getter(_address_of(handle, field), result), where)
     return unpack(result, owned=True)
 
 
 def set_field(value: Object, field: Field, content: object, where: str) -> None:
     """Write an object's writable field; the field's setter converts or refuses the value."""
     arena, slot = CallArena(where), ffi.new("TVMFFIAny *")
-    address = _address_of(value, field)
+    handle = value.handle
+    address = _address_of(handle, field)
     try:
         pack(slot[0], content, arena, "value")
         if field.setter_is_function:
@@ -177,8 +178,8 @@ def set_field(value: Object, field: Field, content: object, where: str) -> None:
         arena.end()
 
 
-def _address_of(value: Object, field: Field) -> Any:
-    return ffi.cast("char *", value.handle) + field.offset
+def _address_of(handle: Any, field: Field) -> Any:
+    return ffi.cast("char *", handle) + field.offset
 
 
 def function_is_typed(name: str) -> bool:

@@ -15,8 +15,6 @@ be, bit for bit.
 from __future__ import annotations
 
 import functools
-import importlib
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
@@ -45,8 +43,6 @@ _HAVE_INFINITY = ">=0.7.0"
 _NAMES = (*FAMILIES, "moe", "comm", "comm_fusion")
 EXACT: dict[str, Formula]
 MOVES: dict[str, Move]
-_lock = threading.Lock()
-library.renew_after_fork(globals(), "_lock", threading.Lock)
 _entries: dict[tuple[str, str, str, Compiled, str, tuple[str, ...]], Entry] = {}
 
 
@@ -56,7 +52,7 @@ def _families(first: str = "") -> Iterator[ModuleType]:
     All of them together take longer than a call does.
     """
     for name in sorted(_NAMES, key=lambda name: name != first):
-        yield importlib.import_module(f"fi_ffi.reference.{name}")
+        yield library.import_whole(f"fi_ffi.reference.{name}")
 
 
 def __getattr__(name: str) -> Any:
@@ -76,8 +72,7 @@ def _of_all(name: str) -> dict[str, Any]:
 
 def kernels() -> dict[str, list[str]]:
     """Return the entries that have a kernel of their own, by module."""
-    from fi_ffi.reference import attention
-
+    attention = library.import_whole("fi_ffi.reference.attention")
     entries: dict[str, set[str]] = {module: {*names} for module, names in attention.KERNELS.items()}
     for family in _families():
         for module, names in getattr(family, "KERNELS", {}).items():
@@ -99,18 +94,20 @@ def entry(
     kernel, its formula serves, which takes its arguments by `names`.
     """
     key = (module, kernel, str(signature), compiled, formula, tuple(names))
-    with _lock:
-        if key not in _entries:
-            function = _function(module, kernel, compiled, formula, names)
-            if function is None:
-                raise KernelNotFoundError(
-                    f"{module}.{kernel} has no reference kernel: it runs on CUDA only"
-                )
-            tvm_ffi.ensure_tvm_ffi()
-            words = (module, kernel, *(f"{word}_{value}" for word, value in compiled))
-            name = ".".join(("fi_ffi.reference", *words))
-            _entries[key] = register(name, signature, over_arrays(function))
-        return _entries[key]
+    found = _entries.get(key)
+    if found is None:
+        function = _function(module, kernel, compiled, formula, names)
+        if function is None:
+            raise KernelNotFoundError(
+                f"{module}.{kernel} has no reference kernel: it runs on CUDA only"
+            )
+        tvm_ffi.ensure_tvm_ffi()
+        words = (module, kernel, *(f"{word}_{value}" for word, value in compiled))
+        name = ".".join(("fi_ffi.reference", *words))
+        # No lock: a `__del__` on this thread may ask too. One of two alike serves all.
+        made = register(name, signature, over_arrays(function))
+        found = _entries.setdefault(key, made)
+    return found
 
 
 @generation.cached
@@ -131,12 +128,14 @@ def _function(
 ) -> Callable[..., Any] | None:
     """Return a module's kernel, or else what computes the formula."""
     if module not in _NAMES:
-        from fi_ffi.reference import attention
-
+        attention = library.import_whole("fi_ffi.reference.attention")
         if module in attention.KERNELS:
             if kernel not in attention.KERNELS[module]:
                 return None
-            return attention.reference_kernel(module, kernel, **dict(compiled))
+            of_attention: Callable[..., Any] = attention.reference_kernel(
+                module, kernel, **dict(compiled)
+            )
+            return of_attention
     for family in _families(module):
         own: Callable[..., Any] | None = getattr(family, "KERNELS", {}).get(module, {}).get(kernel)
         exact, move = (getattr(family, kind, {}).get(formula) for kind in ("EXACT", "MOVES"))

@@ -10,7 +10,7 @@ from datetime import datetime
 from typing import Any
 
 from fi_ffi.abi.tensor import Device
-from fi_ffi.errors import ArgumentError, ArgumentTypeError, KernelError, printed
+from fi_ffi.errors import ArgumentError, ArgumentTypeError, KernelError, let_through, printed
 from fi_ffi.ops.call import cuda
 from fi_ffi.ops.call.arguments import INT64_MAX, check_int, shown
 from fi_ffi.watch import watching
@@ -249,6 +249,7 @@ class OpenLog:
 
 
 def _error_text(error: BaseException) -> str:
+    let_through(error)
     return f"{type(error).__name__}: {error}"
 
 

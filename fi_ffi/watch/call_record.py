@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.function import Frame
 from fi_ffi.abi.tensor import Device, TensorDesc, TensorKind, frozen
+from fi_ffi.errors import let_through
 from fi_ffi.ops.call import hooks
 from fi_ffi.ops.call.row import (
     KV_LAYOUTS,
@@ -137,6 +138,7 @@ class CallRecord:
         try:
             return self._summarize_plan()
         except Exception as error:  # the plan is still being made, or has unexpected values
+            let_through(error)
             return f"a {type(self.plan).__name__} that cannot be told: {error!r}"
 
     def _summarize_plan(self) -> str:

@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 
-from fi_ffi.errors import ArgumentError, ArgumentTypeError
+from fi_ffi.errors import ArgumentError, ArgumentTypeError, let_through
 
 PROCESS_ID = "%i"  # placeholder in a path
 
@@ -93,5 +93,6 @@ def print_to(dest: str, text: str) -> None:
     try:
         stream.write(text)
         stream.flush()
-    except Exception:
+    except Exception as error:
+        let_through(error)
         _write_all(1 if dest == "stdout" else 2, text)

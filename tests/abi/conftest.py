@@ -95,6 +95,9 @@ def silent(capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
     assert capfd.readouterr().err == ""
 
 
+_HEAPS: list[Heap] = []
+
+
 class Heap:
     """The C library, and the blocks that were taken from it and not freed, by address."""
 
@@ -102,6 +105,9 @@ class Heap:
         self._c = c
         self.blocks: dict[int, int] = {}
         self._freed: set[int] = set()
+        # Called by Python, and by C++ as the deleter of a Tensor object's block.
+        self.free = ffi.callback("void(void *)", self._free)
+        _HEAPS.append(self)  # objects that outlive the test call it
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._c, name)
@@ -113,7 +119,7 @@ class Heap:
             self._freed.discard(library.address_of(block))
         return block
 
-    def free(self, block: Any) -> None:
+    def _free(self, block: Any) -> None:
         address = library.address_of(block)
         assert address not in self._freed, "a block is freed twice"
         if self.blocks.pop(address, None) is not None:

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fi_ffi import errors
-from fi_ffi.abi import allocator, failure, library, objects, streams
+from fi_ffi.abi import allocator, failure, library, streams
 from fi_ffi.abi.tensor import DType, TensorDesc, TensorKind, parse_device
 from fi_ffi.loader import cache, generation, search
 from fi_ffi.ops.attention.bind import BoundRow
@@ -133,7 +133,6 @@ def of_process() -> dict[str, Any]:
         "threads": {each.ident for each in threading.enumerate()},
         "held locks": _held_locks(),
         "folders to remove at exit": {*cache.removed_at_exit},
-        "orphans": len(objects._orphans),
         "objects kept for good": {*memory._kept},
         "exceptions on their way": {*failure._travelling},
         "scratch memory": {

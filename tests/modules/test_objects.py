@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import fi_ffi
-from fi_ffi.abi import objects
+from fi_ffi.abi import library, objects
+from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.signature import Signature
 from fi_ffi.errors import AbiError, ArgumentError, KernelError, KernelNotFoundError
 from fi_ffi.modules import FunctionObject, ModuleEntry, ModuleObject
@@ -22,7 +23,7 @@ from tests.stress.gauges import leaves_nothing
 
 
 def lent():
-    """Addresses of objects that callees refer to; those of other tests may go meanwhile."""
+    """Numbers of objects that anybody refers to; those of other tests may go meanwhile."""
     objects.lent_count()
     return {*objects._lent}
 
@@ -30,6 +31,8 @@ def lent():
 @pytest.fixture(autouse=True)
 def balanced(every):
     """Every test leaves as many objects as it found."""
+    rows = np.ones((2, 1, 8), np.float16)
+    fi_ffi.rmsnorm(*rows, np.ones(8, np.float16))  # its kernel is registered for good
     gc.collect()
     before, others = (every.live_counters(), cuda.kernel_memory().count), lent()
     yield
@@ -269,14 +272,170 @@ def test_what_is_exported_outlives_the_object(every, way, export):
     assert allocator.count == before
 
 
-def test_a_released_tensor_is_not_exported(every):
-    made = every.make_tensor((3,), "float32", "cpu")
+def test_a_released_tensor_is_not_exported(every, rng):
+    """Its descriptor is, which has the memory still."""
+    allocator, expected = cuda.kernel_memory(), rng.standard_normal(3).astype(np.float32)
+    before, made = allocator.count, every.make_tensor((3,), "float32", "cpu")
+    np.asarray(made.desc)[...] = expected
     desc = made.desc
     made.release()
-    for one in (made, desc):
-        for export in (np.asarray, np.from_dlpack):
-            with pytest.raises(fi_ffi.FiFfiError, match="released"):
-                export(one)
+    for export in (np.asarray, np.from_dlpack):
+        with pytest.raises(fi_ffi.FiFfiError, match="released"):
+            export(made)
+        assert (export(desc) == expected).all()
+    assert allocator.count == before + 1
+    del desc
+    assert allocator.count == before
+
+
+def wrapped(kind, item):
+    make = fi_ffi.function(kind)
+    return {
+        "ffi.Array": lambda: make(item),
+        "ffi.List": lambda: make([item]),
+        "ffi.Map": lambda: make("at", item),
+        "ffi.Dict": lambda: make("at", {"in": [item]}),
+    }[kind]()
+
+
+WAYS = {
+    "ffi.Array": [0],
+    "ffi.List": [0, 0],
+    "ffi.Map": ["at"],
+    "ffi.Dict": ["at", "in", 0],
+}
+
+
+def as_deep_as_can_be(kind, made):
+    for depth in range(5000):
+        try:
+            made = wrapped(kind, made)
+        except ArgumentError:
+            return made, depth
+    return made, 5000
+
+
+@pytest.mark.parametrize("kind", WAYS)
+def test_results_that_are_nested(every, kind):
+    """Their deletion recurses in C++: endless nesting would end the process."""
+    way = WAYS[kind]
+    made, depth = as_deep_as_can_be(kind, 7)
+    assert 1000 - len(way) <= depth * len(way) <= 1000
+    with pytest.raises(ArgumentError, match="expected containers nested 1000 deep at most"):
+        wrapped(kind, made)
+    # What comes back is no deeper, however often it was passed.
+    wide = every.same_array([[1, 2]] * 20)
+    for _ in range(2500):
+        wide = every.same_array(wide)
+    assert [*map(list, wide)] == [[1, 2]] * 20
+    for _ in range(3 * depth // 4):
+        for at in way:
+            made = made[at]
+    _, more = as_deep_as_can_be(kind, made)
+    assert abs(more - 3 * depth // 4) <= 2
+
+
+class Releasing(int):
+    """A number that releases an object while it is packed, as another thread could."""
+
+    def __int__(self):
+        self.release()
+        return int.__index__(self)
+
+
+class Weight:
+    """An array that does so."""
+
+    def __init__(self, release):
+        self.release, self.ones = release, np.ones(4, np.float16)
+
+    @property
+    def __array_interface__(self):
+        self.release()
+        return self.ones.__array_interface__
+
+
+def normalised(made, release):
+    out = np.zeros((2, 4), np.float16)
+    fi_ffi.rmsnorm(out, made, Weight(release), eps=0.0)
+    return out.tolist()
+
+
+def tensor_of_fives(every):
+    return every.same_tensor(np.full((2, 4), 5, np.float16))
+
+
+def apart(*parts):
+    return fi_ffi.function("ffi.Array")(*parts)
+
+
+RELEASED_IN_A_CALL = {
+    "a method": (lambda every: every.counter(3), lambda every, made, n: made.add(n(2)), 5),
+    "a module": (
+        lambda every: every.counter(3),
+        lambda every, made, n: apart(made, n(2))[0].value(),
+        3,
+    ),
+    "a function": (lambda every: every.adder(3), lambda every, made, n: made(n(2)), 5),
+    "a callback": (
+        lambda every: every.adder(3),
+        lambda every, made, n: every.apply(made, [n(2)]),
+        5,
+    ),
+    "an array": (
+        lambda every: every.two_counters(),
+        lambda every, made, n: fi_ffi.function("ffi.ArrayGetItem")(made, n(1)).value(),
+        2,
+    ),
+    "a map": (
+        lambda every: fi_ffi.function("ffi.Map")(2, "two"),
+        lambda every, made, n: fi_ffi.function("ffi.MapGetItem")(made, n(2)),
+        "two",
+    ),
+    "an object": (
+        lambda every: every.hidden(),
+        lambda every, made, n: every.takes_hidden(apart(made, n(1))[0]),
+        True,
+    ),
+    "a tensor": (
+        tensor_of_fives,
+        lambda every, made, n: np.asarray(apart(made, n(2))[0]).tolist(),
+        [[5] * 4] * 2,
+    ),
+    "a tensor of an op": (
+        tensor_of_fives,
+        lambda every, made, n: normalised(made, n(1).release),
+        [[1] * 4] * 2,
+    ),
+    "a reflected object": (
+        lambda every: fi_ffi.object_type("testing.TestObjectDerived")(
+            v_i64=3, v_f64=0.5, v_str="", v_map={}, v_array=[]
+        ),
+        lambda every, made, n: made.add_i64(n(2)),
+        5,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", RELEASED_IN_A_CALL)
+def test_what_is_released_in_a_call(every, kind, testing_library):
+    """The call that reads it holds a reference; after the call it is gone."""
+    fi_ffi.module(testing_library)
+    make, call, expected = RELEASED_IN_A_CALL[kind]
+    made = make(every)
+    seen = objects.Object(ffi.cast("TVMFFIObjectHandle", made.handle))
+    library.lib.TVMFFIObjectIncRef(seen.handle)
+    before, during = seen.use_count, []
+
+    def number(value):
+        found = Releasing(value)
+        found.release = lambda: made.release() or during.append(seen.use_count)
+        return found
+
+    assert call(every, made, number) == expected
+    assert during and min(during) >= before
+    gc.collect()
+    assert seen.use_count == before - 1
 
 
 def test_returned_tensors_are_tensors_to_numpy_and_to_ops(every):

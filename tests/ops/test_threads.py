@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable
 from itertools import count, cycle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,12 +18,13 @@ import pytest
 import fi_ffi
 from fi_ffi.abi.interop import as_desc
 from fi_ffi.loader import generation
-from fi_ffi.ops.call import compiled
+from fi_ffi.ops.call import compiled, prepared
 from fi_ffi.ops.call.op import Op
 
 from tests.helpers.children import done
 from tests.helpers.plan_calls import KINDS, Case
 from tests.helpers.prepared_calls import EVERY_OP, draw, full, placed
+from tests.helpers.remains import allowed
 
 THREADS, ROUNDS = 8, 30
 
@@ -199,7 +201,7 @@ GIL = """
     from fi_ffi.abi._cffi import ffi
     from fi_ffi.abi.function import Entry
     from fi_ffi.loader.runtime import ensure_tvm_ffi
-    from fi_ffi.ops.call import compiled
+    from fi_ffi.ops.call import compiled, prepared
 
     ensure_tvm_ffi()
     libc = ctypes.CDLL(None)
@@ -233,3 +235,151 @@ def test_calls_release_the_gil():
     """While one thread's call waits in C another goes on; else neither would ever end."""
     status, out, err = done(GIL)
     assert (status, out) == (0, "done\n"), err
+
+
+COLLECTED = """
+import ctypes, gc, sys
+import fi_ffi
+
+DEFINING = {f"/fi_ffi/{name}" for name in ("reference/", "ops/attention/", "ops/plans/")}
+memory = [(ctypes.c_uint16 * 64)(*[0x3C00] * 64) for _ in range(3)]
+shapes = [(1, 64), (1, 64), (64,)]
+out, *read = [
+    fi_ffi.TensorDesc(ctypes.addressof(each), shape, "float16", device="cpu")
+    for each, shape in zip(memory, shapes)
+]
+told, is_calling = [], False
+
+class Cycle:
+    def __init__(self):
+        self.itself = self
+
+    def __del__(self):
+        global is_calling
+        if is_calling:
+            return
+        is_calling = True
+        try:
+            memory[0][:] = [0] * 64
+            fi_ffi.rmsnorm(out, *read, eps=0.0)
+            told.append({*memory[0]} == {0x3C00} and callable(fi_ffi.BatchDecodePlan))
+        except BaseException as error:
+            told.append(repr(error))
+        is_calling = False
+
+def profile(frame, event, value):
+    if not is_calling and any(part in frame.f_code.co_filename for part in DEFINING):
+        Cycle()
+
+gc.set_threshold(1)
+sys.setprofile(profile)
+fi_ffi.rmsnorm(out, *read, eps=0.0)
+fi_ffi.BatchDecodePlan
+sys.setprofile(None)
+assert gc.isenabled() and len(told) > 50 and {*told} == {True}, {*told}
+"""
+
+
+def test_garbage_calls_while_modules_are_imported():
+    """Those of `fi_ffi.reference` and of plans, which the first use imports."""
+    assert done(COLLECTED) == (0, "", "")
+
+
+HANDLED = """
+import signal, sys
+import numpy as np
+import fi_ffi
+
+rows, told = np.ones((3, 1, 64), np.float16), []
+
+def handler(number, frame):
+    try:
+        fi_ffi.rmsnorm(*rows[:2], rows[2, 0])
+    except fi_ffi.LoaderError as error:
+        told.append(str(error))
+
+def profile(frame, event, value):
+    if not told and frame.f_code.co_filename.endswith("/reference/arrays.py"):
+        signal.raise_signal(signal.SIGUSR1)
+
+signal.signal(signal.SIGUSR1, handler)
+sys.setprofile(profile)
+fi_ffi.rmsnorm(*rows[:2], rows[2, 0])
+sys.setprofile(None)
+handler(0, None)
+print(*told)
+"""
+
+
+def test_a_signal_handler_calls_while_modules_are_imported():
+    expected = "fi_ffi.reference is still being imported by this thread: call again after it\n"
+    assert done(HANDLED) == (0, expected, "")
+
+
+class Quit(BaseException):
+    """What a debugger's trace function raises."""
+
+
+def test_a_trace_function_raises_anywhere(rng):
+    """While a lost frame is looked for: no other call of the process waits, and this one works."""
+    rows = rng.standard_normal((4, 64)).astype(np.float16)
+    call, other = (
+        fi_ffi.rmsnorm.prepare(np.empty_like(rows), rows, np.ones(64, np.float16)) for _ in range(2)
+    )
+    code, raised = type(call).reclaim.__code__, 0
+
+    def trace(frame, event, arg):
+        nonlocal left
+        if frame.f_code is not code:
+            return None
+        left -= 1
+        if not left:
+            raise Quit
+        return trace
+
+    def called(one, works):
+        works.append(one())
+
+    for at in count(1):
+        left = at
+        with contextlib.suppress(IndexError):
+            call.take()  # and lost
+        sys.settrace(trace)
+        try:
+            call()
+        except Quit:
+            raised += 1
+        finally:
+            sys.settrace(None)
+        if left > 0:
+            break
+        works = []
+        for each in (call, other):
+            thread = threading.Thread(target=called, args=(each, works), daemon=True)
+            thread.start()
+            thread.join(20)
+        assert len(works) == 2, f"after event {at}"
+    assert raised > 5
+
+
+def test_one_of_many_gets_a_lost_frame(monkeypatch):
+    """Also where another takes it after this one found it lost."""
+    rows = np.ones((4, 64), np.float16)
+    call = fi_ffi.rmsnorm.prepare(np.empty_like(rows), rows, np.ones(64, np.float16))
+    taken = []
+
+    def count_references(frame):
+        if not taken:
+            taken.append(None)
+            taken.append(call.reclaim())
+        return 2
+
+    for _ in range(3):
+        call.take()
+        with monkeypatch.context() as patch:
+            patch.setattr(prepared, "sys", SimpleNamespace(getrefcount=count_references))
+            with allowed("taken", "call.lost"), pytest.raises(fi_ffi.ArgumentError, match="in use"):
+                call.reclaim()
+        call.give(taken.pop())
+        taken.clear()
+        call()

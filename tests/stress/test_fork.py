@@ -202,13 +202,12 @@ def test_forks_before_use() -> None:
 
 def test_locks_of_other_threads() -> None:
     """Another thread was loading, or looking an entry up, when this one forked."""
-    from fi_ffi import reference
     from fi_ffi.abi import library
     from fi_ffi.loader import methods, search, tvm_ffi
     from fi_ffi.loader.fetch import pinned_wheels, remote
     from fi_ffi.ops.call import memory
 
-    places = [(tvm_ffi, "linking"), (search, "_lock"), (methods, "_lock"), (reference, "_lock"),
+    places = [(tvm_ffi, "linking"), (search, "_lock"), (methods, "_lock"),
               (library, "tables"), (memory, "_lock")]  # fmt: skip
     has, leave = threading.Event(), threading.Event()
 

@@ -19,7 +19,7 @@ from fi_ffi.loader import cache
 from fi_ffi.loader.wheel import Wheel
 
 from tests.helpers.children import done, start
-from tests.helpers.compiler import why_not_build
+from tests.helpers.compiler import compiled, why_not_build
 from tests.helpers.stress_strength import LONG, scaled
 from tests.loader.conftest import LOCK
 from tests.loader.server import INFO, NORM, File, Server, kernel_members, make_wheel, record
@@ -235,6 +235,16 @@ def test_during_many(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     err = child.stderr.read()
     assert child.wait(30) == -signal.SIGINT, err
     assert err.rstrip().endswith("KeyboardInterrupt"), err
+
+
+@pytest.mark.timeout(3600)
+def test_exceptions_of_handlers_arrive_as_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in adapters, in callbacks, and in the deleters of tensors; destructors lose none."""
+    monkeypatch.delenv("FI_FFI_CACHE_DIR")
+    source, seed = HERE.parent / "modules" / "every_kind.cc", str(random.random())
+    program = (HERE / "deadlines.py").read_text()
+    words = str(compiled(source)), seed, str(scaled(20_000, 500))
+    assert done(program, *words, seconds=scaled(3000, 100)) == (0, "ended\n", ""), seed
 
 
 def test_this_module_is_heard() -> None:

@@ -15,7 +15,7 @@ from operator import ge, sub
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.interop import as_desc
 from fi_ffi.abi.tensor import DTYPES, TensorDesc
-from fi_ffi.errors import ArgumentError
+from fi_ffi.errors import ArgumentError, let_through
 from fi_ffi.ops.attention.sizes import aligned
 from fi_ffi.ops.call.arguments import INT32_MAX, Refusal
 
@@ -45,7 +45,8 @@ def int32_array(
     try:
         view = memoryview(array)  # type: ignore[arg-type]
         is_plain = view.format == "i" and view.ndim == 1 and view.c_contiguous
-    except (TypeError, ValueError, BufferError):
+    except (TypeError, ValueError, BufferError) as error:
+        let_through(error)
         is_plain = False
     if not is_plain:
         view = _view(as_desc(array, op, argument), op, argument)

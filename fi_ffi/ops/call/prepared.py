@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import sys
-import threading
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -19,7 +18,6 @@ from fi_ffi.ops.call.launch import launch
 from fi_ffi.ops.call.memory import keep
 from fi_ffi.ops.call.row import KvLayout, Scalar, Tensor
 
-_reclaiming = threading.Lock()
 _HAS_GIL = getattr(sys, "_is_gil_enabled", lambda: True)()
 
 
@@ -40,9 +38,11 @@ class PackedCall:
         """Take over a packed frame."""
         self.frame = frame
         free = [frame]
+        # The frame again, for each time that it was lost.
+        self.lost: dict[int, list[Any]] = {}
         # The thread that pops the frame owns the call.
-        self.take: Callable[[], Any] = free.pop
         self.give: Callable[[Any], None] = free.append
+        self.take: Callable[[], Any] = free.pop
 
     def renew(self, pack: Callable[[], Frame | None]) -> Any:
         """Pack the call anew and return the old frame; if packing raises, keep the old frame."""
@@ -62,15 +62,18 @@ class PackedCall:
         """Return the frame if the thread that took it is gone; raise if another call has it.
 
         A signal handler's exception (Ctrl-C) may come after the frame was taken and before the
-        block that returns it.
+        block that returns it. There is no lock, which an exception of a trace function could leave
+        held: `setdefault` lets one of several threads win, the number being read before the count.
         """
-        with _reclaiming:
-            # Two references, of the attribute and of the argument: no call has the frame. Without a
-            # GIL, reference counts are not exact.
-            if _HAS_GIL and sys.getrefcount(self.frame) == 2:
-                self.give(self.frame)
+        lost = self.lost
+        number = len(lost)
+        # Two references, of the attribute and of the argument: no call has the frame. Without a
+        # GIL, reference counts are not exact.
+        if _HAS_GIL and sys.getrefcount(self.frame) == 2:
+            lost.setdefault(number, [self.frame])
+        free = next(filter(None, lost.copy().values()), self.give.__self__)  # type: ignore[attr-defined]
         try:
-            return self.take()
+            return free.pop()
         except IndexError:
             expected = "one call of it at a time: prepare one for each thread"
             got = "a prepared call that is in use, by another thread or by this one"

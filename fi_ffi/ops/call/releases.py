@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
+from fi_ffi.abi import library
 from fi_ffi.abi.function import Entry
 from fi_ffi.abi.tensor import Device
 from fi_ffi.errors import ArchitectureError, KernelNotFoundError, LoaderError
@@ -179,9 +180,7 @@ def entry_for(row: Row, device: Device, module: str | None = None) -> Entry:
 def reference() -> Any:
     """Return the package of numpy kernels, which the CPU device alone needs."""
     # Imported late: numpy takes longer than all of fi_ffi.
-    from fi_ffi import reference
-
-    return reference
+    return library.import_whole("fi_ffi.reference")
 
 
 def check_available(row: Row, device: Device) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from fi_ffi.errors import ArgumentError, ArgumentTypeError
+from fi_ffi.errors import ArgumentError, ArgumentTypeError, let_through
 from fi_ffi.ops.call.arguments import check_int
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ def _boolean(value: object, ranks: tuple[int, ...], where: str = "") -> numpy.nd
     try:
         array = np.asarray(value)
     except Exception as error:  # any error of the exporter, such as a GPU array's
+        let_through(error)
         raise _refused(f"a {type(value).__qualname__} that refused: {error}") from error
     if array.dtype != np.bool_:
         raise _refused(f"{type(value).__qualname__} of {array.dtype}")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fi_ffi.abi.interop import TensorLike, as_desc
 from fi_ffi.abi.tensor import TensorDesc, make_desc
-from fi_ffi.errors import ArgumentTypeError
+from fi_ffi.errors import ArgumentTypeError, let_through
 from fi_ffi.ops.attention.arrays import Batch, Indptr, host_ints
 from fi_ffi.ops.attention.options import check_keywords
 from fi_ffi.ops.attention.prefill import BatchPrefillPlan
@@ -319,6 +319,7 @@ def _host(op: str, name: str, value: Any, shape: tuple[int | None, ...], kinds: 
     try:
         array = np.asarray(value)
     except Exception as error:  # any error of the exporter, such as a GPU array's
+        let_through(error)
         got = f"a {type(value).__qualname__} that refused: {error}"
         raise ArgumentTypeError(op, name, got=got, expected="an array on the host") from error
     fits = len(array.shape) == len(shape) and all(
