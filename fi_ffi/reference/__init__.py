@@ -31,8 +31,10 @@ from fi_ffi.families import FAMILIES
 from fi_ffi.loader import generation, tvm_ffi
 from fi_ffi.loader.distributions import is_in
 from fi_ffi.ops.call.releases import release_in_force
+from fi_ffi.ops.call.row import Row
 from fi_ffi.reference.arrays import bits, over_arrays, store_changed
 from fi_ffi.reference.formula import Formula, Move, as_inputs
+from fi_ffi.reference.indices import judged
 
 # What a module was compiled for, if its kernels depend on it: names and values.
 Compiled = tuple[tuple[str, object], ...]
@@ -47,7 +49,7 @@ EXACT: dict[str, Formula]
 MOVES: dict[str, Move]
 _lock = threading.Lock()
 library.renew_after_fork(globals(), "_lock", threading.Lock)
-_entries: dict[tuple[str, str, str, Compiled, str, tuple[str, ...]], Entry] = {}
+_entries: dict[tuple[str, str, str, Compiled, str, tuple[str, ...], Row | None], Entry] = {}
 
 
 def _families(first: str = "") -> Iterator[ModuleType]:
@@ -92,13 +94,17 @@ def entry(
     compiled: Compiled = (),
     formula: str = "",
     names: Sequence[str] = (),
+    row: Row | None = None,
 ) -> Entry:
     """Return the numpy `kernel` of a module, as a TVM-FFI function with that signature.
 
     `compiled` is for the attention families: see `attention.reference_kernel`. If the entry has no
-    kernel, its formula serves, which takes its arguments by `names`.
+    kernel, its formula serves, which takes its arguments by `names`. The kernel refuses indices
+    that name no place, as the `row` states it.
     """
-    key = (module, kernel, str(signature), compiled, formula, tuple(names))
+    has_indices = row is not None and any(arg.index for arg in row.tensors)
+    judge = row if has_indices else None
+    key = (module, kernel, str(signature), compiled, formula, tuple(names), judge)
     with _lock:
         if key not in _entries:
             function = _function(module, kernel, compiled, formula, names)
@@ -109,7 +115,7 @@ def entry(
             tvm_ffi.ensure_tvm_ffi()
             words = (module, kernel, *(f"{word}_{value}" for word, value in compiled))
             name = ".".join(("fi_ffi.reference", *words))
-            _entries[key] = register(name, signature, over_arrays(function))
+            _entries[key] = register(name, signature, over_arrays(judged(function, judge)))
         return _entries[key]
 
 
