@@ -121,6 +121,11 @@ def _of_e8m0(codes: Array) -> Array:
     return np.where(codes == _NAN, np.nan, value)
 
 
+def _reciprocal(x: float) -> float:
+    with np.errstate(divide="ignore"):
+        return float(np.reciprocal(x))
+
+
 def _quotients(
     blocks: Array, scales: _Scales, decode: Callable[[Array], Array], of_all: float | Array = 1.0
 ) -> list[Array]:
@@ -201,8 +206,8 @@ def fp4_quantize(a: Inputs) -> Exact:
         scales = _Scales(largest / 6, _bytes_of_e8m0)
         wanted = _quotients(blocks, scales, _of_e8m0)
     else:
-        of_all = float(np.ravel(a["globalScale"])[0])
-        of_all = 1 / of_all if a.get("isGlobalScaleInversed", False) else of_all
+        of_all = a["globalScale"].ravel()[0]
+        of_all = _reciprocal(of_all) if a.get("isGlobalScaleInversed", False) else of_all
         scales = _Scales(of_all * largest / 6, _bytes_of_e4m3)
         wanted = _quotients(blocks, scales, _of_e4m3, of_all)
     layout = int(a["isSf8x4Layout"]) if a["isSfSwizzledLayout"] else _ROWS
@@ -226,7 +231,7 @@ def fp4_batched_quantize(a: Inputs) -> Exact:
 
 def nvfp4_kv_quant(a: Inputs) -> Exact:
     blocks, largest = _in_blocks(a["input"], 16)
-    of_all = 1 / float(np.ravel(a["global_scale"])[0])
+    of_all = _reciprocal(a["global_scale"].ravel()[0])
     scales = _Scales(of_all * largest / 6, _bytes_of_e4m3)
     wanted = _quotients(blocks, scales, _of_e4m3, of_all)
     return {

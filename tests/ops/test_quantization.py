@@ -265,3 +265,17 @@ def test_zeros_beside_a_number_too_small_for_a_scale(rng):
     assert not got["scaleFP8SF"].any()
     assert got["valueE2M1"][0].tolist() == [0x77] * 8 + [0x7F] + [0x77] * 7
     assert not got["valueE2M1"][1].any()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_a_scale_of_zero_for_all_numbers(rng):
+    """The kernel divides by it: scales are the greatest, or NaN for zeros; elements saturate."""
+    row = OPS["nvfp4_kv_quant"].row
+    x = np.zeros((2, 32), ml_dtypes.bfloat16)
+    x[0, :16], x[0, 3], x[1, 16:] = 1.0, -1.0, 2.0
+    made = make_case(row, {"n": 2, "blocks": 2}, {"T": "bfloat16"}, rng,
+                     {"input": x, "global_scale": np.zeros(1)})  # fmt: skip
+    got = on_cpu(made)
+    assert got["block_scales"].tolist() == [[0x7E, 0x7F], [0x7F, 0x7E]]
+    halves = [0x77, 0xF7] + [0x77] * 6
+    assert got["fp4_output"].tolist() == [halves + [0] * 8, [0] * 8 + [0x77] * 8]
