@@ -16,6 +16,7 @@ import numpy as np
 
 from fi_ffi.reference.arrays import Array, store_changed
 from fi_ffi.reference.formula import SLACK, Exact, Formula, Inputs, as_inputs
+from fi_ffi.reference.indices import check_slot
 
 # Tokens of a piece.
 _PIECE = 256
@@ -268,13 +269,17 @@ class _Slots(NamedTuple):
     is_undefined: bool = False
 
 
+def _indices_of(a: Inputs, written: bool) -> str:
+    """Return the argument that has the slots which are read, or written."""
+    is_other = written and "output_state_indices" in a
+    return "output_state_indices" if is_other else "initial_state_indices"
+
+
 def _slots_of(a: Inputs, i: int, padding: str) -> _Slots:
     """Return a request's slots; negative indices mean slot 0 ("null slot") or no slot."""
     if "initial_state_indices" not in a:
         return _Slots(i, i)
-    source = int(a["initial_state_indices"][i])
-    targets = a["output_state_indices" if "output_state_indices" in a else "initial_state_indices"]
-    target = int(targets[i])
+    source, target = (int(a[_indices_of(a, written)][i]) for written in (False, True))
     if source < 0 and padding != "null slot":
         return _Slots(None, None)
     is_undefined = source < 0
@@ -301,9 +306,9 @@ def _decode(a: Inputs, padding: str, is_zero: bool = False) -> dict[str, tuple[A
     stays = a["disable_state_update"] or (buffer is not None and padding == "null slot")
     for i in range(b):
         slots = _slots_of(a, i, padding)
-        for slot in slots[:2]:
-            if slot is not None and slot >= len(before):
-                raise IndexError(f"request {i} has state {slot} of {len(before)}")
+        for slot, written in ((slots.source, False), (slots.target, True)):
+            if slot is not None:
+                check_slot("gdn_decode", _indices_of(a, written), i, slot, len(before))
         if slots.source is None:
             if is_zero:
                 out[i] = 0
@@ -359,8 +364,6 @@ def _requests_of(a: Inputs, b: int) -> list[_KdaRequest]:
     slots = a["ssm_state_indices"].astype(int).reshape(len(starts) - 1, -1)
     requests = []
     for i, (start, end) in enumerate(pairwise(starts)):
-        if start < 0 or end > b:
-            raise IndexError(f"request {i} has tokens {start} to {end} of {b}")
         first = int(a["num_accepted_tokens"][i]) - 1 if "num_accepted_tokens" in a else 0
         source = slots[i, min(max(first, 0), slots.shape[1] - 1)]
         count = min(end - start, slots.shape[1])
@@ -406,8 +409,8 @@ def _kda(a: Inputs) -> Exact:
     if is_cleared:
         out[int(a["cu_seqlens"][-1]) :] = 0
     for i, (source, tokens, targets) in enumerate(_requests_of(a, len(q))):
-        if max(source, *targets, 0) >= len(before):
-            raise IndexError(f"request {i} has state {max(source, *targets)} of {len(before)}")
+        highest = max(source, *targets, 0)
+        check_slot("recurrent_kda", "ssm_state_indices", i, highest, len(before))
         state = _Value(before[source], 0.0)
         for token, target in zip(tokens, targets, strict=True):
             if target < 0:

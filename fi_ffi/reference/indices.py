@@ -103,17 +103,28 @@ class Places:
                 at = np.unravel_index(int(np.argmin(right)), right.shape)
                 limit = int(np.broadcast_to(other, places.shape)[at])
                 told = self._told(int(places[at]), at if read is None else np.flatnonzero(read)[at])
-                error = ArgumentError(
-                    row.name, self.argument, got=told, expected=bound.expected(limit)
-                )
-                error.is_of_kernel = True
-                raise error
+                raise refusal(row.name, self.argument, told, bound.expected(limit))
 
     def _told(self, place: int, at: Any) -> str:
         """Return the words for a wrong place, which an element has."""
         of = "" if self.places == self.argument else f"{self.places} = "
         where = ", ".join(str(int(i)) for i in np.ravel(at))
         return f"{of}{place}{f' in element {where}' if where else ''}"
+
+
+def refusal(op: str, argument: str, got: str, expected: str) -> ArgumentError:
+    """Return the error for a place that there is not, which a call raises unchanged."""
+    error = ArgumentError(op, argument, got=got, expected=expected)
+    error.is_of_kernel = True
+    return error
+
+
+def check_slot(op: str, argument: str, request: int, slot: int, count: int) -> None:
+    """Refuse a request's slot of states, if there are fewer; for rows whose indices mean more than
+    a condition can say."""
+    if not 0 <= slot < count:
+        expected = f"0 or more, and less than {count}"
+        raise refusal(op, argument, f"{slot} for request {request}", expected)
 
 
 def _value(text: str, known: Mapping[str, Any]) -> Any:
