@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import importlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -26,15 +26,16 @@ import numpy as np
 from fi_ffi.abi import library
 from fi_ffi.abi.function import Entry, register
 from fi_ffi.abi.signature import Signature
+from fi_ffi.abi.tensor import TensorDesc
 from fi_ffi.errors import KernelNotFoundError
 from fi_ffi.families import FAMILIES
 from fi_ffi.loader import generation, tvm_ffi
 from fi_ffi.loader.distributions import is_in
 from fi_ffi.ops.call.releases import release_in_force
 from fi_ffi.ops.call.row import Row
-from fi_ffi.reference.arrays import bits, over_arrays, store_changed
+from fi_ffi.reference.arrays import as_array, bits, over_arrays, store_changed
 from fi_ffi.reference.formula import Formula, Move, as_inputs
-from fi_ffi.reference.indices import judged
+from fi_ffi.reference.indices import judge, judged
 
 # What a module was compiled for, if its kernels depend on it: names and values.
 Compiled = tuple[tuple[str, object], ...]
@@ -117,6 +118,11 @@ def entry(
             name = ".".join(("fi_ffi.reference", *words))
             _entries[key] = register(name, signature, over_arrays(judged(function, judge)))
         return _entries[key]
+
+
+def judge_descs(row: Row, descs: Mapping[str, TensorDesc], **sizes: int) -> None:
+    """Refuse indices outside their tensors, in tensors of the CPU; see `indices.judge`."""
+    judge(row, {name: as_array(desc) for name, desc in descs.items()}, **sizes)
 
 
 @generation.cached

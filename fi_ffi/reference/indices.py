@@ -7,7 +7,7 @@ meaning of its own, such as a padding of -1, a condition leaves out.
 A condition is `LOW <= PLACES < HIGH`, or one half of it, for each element; `<=` and `<` may be
 either. Its parts are Python expressions of the row's sizes, scalars and tensors; `steps` are the
 differences of neighbours. After `where`, an expression says which elements the kernel reads: all
-tensors with the axes of those in it are reduced to them.
+tensors with the axes of those in it, lookups aside, are reduced to them.
 """
 
 from __future__ import annotations
@@ -135,32 +135,42 @@ def _axes_of(arg: Tensor, where: str) -> str:
     """Return the axes of the elements that a tensor in `where` is about, "" for another."""
     if f"steps({arg.name})" in where:
         return arg.axes.removesuffix("+1")
-    return arg.axes if arg.name in parse_expression(where)[1] else ""
+    is_meant = arg.name in parse_expression(where)[1] and f"{arg.name}[" not in where
+    return arg.axes if is_meant else ""
 
 
 def judged(kernel: Callable[..., Any], row: Row | None) -> Callable[..., Any]:
     """Wrap a kernel on arrays so that it refuses indices outside their tensors."""
     if row is None:
         return kernel
-    conditions = [Places.of(arg.name, text) for arg in row.tensors for text in arg.index]
-    conditions.sort(key=lambda condition: condition.lookups)
-    names = {name for each in conditions for name in parse_expression(each.text)[1]}
 
     @functools.wraps(kernel)
     def call(*values: Any) -> Any:
-        given = {arg.name: value for arg, value in zip(row.args, values, strict=True)}
-        known = {**sizes_of(row, given), **given}
-        known |= {name: _widened(known[name]) for name in names if name in given}
-        for condition in conditions:
-            if given[condition.argument] is not None:
-                condition.judge(row, known)
+        judge(row, {arg.name: value for arg, value in zip(row.args, values, strict=True)})
         return kernel(*values)
 
     return call
 
 
-def _widened(value: Any) -> Any:
-    return value.astype(np.int64) if isinstance(value, np.ndarray) else value
+def judge(row: Row, given: Mapping[str, Any], **sizes: int) -> None:
+    """Refuse indices outside their tensors in a call's arrays and scalars.
+
+    `sizes` are those that no tensor of the row has.
+    """
+    conditions = _conditions(row)
+    known = {**sizes_of(row, given), **sizes, **given}
+    for name in {name for each in conditions for name in parse_expression(each.text)[1]}:
+        if isinstance(known.get(name), np.ndarray):
+            known[name] = known[name].astype(np.int64)
+    for condition in conditions:
+        if given[condition.argument] is not None:
+            condition.judge(row, known)
+
+
+@functools.cache
+def _conditions(row: Row) -> list[Places]:
+    found = [Places.of(arg.name, text) for arg in row.tensors for text in arg.index]
+    return sorted(found, key=lambda condition: condition.lookups)
 
 
 def sizes_of(row: Row, given: Mapping[str, Any]) -> dict[str, int]:
