@@ -30,6 +30,9 @@ class ArgumentError(FiFfiError, ValueError):
     parts of the message.
     """
 
+    # Raised by a numpy kernel about its own call, which raises it unchanged.
+    is_of_kernel = False
+
     def __init__(self, op: str, argument: str, *, got: object, expected: object) -> None:
         self.op, self.argument, self.got, self.expected = op, argument, got, expected
         super().__init__(f"{op}: argument `{argument}`: got {_text(got)}, expected {expected}")

@@ -44,6 +44,9 @@ named here: [reference.md](reference.md) has their arguments, and those of `gdn_
 - **Dtypes** such as T are explained below each table.
 - **`REQUIRED`** marks an argument that you must pass, although one before it has a default.
 - **`stream=`** is an argument of every call. On `device="cpu"` a call runs the reference kernel.
+- **Indices**: the kernels read and write wherever an index says. On `device="cpu"` an index that
+  names no place is an `ArgumentError`; what is not checked on a GPU is below each table, where
+  `steps` are the differences of neighbours.
 - **Releases**: the page shows the arguments of FlashInfer {release}. An op takes those of the
   kernels in use.
 - **SMs** are the architectures that FlashInfer {release} compiles the module for.
@@ -116,6 +119,9 @@ def _op(op: Op) -> Iterator[str]:
     yield "| argument | | |\n|---|---|---|"
     for arg in row.given:
         yield f"| `{arg.name}` | {_escaped(_kind(arg))} | {_escaped(getattr(arg, 'doc', ''))} |"
+    places = [f"`{text}`" for arg in row.tensors for text in arg.index]
+    if places:
+        yield f"\nNot checked on a GPU: {_escaped(', '.join(places))}."
     facts = [
         _dtypes(row),
         f"entry `{row.symbol}` of module `{row.module}`",

@@ -19,7 +19,7 @@ from typing import Any
 from fi_ffi.abi import library
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.library import TypeIndex
-from fi_ffi.errors import DeviceError, KernelError, signal_of
+from fi_ffi.errors import ArgumentError, DeviceError, KernelError, signal_of
 
 _MAX_CAUSES = 16
 _MAX_WORDS = 64 << 20  # bytes of an error's message or backtrace; a longer one is corrupt
@@ -89,6 +89,9 @@ def take_raised(op: str) -> BaseException:
         if error.kind not in _REBUILT:
             return error
         original = _rebuilt(error.kind, error.message)
+    if _is_of_kernel(original):
+        original.is_of_kernel = False  # type: ignore[attr-defined]
+        return original.with_traceback(None)  # whose frames have arrays of the call's memory
     before = _cause.__get__(original)
     if isinstance(before, KernelError):  # set by a deeper call that the exception passed through
         before = _cause.__get__(before)
@@ -224,9 +227,13 @@ def _raise(error: BaseException) -> None:
     for address, (handle, _) in _travelling.copy().items():
         if library.references(handle) == 1:
             _travelling.pop(address, None)
-    if is_foreign(error):
+    if is_foreign(error) or _is_of_kernel(error):
         _travelling[library.address_of(made)] = made, error
     library.lib.TVMFFIErrorSetRaised(made)
+
+
+def _is_of_kernel(error: BaseException) -> bool:
+    return isinstance(error, ArgumentError) and error.is_of_kernel
 
 
 def _error_parts(error: BaseException) -> tuple[bytes, ...]:

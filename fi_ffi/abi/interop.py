@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NoReturn, Protocol, TypeAlias
 
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.dlpack import open_capsule, read_dl_tensor
@@ -137,6 +137,8 @@ def _protocol_of(kind: type) -> Adapter | None:
 
 def _numpy_adapter(kind: type, library: Any) -> Adapter:
     """Read contiguous arrays by attributes, all others by their array interface."""
+    if _has_mask(kind):
+        return _refuse_masked
     kinds: dict[tuple[Any, int], TensorKind] = {}
     from_buffer, cast = ffi.from_buffer, ffi.cast
 
@@ -154,6 +156,23 @@ def _numpy_adapter(kind: type, library: Any) -> Adapter:
         return desc
 
     return read
+
+
+def _has_mask(kind: type) -> bool:
+    arrays: Any = getattr(sys.modules.get("numpy"), "ndarray", ())
+    return issubclass(kind, arrays) and hasattr(kind, "mask")
+
+
+def _refuse_masked(value: object, op: str, argument: str) -> NoReturn:
+    got = f"a {type(value).__module__}.{type(value).__qualname__}, of which a mask hides elements"
+    expected = "an array without a mask: x.filled(value), or x.data for all elements"
+    raise ArgumentError(op, argument, got=got, expected=expected)
+
+
+def check_unmasked(value: object, op: str, argument: str) -> None:
+    """Refuse an array with a mask, which whoever reads the elements would not see."""
+    if _has_mask(type(value)):
+        _refuse_masked(value, op, argument)
 
 
 def _torch_adapter(kind: type, torch: Any) -> Adapter:
@@ -268,6 +287,8 @@ def _pointer_of(interface: dict[str, Any]) -> tuple[Any, Any]:
 def _from_array_interface(
     value: Any, interface: dict[str, Any], op: str, argument: str, device: object
 ) -> TensorDesc:
+    if interface.get("mask") is not None:
+        _refuse_masked(value, op, argument)
     ptr, readonly = _pointer_of(interface)
     dtype = _array_dtype(value, interface["typestr"], op, argument)
     strides = interface.get("strides")

@@ -11,8 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from fi_ffi.abi.interop import TensorLike, as_desc
 from fi_ffi.abi.tensor import TensorDesc, frozen, parse_device, tensor_kind
-from fi_ffi.errors import ArgumentError, ArgumentTypeError, let_through
-from fi_ffi.ops.call.arguments import INT32_MAX, INT64_MAX, check_flag, check_int, shown
+from fi_ffi.errors import ArgumentError, ArgumentTypeError
+from fi_ffi.ops.call.arguments import (
+    INT32_MAX,
+    INT64_MAX,
+    check_flag,
+    check_int,
+    host_array,
+    shown,
+)
 from fi_ffi.ops.call.memory import scratch_bytes
 from fi_ffi.ops.table import gdn, renorm
 
@@ -183,12 +190,7 @@ def check_int_array(op: str, argument: str, value: object) -> Integers:
         # dtype object: numpy would turn an empty list, and large ints, into floats.
         array = np.array([int(v) for v in value], dtype=object)
     else:
-        try:
-            array = np.asarray(value)
-        except Exception as error:  # any error of the exporter, such as a GPU array's
-            let_through(error)
-            got = f"a {type(value).__qualname__} that refused: {error}"
-            raise ArgumentTypeError(op, argument, got=got, expected=expected) from error
+        array = host_array(op, argument, value, expected)
         if array.dtype.kind not in "iu":
             got = f"{type(value).__qualname__} of {array.dtype}"
             raise ArgumentTypeError(op, argument, got=got, expected=expected)

@@ -15,7 +15,7 @@ be, bit for bit.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -24,13 +24,16 @@ import numpy as np
 from fi_ffi.abi import library
 from fi_ffi.abi.function import Entry, register
 from fi_ffi.abi.signature import Signature
+from fi_ffi.abi.tensor import TensorDesc
 from fi_ffi.errors import KernelNotFoundError
 from fi_ffi.families import FAMILIES
 from fi_ffi.loader import generation, tvm_ffi
 from fi_ffi.loader.distributions import is_in
 from fi_ffi.ops.call.releases import release_in_force
-from fi_ffi.reference.arrays import bits, over_arrays, store_changed
+from fi_ffi.ops.call.row import Row
+from fi_ffi.reference.arrays import as_array, bits, over_arrays, store_changed
 from fi_ffi.reference.formula import Formula, Move, as_inputs
+from fi_ffi.reference.indices import judge, judged
 
 # What a module was compiled for, if its kernels depend on it: names and values.
 Compiled = tuple[tuple[str, object], ...]
@@ -43,7 +46,7 @@ _HAVE_INFINITY = ">=0.7.0"
 _NAMES = (*FAMILIES, "moe", "comm", "comm_fusion")
 EXACT: dict[str, Formula]
 MOVES: dict[str, Move]
-_entries: dict[tuple[str, str, str, Compiled, str, tuple[str, ...]], Entry] = {}
+_entries: dict[tuple[str, str, str, Compiled, str, tuple[str, ...], Row | None], Entry] = {}
 
 
 def _families(first: str = "") -> Iterator[ModuleType]:
@@ -87,13 +90,17 @@ def entry(
     compiled: Compiled = (),
     formula: str = "",
     names: Sequence[str] = (),
+    row: Row | None = None,
 ) -> Entry:
     """Return the numpy `kernel` of a module, as a TVM-FFI function with that signature.
 
     `compiled` is for the attention families: see `attention.reference_kernel`. If the entry has no
-    kernel, its formula serves, which takes its arguments by `names`.
+    kernel, its formula serves, which takes its arguments by `names`. The kernel refuses indices
+    that name no place, as the `row` states it.
     """
-    key = (module, kernel, str(signature), compiled, formula, tuple(names))
+    has_indices = row is not None and any(arg.index for arg in row.tensors)
+    judged_by = row if has_indices else None
+    key = (module, kernel, str(signature), compiled, formula, tuple(names), judged_by)
     found = _entries.get(key)
     if found is None:
         function = _function(module, kernel, compiled, formula, names)
@@ -105,9 +112,14 @@ def entry(
         words = (module, kernel, *(f"{word}_{value}" for word, value in compiled))
         name = ".".join(("fi_ffi.reference", *words))
         # No lock: a `__del__` on this thread may ask too. One of two alike serves all.
-        made = register(name, signature, over_arrays(function))
+        made = register(name, signature, over_arrays(judged(function, judged_by)))
         found = _entries.setdefault(key, made)
     return found
+
+
+def judge_descs(row: Row, descs: Mapping[str, TensorDesc], **sizes: int) -> None:
+    """Refuse indices outside their tensors, in tensors of the CPU; see `indices.judge`."""
+    judge(row, {name: as_array(desc) for name, desc in descs.items()}, **sizes)
 
 
 @generation.cached

@@ -1,7 +1,8 @@
 """Blocks with a scale each in float64, from their formats' definitions.
 
 The kernels compute scales and quotients in float32, with reciprocals that are not correctly
-rounded. If such a quotient lies between two neighbouring numbers, either is accepted.
+rounded. If such a quotient lies between two neighbouring numbers, either is accepted. Being
+compiled for fast arithmetic, they take subnormal numbers for 0, as inputs and as results.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from fi_ffi.reference.formula import Exact, Formula, Inputs, Move, OneOfMany
 from fi_ffi.reference.moe_weights import FP4, fp4
 
 _NEAR = 2.0**-18
+_LEAST = 2.0**-126  # the least normal float32
+_NAN, _MOST = 255.0, 254.0  # bytes of e8m0: no number, and the greatest
 _E4M3 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float64)
 _FINITE = np.array(sorted({*_E4M3[np.isfinite(_E4M3)].tolist()}), _E4M3.dtype)
 # Codes of the order of scales: rows of a tile by code, and the code for plain rows.
@@ -85,15 +88,25 @@ def _judge(is_right: Callable[[Array], Array]) -> Callable[[Array], tuple[float,
     return judge
 
 
+def _in_blocks(x: Array, size: int) -> tuple[Array, Array]:
+    """Return the rows in blocks, without subnormal numbers, and the largest magnitude of each
+    block; NaN only if it has nothing else."""
+    shape = (*x.shape[:-1], x.shape[-1] // size, size)
+    blocks = np.where(np.abs(x) < _LEAST, np.copysign(0.0, x), x).reshape(shape)
+    return blocks, np.fmax.reduce(np.abs(blocks), axis=-1)
+
+
 def _bytes_of_e4m3(x: Array) -> Array:
-    return bits(np.clip(x, 0, 448).astype(ml_dtypes.float8_e4m3fn)).astype(np.float64)
+    rounded = np.abs(np.clip(x, 0, 448)).astype(ml_dtypes.float8_e4m3fn)
+    return bits(rounded).astype(np.float64)
 
 
 def _bytes_of_e8m0(x: Array) -> Array:
     """Return the exponents, biased by 127, of the least powers of 2 that are not smaller."""
-    mantissa, exponent = np.frexp(np.maximum(x, 2.0**-127))
-    exponents: Array = np.clip(np.where(mantissa == 0.5, exponent - 1, exponent), -127, 127)
-    return exponents + 127.0
+    mantissa, exponent = np.frexp(np.where(np.isfinite(x), x, 1.0))
+    codes = np.where(mantissa == 0.5, exponent - 1, exponent) + 127.0
+    codes = np.where(x < _LEAST, 0.0, np.where(np.isinf(x), _MOST, codes))
+    return np.where(np.isnan(x), _NAN, codes)
 
 
 def _of_e4m3(codes: Array) -> Array:
@@ -102,17 +115,26 @@ def _of_e4m3(codes: Array) -> Array:
 
 
 def _of_e8m0(codes: Array) -> Array:
-    value: Array = 2.0 ** (codes - 127)
-    return value
+    """Return the divisors. Of the least and the greatest scale the kernels have a subnormal number,
+    or a subnormal reciprocal: they multiply by 0."""
+    value = np.where((codes == 0) | (codes == _MOST), np.inf, 2.0 ** (codes - 127))
+    return np.where(codes == _NAN, np.nan, value)
+
+
+def _reciprocal(x: float) -> float:
+    with np.errstate(divide="ignore"):
+        return float(np.reciprocal(x))
 
 
 def _quotients(
     blocks: Array, scales: _Scales, decode: Callable[[Array], Array], of_all: float | Array = 1.0
 ) -> list[Array]:
     """Divide elements by each accepted scale of their block; 0 for a block of zeros."""
-    # With a scale that was rounded to 0, all quotients except those of 0 saturate.
-    values = (np.maximum(decode(codes), 1e-100) for codes in scales.codes)
-    return [blocks * (of_all / value)[..., None] for value in values]
+    # By a scale that was rounded to 0, quotients saturate, and those of 0 are NaN.
+    has_some = (blocks != 0).any(axis=-1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        factors = (np.where(has_some, of_all / decode(codes), 0) for codes in scales.codes)
+        return [blocks * factor[..., None] for factor in factors]
 
 
 def _are_nearest(wanted: list[Array], values: Array, grid: Array) -> Array:
@@ -121,7 +143,8 @@ def _are_nearest(wanted: list[Array], values: Array, grid: Array) -> Array:
     for quotients in wanted:
         limited = np.clip(quotients, grid[0], grid[-1])
         gaps = np.abs(grid - limited[..., None]).min(axis=-1)
-        right |= (np.abs(values - limited) <= gaps + _NEAR * np.abs(limited)).all(axis=-1)
+        near = np.abs(values - limited) <= gaps + _NEAR * np.abs(limited)
+        right |= (near | np.isnan(limited) & np.isnan(values)).all(axis=-1)
     return right
 
 
@@ -137,14 +160,15 @@ def scales_in_layout(layout: int, padding: int = 0) -> Callable[[Array], Array]:
 
 def mxfp8_quantize(a: Inputs) -> Exact:
     (n, k), padded_k = a["input"].shape, a["valMxFP8"].shape[1]
-    blocks = a["input"].reshape(n, k // 32, 32)
-    scales = _Scales(np.abs(blocks).max(axis=-1) / 448, _bytes_of_e8m0)
+    blocks, largest = _in_blocks(a["input"], 32)
+    scales = _Scales(largest / 448, _bytes_of_e8m0)
     wanted = _quotients(blocks, scales, _of_e8m0)
     # Releases without a layout code have a flag for two of the layouts.
     layout = a["sfSwizzleLayout"] if "sfSwizzleLayout" in a else 2 - 2 * a["isSfSwizzledLayout"]
 
     def value() -> Array:
         elements = np.clip(wanted[0], -448, 448).reshape(n, k)
+        elements[np.isnan(elements)] = np.nan  # without a sign
         return np.pad(elements, ((0, 0), (0, padded_k - k)))
 
     def are_right(got: Array) -> Array:
@@ -159,7 +183,8 @@ def mxfp8_quantize(a: Inputs) -> Exact:
 
 
 def _are_halves(wanted: list[Array], shape: tuple[int, ...]) -> OneOfMany:
-    """Return the expected elements of 4 bits, two to a byte."""
+    """Return the expected elements of 4 bits, two to a byte. NaN becomes the greatest of them."""
+    wanted = [np.where(np.isnan(each), np.inf, each) for each in wanted]
 
     def value() -> Array:
         rounded = np.clip(wanted[0], -6, 6).astype(ml_dtypes.float4_e2m1fn).view(np.uint8)
@@ -175,15 +200,14 @@ def _are_halves(wanted: list[Array], shape: tuple[int, ...]) -> OneOfMany:
 
 
 def fp4_quantize(a: Inputs) -> Exact:
-    (n, k), size = a["input"].shape, a["sfVecSize"]
-    blocks = a["input"].reshape(n, k // size, size)
-    largest = np.abs(blocks).max(axis=-1)
+    size = a["sfVecSize"]
+    blocks, largest = _in_blocks(a["input"], size)
     if a["sfUseUE8M0"]:
         scales = _Scales(largest / 6, _bytes_of_e8m0)
         wanted = _quotients(blocks, scales, _of_e8m0)
     else:
-        of_all = float(np.ravel(a["globalScale"])[0])
-        of_all = 1 / of_all if a.get("isGlobalScaleInversed", False) else of_all
+        of_all = a["globalScale"].ravel()[0]
+        of_all = _reciprocal(of_all) if a.get("isGlobalScaleInversed", False) else of_all
         scales = _Scales(of_all * largest / 6, _bytes_of_e4m3)
         wanted = _quotients(blocks, scales, _of_e4m3, of_all)
     layout = int(a["isSf8x4Layout"]) if a["isSfSwizzledLayout"] else _ROWS
@@ -194,10 +218,10 @@ def fp4_quantize(a: Inputs) -> Exact:
 
 
 def fp4_batched_quantize(a: Inputs) -> Exact:
-    b, n, k = a["input"].shape
-    blocks = a["input"].reshape(b, n, k // 16, 16)
+    b = len(a["input"])
+    blocks, largest = _in_blocks(a["input"], 16)
     of_all = a["globalScale"][:, None]
-    scales = _Scales(of_all * np.abs(blocks).max(axis=-1) / 6, _bytes_of_e4m3)
+    scales = _Scales(of_all * largest / 6, _bytes_of_e4m3)
     wanted = _quotients(blocks, scales, _of_e4m3, of_all)
     return {
         "valueE2M1": _are_halves(wanted, a["valueE2M1"].shape),
@@ -206,9 +230,9 @@ def fp4_batched_quantize(a: Inputs) -> Exact:
 
 
 def nvfp4_kv_quant(a: Inputs) -> Exact:
-    n, count = a["block_scales"].shape
-    blocks, of_all = a["input"].reshape(n, count, 16), 1 / float(np.ravel(a["global_scale"])[0])
-    scales = _Scales(of_all * np.abs(blocks).max(axis=-1) / 6, _bytes_of_e4m3)
+    blocks, largest = _in_blocks(a["input"], 16)
+    of_all = _reciprocal(a["global_scale"].ravel()[0])
+    scales = _Scales(of_all * largest / 6, _bytes_of_e4m3)
     wanted = _quotients(blocks, scales, _of_e4m3, of_all)
     return {
         "fp4_output": _are_halves(wanted, a["fp4_output"].shape),

@@ -2,8 +2,8 @@
 
 A state over keys with base-2 logits l and values x is s = log2(sum(2^l)) and v = sum(2^(l - s) x).
 The state of several sets of keys follows from theirs. Before FlashInfer 0.7.0, the kernels'
-infinity is 5e4: a merge of many states begins with one at -5e4, which counts, and two states at
-minus infinity merge to NaN.
+infinity is 5e4: a merge of many states begins with one or more at -5e4, which count, and two states
+at minus infinity merge to NaN.
 """
 
 from __future__ import annotations
@@ -81,6 +81,12 @@ def _step(largest: float) -> float:
     return float(2 - 2 * np.frexp(largest)[0])
 
 
+def _rows_of_threads(head_dim: int) -> int:
+    """Return the rows of threads that share a head's sets, of 128 threads in all; each begins with
+    a state without keys, and so does who merges theirs."""
+    return 128 // (head_dim // max(8, head_dim // 32))
+
+
 def merge_states(a: Inputs, nothing: float = _EMPTY_LSE) -> Exact:
     v, s = a["v"], a["s"]
     n, sets = s.shape[:2]
@@ -88,11 +94,15 @@ def merge_states(a: Inputs, nothing: float = _EMPTY_LSE) -> Exact:
     if sets == 1 < n:  # a copy
         return {names[0]: (v[:, 0], np.abs(v[:, 0])), names[1]: (s[:, 0], np.ones_like(s[:, 0]))}
     errors: tuple[float, Array | float] = (0.0, 0.0)
-    if n <= sets > 1:
+    begun = 1
+    if n <= sets:
         # Rows of threads pass on partial values in v's dtype, and partial log-sum-exps in float32.
-        finite = np.abs(s, where=np.isfinite(s), out=np.zeros_like(s))
-        errors = _step(a["largest"]["v"]) / 2, 2.0**-24 * finite.max(axis=1)
-    v, s = (np.insert(x, 0, first, axis=1) for x, first in ((v, 0.0), (s, nothing)))
+        finite = np.abs(s, where=np.isfinite(s), out=np.zeros_like(s)).max(axis=1, initial=0)
+        # What they begin with counts only where all sets are that low.
+        finite = np.where(s.max(axis=1, initial=-np.inf) < nothing + 64, abs(nothing), finite)
+        errors = _step(a["largest"]["v"]) / 2, 2.0**-24 * finite
+        begun += _rows_of_threads(v.shape[-1])
+    v, s = (np.insert(x, [0] * begun, first, axis=1) for x, first in ((v, 0.0), (s, nothing)))
     return _exact(names, v, s, *errors)
 
 

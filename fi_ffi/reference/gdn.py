@@ -3,8 +3,7 @@
 In a sequence each token writes `u`, the new part of its value; the `u` of a piece solve a
 triangular system. With another array module than numpy as `xp`, that module does the work.
 
-The kernel takes tiles of 64 tokens and does not check `cu_seqlens`: on a GPU, a sequence without
-tokens never terminates, and one past the end reads past the tensors. This module raises for both.
+The kernel takes tiles of 64 tokens.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import numpy as np
 
 from fi_ffi.reference.arrays import Array, store_changed
 from fi_ffi.reference.formula import SLACK, Exact, Formula, Inputs, as_inputs
+from fi_ffi.reference.indices import check_slot
 
 # Tokens of a piece.
 _PIECE = 256
@@ -77,15 +77,6 @@ def sequence(
     return xp.concatenate(read, axis=1), state, kept
 
 
-def _check_starts(cu_seqlens: Array, tokens: int) -> None:
-    lengths = np.diff(cu_seqlens)
-    if cu_seqlens[0] != 0 or cu_seqlens[-1] > tokens:
-        raise IndexError(f"cu_seqlens goes from {cu_seqlens[0]} to {cu_seqlens[-1]} of {tokens}")
-    if (lengths < 1).any():
-        at = int(np.argmax(lengths < 1))
-        raise ValueError(f"sequence {at} has {lengths[at]} tokens: a GPU would never end")
-
-
 def gdn_prefill(
     a: dict[str, Any], xp: Any = np, is_whole: bool = False
 ) -> dict[str, tuple[Any, Any]]:
@@ -100,7 +91,6 @@ def gdn_prefill(
     ones = xp.ones((v.shape[1], heads))
     gates = [xp.asarray(a[name]).T if name in a else ones.T for name in ("alpha", "beta")]
     starts = np.asarray(a["cu_seqlens"]).astype(int)
-    _check_starts(starts, v.shape[1])
     results: dict[str, list[Any]] = {"output": [], "output_state": [], "state_checkpoints": []}
     sizes: dict[str, list[Any]] = {name: [] for name in results}
     places: list[int] = []  # where checkpoints are
@@ -156,8 +146,6 @@ def gdn_prefill_cute(a: dict[str, Any], xp: Any = np) -> dict[str, tuple[Any, An
     states, of_states = xp.array(pool), xp.zeros_like(pool)
     if not len(there):
         return {"output_state": (states, of_states)}
-    if slots.min() < 0 or slots.max() >= len(states):
-        raise IndexError(f"states {slots.min()} to {slots.max()} of {len(states)}")
     arguments = {
         **a,
         "cu_seqlens": np.append(starts[there], starts[-1]),
@@ -281,13 +269,17 @@ class _Slots(NamedTuple):
     is_undefined: bool = False
 
 
+def _indices_of(a: Inputs, written: bool) -> str:
+    """Return the argument that has the slots which are read, or written."""
+    is_other = written and "output_state_indices" in a
+    return "output_state_indices" if is_other else "initial_state_indices"
+
+
 def _slots_of(a: Inputs, i: int, padding: str) -> _Slots:
     """Return a request's slots; negative indices mean slot 0 ("null slot") or no slot."""
     if "initial_state_indices" not in a:
         return _Slots(i, i)
-    source = int(a["initial_state_indices"][i])
-    targets = a["output_state_indices" if "output_state_indices" in a else "initial_state_indices"]
-    target = int(targets[i])
+    source, target = (int(a[_indices_of(a, written)][i]) for written in (False, True))
     if source < 0 and padding != "null slot":
         return _Slots(None, None)
     is_undefined = source < 0
@@ -314,9 +306,9 @@ def _decode(a: Inputs, padding: str, is_zero: bool = False) -> dict[str, tuple[A
     stays = a["disable_state_update"] or (buffer is not None and padding == "null slot")
     for i in range(b):
         slots = _slots_of(a, i, padding)
-        for slot in slots[:2]:
-            if slot is not None and slot >= len(before):
-                raise IndexError(f"request {i} has state {slot} of {len(before)}")
+        for slot, written in ((slots.source, False), (slots.target, True)):
+            if slot is not None:
+                check_slot("gdn_decode", _indices_of(a, written), i, slot, len(before))
         if slots.source is None:
             if is_zero:
                 out[i] = 0
@@ -372,8 +364,6 @@ def _requests_of(a: Inputs, b: int) -> list[_KdaRequest]:
     slots = a["ssm_state_indices"].astype(int).reshape(len(starts) - 1, -1)
     requests = []
     for i, (start, end) in enumerate(pairwise(starts)):
-        if start < 0 or end > b:
-            raise IndexError(f"request {i} has tokens {start} to {end} of {b}")
         first = int(a["num_accepted_tokens"][i]) - 1 if "num_accepted_tokens" in a else 0
         source = slots[i, min(max(first, 0), slots.shape[1] - 1)]
         count = min(end - start, slots.shape[1])
@@ -419,8 +409,8 @@ def _kda(a: Inputs) -> Exact:
     if is_cleared:
         out[int(a["cu_seqlens"][-1]) :] = 0
     for i, (source, tokens, targets) in enumerate(_requests_of(a, len(q))):
-        if max(source, *targets, 0) >= len(before):
-            raise IndexError(f"request {i} has state {max(source, *targets)} of {len(before)}")
+        highest = max(source, *targets, 0)
+        check_slot("recurrent_kda", "ssm_state_indices", i, highest, len(before))
         state = _Value(before[source], 0.0)
         for token, target in zip(tokens, targets, strict=True):
             if target < 0:

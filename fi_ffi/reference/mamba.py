@@ -12,13 +12,14 @@ import numpy as np
 from fi_ffi.reference import philox
 from fi_ffi.reference.arrays import Array
 from fi_ffi.reference.formula import SLACK, Exact, Expected, Formula, Inputs, OneOfMany
+from fi_ffi.reference.indices import check_slot, refusal
+
+_OP = "selective_state_update"
 
 
 def seq_chunk_cumsum(a: Inputs) -> Exact:
     starts = a["chunk_indices"].astype(np.int64) * a["chunk_size"]
     starts += a["chunk_offsets"].astype(np.int64)
-    if len(starts) and not 0 <= starts.min() <= starts.max() < len(a["seq_idx"]):
-        raise IndexError(f"pieces start at {starts.min()} to {starts.max()}: tokens have no such")
     of_pieces = a["seq_idx"].astype(np.int64)[starts]
     sequences = np.arange(len(a["output"]))
     counts = np.searchsorted(of_pieces, sequences).astype(np.int32)
@@ -53,8 +54,6 @@ def _tokens(a: Inputs) -> list[list[tuple[int, ...]]]:
 def _requests(a: Inputs) -> Iterator[_MambaRequest]:
     pad, is_one = a["pad_slot_id"], a["x"].ndim == 3 and "cu_seqlens" not in a
     for i, tokens in enumerate(_tokens(a)):
-        if "cu_seqlens" in a and len(tokens) > a["cache_steps"]:
-            raise ValueError(f"request {i} has {len(tokens)} tokens, of {a['cache_steps']} at most")
         first = max(int(a["num_accepted_tokens"][i]) - 1, 0) if "num_accepted_tokens" in a else 0
         slot = i
         if "state_batch_indices" in a:
@@ -63,10 +62,17 @@ def _requests(a: Inputs) -> Iterator[_MambaRequest]:
         kept = slot != pad
         # Unless the algorithm is chosen, the kernels for several tokens serve padded calls.
         if not kept and is_one and "state_scale" in a and a["algorithm"]:
-            raise IndexError(f"request {i} has state {slot}, whose scale the kernels would read")
+            raise refusal(
+                _OP, "state_batch_indices", f"{slot} for request {i}", "a slot, whose scale is read"
+            )
         if kept and "intermediate_states_buffer" in a:
             of = a.get("intermediate_state_indices")
             entry = slot if of is None else int(of[i])
+            name = "state_batch_indices" if of is None else "intermediate_state_indices"
+            room = len(a["intermediate_states_buffer"])
+            if "intermediate_state_scales" in a:
+                room = min(room, len(_tokens(a)))
+            check_slot(_OP, name, i, entry, room)
             targets = [entry * a["cache_steps"] + step for step in range(len(tokens))]
         elif kept and "dst_state_batch_indices" in a:
             places = [_column(a["dst_state_batch_indices"], i, step) for step in range(len(tokens))]
@@ -79,14 +85,15 @@ def _requests(a: Inputs) -> Iterator[_MambaRequest]:
 
 
 def _check_slots(a: Inputs, i: int, source: int | None, targets: list[int | None]) -> None:
-    """Raise for slots out of range, where a GPU would read and write past the states."""
-    buffer = a.get("intermediate_states_buffer")
-    room = len(a["state"]) if buffer is None else buffer.shape[0] * buffer.shape[1]
-    if "intermediate_state_scales" in a:
-        room = len(_tokens(a)) * a["cache_steps"]
-    for slot, count in [(source, len(a["state"])), *((target, room) for target in targets)]:
-        if slot is not None and not 0 <= slot < count:
-            raise IndexError(f"request {i} has state {slot} of {count}")
+    """Refuse slots out of range, where a GPU would read and write past the states."""
+    argument, count = "state_batch_indices", len(a["state"])
+    if source is not None:
+        check_slot(_OP, argument, i, source, count)
+    if "intermediate_states_buffer" not in a:
+        argument = f"dst_{argument}" if f"dst_{argument}" in a else argument
+        for slot in targets:
+            if slot is not None:
+                check_slot(_OP, argument, i, slot, count)
 
 
 # Errors of float32: of `__expf`; of `__logf`, absolute near 0; of a sum of products; of a sigmoid.

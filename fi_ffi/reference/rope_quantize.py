@@ -69,7 +69,7 @@ def _place(a: Inputs, cache: Array) -> tuple[Array, Array]:
     """Return the places of the requests' tokens in a cache [pages, entries, ...]."""
     names = ("batch_indices", "positions", "kv_indices", "kv_indptr")
     requests, positions, indices, indptr = (a[name].astype(int) for name in names)
-    return places(requests, positions, indices, indptr, cache.shape[1], len(cache))
+    return places(requests, positions, indices, indptr, cache.shape[1])
 
 
 def _appended_queries(a: Inputs, kept: Inputs) -> dict[str, _Value]:

@@ -69,7 +69,8 @@ def _sampler(allowed: Allowed, source: str = "probs") -> Formula:
     def formula(a: Inputs) -> Exact:
         def at(i: int, times: float = 1.0) -> Iterable[int]:
             of = i if a.get("maybe_indices") is None else int(a["maybe_indices"][i])
-            return allowed(a, a[source][of], i, of, times)
+            row = _flushed(a[source][of]) if source == "probs" else a[source][of]
+            return allowed(a, row, i, of, times)
 
         @functools.cache
         def drawn() -> Array:
@@ -82,6 +83,11 @@ def _sampler(allowed: Allowed, source: str = "probs") -> Formula:
         return made
 
     return formula
+
+
+def _flushed(p: Array) -> Array:
+    """Replace subnormal float32 numbers by 0, as the kernels do."""
+    return np.where(np.abs(p) < _FLUSHED, 0.0, p)
 
 
 def _drawn(p: Array, chosen: Array, at: float, within: float) -> list[int]:
@@ -116,6 +122,8 @@ def _min_p(a: Inputs, p: Array, i: int, at: int, times: float) -> Iterable[int]:
     greatest = np.float32(max(0.0, np.nanmax(p, initial=0.0)))
     chosen = p >= float(greatest * np.float32(_top(a, "min_p", at)))
     mass = float(p[chosen].sum())
+    if not mass:  # all are 0, the greatest too: the kernel takes the last
+        return np.flatnonzero(chosen)[-1:].tolist() or [NONE]
     return _drawn(p, chosen, next(_numbers(a, i)) * mass, 2 * times * slack(p))
 
 
@@ -196,14 +204,14 @@ def _chain_row(a: Inputs, i: int, times: float = 1.0) -> set[tuple[int, int, int
     found = set()
 
     def taken(n: int, number: int) -> set[bool]:
-        drafts, targets = a["draft_probs"][i, n], a["target_probs"][i, n]
+        drafts, targets = _flushed(a["draft_probs"][i, n]), _flushed(a["target_probs"][i, n])
         return _is_taken(drawn[number], drafts[ids[n]], targets[ids[n]], times)
 
     for emitted in range(length + 1):
-        rest = a["target_probs"][i, emitted]
+        rest = _flushed(a["target_probs"][i, emitted])
         accepted, number = {emitted}, emitted
         if emitted < length:
-            rest = np.maximum(rest - a["draft_probs"][i, emitted], 0)
+            rest = np.maximum(_flushed(rest - _flushed(a["draft_probs"][i, emitted])), 0)
             if False in taken(emitted, number):
                 for n in range(emitted, length):
                     number += 1

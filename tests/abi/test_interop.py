@@ -177,6 +177,119 @@ def test_a_field_of_records_has_no_strides_in_elements() -> None:
     refused(records["a"], "strides of .6,. bytes, expected multiples")
 
 
+class Holed(np.ndarray):  # type: ignore[type-arg]
+    """An array of another library, with a mask of its own (as astropy's)."""
+
+    mask = property(lambda self: np.isnan(self))
+
+
+class Mask(ArrayInterface):
+    """An exporter whose interface names a mask."""
+
+    @property
+    def __array_interface__(self) -> dict[str, Any]:
+        return super().__array_interface__ | {"mask": np.zeros(self.array.shape, bool)}
+
+
+def masked(array: Array) -> Array:
+    return np.ma.array(array, mask=array > 50)  # type: ignore[no-any-return,no-untyped-call]
+
+
+MASKED: dict[str, Callable[[Array], Any]] = {
+    "masked": masked,
+    "nothing masked": np.ma.array,
+    "a part of one": lambda a: masked(a)[1:, ::2],
+    "a subclass of it": lambda a: masked(a).view(type("Own", (np.ma.MaskedArray,), {})),
+    "hard": lambda a: np.ma.array(a, mask=True, hard_mask=True),
+    "its constant": lambda a: np.ma.masked,
+    "another library's": lambda a: a.view(Holed),
+    "an interface": Mask,
+}
+
+
+@pytest.mark.parametrize("make", MASKED.values(), ids=MASKED)
+def test_an_array_with_a_mask_is_refused(make: Callable[[Array], Any]) -> None:
+    """Kernels know no mask: they would read and write what it hides."""
+    value = make(random_array((4, 16), np.float16))
+    error = refused(value, "of which a mask hides elements, expected an array without a mask: ")
+    assert "x.filled(value), or x.data for all" in str(error)
+
+
+def test_what_a_masked_array_has_without_its_mask() -> None:
+    array = random_array((4, 16))
+    check(as_desc(masked(array).data), array)
+    filled = masked(array).filled(7)  # type: ignore[attr-defined]
+    check(as_desc(filled), filled)
+
+
+# What reads arrays on the host, and what else it takes.
+HOST_READERS: dict[str, Callable[[Any], Any]] = {
+    "seq_lens `kv_indptr`": lambda x: fi_ffi.seq_lens(x(np.array([0, 1])), [3], 16),
+    "seq_lens `kv_last_page_len`": lambda x: fi_ffi.seq_lens([0, 1], x(np.array([3])), 16),
+    "pack_custom_mask `masks`": lambda x: fi_ffi.pack_custom_mask(x(np.ones((2, 3), bool))),
+    "pack_custom_mask `masks` of one": lambda x: fi_ffi.pack_custom_mask([x(np.eye(3) > 0)]),
+    "pack_block_mask `mask`": lambda x: fi_ffi.pack_block_mask(
+        x(np.ones((1, 2, 3), bool)), np.array([0, 1], np.int32), 2
+    ),
+    "pack_block_mask `indptr`": lambda x: fi_ffi.pack_block_mask(
+        np.ones((1, 2, 3), bool), x(np.array([0, 1], np.int32)), 2
+    ),
+    "VariableBlockSparseAttentionPlan `block_mask_map`": lambda x: _variable_plan(x),
+    "BatchDecodePlan `indptr`": lambda x: fi_ffi.BatchDecodePlan(
+        x(np.array([0, 1], np.int32)), np.zeros(1, np.int32), np.ones(1, np.int32), page_size=16,
+        num_qo_heads=4, num_kv_heads=4, head_dim=64, q_data_type="float16", device="cpu",
+    ),
+}  # fmt: skip
+
+
+def _variable_plan(x: Callable[[Array], Any]) -> object:
+    block = {"num_qo_heads": 1, "num_kv_heads": 1, "head_dim": 64, "q_data_type": "float16"}
+    sizes = np.full((1, 1), 16, np.int32)
+    return fi_ffi.VariableBlockSparseAttentionPlan(
+        x(np.ones((1, 1, 1), bool)), sizes, sizes, **block, device="cpu"
+    )
+
+
+@pytest.mark.parametrize("reader", HOST_READERS)
+def test_a_mask_is_not_dropped_on_the_host(reader: str) -> None:
+    op, argument = reader.split()[:2]
+    HOST_READERS[reader](itself)
+    for make in (np.ma.array, lambda array: array.view(Holed)):
+        with pytest.raises(
+            ArgumentError, match=f"{op}.*: argument {argument}: got .* a mask hides"
+        ):
+            HOST_READERS[reader](make)
+
+
+SUBCLASSES: dict[str, Callable[[Array], Array]] = {
+    "matrix": np.asmatrix,
+    "recarray": lambda a: a.view(np.recarray),
+    "a class of its own": lambda a: a.view(type("Own", (np.ndarray,), {})),
+}
+
+
+@pytest.mark.filterwarnings("ignore:the matrix subclass")
+@pytest.mark.parametrize("make", SUBCLASSES.values(), ids=SUBCLASSES)
+def test_a_subclass_whose_data_is_all(make: Callable[[Array], Array]) -> None:
+    array = random_array((4, 16))
+    desc = as_desc(make(array))
+    assert desc.ptr == array.ctypes.data and desc.shape == (4, 16) and desc.dtype.name == "float32"
+
+
+class Sparse:
+    """What numpy only converts, as sparse and nullable arrays of other libraries."""
+
+    dtype, shape, mask = np.dtype(np.float32), (4, 16), None
+
+    def __array__(self, *_: object, **__: object) -> Array:
+        return np.zeros((4, 16), np.float32)
+
+
+def test_what_numpy_would_have_to_convert_is_no_tensor() -> None:
+    with pytest.raises(ArgumentTypeError, match="rmsnorm: argument `x`: got .*Sparse"):
+        as_desc(Sparse(), "rmsnorm", "x")
+
+
 class Lookalike:
     """What it says of itself is not what it is."""
 

@@ -50,7 +50,7 @@ class Layer:
         value, off = (np.zeros(given["out"].shape) for _ in range(2))
         x = given["x"].astype(np.float64)
         for pair, token in enumerate(given["sorted_token_ids"]):
-            if token >= len(x) or given["lora_indices"][token] < 0:
+            if not 0 <= token < len(x) or given["lora_indices"][token] < 0:
                 continue
             at = given["lora_indices"][token], given["expert_ids"][pair]
             weight = float(given["topk_weights"][pair])
@@ -213,6 +213,32 @@ def test_refusals(argument, change, rng):
     layer = Layer(rng)
     given = {"lora_a_weights": layer.a, "lora_b_weights": layer.b, **change}
     refused(fi_ffi.bgmv_moe, layer.arrays, argument, **given)
+
+
+@pytest.mark.parametrize(("name", "value"), [("expert_ids", EXPERTS), ("expert_ids", -1),
+                                             ("expert_ids", 2**62), ("lora_indices", ADAPTERS),
+                                             ("lora_indices", 2**62)])  # fmt: skip
+def test_weights_that_there_are_not(name, value, rng):
+    """The CPU refuses to read past the weights, as a GPU does not."""
+    layer = Layer(rng)
+    before = layer.arrays["out"].copy()
+    layer.arrays[name][0] = value  # of the first token, which has an adapter
+    error = refused(fi_ffi.bgmv_moe, layer.arrays, name, lora_a_weights=layer.a,
+                    lora_b_weights=layer.b)  # fmt: skip
+    assert error.got == f"{value} in element 0"
+    assert layer.arrays["out"].tobytes() == before.tobytes()
+
+
+def test_experts_of_pairs_that_are_skipped(rng):
+    """Of no token, or of a token without an adapter: nothing is read."""
+    layer = Layer(rng)
+    layer.arrays["lora_indices"][2] = -(2**62)
+    tokens = layer.arrays["sorted_token_ids"]
+    tokens[-1] = -(2**62)
+    layer.arrays["expert_ids"][(tokens < 0) | (tokens == 2)] = 2**62
+    value, off = layer.exact()
+    fi_ffi.bgmv_moe(**layer.arrays, lora_a_weights=layer.a, lora_b_weights=layer.b)
+    assert (np.abs(layer.arrays["out"] - value) <= off + 1e-30).all()
 
 
 def test_an_output_in_the_weights(rng):

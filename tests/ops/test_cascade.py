@@ -73,11 +73,14 @@ def test_sets_without_keys(nothing, n, sets, machine, rng):
         v = np.where(empty[..., None], 0, made.arrays["v"])
         made = case(MANY, rng, n=n, sets=sets, heads=1, tables={"s": s, "v": v})
         if name == "every":
-            # Of the -5e4 that the kernel begins with there may be a few more.
-            least = -np.inf if MANY.variant and np.isinf(nothing) else -50000
+            # The -5e4 that one or nine rows of threads begin with, and those of the sets.
+            least = -np.inf
+            if not MANY.variant or np.isfinite(nothing):
+                begun = (9 if sets >= n else 1) * (not MANY.variant)
+                least = np.float32(np.log2(begun + np.isfinite(nothing) * sets) - 5e4)
 
             def nowhere(got: np.ndarray, least: float = least) -> tuple[float, float]:
-                right = (got >= least) & (got <= max(least, -50000) + 20 * np.isfinite(least))
+                right = np.isclose(got, least, rtol=0, atol=0.01)
                 return 0.0, 0.0 if right.all() else np.inf
 
             zero = np.zeros_like(made.arrays["v_merged"])
@@ -128,3 +131,57 @@ def test_newer_kernels_merge_empty_states(rng):
         out_v, out_s = list(made.expected)
         assert (made.arrays[out_v] == 0).all()
         assert (made.arrays[out_s] == -np.inf).all()
+
+
+def by_threads(v: np.ndarray, s: np.ndarray, rows: int) -> tuple[np.ndarray, np.float32]:
+    """A head's sets merged in float32 as before 0.7.0, by `state_t` of state.cuh; with rows of
+    threads as in `MergeStatesLargeNumIndexSetsKernel`, which merge what each has."""
+
+    def merged(sets: list[tuple[np.ndarray, np.float32]]) -> tuple[np.ndarray, np.float32]:
+        o, m, d = np.zeros(v.shape[-1], np.float32), np.float32(-5e4), np.float32(1)
+        for of, other in sets:
+            before, m = m, np.maximum(m, other)
+            kept, more = (np.exp2(np.float32(x - m)) for x in (before, other))
+            d, o = d * kept + more, o * kept + of * more
+        return o / d, np.float32(m + np.log2(d))
+
+    sets = [(np.float32(of), np.float32(lse)) for of, lse in zip(v, s, strict=True)]
+    if not rows:
+        return merged(sets)
+    each = [merged(sets[i::rows]) for i in range(rows)]
+    return merged([(of.astype(v.dtype).astype(np.float32), lse) for of, lse in each])
+
+
+@pytest.mark.parametrize(("head_dim", "rows"), [(64, 16), (128, 8), (256, 4), (512, 4)])
+@pytest.mark.parametrize(("n", "sets"), [(5, 3), (2, 2), (1, 1), (3, 40)])
+@pytest.mark.parametrize("at", [-5e4, -50010.0, -49990.0, -83095.0, 0.0])
+def test_sets_as_low_as_those_without_keys(at, n, sets, head_dim, rows, rng):
+    """Beside the states at -5e4 that the kernels begin with, these weigh as much or little."""
+    old = next(row for row in OPS["merge_states"].rows if not row.variant)
+    s = at + rng.uniform(-3, 3, (n, sets, 1))
+    if sets > 1:
+        s[0, 0] = -5e4
+    made = case(old, rng, n=n, sets=sets, heads=1, head_dim=head_dim, tables={"s": s})
+    Op(old)(**made.arrays)
+    got = made.arrays["v_merged"], made.arrays["s_merged"]
+    assert all(made.error(name, made.arrays[name])[1] <= 1 for name in made.expected)
+    for i in range(n):
+        v, s = made.arrays["v"][i, :, 0], made.arrays["s"][i, :, 0]
+        value, lse = by_threads(v, s, rows if n <= sets else 0)
+        # A step of float32 is 2**-8 there, and a logarithm is rounded several times.
+        assert np.abs(got[1][i, 0] - lse) <= 0.02
+        np.testing.assert_allclose(np.float32(got[0][i, 0]), value, rtol=0.03, atol=0.02)
+
+
+def test_a_valid_state_below_that_of_no_keys(rng):
+    """A state at -5e4, which before 0.7.0 is that of no keys, outweighs one of lower logits: zeros,
+    as the kernels give them."""
+    for row in (PAIR, IN_PLACE):
+        one, both = ("s_a", "s_b") if row is PAIR else ("s", "s_other")
+        empty = "v_a" if row is PAIR else "v"
+        values = {empty: np.zeros((4, 3, 128)), one: np.full((4, 3), -5e4)}
+        made = case(row, rng, n=4, tables={**values, both: np.full((4, 3), -83095.0)},
+                    **({"without": ("mask",)} if row is IN_PLACE else {}))  # fmt: skip
+        Op(row)(**made.arrays)
+        out_v, out_s = list(made.expected)
+        assert not made.arrays[out_v].any() and (made.arrays[out_s] == -5e4).all()

@@ -392,7 +392,16 @@ def test_refusals_of_packed_tokens(rng):
 def test_what_a_gpu_would_read_past_the_states(t, form, rng):
     call = Call(rng, t=t, form=form)
     call.arrays["ssm_state_indices"].flat[0] = len(call.arrays["initial_state"])
-    with pytest.raises(fi_ffi.KernelError, match="request 0 has state"):
+    words = "recurrent_kda: argument `ssm_state_indices`: got .* for request 0"
+    with pytest.raises(fi_ffi.ArgumentError, match=words):
+        fi_ffi.recurrent_kda(**call.arrays, **call.options)
+
+
+@pytest.mark.parametrize(("at", "value"), [(0, -1), (-1, 10**6), (0, -(2**31))])
+def test_starts_that_are_no_tokens(at, value, rng):
+    call = Call(rng, t=3, form="starts")
+    call.arrays["cu_seqlens"][at] = value
+    with pytest.raises(fi_ffi.ArgumentError, match=f"recurrent_kda: .*`cu_seqlens`: got {value} "):
         fi_ffi.recurrent_kda(**call.arrays, **call.options)
 
 

@@ -39,19 +39,20 @@ def judged(case, got):
     return all(case.error(out, got[out])[1] <= 1 for out in case.expected)
 
 
-@pytest.mark.parametrize("value", [0.0, np.nan])
+@pytest.mark.parametrize("value", [0.0, 1e-40, np.nan])
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_rows_without_a_token(name, value, machine, rng):
-    """They are told of, and the rows beside them are as ever."""
+    """They are told of, and the rows beside them are as ever. Subnormal numbers count as 0."""
     probs = probabilities(rng, 6, 100)
     probs[[1, 4]] = value
     case = make(name, rng, n=6, tables={"probs": probs}, without=(*SEEDS, *ARRAYS, "maybe_indices"))
     got = run(machine, name, case.arrays, **case.scalars)
     assert judged(case, got)
-    # Of a row of zeros, 0 is the greatest: min_p leaves all of them.
+    # Of a row of zeros, 0 is the greatest: min_p leaves all of them, and draws the last.
     expected = [True, False, True, True, False, True]
-    if name == "min_p_sampling_from_probs" and value == 0:
+    if name == "min_p_sampling_from_probs" and value < 1:
         expected = [True] * 6
+        assert (got["output"][[1, 4]] == 99).all()
     else:
         assert (got["output"][[1, 4]] == 0).all()
     assert got["valid"].tolist() == expected

@@ -476,7 +476,7 @@ def test_refusals_of_int16_and_of_rounding(rng):
     padded = StateCall(rng, dtypes=QUANTISED[0][0], **OF_INT16)
     padded.read_from(1)
     padded.options["algorithm"] = "simple"
-    with pytest.raises(fi_ffi.KernelError, match="has state -1, whose scale"):
+    with pytest.raises(fi_ffi.ArgumentError, match="`state_batch_indices`: got -1 .* whose scale"):
         fi_ffi.selective_state_update(**padded.arrays, **padded.options)
 
 
@@ -524,8 +524,65 @@ def test_what_a_gpu_would_read_past_the_states(rng):
     call = StateCall(rng, **SMALL)
     call.read_from()
     call.arrays["state_batch_indices"][1] = len(call.arrays["state"])
-    with pytest.raises(fi_ffi.KernelError, match="has state 12 of 12"):
+    with pytest.raises(fi_ffi.ArgumentError, match="`state_batch_indices`: got 12 .* less than 12"):
         fi_ffi.selective_state_update(**call.arrays, **call.options)
+
+
+def misplaced(call: StateCall, argument: str, at: int, value: int) -> str:
+    """Give an index another value; the refusal, which wrote nothing."""
+    array = call.arrays[argument].copy()
+    array[at] = value
+    arrays = {**call.arrays, argument: array}
+    before = {name: each.tobytes() for name, each in arrays.items()}
+    with pytest.raises(fi_ffi.ArgumentError) as caught:
+        fi_ffi.selective_state_update(**arrays, **call.options)
+    assert {name: each.tobytes() for name, each in arrays.items()} == before
+    assert (caught.value.op, caught.value.argument) == ("selective_state_update", argument)
+    return f"{caught.value.got}, {caught.value.expected}"
+
+
+@pytest.mark.parametrize("indices", ["int32", "int64"])
+def test_indices_that_name_no_place(indices, rng):
+    """Below 0 (but for the padding), past the end, and as far as the dtype reaches."""
+    limits = np.iinfo(indices)
+    far = (limits.max, limits.min, -2)
+    call = StateCall(rng, indices=indices, **SMALL)
+    call.read_from()
+    call.write_to()
+    slots = len(call.arrays["state"])
+    for name in ("state_batch_indices", "dst_state_batch_indices"):
+        for value in (slots, *far):
+            at = int(rng.integers(call.b))
+            told = misplaced(call, name, at, value)
+            assert told == f"{value} for request {at}, 0 or more, and less than {slots}"
+    each = StateCall(rng, "steps", 3, 4, indices=indices, **SMALL)
+    each.read_from()
+    each.keep_each(4)
+    room = len(each.arrays["intermediate_states_buffer"])
+    for value in (room, -1, *far):
+        told = misplaced(each, "intermediate_state_indices", 1, value)
+        assert told == f"{value} for request 1, 0 or more, and less than {room}"
+
+
+def test_starts_past_the_tokens(rng):
+    call = StateCall(rng, "sequences", 3, 4, **SMALL)
+    count = len(call.arrays["x"])
+    assert misplaced(call, "cu_seqlens", 0, -1) == "-1 in element 0, 0 or more"
+    told = misplaced(call, "cu_seqlens", 3, count + 1)
+    assert told == f"{count + 1} in element 3, tokens = {count} or less"
+    longer = StateCall(rng, "sequences", 2, 4, **SMALL)
+    longer.options["cache_steps"] = 3  # the first has 4
+    with pytest.raises(fi_ffi.ArgumentError, match="steps.cu_seqlens. = 4 in element 0"):
+        fi_ffi.selective_state_update(**longer.arrays, **longer.options)
+
+
+def test_more_accepted_than_there_are_slots_for(rng):
+    call = StateCall(rng, "steps", 3, 4, **SMALL)
+    call.read_from(width=4)
+    call.arrays["num_accepted_tokens"] = np.array([1, 4, 2], np.int32)
+    fi_ffi.selective_state_update(**call.arrays, **call.options)
+    told = misplaced(call, "num_accepted_tokens", 1, 5)
+    assert told == "num_accepted_tokens[:b] = 5 in element 1, width = 4 or less"
 
 
 def test_supports():

@@ -12,7 +12,7 @@ from fi_ffi.errors import KernelError
 from fi_ffi.ops.attention import rows
 from fi_ffi.ops.plans import rows as other_rows
 from fi_ffi.reference.attention import reference_kernel
-from fi_ffi.reference.attention.formula import Options
+from fi_ffi.reference.attention.formula import Options, gathered
 
 from tests.helpers.attention_batches import (
     DIM,
@@ -198,6 +198,18 @@ def test_what_was_not_compiled_in(name, rng, error):
         info = batch.plan(FA3[0], True)
         batch.run(FA3[2], info, sm_scale=SCALE, **{name: IGNORED[name]})
         assert error(batch.expected(Options(SCALE)), batch.o) <= 1
+
+
+def test_pages_before_the_first(rng):
+    """Python would count them from the end."""
+    cache, indices = rng.standard_normal((5, 4, 2, 8)), np.array([3, 0, 4, 1], np.int32)
+    assert (gathered(cache, indices, 1, 6) == cache[[0, 4]].reshape(8, 2, 8)[:6]).all()
+    for start, length in ((-1, 4), (-3, 6), (1, -2), (0, 17)):
+        with pytest.raises(ValueError, match=f"{length} tokens"):
+            gathered(cache, indices, start, length)
+    for page in (-1, 5, 2**31 - 1):
+        with pytest.raises(ValueError, match=f"page {page} of a cache that has 5"):
+            gathered(cache, np.array([3, page], np.int32), 0, 8)
 
 
 @pytest.mark.parametrize("backend", ["fa2", "fa3"])

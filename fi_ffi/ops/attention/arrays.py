@@ -13,7 +13,7 @@ from itertools import accumulate
 from operator import ge, sub
 
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.abi.interop import as_desc
+from fi_ffi.abi.interop import as_desc, check_unmasked
 from fi_ffi.abi.tensor import DTYPES, TensorDesc
 from fi_ffi.errors import ArgumentError, let_through
 from fi_ffi.ops.attention.sizes import aligned
@@ -42,6 +42,7 @@ def int32_array(
     op: str, argument: str, array: object, length: int | None = None, may_be_longer: bool = False
 ) -> memoryview:
     """View an int32 array on the host in place; check that it has `length` elements."""
+    check_unmasked(array, op, argument)
     try:
         view = memoryview(array)  # type: ignore[arg-type]
         is_plain = view.format == "i" and view.ndim == 1 and view.c_contiguous

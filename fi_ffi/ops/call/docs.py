@@ -64,6 +64,8 @@ def _limits(row: Row) -> str:
         said.append(f"{' and '.join(row.same_strides)} have the same strides.")
     worded = [rule for rule in row.rules if isinstance(rule.expected, str)]
     said += [f"{rule.argument} is {rule.expected}." for rule in worded]
+    if places := [text for tensor in row.tensors for text in tensor.index]:
+        said.append(f"On a GPU, nothing checks that {'; '.join(places)}.")
     for lacking in row.lacks:
         told = " with ".join(f"{name} of {dtype}" for name, dtype in lacking.items())
         said.append(f"Not supported: {told}.")

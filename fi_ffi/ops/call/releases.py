@@ -172,7 +172,7 @@ def entry_for(row: Row, device: Device, module: str | None = None) -> Entry:
     # Of most families there is one module, named as they are.
     compiled = () if module in (None, row.module) else kernels.compiled_for(module)
     entry: Entry = kernels.entry(
-        row.module, row.signature, row.reference, compiled, row.formula, names
+        row.module, row.signature, row.reference, compiled, row.formula, names, row
     )
     return entry
 

@@ -89,6 +89,10 @@ class Tensor(Ranged):
     # The entry's view of the same memory, if it differs: for each axis of the entry the indices of
     # axes here. Several indices are merged into one axis, and must be adjacent in memory.
     view: tuple[tuple[int, ...], ...] = ()
+    # The places that its integers may name, in the notation of `fi_ffi.reference.indices`, such as
+    # "0 <= maybe_indices < r": checked on the CPU only. Or why they name none.
+    index: tuple[str, ...] = ()
+    no_index: str = ""
 
     # What is computed once is computed at its first use: most rows of a process are never called.
 

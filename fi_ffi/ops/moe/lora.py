@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fi_ffi.abi.interop import TensorLike, as_desc
@@ -21,7 +22,7 @@ from fi_ffi.ops.call import cuda
 from fi_ffi.ops.call.arguments import INT32_MAX, Refusal
 from fi_ffi.ops.call.compiled import CompiledRow
 from fi_ffi.ops.call.op import Op
-from fi_ffi.ops.call.releases import check_available, forms_of
+from fi_ffi.ops.call.releases import check_available, forms_of, reference
 from fi_ffi.ops.call.row import Absent, Row, Scalar, Tensor, Vector
 from fi_ffi.ops.steps.keyword_call import Launch, PreparedSteps, keyword_function
 from fi_ffi.ops.steps.memory import check_apart, staged, zero
@@ -58,14 +59,19 @@ _WEIGHTS = Tensor("topk_weights", "pairs", "float32", **_PLAIN)
 _ADAPTERS = Tensor("lora_indices", "n", "int64", **_PLAIN)
 _TABLE = Tensor("w_ptr", "slices experts", "int64", **_PLAIN)
 _STRIDE = Scalar("lora_stride", int, None, "")
+# Pairs of no token, or of one without an adapter, are skipped.
+_USED = (
+    "(sorted_token_ids >= 0) & (sorted_token_ids < n) & (lora_indices[sorted_token_ids % n] >= 0)"
+)
 # The caller's arguments except the lists of weights.
 CHECKS = Row(
     _OP,
     symbol="",
     args=(
         _X,
-        *_PAIRS,
-        _ADAPTERS,
+        replace(_PAIRS[0], no_index="others than tokens are skipped"),
+        replace(_PAIRS[1], index=(f"0 <= expert_ids < experts where {_USED}",)),
+        replace(_ADAPTERS, index=("lora_indices < adapters",)),
         _WEIGHTS,
         Tensor("out", "n total", "float32", writes=True, reads=False, **_PLAIN),
     ),
@@ -235,6 +241,9 @@ def _checked(arguments: Mapping[str, Any]) -> Launch:
             if cuda.is_capturing(handle):
                 expected = "a stream that records no graph: the kernels run on the default stream"
                 raise _refuse("stream", f"{handle:#x}", expected)
+        elif sizes["n"]:  # on the CPU, where nothing may be read past the weights
+            adapters, experts = a[0].shape[:2]
+            reference().judge_descs(CHECKS, descs, adapters=adapters, experts=experts)
         if sizes["n"]:
             _launch(descs, (a, b), (sizes["pairs"], rank, feat), handle)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from fi_ffi.errors import ArgumentError, ArgumentTypeError, let_through
-from fi_ffi.ops.call.arguments import check_int
+from fi_ffi.errors import ArgumentError, ArgumentTypeError
+from fi_ffi.ops.call.arguments import check_int, host_array
 
 if TYPE_CHECKING:
     import numpy
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 # A grid has fewer than 2**16 heads; the limit keeps a wrong number from filling the memory.
 _MAX_HEADS = 2**16 - 1
+_BOOLEAN = "a boolean host array for each request"
 
 
 def pack_custom_mask(masks: Masks) -> Bytes:
@@ -64,11 +65,7 @@ def _boolean(value: object, ranks: tuple[int, ...], where: str = "") -> numpy.nd
 
     if where and isinstance(value, (list, tuple)):
         raise _refused(f"{type(value).__name__}{where}")
-    try:
-        array = np.asarray(value)
-    except Exception as error:  # any error of the exporter, such as a GPU array's
-        let_through(error)
-        raise _refused(f"a {type(value).__qualname__} that refused: {error}") from error
+    array = host_array("pack_custom_mask", "masks", value, _BOOLEAN)
     if array.dtype != np.bool_:
         raise _refused(f"{type(value).__qualname__} of {array.dtype}")
     if array.ndim not in ranks:
@@ -79,5 +76,4 @@ def _boolean(value: object, ranks: tuple[int, ...], where: str = "") -> numpy.nd
 def _refused(got: str, expected: str = "") -> ArgumentError:
     """Make the error for a mask that is no boolean array, or that is not as expected."""
     error = ArgumentError if expected else ArgumentTypeError
-    expected = expected or "a boolean host array for each request"
-    return error("pack_custom_mask", "masks", got=got, expected=expected)
+    return error("pack_custom_mask", "masks", got=got, expected=expected or _BOOLEAN)

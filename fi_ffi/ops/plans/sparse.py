@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from fi_ffi.abi.interop import TensorLike, as_desc
 from fi_ffi.abi.tensor import TensorDesc, make_desc
-from fi_ffi.errors import ArgumentTypeError, let_through
 from fi_ffi.ops.attention.arrays import Batch, Indptr, host_ints
 from fi_ffi.ops.attention.options import check_keywords
 from fi_ffi.ops.attention.prefill import BatchPrefillPlan
-from fi_ffi.ops.call.arguments import INT32_MAX, Refusal, check_int
+from fi_ffi.ops.call.arguments import INT32_MAX, Refusal, check_int, host_array
 from fi_ffi.ops.plans.arguments import NotOf, SparseKeywords, check_heads, described
 from fi_ffi.ops.plans.masks import pack_custom_mask
 
@@ -40,7 +39,8 @@ def pack_block_mask(mask: numpy.typing.ArrayLike, indptr: TensorLike, M: int) ->
     import numpy as np
 
     refuse = Refusal("pack_block_mask")
-    blocks, rows = np.asarray(mask), Indptr(refuse.op, "indptr", indptr)
+    blocks = host_array(refuse.op, "mask", mask, "an array on the host")
+    rows = Indptr(refuse.op, "indptr", indptr)
     if blocks.dtype != np.bool_ or blocks.ndim != 3 or len(blocks) != rows.total:
         got = f"{blocks.dtype} of shape {blocks.shape}"
         raise refuse("mask", got, f"bool of shape ({rows.total}, R, C)")
@@ -314,14 +314,7 @@ def _viewed(
 def _host(op: str, name: str, value: Any, shape: tuple[int | None, ...], kinds: str) -> _Array:
     """Read a host array of these kinds of elements and this shape; None stands for any size but
     0."""
-    import numpy as np
-
-    try:
-        array = np.asarray(value)
-    except Exception as error:  # any error of the exporter, such as a GPU array's
-        let_through(error)
-        got = f"a {type(value).__qualname__} that refused: {error}"
-        raise ArgumentTypeError(op, name, got=got, expected="an array on the host") from error
+    array = host_array(op, name, value, "an array on the host")
     fits = len(array.shape) == len(shape) and all(
         have == want or (want is None and have)
         for have, want in zip(array.shape, shape, strict=True)

@@ -131,8 +131,10 @@ def _arguments(kernel: KdaKernel, width: int) -> dict[str, Arg]:
     of_state: dict[str, Any] = {"dtype": "bfloat16", "doc": "", "packed": 3}
     state = f"{slots} HV {size} D"
 
-    def required(name: str, axes: str, dtype: str, is_required: bool) -> Arg:
-        return Tensor(name, axes, dtype, **flat) if is_required else Absent(name, dtype=dtype)
+    def required(name: str, axes: str, dtype: str, is_required: bool, *index: str) -> Arg:
+        if not is_required:
+            return Absent(name, dtype=dtype)
+        return Tensor(name, axes, dtype, **flat, index=index)
 
     args = (
         Tensor("q", f"{tokens} H {size}", **half),
@@ -145,7 +147,7 @@ def _arguments(kernel: KdaKernel, width: int) -> dict[str, Arg]:
         Tensor("output", f"{tokens} HV {size}", writes=True, reads=False, **half),
         required("A_log", "H", "float32", kernel.use_gate_in_kernel),
         required("dt_bias", f"{size}*H", "float32", kernel.use_gate_in_kernel and kernel.has_bias),
-        required("cu_seqlens", "n+1", "int32", is_packed),
+        required("cu_seqlens", "n+1", "int32", is_packed, "0 <= cu_seqlens <= tokens"),
         required("ssm_state_indices", f"n {kernel.t}" if grouped else "n", "int32", is_packed),
         required("num_accepted_tokens", "n", "int32", grouped),
         *(Scalar(name, float, None, "") for name in ("scale", "eps", "lower_bound")),

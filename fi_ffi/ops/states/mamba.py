@@ -136,7 +136,11 @@ def _arguments(kind: str, read: int, written: int, states: str) -> tuple[Arg, ..
     maybe: dict[str, Any] = {"doc": "", "optional": True}
     kept: dict[str, Any] = {**maybe, "writes": True, "contiguous": True}
     # The number of sequences is on no other tensor.
-    starts: dict[str, Any] = {"optional": kind != "sequences", "entry_optional": True}
+    starts: dict[str, Any] = {"optional": True, "entry_optional": True}
+    if kind == "sequences":
+        index = ("0 <= cu_seqlens <= tokens", "steps(cu_seqlens) <= cache_steps")
+        starts |= {"optional": False, "index": index}
+    accepted = ("num_accepted_tokens[:b] <= width",) if read == 2 else ()
     scale: Arg = Absent("state_scale", "Optional<DLTensor*>")
     scales: Arg = Absent("intermediate_state_scales", "Optional<DLTensor*>")
     seed: Arg = Absent("rand_seed", "Optional<DLTensor*>")
@@ -169,7 +173,7 @@ def _arguments(kind: str, read: int, written: int, states: str) -> tuple[Arg, ..
         seed,
         Scalar("cache_steps", int, 0, "", low=0, high=INT32_MAX),
         Tensor("cu_seqlens", "b+1", "L", "", contiguous=True, **starts),
-        Tensor("num_accepted_tokens", "accepted", "N", contiguous=True, **maybe),
+        Tensor("num_accepted_tokens", "accepted", "N", contiguous=True, index=accepted, **maybe),
         Scalar("algorithm", int, 0, ""),
     )
 

@@ -23,6 +23,14 @@ _STATE_AXES = "num_seqs num_sab_heads head_size head_size"
 # Bytes of a TMA descriptor; the kernel keeps one for each multiprocessor.
 _DESCRIPTOR_BYTES = 128
 _CHECKPOINTED = "0.6.8"
+_IN_ORDER = (f"0 <= cu_seqlens <= {_TOKENS}", "cu_seqlens[0] <= 0")
+
+
+def _checkpoints(tokens: str) -> tuple[str, ...]:
+    """Return where the checkpoints of sequences that count as so many tokens may start."""
+    most = f"total_checkpoints - {tokens} // checkpoint_every_n_tokens"
+    return (f"0 <= checkpoint_cu_starts[:-1] <= {most}",)
+
 
 _ARGS = (
     Tensor("output", f"{_TOKENS} num_sab_heads head_size", "T", "output of each token",
@@ -37,7 +45,8 @@ _ARGS = (
     Tensor("v", f"{_TOKENS} num_v_heads head_size", "T", "values", contiguous=True),
     Tensor("cu_seqlens", "num_seqs+1", "int64", contiguous=True,
            doc="start of each sequence, and the end: from 0, and rising. The kernel never ends on "
-               "a sequence without tokens; see `fi_ffi.cu_seqlens`"),
+               "a sequence without tokens; see `fi_ffi.cu_seqlens`",
+           index=(*_IN_ORDER, "1 <= steps(cu_seqlens)")),
     Tensor("input_state", _STATE_AXES, optional=True, **_STATE,
            doc="the state before each sequence, as [value, key]; default: zero"),
     Tensor("alpha", f"{_TOKENS} num_sab_heads", **_GATE,
@@ -54,7 +63,8 @@ _ARGS = (
            optional=True, since=_CHECKPOINTED),
     Tensor("checkpoint_cu_starts", "num_seqs+1", "int64", contiguous=True, optional=True,
            since=_CHECKPOINTED,
-           doc="start of each sequence's checkpoints: see `fi_ffi.checkpoint_cu_starts`"),
+           doc="start of each sequence's checkpoints: see `fi_ffi.checkpoint_cu_starts`",
+           index=_checkpoints("(steps(cu_seqlens) + 63) // 64 * 64")),
     Scalar("checkpoint_every_n_tokens", int, 0, "tokens between checkpoints; 0: no checkpoints",
            low=0, multiple_of=64, since=_CHECKPOINTED),
 )  # fmt: skip
@@ -137,9 +147,10 @@ _CUTE_ARGS: tuple[Arg, ...] = (
         contiguous=True,
         optional=True,
         since="0.7.0",
+        index=("0 <= state_indices < slots where steps(cu_seqlens) > 0",),
     ),
     _as("state_checkpoints", dtype="C", view=((0, 1, 2, 3),), alignment=16),
-    _as("checkpoint_cu_starts", dtype="L0", alignment=8),
+    _as("checkpoint_cu_starts", dtype="L0", alignment=8, index=_checkpoints("steps(cu_seqlens)")),
     _as("workspace_buffer"),
     _as(
         "cu_seqlens",
@@ -147,6 +158,7 @@ _CUTE_ARGS: tuple[Arg, ...] = (
         alignment=8,
         doc="start of each sequence, and the end: from 0, and not decreasing; the state of a "
         "sequence without tokens is not written",
+        index=(*_IN_ORDER, "0 <= steps(cu_seqlens)"),
     ),
     _as("scale", zero="head_size ** -0.5"),
     *map(_size, ("num_q_heads", "num_k_heads", "num_v_heads", "num_sab_heads", "num_seqs")),

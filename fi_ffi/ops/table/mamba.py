@@ -34,19 +34,32 @@ ROWS = (
         "the number of pieces before each sequence, and of all pieces.",
         (
             Tensor(
-                "seq_idx", "tokens", "I", "each token's sequence, in rising order", contiguous=True
+                "seq_idx",
+                "tokens",
+                "I",
+                "each token's sequence, in rising order",
+                contiguous=True,
+                no_index="only compared",
             ),
             Tensor(
                 "chunk_indices",
                 "num_logical_chunks",
                 doc="chunk of each piece, in order: its first token is `chunk_indices * "
-                "chunk_size + chunk_offsets`, which is not checked",
+                "chunk_size + chunk_offsets`",
+                index=(
+                    "0 <= chunk_indices",
+                    "chunk_indices * chunk_size < tokens",
+                ),
                 **_PIECE,
             ),
             Tensor(
                 "chunk_offsets",
                 "num_logical_chunks",
                 doc="start of the piece in its chunk",
+                index=(
+                    "0 <= chunk_offsets < chunk_size",
+                    "chunk_indices * chunk_size + chunk_offsets < tokens",
+                ),
                 **_PIECE,
             ),
             Tensor(

@@ -24,19 +24,51 @@ _LIMITS = (
     f"num_indices * page_size <= {2**32}",
 )
 
+# The entries of a page table that the new tokens need.
+_START, _END = "kv_indptr[batch_indices]", "kv_indptr[batch_indices + 1]"
+INDEX_OF = {
+    "positions": (f"0 <= positions < ({_END} - {_START}) * page_size",),
+    "kv_indices": (f"0 <= kv_indices[{_START} + positions // page_size] < num_pages",),
+    "kv_indptr": (f"0 <= {_START} <= num_indices", f"{_END} <= num_indices"),
+}
 _WHERE = (
-    Tensor("batch_indices", "nnz", doc="request of each new token", **_INDEX),
-    Tensor("positions", "nnz", doc="its position in the request, from 0", **_INDEX),
+    Tensor(
+        "batch_indices",
+        "nnz",
+        doc="request of each new token",
+        index=("0 <= batch_indices < b",),
+        **_INDEX,
+    ),
+    Tensor(
+        "positions",
+        "nnz",
+        doc="its position in the request, from 0",
+        index=INDEX_OF["positions"],
+        **_INDEX,
+    ),
 )
 _PAGES = (
-    Tensor("kv_indices", "num_indices", doc="pages of all requests, in order", **_INDEX),
+    Tensor(
+        "kv_indices",
+        "num_indices",
+        doc="pages of all requests, in order",
+        index=INDEX_OF["kv_indices"],
+        **_INDEX,
+    ),
     Tensor(
         "kv_indptr",
         "b+1",
         doc="start of each request's pages in `kv_indices`, and the end",
+        index=INDEX_OF["kv_indptr"],
         **_INDEX,
     ),
-    Tensor("kv_last_page_len", "b", doc="tokens in each request's last page", **_INDEX),
+    Tensor(
+        "kv_last_page_len",
+        "b",
+        doc="tokens in each request's last page",
+        no_index="not read",
+        **_INDEX,
+    ),
 )
 
 

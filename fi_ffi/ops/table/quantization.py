@@ -58,9 +58,19 @@ ROWS = (
         "segment_packbits",
         "Pack segments of booleans into bits. Each segment starts with a new byte.",
         _X,
-        Tensor("input_indptr", "b+1", doc="start of each segment in `x`, and the end", **_INDPTR),
         Tensor(
-            "output_indptr", "b+1", doc="start of its bits in `y`: see `packed_indptr`", **_INDPTR
+            "input_indptr",
+            "b+1",
+            doc="start of each segment in `x`, and the end",
+            index=("0 <= input_indptr <= n", "0 <= steps(input_indptr)"),
+            **_INDPTR,
+        ),
+        Tensor(
+            "output_indptr",
+            "b+1",
+            doc="start of its bits in `y`: see `packed_indptr`",
+            index=("0 <= output_indptr[:-1] <= num_bytes - (steps(input_indptr) + 7) // 8",),
+            **_INDPTR,
         ),
         _BITORDER,
         Tensor(

@@ -90,8 +90,16 @@ def _in_and_out(source: str, out: str, dtype: str, doc: str) -> tuple[Tensor, Te
 
 
 _T: dict[str, tuple[str, ...]] = {"T": ("float32", "float16", "bfloat16")}
+OF_TOKENS = "a number of tokens"
 _TOP_K = (
-    Tensor("maybe_top_k_arr", "n", "int32", "`top_k_val` of each row; 0 keeps nothing", **MAYBE),
+    Tensor(
+        "maybe_top_k_arr",
+        "n",
+        "int32",
+        "`top_k_val` of each row; 0 keeps nothing",
+        no_index=OF_TOKENS,
+        **MAYBE,
+    ),
     Scalar(
         "top_k_val",
         int,

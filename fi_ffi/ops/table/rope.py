@@ -65,6 +65,7 @@ _IN = (
     Tensor("q_rope", _HEAD[0], "T", "rotated q; may be q itself", writes=True, reads=False),
     Tensor("k_rope", _HEAD[1], "T", "rotated k; may be k itself", writes=True, reads=False),
 )
+_FACTOR = "a factor of the angle"
 _RAGGED = (
     Tensor(
         "indptr",
@@ -72,10 +73,19 @@ _RAGGED = (
         "I",
         contiguous=True,
         doc="start of each request's tokens, and the end; tokens past the end are left out",
+        index=("0 <= indptr <= nnz", "0 <= steps(indptr)", "indptr[0] <= 0"),
     ),
-    Tensor("offsets", "b", "I", "position of each request's first token", contiguous=True),
+    Tensor(
+        "offsets",
+        "b",
+        "I",
+        "position of each request's first token",
+        contiguous=True,
+        no_index=_FACTOR,
+    ),
 )
-POS_IDS = Tensor("pos_ids", "nnz", "I", "position of each token", contiguous=True)
+_POS_IDS = Tensor("pos_ids", "nnz", "I", "position of each token", contiguous=True)
+POS_IDS = replace(_POS_IDS, index=("0 <= pos_ids < max_seq_len",))  # of the tables' rows
 INTERLEAVE = Scalar(
     "interleave",
     bool,
@@ -179,7 +189,7 @@ def _positioned(name: str, doc: str, angle: tuple[Scalar, ...], *rules: Rule) ->
         name,
         f"{doc}; each token has a position of its own.",
         *_IN,
-        POS_IDS,
+        replace(_POS_IDS, no_index=_FACTOR),
         *angle,
         requires=(f"head_dim in {_HEAD_DIMS}", *most, _WHOLE_VECTORS, *rules),
     )

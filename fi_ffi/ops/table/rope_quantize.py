@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from fi_ffi.ops.call.row import PDL, Absent, KvLayout, Row, Rule, Scalar, Tensor, Vector
+from fi_ffi.ops.table.page import INDEX_OF
 from fi_ffi.ops.table.rope import (
     INDEX,
     INPUTS,
@@ -104,12 +105,27 @@ def _quantising(
 
 
 _PAGE: dict[str, Any] = {"dtype": "int32", "contiguous": True}
+# Other tokens are left out.
+_KEPT = "where batch_indices >= 0"
+
+
+def _of_kept(name: str) -> tuple[str, ...]:
+    return tuple(f"{text} {_KEPT}" for text in INDEX_OF[name])
+
+
 _WHERE = (
-    Tensor("kv_indices", "num_indices", doc="pages of all requests, in order", **_PAGE),
+    Tensor(
+        "kv_indices",
+        "num_indices",
+        doc="pages of all requests, in order",
+        index=_of_kept("kv_indices"),
+        **_PAGE,
+    ),
     Tensor(
         "kv_indptr",
         "b+1",
         doc="start of each request's pages in `kv_indices`, and the end",
+        index=_of_kept("kv_indptr"),
         **_PAGE,
     ),
     Tensor(
@@ -118,10 +134,18 @@ _WHERE = (
         **_PAGE,
         doc="request of each token; since FlashInfer 0.6.8 a token with -1 is left out, with "
         "its queries",
+        index=("batch_indices < b",),
     ),
-    Tensor("positions", "nnz", doc="its position in the request, from 0", **_PAGE),
+    Tensor(
+        "positions",
+        "nnz",
+        doc="its position in the request, from 0",
+        index=_of_kept("positions"),
+        **_PAGE,
+    ),
 )
 _PAGE_SIZE = Scalar("page_size", int, None, "tokens in a page", low=1, size_of="page_size")
+_TABLE_OF_KEPT = (_TABLE[0], replace(POS_IDS, index=(f"{POS_IDS.index[0]} {_KEPT}",)))
 # The entry tells the caches that it is given by their addresses: those of a call have some.
 _APPENDING = (
     "page_size >= 1",
@@ -158,7 +182,7 @@ ROWS = (
         *_both(_HEADS),
         _in("v_in", _HEADS, _HEAD_DIM, "values to quantise"),
         *_Q_OUT,
-        *_TABLE,
+        *_TABLE_OF_KEPT,
         _cache("k_cache", f"{_HEADS} {_HEAD_DIM}", "keys, the rotated part first", kv=True),
         _cache("v_cache", f"{_HEADS} {_HEAD_DIM}", "values", kv=True),
         Absent("ckv_cache"),
@@ -176,7 +200,7 @@ ROWS = (
         *_both("1"),
         Absent("v_in"),
         *_Q_OUT,
-        *_TABLE,
+        *_TABLE_OF_KEPT,
         Absent("k_cache"),
         Absent("v_cache"),
         _cache("ckv_cache", "no_rope_dim", "`k_nope_in`, quantised"),

@@ -55,6 +55,7 @@ _ROW = Row(
             contiguous=True,
             optional=True,
             since=_REPLAYED,
+            no_index="written",
         ),
     ),
     {"T": _FLOATS, "B": _FLOATS},

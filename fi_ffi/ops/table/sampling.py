@@ -29,7 +29,12 @@ _TOKENS = Tensor("output", "n", "I", "the tokens; 0 for a row without a token", 
 _FLAGGED = "0.6.7"
 _VALID = Tensor("valid", "n", "bool", "True for rows with a token", since=_FLAGGED, **_OUT)
 _INDICES = Tensor(
-    "maybe_indices", "n", "I", "row that each output is drawn from; default: its own", **_MAYBE
+    "maybe_indices",
+    "n",
+    "I",
+    "row that each output is drawn from; default: its own",
+    index=("0 <= maybe_indices < r",),
+    **_MAYBE,
 )
 _DETERMINISTIC = Scalar("deterministic", bool, True, "same token for the same arguments each time")
 # Seeds were numbers, then there were arrays of one, and then a seed for each output.
@@ -40,9 +45,10 @@ def _drawn(of: str, number: str, doc: str) -> tuple[Arg, ...]:
     """Return a seed or an offset, in each of its forms but the oldest."""
     name, axis = f"maybe_{of}_arr", f"{of}s"
     told = f"the {of}, instead of `{number}`: one element for all outputs"
+    more = {"no_index": "numbers of the generator", **_MAYBE}
     return (
-        Tensor(name, "1", "S", told, since=_ARRAYS, until=_EACH, **_MAYBE),
-        Tensor(name, axis, "S", f"{told}, or one for each", since=_EACH, **_MAYBE),
+        Tensor(name, "1", "S", told, since=_ARRAYS, until=_EACH, **more),
+        Tensor(name, axis, "S", f"{told}, or one for each", since=_EACH, **more),
         Scalar(number, int, 0, doc, since=_ARRAYS),
     )
 
@@ -132,11 +138,16 @@ def _seeded(
     return forms_of(row, later or {_ARRAYS: {"variant": ""}})
 
 
-def _array(name: str, dtype: str, doc: str) -> Tensor:
-    return Tensor(name, "r", dtype, doc, **renorm.MAYBE)
+def _array(name: str, dtype: str, doc: str, **more: Any) -> Tensor:
+    return Tensor(name, "r", dtype, doc, **renorm.MAYBE, **more)
 
 
-_TOP_K_ARR = _array("maybe_top_k_arr", "I", "`top_k_val` of each row, of the outputs' dtype")
+_TOP_K_ARR = _array(
+    "maybe_top_k_arr",
+    "I",
+    "`top_k_val` of each row, of the outputs' dtype",
+    no_index=renorm.OF_TOKENS,
+)
 _TOP_P_ARR = _array("maybe_top_p_arr", "float32", "`top_p_val` of each row")
 _MIN_P_ARR = _array("maybe_min_p_arr", "float32", "`min_p_val` of each row")
 _TOP_K = Scalar(
@@ -284,6 +295,7 @@ ROWS = (
                 "int32",
                 "drafted tokens, from 0 to h - 1",
                 contiguous=True,
+                index=("0 <= draft_token_ids < h",),
             ),
             Tensor(
                 "target_probs", "n s+1 h", "float32", "the target's distributions", contiguous=True
@@ -302,6 +314,7 @@ ROWS = (
                 "grows by the number of drafted tokens that would be accepted independently",
                 writes=True,
                 contiguous=True,
+                no_index="a number that grows",
             ),
             Tensor(
                 "output_emitted_draft_token_num",
@@ -310,6 +323,7 @@ ROWS = (
                 "grows by the number of accepted tokens",
                 writes=True,
                 contiguous=True,
+                no_index="a number that grows",
             ),
             _DETERMINISTIC,
         ),

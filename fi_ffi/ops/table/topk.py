@@ -106,13 +106,22 @@ _MAYBE_VALUES = replace(
     _VALUES, name="maybe_output_values", optional=True, since=_VALUES.until, until=""
 )
 
-_LENGTHS = Tensor("lengths", "n", doc="number of elements of each row to choose from", **_INDEX)
+_LENGTHS = Tensor(
+    "lengths",
+    "n",
+    doc="number of elements of each row to choose from",
+    index=("0 <= lengths <= d",),
+    **_INDEX,
+)
+# What a row without elements has for the others is not used.
+_USED = "where lengths > 0"
 _STARTS = Tensor(
     "maybe_row_starts",
     "n",
     "int32",
     "their start in each row; default: 0",
     since="0.6.10",
+    index=(f"0 <= maybe_row_starts <= d - lengths {_USED}",),
     **_MAYBE,
 )
 _PAGES_DOC = (
@@ -159,15 +168,34 @@ _IN_ORDER = Rule(
     "True for rows that several blocks share: else they race, and entries are wrong",
     {"is_in_order": _is_in_order},
 )
+_PAGED = "0.6.18"  # from here on, an entry of a page table covers several elements of a row
 _PAGE_STARTS = Tensor(
     "maybe_page_table_row_starts",
     "n",
     "int32",
     "their start in the page tables; default: their start in the rows",
     since="0.6.17",
+    until=_PAGED,
+    index=(f"0 <= maybe_page_table_row_starts <= m - lengths {_USED}",),
     **_MAYBE,
 )
-_PAGED = "0.6.18"  # from here on, an entry of a page table covers several elements of a row
+_LAST_ENTRY = "(lengths - 1) // page_size"
+_PAGED_STARTS = replace(
+    _PAGE_STARTS,
+    since=_PAGED,
+    until="",
+    index=(f"0 <= maybe_page_table_row_starts < m - {_LAST_ENTRY} {_USED}",),
+)
+# They are the starts in the page tables too, unless those are given.
+_STARTS_OF_BOTH = replace(
+    _STARTS,
+    since=_PAGED,
+    index=(
+        *_STARTS.index,
+        f"maybe_row_starts < m - {_LAST_ENTRY} where (lengths > 0) & "
+        "(maybe_page_table_row_starts is None)",
+    ),
+)
 _PAGE_SIZE = Scalar(
     "page_size",
     int,
@@ -211,11 +239,13 @@ ROWS = (
         _INPUT,
         Tensor("output_page_table", "n top_k", doc="entries of the page table", writes=True,
                reads=False, **_INDEX),
-        Tensor("src_page_table", "b m", doc="page tables, at least as long as the rows", **_INDEX),
-        Tensor("maybe_row_to_batch", "n", "int32",
-               "page table of each row; default: its own", **_MAYBE),
+        Tensor("src_page_table", "b m", doc="page tables, at least as long as the rows",
+               no_index="returned as they are", **_INDEX),
+        Tensor("maybe_row_to_batch", "n", "int32", "page table of each row; default: its own",
+               index=(f"0 <= maybe_row_to_batch < b {_USED}",), **_MAYBE),
         _LENGTHS, _STATES, _TOP_K,
-        _DETERMINISTIC, _TIE_BREAK, _PAGE_SIZE, _GRAPH_SAFE, _STARTS, _PAGE_STARTS, _RAW,
+        _DETERMINISTIC, _TIE_BREAK, _PAGE_SIZE, _GRAPH_SAFE, replace(_STARTS, until=_PAGED),
+        _STARTS_OF_BOTH, _PAGE_STARTS, _PAGED_STARTS, _RAW,
         requires=("n == 0 or b >= 1", *_LONG_TABLES, _TABLE_FOR_EACH, _IN_ORDER),
         later={_PAGED: {"variant": "_with_page_size"}},
         nothing_axis="n",
@@ -227,7 +257,7 @@ ROWS = (
         "them, in order, then -1.",
         _INPUT,
         _INDICES,
-        Tensor("offsets", "n", doc="added to each row's indices", **_INDEX),
+        Tensor("offsets", "n", doc="added to each row's indices", no_index="only added", **_INDEX),
         _LENGTHS, _STATES, _TOP_K, _DETERMINISTIC, _TIE_BREAK, _GRAPH_SAFE, _STARTS,
         later=_IN_ANY_ORDER,
     ),

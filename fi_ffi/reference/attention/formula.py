@@ -143,6 +143,8 @@ def tokens_first(x: Array, layout: str | int) -> Array:
 def gathered(cache: Array, indices: Array, start: int, length: int) -> Array:
     """Return `length` tokens of a cache's pages, which begin at `indices[start]`."""
     page_size = cache.shape[1]
+    if start < 0 or length < 0:
+        raise ValueError(f"{length} tokens of pages that begin at {start}")
     pages = indices[start : start + -(-length // page_size)]
     wrong = pages[(pages < 0) | (pages >= len(cache))]
     if len(wrong):
