@@ -39,7 +39,8 @@ MAX_MEMBER = 4 << 30
 _MAX_RATIO, _SMALL = 200, 1 << 20
 SLACK = 1024  # bytes of extra fields that a local header may have beyond the directory's
 _FILE_NAME = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9._+-]{1,200}")
-_BROKEN = (
+# What zipfile raises for files that are none, or are damaged.
+BROKEN = (
     zipfile.BadZipFile,
     zlib.error,
     struct.error,
@@ -107,7 +108,7 @@ class WheelReader:
                 self._directory_at = archive.start_dir
         except FiFfiError:
             raise
-        except _BROKEN as error:
+        except BROKEN as error:
             raise ArtifactError(f"{self._origin} is not a readable wheel: {error}") from error
         check_members(infos, self._origin)
         self._infos = {info.filename: info for info in infos}
@@ -163,7 +164,7 @@ class WheelReader:
                     raise ArtifactError(f"{self._origin}: {member} is shorter than recorded")
         except FiFfiError:
             raise
-        except _BROKEN as error:
+        except BROKEN as error:
             raise ArtifactError(f"{self._origin}: {member} cannot be read: {error}") from error
 
     def _refuse_bombs(self, info: zipfile.ZipInfo) -> None:
