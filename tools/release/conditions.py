@@ -9,6 +9,7 @@ from fi_ffi.errors import BuildError
 
 _TOKEN = re.compile(r"defined\s*\(\s*\w+\s*\)|defined\s+\w+|\w+|&&|\|\||[<>=!]=|[()!<>+\-*/%]")
 _NUMBER = re.compile(r"(0[xX][0-9a-fA-F]+|0[0-7]*|[1-9][0-9]*)[uUlL]*")
+_WORD = re.compile(r"\w+")
 _LONGEST = 40  # characters of a number
 _MOST_NESTED = 50  # parentheses and negations
 _COMPARE = {
@@ -84,8 +85,9 @@ class _Parser:
         token = self.next()
         if token is None:
             return None
-        if token.startswith("defined") and token != "defined":
-            name = re.findall(r"\w+", token)[1]
+        first, *rest = _WORD.findall(token) or [token]
+        if first == "defined" and rest:
+            (name,) = rest
             return 1 if name in self.macros else 0 if self.is_switch(name) else None
         return self.number(token, 8)
 

@@ -68,8 +68,9 @@ class _Preprocessor:
     open: list[_Conditional] = field(default_factory=list)
     depth: int = 0
     length: int = 0
+    is_placed: bool = False  # whether the error that is raised has its place
 
-    def run(self, text: str) -> None:
+    def run(self, text: str, file: str = "") -> None:
         self.length += len(text) if self.depth else 0
         if self.depth > _MOST_NESTED or self.length > _MOST:
             raise BuildError(
@@ -85,7 +86,11 @@ class _Preprocessor:
                 try:
                     self.directive(directive[1], directive[2].strip())
                 except BuildError as error:
-                    raise BuildError(f"line {number}, #{directive[1]}: {error}") from error
+                    if self.is_placed:
+                        raise
+                    self.is_placed = True
+                    place = f"{file}line {number}, #{directive[1]}"
+                    raise BuildError(f"{place}: {error}") from error
             elif self.seen is not False:
                 self.lines.append(line)
 
@@ -132,7 +137,7 @@ class _Preprocessor:
             text = self.include(file[1]) if file[1].endswith(_PART) else None
             if text is not None:
                 self.depth += 1
-                self.run(text)
+                self.run(text, f"{file[1]}, ")
                 self.depth -= 1
             else:
                 self.headers[file[1]] = None
@@ -162,7 +167,7 @@ def preprocess(
 _NAME = re.compile(r"\b[A-Za-z_]\w*")
 
 
-def expand(text: str, macros: Mapping[str, str], most: int = _MOST) -> str:
+def expand(text: str, macros: Mapping[str, str], most: int) -> str:
     """Return the text with its macros replaced, none of them within its own replacement.
 
     Raises `BuildError` if they stand for more than `most` characters.
@@ -174,7 +179,7 @@ def expand(text: str, macros: Mapping[str, str], most: int = _MOST) -> str:
         if not values:
             break
         if sum(len(values[name]) for name in found if name in values) > most:
-            raise BuildError(f"its macros stand for more than {most} characters")
+            raise BuildError("its macros stand for too many characters")
         text = _replaced(text, values)
         done |= values.keys()
     return text

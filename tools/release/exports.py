@@ -25,7 +25,7 @@ _SPECIFIERS = (
 _FUNCTION = re.compile(_SPECIFIERS + r"(?P<result>[\w:]+(?:\s*<.*>)?[\s&]+)(?P<name>[\w:]+)\s*\(")
 _CLASS = re.compile(r"(?:class|struct)\s+(\w+)\s*(?:final\s*)?:(?!:)")
 _BASE = re.compile(r"\bModuleObj\b")
-_MOST = 1 << 22  # characters that the macros of all parameter lists of a source stand for
+_MOST = 1 << 20  # characters that the macros of all parameter lists of a source stand for
 # FlashInfer's spelling of macros inside parameter lists.
 _MACRO = re.compile(r"\b[A-Z]+(?:_[A-Z]+)+\b")
 _METHOD = re.compile(r'name\s*==\s*"(\w+)"')
@@ -154,8 +154,9 @@ class _Reader:
         start = match.end() - 1
         inside = text[start + 1 : cpp.closing(text, start)]
         self.define({*_MACRO.findall(inside)} - self.macros.keys())
-        expanded = cpp.expand(inside, self.macros, self.left)
-        self.left -= len(expanded)
+        left, self.left = self.left, 0  # a macro that is too long is expanded once
+        expanded = cpp.expand(inside, self.macros, left)
+        self.left = left - len(expanded)
         return function_of(name, match["result"], expanded, self.known)
 
     def define(self, macros: set[str]) -> None:
@@ -253,8 +254,11 @@ def _methods(
         raise BuildError(f"the class {class_name} has no GetFunction")
     body = text[start : cpp.closing(text, start)]
     names = list(_METHOD.finditer(body))
-    for match, after in zip(names, [*names[1:], None], strict=True):
-        part = body[match.end() : after.start() if after else len(body)]
+    if not names:
+        raise BuildError(f"no method of the class {class_name} can be read")
+    ends = [*(match.start() for match in names[1:]), len(body)]
+    for match, end in zip(names, ends, strict=True):
+        part = body[match.end() : end]
         made = _LAMBDA.search(part)
         if made is None:
             raise BuildError(f"the function of the method {match[1]} cannot be found")
