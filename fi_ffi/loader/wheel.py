@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal, Protocol, cast
 
 from fi_ffi.errors import ArtifactError, FiFfiError
-from fi_ffi.loader import cache
+from fi_ffi.loader import cache, trust
 from fi_ffi.loader.distributions import hex_of
 
 # "record-pinned": RECORD has the sha256 pinned in the lock, which covers every member.
@@ -252,7 +252,7 @@ def verify_file(path: Path, sha256: str) -> cache.State:
 
 def open_same(path: Path, state: cache.State | None) -> BinaryIO:
     """Open a file; raise if its state changed since it was verified (None: not verified)."""
-    file = path.open("rb")
+    file = os.fdopen(trust.open_regular(path), "rb")
     if state not in (None, cache.state_of(os.fstat(file.fileno()))):
         file.close()
         raise ArtifactError(f"{path} was replaced or written to after it was verified: try again")

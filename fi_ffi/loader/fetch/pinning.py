@@ -150,6 +150,7 @@ def _page(url: str, client: Client) -> tuple[str, str]:
                     content += chunk
                     if len(content) > _LONGEST:
                         raise FetchError(f"{redact(url)}: longer than {_LONGEST} bytes, no page")
+                    attempts.reached(len(content))
                 return str(answer.url), content.decode(errors="replace")
         except Transient as error:
             attempts.failed(error)
