@@ -693,7 +693,7 @@ def _check_tree(folder: Path) -> None:
                 status = os.lstat(path)
                 if stat.S_ISDIR(status.st_mode):
                     trust.check_folder(path)
-                elif stat.S_ISREG(status.st_mode):
-                    trust.check_object(path, status)
-                else:  # a link; its target is decided by its owner
+                elif stat.S_ISLNK(status.st_mode):  # its target is decided by its owner
                     trust.check_owned(path, status)
+                else:
+                    trust.check_object(path, status)

@@ -20,7 +20,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-PACKAGES = ["fi_ffi.abi", "fi_ffi.loader", "fi_ffi.watch.safetensors", "elftools", "tomlkit"]
+PACKAGES = [
+    "fi_ffi.abi", "fi_ffi.cli.replay", "fi_ffi.loader", "fi_ffi.module_names", "fi_ffi.modules",
+    "fi_ffi.watch.safetensors", "tools.release", "elftools", "html", "tomlkit", "zipfile",
+]  # fmt: skip
 _MOST = 1 << 20  # bytes kept of what a run prints
 
 

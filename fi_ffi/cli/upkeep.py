@@ -21,14 +21,19 @@ from fi_ffi.loader import cache, trust
 
 Kind = Literal["object", "wheel", "build", "download", "note", "leftover"]
 
-_OBJECTS = ("objects", "[0-9a-f]{2}", "[0-9a-f]{64}")
+_SHA256 = "[0-9a-f]{64}"
+_OBJECTS = ("objects", "[0-9a-f]{2}", _SHA256)
 # Patterns of folder and file names, starting at the cache's directory.
 _PLACES: dict[Kind, tuple[tuple[str, ...], ...]] = {
     "object": ((*_OBJECTS, "[^.].*"),),
     "wheel": (("wheels", r".*\.whl"),),
     "build": (("build", ".*"),),
-    "download": (("downloads", r".*\.part"),),
-    "note": (("facts", ".*", r".*\.json"), ("indexes", r".*\.json"), ("sources", r".*\.json")),
+    "download": (("downloads", rf"{_SHA256}\.part"),),
+    "note": (
+        ("facts", "[0-9a-f]{2}", rf"{_SHA256}\.json"),
+        ("indexes", rf"{_SHA256}\.json"),
+        ("sources", rf"({_SHA256}|release-[0-9][0-9a-z.]*)\.json"),
+    ),
     "leftover": (("tmp", ".*"), (*_OBJECTS, r"\..*\.stamp")),
 }
 
@@ -91,7 +96,12 @@ def _item(kind: Kind, path: Path) -> Item | None:
         # the builder puts a lock into each of its folders
         if not is_folder or _build_lock(path) is None:
             return None
+    elif kind in ("download", "note"):
+        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
+            return None
     elif kind == "leftover":
+        if status.st_uid != os.geteuid():
+            return None
         if path.suffix == ".stamp":
             others = _matching(path.parent, "[^.].*")
             if any(cache.stamp_path(other) == path for other in others):

@@ -124,6 +124,17 @@ def make_folder(name: str, *below: str) -> Path:
     return folder
 
 
+def file_in(folder: str, name: str) -> Path:
+    """Create and check a folder of the cache; return the path of a file in it, to be written.
+
+    Raises `ArtifactError` if something is there that is no plain file of this user or root.
+    """
+    path = make_folder(folder) / name
+    with contextlib.suppress(FileNotFoundError):
+        trust.check_plain(path, os.lstat(path))
+    return path
+
+
 def object_path(sha256: str, name: str) -> Path:
     """Return the path that the file with this content has in the cache."""
     # Names that begin with a dot are reserved for the cache, and exclude directory names.
@@ -507,17 +518,18 @@ def lock_for(key: str) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         # No directory for the lock file, or a file system without locks.
         with contextlib.suppress(OSError, NotImplementedError):
-            if path not in keys and _acquire(path, stack):
+            if path not in keys:
+                # Also if it was waited for in vain, so that nothing inside the block waits again.
                 keys.add(path)
                 stack.callback(keys.discard, path)
+                _acquire(path, stack)
         yield
 
 
-def _acquire(path: Path, stack: contextlib.ExitStack) -> bool:
+def _acquire(path: Path, stack: contextlib.ExitStack) -> None:
     from filelock import FileLock, Timeout  # its import takes longer than a warm load
 
-    make_folder("locks")
-    lock = FileLock(path)
+    lock = FileLock(file_in("locks", path.name))
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         removed_at_exit.add(path)
@@ -526,11 +538,10 @@ def _acquire(path: Path, stack: contextlib.ExitStack) -> bool:
             # Removed before the release. A process that still has the file open gets a lock that
             # excludes nobody, but then finds the finished file.
             stack.callback(_remove_lock, path)
-            return True
+            return
         except Timeout:
             removed_at_exit.discard(path)  # held by another process
             time.sleep(_POLL)
-    return False
 
 
 def _remove_lock(path: Path) -> None:

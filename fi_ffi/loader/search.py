@@ -173,7 +173,7 @@ def _local() -> Iterator[Candidate]:
 
         trust.check_user_path(wheel)
         if not named:
-            trust.check_owner(wheel)
+            trust.check_plain(wheel, os.stat(wheel))
         if wheel.stem.endswith(_OTHERS):
             yield Candidate("local", None, f"{wheel} is not for {platform.machine()}")
             continue

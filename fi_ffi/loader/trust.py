@@ -49,8 +49,13 @@ def folders_exist(root: Path, folder: Path) -> bool:
 
 def check_root(root: Path) -> None:
     """Raise `ArtifactError` if others can add or replace files directly in the cache."""
-    status = os.lstat(root)
-    for place in {*root.parents, *Path(os.path.realpath(root)).parents}:
+    status, real = os.lstat(root), os.path.realpath(root)
+    if real in ("/", os.path.realpath(os.path.expanduser("~"))):
+        raise ArtifactError(
+            f"the cache directory is {root}, which has other files: set FI_FFI_CACHE_DIR to a "
+            f"directory of its own, such as {root / 'fi-ffi'}"
+        )
+    for place in {*root.parents, *Path(real).parents}:
         _check_place(place, os.stat(place), f"nothing in {root} is loaded")
     if stat.S_ISLNK(status.st_mode):  # for example to another disk; the link must be this user's
         _check_owner(root, status, "the link")
@@ -78,14 +83,19 @@ def check_folder(folder: str | Path) -> None:
         )
 
 
-def check_object(path: str | Path, status: os.stat_result) -> None:
-    """Raise `ArtifactError` if others could have written a cached file; `status` is its lstat."""
+def check_plain(path: str | Path, status: os.stat_result) -> None:
+    """Raise `ArtifactError` unless it is a plain file of this user or root; `status`: its lstat."""
     if not stat.S_ISREG(status.st_mode):
         raise ArtifactError(
-            f"{path} is {_kind(status)}, and the cache loads only files that lie in it: "
+            f"{path} is {_kind(status)}, and the cache uses only files that lie in it: "
             "remove it, and it is made again"
         )
     _check_owner(path, status, "the file")
+
+
+def check_object(path: str | Path, status: os.stat_result) -> None:
+    """Raise `ArtifactError` if others could have written a cached file; `status` is its lstat."""
+    check_plain(path, status)
     if status.st_mode & _OTHERS:
         raise ArtifactError(
             f"{path} can be written by {_who(status)} (mode {_mode(status)}) and is not loaded: "

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal, Protocol, cast
 
 from fi_ffi.errors import ArtifactError, FiFfiError
-from fi_ffi.loader import cache
+from fi_ffi.loader import cache, trust
 from fi_ffi.loader.distributions import hex_of
 
 # "record-pinned": RECORD has the sha256 pinned in the lock, which covers every member.
@@ -39,7 +39,8 @@ MAX_MEMBER = 4 << 30
 _MAX_RATIO, _SMALL = 200, 1 << 20
 SLACK = 1024  # bytes of extra fields that a local header may have beyond the directory's
 _FILE_NAME = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9._+-]{1,200}")
-_BROKEN = (
+# What zipfile raises for files that are none, or are damaged.
+BROKEN = (
     zipfile.BadZipFile,
     zlib.error,
     struct.error,
@@ -107,7 +108,7 @@ class WheelReader:
                 self._directory_at = archive.start_dir
         except FiFfiError:
             raise
-        except _BROKEN as error:
+        except BROKEN as error:
             raise ArtifactError(f"{self._origin} is not a readable wheel: {error}") from error
         check_members(infos, self._origin)
         self._infos = {info.filename: info for info in infos}
@@ -163,7 +164,7 @@ class WheelReader:
                     raise ArtifactError(f"{self._origin}: {member} is shorter than recorded")
         except FiFfiError:
             raise
-        except _BROKEN as error:
+        except BROKEN as error:
             raise ArtifactError(f"{self._origin}: {member} cannot be read: {error}") from error
 
     def _refuse_bombs(self, info: zipfile.ZipInfo) -> None:
@@ -251,7 +252,7 @@ def verify_file(path: Path, sha256: str) -> cache.State:
 
 def open_same(path: Path, state: cache.State | None) -> BinaryIO:
     """Open a file; raise if its state changed since it was verified (None: not verified)."""
-    file = path.open("rb")
+    file = os.fdopen(trust.open_regular(path), "rb")
     if state not in (None, cache.state_of(os.fstat(file.fileno()))):
         file.close()
         raise ArtifactError(f"{path} was replaced or written to after it was verified: try again")

@@ -124,7 +124,7 @@ def tells_types(metadata: str) -> bool:
     try:
         schema = json.loads(json.loads(metadata)["type_schema"])
         return "args" in schema or "named_args" in schema
-    except (ValueError, TypeError, LookupError):
+    except (ValueError, TypeError, LookupError, RecursionError):
         return False
 
 

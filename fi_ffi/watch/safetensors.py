@@ -99,13 +99,14 @@ def _place(path: Path, name: str, entry: Any, body: memoryview) -> tuple[int, in
     try:
         itemsize, shape = _ITEMSIZES[entry["dtype"]], entry["shape"]
         start, end = entry["data_offsets"]
-        numbers = [start, end, *shape]
-        is_sound = all(type(number) is int and number >= 0 for number in numbers)
+        if any(type(number) is not int or not 0 <= number < 1 << 63 for number in [start, *shape]):
+            raise ValueError(f"offset {start!r:.40}, shape {shape!r:.80}")
+        is_inside = type(end) is int and start <= end <= len(body)
     except (KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(f"{path}: {name!r:.100} is not described: {error!r}") from error
+        raise ArtifactError(f"{path}: {name!r:.100} is not described: {error!r:.200}") from error
     count = itemsize
     for size in shape:
-        count *= size
-    if not is_sound or end > len(body) or end - start != count:
+        count = min(count * size, 1 << 63)  # a product of many sizes could be of any length
+    if not is_inside or end - start != count:
         raise ArtifactError(f"{path}: {name!r:.100} has {count} bytes, and not {start} to {end}")
     return start, end

@@ -15,11 +15,13 @@ from click.testing import CliRunner, Result
 from filelock import FileLock
 
 from fi_ffi.cli import main
+from fi_ffi.errors import LoaderError
 from fi_ffi.loader import cache
 
 from tests.helpers.forking import in_child
 
 DAY = 86400
+OTHER_KINDS = {"1": "pipe", "2": "link", "3": "folder", "4": "another's"}
 
 
 @pytest.fixture(autouse=True)
@@ -188,37 +190,53 @@ def test_a_running_build_is_left_alone(root: Path) -> None:
 def test_prune_all_leaves_what_is_not_the_caches(root: Path) -> None:
     store(b"norm", "norm.so")
     build_folder(root, "0.6.13-9.0a")
-    facts, index = root / "facts" / "ab" / "ab.json", root / "indexes" / "ab.json"
-    for path in (facts, index):
-        path.parent.mkdir(parents=True)
-        path.write_text("{}")
-    kept = [root / "wheels" / "a.whl", root / "objects" / "README", root / "notes.txt"]
-    for path in kept:
-        path.parent.mkdir(exist_ok=True)
-        path.write_text("mine")
+    of_file = f"{'ab' * 32}.json"
+    facts, index = root / "facts" / "ab" / of_file, root / "indexes" / of_file
+    kept = [
+        *(root / "wheels" / "a.whl", root / "objects" / "README", root / "notes.txt"),
+        *(root / "downloads" / name for name in ("film.part", f"{'AB' * 32}.part", "ab.lock")),
+        *(root / "facts" / "ab" / "mine.json", root / "indexes" / "mine.json"),
+    ]
+    for path, text in [(facts, "{}"), (index, "{}"), *((path, "mine") for path in kept)]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    others = {kind: root / "downloads" / f"{key * 64}.part" for key, kind in OTHER_KINDS.items()}
+    for kind, path in others.items():
+        if kind == "another's" and os.geteuid() == 0:
+            path.touch()
+            os.chown(path, 54321, -1)
+        elif kind == "pipe":
+            os.mkfifo(path)
+        elif kind == "link":
+            path.symlink_to(kept[2])
+        elif kind == "folder":
+            path.mkdir()
     text = run("prune", "--all", "--dry-run").output
     assert "would remove object norm.so (4 bytes)" in text
     assert "1,008 bytes would be freed" in text
     assert facts.exists()
     assert "1,008 bytes freed" in run("prune", "--all").output
-    assert sorted(p for p in root.rglob("*") if p.is_file()) == sorted(kept)
+    there = {path for path in others.values() if os.path.lexists(path)}
+    assert {p for p in root.rglob("*") if p.is_file()} - there == {*kept}
+    assert len(there) == 3 + (os.geteuid() == 0)
 
 
 def test_unfinished_downloads(root: Path) -> None:
     folder = root / "downloads"
     folder.mkdir(parents=True)
-    for name in ("a.part", "a.lock", "b.part"):
+    one, other = "a" * 64, "b" * 64
+    for name in (f"{one}.part", f"{one}.lock", f"{other}.part"):
         (folder / name).write_bytes(b"12345")
-    assert names(document("list")["downloads"]) == ["a.part", "b.part"]
-    assert "b.part" in run("list").output
+    assert names(document("list")["downloads"]) == [f"{one}.part", f"{other}.part"]
+    assert f"{other}.part" in run("list").output.replace("\n", "")
     assert document("prune")["removed"] == []
-    with FileLock(folder / "a.lock"):
+    with FileLock(folder / f"{one}.lock"):
         found = document("prune", "--all", code=1)
-    assert names(found["removed"]) == ["b.part"]
+    assert names(found["removed"]) == [f"{other}.part"]
     assert [(item["name"], item["reason"]) for item in found["kept"]] == [
-        ("a.part", "it is being fetched")
+        (f"{one}.part", "it is being fetched")
     ]
-    assert names(document("prune", "--older-than", 0)["removed"]) == ["a.part"]
+    assert names(document("prune", "--older-than", 0)["removed"]) == [f"{one}.part"]
     assert {path.suffix for path in folder.iterdir()} <= {".lock"}
 
 
@@ -272,3 +290,21 @@ def test_verify_and_prune_refuse_a_cache_of_everybodys(root: Path) -> None:
     for command in (["verify"], ["prune", "--all"]):
         assert "can be written by every user" in run(*command, code=1).output
     assert document("list")["objects"]
+
+
+def test_prune_refuses_a_cache_that_is_everything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`/objects` and `/tmp` are nobody's cache, and what a home directory holds is not fi_ffi's."""
+    home = tmp_path / "home"
+    home.mkdir(mode=0o700)
+    (tmp_path / "link").symlink_to(home)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setattr(Path, "unlink", None)
+    for path in ("/", "//", "/tmp/..", home, f"{home}/", tmp_path / "link", "~"):
+        monkeypatch.setenv("FI_FFI_CACHE_DIR", str(path))
+        for command in (["prune", "--all"], ["prune", "--builds"], ["verify", "--repair"]):
+            assert "set FI_FFI_CACHE_DIR to a directory of its own" in run(*command, code=1).output
+        with pytest.raises(LoaderError, match="directory of its own, such as /.*fi-ffi"):
+            cache.store([b"norm"], hashlib.sha256(b"norm").hexdigest(), "norm.so", "a test")
+    assert os.listdir(home) == []

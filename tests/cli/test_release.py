@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
+import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -446,3 +448,69 @@ def test_the_real_pair():
     assert [c["after"] for c in plan["changes"]] == ["Tuple<Array<int>, int>"]
     wrong = [row["name"] for row in document["rows"] if GONE in (row["before"], row["after"])]
     assert not wrong and len(document["rows"]) > 120
+
+
+UNREADABLE = {
+    "a wrong line": ("x = 1\ndef gen_a(:\n", "line 2: invalid syntax"),
+    "a zero byte": ("x = 1\0\n", "null byte"),
+    "parentheses": ("x = " + "(" * 1000, "line 1: too many nested parentheses"),
+    "negations": ("x = " + "-" * 100_000 + "1", "nested too deeply"),
+    "a sum": ("x = " + "1+" * 100_000 + "1", "nested too deeply"),
+    "branches": (
+        "\ndef gen_pod_module(backend):\n if backend == 'a': pass\n"
+        + " elif backend == 'b': pass\n" * 400 + " return f([], [], [], [])\n", "",
+    ),
+    "a condition": (
+        "\ndef gen_pod_module(backend):\n    if is_new(backend):\n        pass\n",
+        r"line 3: whether is_new\(backend\) holds is unknown",
+    ),
+    "no lists": (
+        "\ndef gen_pod_module(backend):\n    return f(1)\n",
+        "line 2: gen_pod_module passes no lists",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", UNREADABLE)
+def test_python_that_cannot_be_read_is_named(what, tmp_path, own_cache):
+    text, match = UNREADABLE[what]
+    binding = "csrc/pod_jit_binding.cu"
+    files = {"jit/attention/modules.py": text, f"data/{binding}": EXPORT.format("run")}
+    path = wheel(tmp_path, "0.6.13", files)
+    if not match:
+        assert open_release(path).interface().of(binding, "pod", "run")
+        return
+    where = "0.6.13-py3-none-any.whl: jit/attention/modules.py: "
+    with pytest.raises(BuildError, match=where + ".*" + match):
+        open_release(path).interface()
+    output = run("diff", path, path, code=1)
+    assert "jit/attention/modules.py" in output.replace("\n", "") and "Traceback" not in output
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("#endif\n", "line 1, #endif: no conditional is open"),
+        ("/* a\nb */\n#if " + "(" * 60 + "1\n#endif\n", "line 3, #if: .* nested more than 50 deep"),
+        ('int x; \\\n\n#include "a.inc"\n', r"a\.inc, line 1, #include: \.inc files nest"),
+        ("class A : public ModuleObj { };\n", "the class A has no GetFunction"),
+        ("class A : public ModuleObj { GetFunction() { } };\n", "no method of the class A"),
+    ],
+)
+def test_cpp_that_cannot_be_read_is_named(text, reason, tmp_path, own_cache):
+    files = {
+        "data/csrc/a.cu": text + EXPORT.format("f"), "data/csrc/a.inc": '#include "a.inc"\n',
+        "data/csrc/b.cu": EXPORT.format("g"),
+    }  # fmt: skip
+    found = open_release(wheel(tmp_path, "0.6.13", files)).interface()
+    ((key, why),) = found.unread.items()
+    assert key == ("csrc/a.cu", "", "f") and re.fullmatch(f"csrc/a.cu: .*{reason}.*", why)
+    assert [key.name for key in found.exports] == ["g"]
+
+
+def test_a_release_that_is_no_file(tmp_path):
+    """A pipe is not waited for."""
+    path = tmp_path / "flashinfer_python-0.6.13-py3-none-any.whl"
+    os.mkfifo(path)
+    with pytest.raises(ArgumentError, match=r"the path of a wheel"):
+        open_release(str(path))

@@ -16,12 +16,13 @@ from collections import namedtuple
 from dataclasses import replace
 
 import pytest
+from filelock import FileLock
 
 from fi_ffi.errors import ArtifactError, FetchError, LoaderError
 from fi_ffi.loader import cache, methods, runtime
 from fi_ffi.loader.fetch import progress, ranges
 from fi_ffi.loader.fetch.download import Downloaded, fetch_file
-from fi_ffi.loader.fetch.http import Client
+from fi_ffi.loader.fetch.http import Client, Policy
 from fi_ffi.loader.fetch.remote import RemoteWheel
 from fi_ffi.modules import files
 
@@ -48,6 +49,7 @@ NAME = "kernels.whl"
 OBJECT = f"objects/{SHA256[:2]}/{SHA256}/{NAME}"
 PART = f"downloads/{SHA256}.part"
 OK = b"HTTP/1.1 200 OK\r\n"
+INTERIM = "more than 10 statuses below 200 came, and no answer; gave up after 2 tries"
 
 
 @pytest.fixture
@@ -404,7 +406,8 @@ def raw_server(first, rest):
 @pytest.mark.parametrize(
     ("first", "rest", "match"),
     [
-        (b"", b"HTTP/1.1 100 Continue\r\n\r\n", "no status with its headers came in 0.5 s"),
+        *((b"", b"HTTP/1.1 %d So far\r\n\r\n" % code, INTERIM) for code in (100, 102, 103, 199)),
+        (b"HTTP/1.1 103 Early Hints\r\n", b"Link: </a>\r\n", "no status with its headers came"),
         (b"", b" ", "no status with its headers"),
         (OK, b"X-More: a header\r\n", "no status with its headers"),
         (OK + b"X-Long: ", b"x", "no status with its headers"),
@@ -413,12 +416,86 @@ def raw_server(first, rest):
     ],
 )
 def test_answers_without_an_end(root, first, rest, match):
-    policy = replace(QUICK, tries=2, read_timeout=0.5)
+    policy = replace(QUICK, tries=2, read_timeout=0.8)
     at = time.monotonic()
     with raw_server(first, rest) as url, pytest.raises(FetchError, match=match):
         fetch(url, policy=policy)
     assert time.monotonic() - at < 5
     assert OBJECT not in tree(root)
+
+
+@pytest.mark.parametrize(
+    ("first", "rest"),
+    [
+        (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+        (b"", b""),
+        (OK, b"X-More: a header\r\n"),
+        (OK + b"Content-Length: 2048000\r\n\r\n", b"x"),
+    ],
+)
+def test_what_does_not_get_on_ends_with_patience(root, first, rest):
+    """As the default policy has it: 60 s of patience, and 30 s for a try that has begun."""
+    policy = Policy()
+    assert (policy.patience, policy.read_timeout) == (60, 30)
+    scaled = replace(policy, tries=20, patience=1.0, read_timeout=0.5, first_wait=0.001,
+                     longest_wait=0.01)  # fmt: skip
+    at = time.monotonic()
+    with raw_server(first, rest) as url, pytest.raises(FetchError, match="gave up after"):
+        fetch(url, policy=scaled)
+    assert 1.0 <= time.monotonic() - at < 1.0 + 0.5 + 1.0
+
+
+@pytest.mark.parametrize("count", [1, 10])
+@pytest.mark.parametrize("code", [100, 102, 103])
+def test_statuses_before_an_answer(root, code, count):
+    interim = b"HTTP/1.1 %d So far\r\nLink: </a>\r\n\r\n" % code * count
+    answer = OK + b"Content-Length: %d\r\n\r\n" % len(CONTENT) + CONTENT
+    with raw_server(interim + answer, b"") as url:
+        assert fetch(url, policy=replace(QUICK, tries=1)).path.read_bytes() == CONTENT
+
+
+def test_a_ring_of_slow_redirects(web, root):
+    """Each within its timeout: together they are one try."""
+
+    def slowly(answer):
+        return replace(redirect("/file")(answer), delay=0.3)
+
+    web.always = slowly
+    policy = replace(QUICK, tries=2, read_timeout=0.5)
+    at = time.monotonic()
+    with pytest.raises(FetchError, match=r"its redirects took 0.5 s; gave up after 2 tries"):
+        fetch(web, policy=policy)
+    assert time.monotonic() - at < 4
+    assert len(web.seen) == 4
+
+
+@pytest.mark.parametrize("bytes_each", [1, 0])
+def test_a_process_that_hardly_gets_on_is_not_waited_for(root, monkeypatch, web, bytes_each):
+    """A byte now and then begins no new wait, nor does a part that is written anew."""
+    patience = 1.0
+    monkeypatch.setattr(cache, "PATIENCE", patience)
+    left_by_another(root, b"")
+    part, done = root / PART, threading.Event()
+
+    def drip():
+        while not done.wait(0.02):
+            if bytes_each:
+                with part.open("ab") as file:
+                    file.write(bytes(bytes_each))
+            else:
+                os.utime(part)
+
+    dripping = threading.Thread(target=drip)
+    with FileLock(part.with_suffix(".lock")):
+        dripping.start()
+        at = time.monotonic()
+        try:
+            found = fetch(web)
+        finally:
+            done.set()
+            dripping.join()
+    assert found.path.read_bytes() == CONTENT
+    assert patience <= time.monotonic() - at < 2 * patience
 
 
 def test_a_transfer_has_an_end(web, root):

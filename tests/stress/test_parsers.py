@@ -6,10 +6,13 @@ damaged in other ways: tests/loader.
 
 from __future__ import annotations
 
+import ast
 import gc
 import random
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -20,6 +23,8 @@ from fi_ffi.errors import AbiError, ArtifactError, LoaderError
 from fi_ffi.loader.fetch import wheels_lock
 from fi_ffi.loader.wheel import parse_record
 from fi_ffi.modules.types import parse_type
+from tools.release.exports import Source, read
+from tools.release.generators import _parsed as parsed
 
 from tests.helpers.stress_strength import scaled
 from tests.stress.parsers import PARSERS, InMemory, feed, seeds_of
@@ -97,9 +102,10 @@ def test_seeds_and_what_is_random(name):
         fed_in_time(name, one[: rng.randint(0, len(one))] + other[rng.randint(0, len(other)) :])
 
 
-@pytest.mark.parametrize(
-    "name", ["signature", "refusal", "type", "elf", "fatbin", "record", "lock"]
-)
+@pytest.mark.parametrize("name", [
+    "signature", "refusal", "type", "elf", "fatbin", "record", "lock", "cpp", "page", "address",
+    "schema", "index", "module-name",
+])  # fmt: skip
 @pytest.mark.parametrize("unit", [
     b"(", b"<", b"[", b'"', b"a,", b"{", b"\n", b"\x00", b"`", b">", b"0: int, ", b"Array<",
     b"Mismatched number of arguments when calling: `",
@@ -110,6 +116,138 @@ def test_a_megabyte_of_one_thing(name, unit):
     before = seeds_of(name)[0][:60]
     for data in (unit * size, before + unit * size):
         fed_in_time(name, data)
+
+
+CPP = [
+    b"/*", b'"\\"', b"A()", b"x AB()", b"#if (\n", b"#if A\n", b"#if 1\n#else\n", b"#define A A\n",
+    b"namespace ", b"class A:b ", b"class A : ModuleObj;", b"void f(A_B);", b"using a = b;", b"a<",
+    b"static inline ", b"'", b"-> ", b"= ", b" ",
+]  # fmt: skip
+PYTHON = [
+    b"(", b"-", b"not ", b"a+", b"a.", b"'a'+", b"if a:\n ", b"f'{", b"a if b else ", b"\0",
+    b"lambda:", b"gen_jit_spec(x);", b"def gen_a(): pass\n",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "unit"), [*(("cpp", unit) for unit in CPP), *(("python", unit) for unit in PYTHON)]
+)
+def test_a_source_of_one_thing(name, unit):
+    """Among what a real one has: a quadratic reader takes minutes."""
+    seed = seeds_of(name)[0]
+    many = unit * (2**18 // len(unit))
+    for data in (seed + b"\n" + many, many + b"\n" + seed, seed[: len(seed) // 2] + many):
+        fed_in_time(name, data)
+
+
+def _cpp(text, headers=()):
+    headers = dict(headers)
+    source = Source("a.cu", text, {})
+    return read([source], lambda path, name: headers.get(name), lambda name: True, is_lenient=True)
+
+
+def test_macros_without_end():
+    """Many, of many, and of each other."""
+    export = "TVM_FFI_DLL_EXPORT_TYPED_FUNC({0}, {0});\n".format
+    names = ["M_" + "".join(chr(65 + int(digit)) for digit in str(i)) for i in range(20_000)]
+    defined = "".join(f"#define {name} int64_t x{i},\n" for i, name in enumerate(names))
+    declared = f"void f({' '.join(names)} int64_t y);\n{export('f')}"
+    for text, headers in ((defined + declared, {}), ('#include "h"\n' + declared, {"h": defined})):
+        started = time.process_time()
+        found = _cpp(text, headers)
+        assert time.process_time() - started < SECONDS
+        assert found.exports["f"].names == (*(f"x{i}" for i in range(len(names))), "y")
+    laughs = "#define A_B int64_t x,\n" + "".join(
+        f"#define A_{'B' * i} {('A_' + 'B' * (i - 1) + ' ') * 8}\n" for i in range(2, 20)
+    )
+    calls = "".join(f"void f{i}(A_BBBBBBBB int64_t y);{export(f'f{i}')}" for i in range(5_000))
+    started = time.process_time()
+    found = _cpp(laughs + calls)
+    assert time.process_time() - started < SECONDS
+    assert not found.exports and len(found.unread) == 5_000
+
+
+@pytest.mark.parametrize("name", PARSERS)
+def test_a_seed_is_taken(name):
+    """Or what is made of it by damage is never read far."""
+    seeds = PARSERS[name].seeds() or seeds_of(name)
+    assert any(feed(name, seed) for seed in seeds)
+
+
+# What reads bytes: of a library, or the last part of a name.
+DECODERS = {
+    "json.loads", "json.load", "tomllib.loads", "tomlkit.parse", "ast.parse", "ast.literal_eval",
+    "zipfile.ZipFile", "unpack_from", "iter_unpack", "ELFFile", "feed", "b64decode",
+}  # fmt: skip
+# Only what is fi_ffi's own or this user's.
+OWN = {
+    "capability/judgement.py:gpu_runs": "the package's data",
+    "catalogue/ahead_of_time.py:_data": "the package's data",
+    "catalogue/ahead_of_time.py:_releases": "the package's data",
+    "catalogue/api_map.py:release": "the package's data",
+    "catalogue/api_map.py:rows": "the package's data",
+    "loader/tvm_ffi.py:releases_record": "the package's data",
+    "loader/uris.py:": "the package's data",
+    "questions.py:ask": "what a driver of ours wrote",
+    "cute_driver.py:": "what fi_ffi asks it",
+    "driver.py:": "what fi_ffi asks it",
+    "described.py:": "what fi_ffi asks it",
+    "wheel_writer.py:write_wheel": "is written",
+    "entries.py:read_entries": "a file of the repository",
+    "record.py:recorded": "files of the repository",
+    "wheels.py:_fetch": "what pip prints",
+}
+ROOT = Path(__file__).parents[2]
+
+
+def _decoding():
+    """The functions that call a decoder, as FILE:QUALIFIED NAME."""
+
+    def visit(node, names):
+        for child in ast.iter_child_nodes(node):
+            inner = names
+            if isinstance(child, ast.FunctionDef | ast.ClassDef):
+                inner = [*names, child.name]
+            if isinstance(child, ast.Call):
+                called = ast.unparse(child.func)
+                if {called, called.rpartition(".")[2]} & DECODERS:
+                    yield ".".join(names)
+            yield from visit(child, inner)
+
+    for folder in ("fi_ffi", "fi_ffi_build", "tools/release"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            for name in visit(ast.parse(path.read_text()), []):
+                yield f"{path.relative_to(ROOT / folder)}:{name}"
+
+
+def test_everything_that_decodes_is_fuzzed():
+    """A new one fails here until it is in the table; each is entered, by what is fed."""
+    entered = set()
+
+    def profile(frame, event, argument):
+        path = frame.f_code.co_filename
+        for folder in ("fi_ffi", "fi_ffi_build", "tools/release"):
+            if path.startswith(f"{ROOT / folder}/"):
+                file = path.removeprefix(f"{ROOT / folder}/")
+                entered.add((file, frame.f_code.co_name))
+
+    before = sys.getprofile()
+    parsed.cache_clear()
+    sys.setprofile(profile)
+    try:
+        for name in PARSERS:
+            for seed in seeds_of(name):
+                feed(name, seed)
+    finally:
+        sys.setprofile(before)
+    found = {*_decoding()}
+    assert {*OWN} <= found, "the table names what is no more"
+    missed = [
+        each
+        for each in sorted(found - {*OWN})
+        if (each.partition(":")[0], each.rpartition(":")[2].rpartition(".")[2]) not in entered
+    ]
+    assert not missed, f"no parser of tests/stress/parsers.py reads {missed}"
 
 
 def test_a_type_as_deep_as_may_be():

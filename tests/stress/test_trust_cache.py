@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import shutil
+import socket
 import stat
 import struct
+import time
 import warnings
 import zipfile
 
@@ -16,8 +19,10 @@ from urllib3.util import parse_url
 
 from fi_ffi.errors import ArtifactError, FetchError, FiFfiError, LoaderError
 from fi_ffi.loader import cache, kernels, runtime, search
+from fi_ffi.loader.fetch.download import fetch_file
 from fi_ffi.loader.fetch.http import Client
 from fi_ffi.loader.fetch.urls import check_url, redirected
+from fi_ffi.loader.fetch.wheels_lock import lock_in_use
 from fi_ffi.loader.kernels import ModuleFile
 from fi_ffi.loader.wheel import Wheel
 from fi_ffi_build import environment as building
@@ -106,6 +111,86 @@ def test_files_of_the_cache_that_are_refused(how, root):
     change, match = FILES[how]
     change(stored())
     refused(match)
+
+
+def sock(path):
+    folder = os.open(path.parent, os.O_RDONLY)
+    with socket.socket(socket.AF_UNIX) as server:  # whose path may have 107 bytes
+        server.bind(f"/proc/self/fd/{folder}/s")
+    os.close(folder)
+    path.with_name("s").rename(path)
+
+
+def elsewhere(path):
+    target = path.parents[2] / "elsewhere"
+    target.write_bytes(b"another's")
+    path.symlink_to(target)
+
+
+def anothers(path):
+    path.write_bytes(b"")
+    another(path)
+
+
+KINDS = {
+    "a pipe": os.mkfifo, "a directory": os.mkdir, "a device": device, "a socket": sock,
+    "a symbolic link": elsewhere, "belongs to user": anothers,
+}  # fmt: skip
+# What is written or opened for writing, where names are known before: who uses it, and where.
+PLACES = {
+    "a download": (f"downloads/{SHA256}.part", lambda: fetch_file(NOWHERE, "a", sha256=SHA256)),
+    "its lock": (f"downloads/{SHA256}.lock", lambda: fetch_file(NOWHERE, "a", sha256=SHA256)),
+    "a lock": (f"locks/{SHA256}.lock", stored),
+    "a cached file": (f"objects/{SHA256[:2]}/{SHA256}/norm.so", stored),
+    "the same": (f"objects/{SHA256[:2]}/{SHA256}/norm.so", lambda: cache.find(SHA256, "norm.so")),
+    "the user's pins": ("wheels.lock", lock_in_use),
+    "a wheel": (f"wheels/{WHEEL}", lambda: [*search._local()]),
+    "a build's file": ("build/env-1/build.ninja", building._open_root),
+}
+NOWHERE = "http://127.0.0.1:9/a"
+
+
+# A link of one's own may lead to one's own wheel; a build has links and directories.
+ALLOWED = {
+    ("a wheel", "a symbolic link"), ("a build's file", "a symbolic link"),
+    ("a build's file", "a directory"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("place", "kind"), sorted({*itertools.product(PLACES, KINDS)} - ALLOWED))
+def test_what_is_no_plain_file_of_ours_is_refused(place, kind, root, monkeypatch):
+    """At once, with its path; it stays as it is, and so does what a link leads to."""
+    monkeypatch.delenv("FI_FFI_OFFLINE", raising=False)
+    monkeypatch.delenv("FI_FFI_LOCK", raising=False)
+    name, use = PLACES[place]
+    path = root / name
+    cache.make_root()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    KINDS[kind](path)
+    before, begun = os.lstat(path), time.monotonic()
+    with pytest.raises(ArtifactError, match=f"{kind}") as caught:
+        use()
+    assert str(path) in str(caught.value) and time.monotonic() - begun < 5
+    after = os.lstat(path)
+    assert (after.st_mode, after.st_ino, after.st_size) == (
+        before.st_mode, before.st_ino, before.st_size,
+    )  # fmt: skip
+    if kind == "a symbolic link":
+        assert path.read_bytes() == b"another's"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_note_that_is_no_plain_file_is_not_read(kind, root):
+    """It only saves work: it is written anew, or not at all, and nobody waits."""
+    name = f"indexes/{SHA256}.json"
+    (cache.make_root() / "indexes").mkdir()
+    KINDS[kind](root / name)
+    begun = time.monotonic()
+    assert cache.read_note(name, 1) is None
+    cache.write_note(name, 1, ["a"])
+    assert cache.read_note(name, 1) in (["a"], None)
+    assert time.monotonic() - begun < 5
+    assert kind != "a symbolic link" or (root.parent / "elsewhere").read_bytes() == b"another's"
 
 
 @pytest.mark.parametrize("how", FOLDERS)

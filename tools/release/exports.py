@@ -23,7 +23,9 @@ _SPECIFIERS = (
     r"(?:(?:static|inline|extern|constexpr|virtual|__host__|TVM_FFI_INLINE)\s+|\"\"\s*)*"
 )
 _FUNCTION = re.compile(_SPECIFIERS + r"(?P<result>[\w:]+(?:\s*<.*>)?[\s&]+)(?P<name>[\w:]+)\s*\(")
-_CLASS = re.compile(r"(?:class|struct)\s+(\w+)\s*(?:final\s*)?:[^:].*\bModuleObj\b")
+_CLASS = re.compile(r"(?:class|struct)\s+(\w+)\s*(?:final\s*)?:(?!:)")
+_BASE = re.compile(r"\bModuleObj\b")
+_MOST = 1 << 20  # characters that the macros of all parameter lists of a source stand for
 # FlashInfer's spelling of macros inside parameter lists.
 _MACRO = re.compile(r"\b[A-Z]+(?:_[A-Z]+)+\b")
 _METHOD = re.compile(r'name\s*==\s*"(\w+)"')
@@ -96,6 +98,7 @@ class _Reader:
         self.scope = list(cpp.statements(self.text))
         self.known = _aliases(self.scope)
         self.declared = _functions(self.scope)
+        self.left = _MOST
 
     def add(self, found: Bindings, is_lenient: bool) -> None:
         exports = [(match, s) for s in self.scope if (match := _EXPORT.search(s.text))]
@@ -113,9 +116,23 @@ class _Reader:
                 if not is_lenient:
                     raise
                 found.unread[name] = str(error)
-        for statement in self.scope:
-            if match := _CLASS.search(statement.text):
-                found.objects[match[1]] = dict(_methods(self.text, match[1], self.known))
+        found.objects |= {
+            name: dict(_methods(text, name, self.known)) for name, text in self.classes().items()
+        }
+
+    def classes(self) -> dict[str, str]:
+        """Return the text of each class of module objects, up to where the next one begins."""
+        found = (_CLASS.search(statement.text) for statement in self.scope)
+        names = {match[1] for match in found if match and _BASE.search(match.string, match.end())}
+        places: dict[str, int] = {}
+        for match in _CLASS.finditer(self.text):
+            if match[1] in names:
+                places.setdefault(match[1], match.start())
+        ends = [*places.values(), len(self.text)][1:]
+        return {
+            name: self.text[start:end]
+            for (name, start), end in zip(places.items(), ends, strict=True)
+        }
 
     def exported(self, name: str, function: str) -> Function:
         """Return the function; all its declarations must agree."""
@@ -124,7 +141,8 @@ class _Reader:
             raise BuildError(f"{name} is exported and not declared")
         if not all(statement.is_sure for statement in declared):
             raise BuildError(f"how {name} is declared depends on an unknown macro")
-        functions = {self.declaration(name, statement.text) for statement in declared}
+        texts = dict.fromkeys(statement.text for statement in declared)
+        functions = {self.declaration(name, text) for text in texts}
         if len({function.signature for function in functions}) > 1:
             raise BuildError(f"{name} is declared in several ways")
         # Prefer a definition, which may have names that a declaration omits.
@@ -135,29 +153,55 @@ class _Reader:
         assert match is not None
         start = match.end() - 1
         inside = text[start + 1 : cpp.closing(text, start)]
-        for macro in dict.fromkeys(_MACRO.findall(inside)):
-            if macro not in self.macros:
-                self.define(macro)
-        return function_of(name, match["result"], cpp.expand(inside, self.macros), self.known)
+        self.define({*_MACRO.findall(inside)} - self.macros.keys())
+        left, self.left = self.left, 0  # a macro that is too long is expanded once
+        expanded = cpp.expand(inside, self.macros, left)
+        self.left = left - len(expanded)
+        return function_of(name, match["result"], expanded, self.known)
 
-    def define(self, macro: str) -> None:
-        """Take a macro's value from the headers, if one defines it."""
-        for seen in self.mentioning(macro):
-            if macro in seen.macros:
-                self.macros[macro] = seen.macros[macro]
+    def define(self, macros: set[str]) -> None:
+        """Take these macros' values from the headers that define them."""
+        for header in self.read_headers if macros else ():
+            if not macros.isdisjoint(header.words):
+                values = header.seen.macros
+                self.macros |= {macro: values[macro] for macro in macros & values.keys()}
 
     def from_headers(self, function: str) -> list[cpp.Statement]:
         return [
             statement
-            for seen in self.mentioning(function)
-            for statement in _functions(cpp.statements(seen.text)).get(function, ())
+            for header in self.read_headers
+            if function in header.words
+            for statement in header.functions.get(function, ())
         ]
 
-    def mentioning(self, word: str) -> Iterator[cpp.Seen]:
-        for header in self.headers:
-            text = self.include(header)
-            if text is not None and re.search(rf"\b{word}\b", text):
-                yield cpp.preprocess(text, self.macros, self.include, self.is_switch)
+    @functools.cached_property
+    def read_headers(self) -> list[_Header]:
+        texts = (self.include(header) for header in self.headers)
+        macros = dict(self.macros)
+        return [
+            _Header(text, lambda text: cpp.preprocess(text, macros, self.include, self.is_switch))
+            for text in texts
+            if text is not None
+        ]
+
+
+class _Header:
+    """An included file, each of whose parts is read once, when it is first needed."""
+
+    def __init__(self, text: str, preprocess: Callable[[str], cpp.Seen]) -> None:
+        self._text, self._preprocess = text, preprocess
+
+    @functools.cached_property
+    def words(self) -> frozenset[str]:
+        return frozenset(re.findall(r"\w+", self._text))
+
+    @functools.cached_property
+    def seen(self) -> cpp.Seen:
+        return self._preprocess(self._text)
+
+    @functools.cached_property
+    def functions(self) -> dict[str, list[cpp.Statement]]:
+        return _functions(cpp.statements(self.seen.text))
 
 
 def _functions(scope: Iterable[cpp.Statement]) -> dict[str, list[cpp.Statement]]:
@@ -182,7 +226,8 @@ def _aliases(scope: Iterable[cpp.Statement]) -> dict[str, str]:
 def function_of(name: str, result: str, parameters: str, known: Mapping[str, str]) -> Function:
     """Return a function from the text of its result and of its parameters."""
     pairs = [_parameter(text) for text in cpp.split(parameters) if text != "void"]
-    types = tuple(abi_type(type_, known) for type_, _ in pairs)
+    spelled = {type_: abi_type(type_, known) for type_ in dict.fromkeys(t for t, _ in pairs)}
+    types = tuple(spelled[type_] for type_, _ in pairs)
     return Function(Signature(name, types, abi_type(result, known)), tuple(n for _, n in pairs))
 
 
@@ -191,7 +236,7 @@ _NAMED = re.compile(r"(.*[\s&>*])(\w+)")
 
 def _parameter(text: str) -> tuple[str, str]:
     """Return a parameter's type and name; the name may be ""."""
-    text = re.sub(r"\s*=.*$", "", text).strip()
+    text = text.partition("=")[0].strip()
     text = re.sub(r"^\[\[.*?\]\]\s*", "", text)
     named = _NAMED.fullmatch(text)
     if named is None or named[1].strip() in ("const", "unsigned", "long"):
@@ -203,25 +248,31 @@ def _methods(
     text: str, class_name: str, known: Mapping[str, str]
 ) -> Iterator[tuple[str, Function]]:
     """Yield the methods that a class's `GetFunction` returns, by name."""
-    start = text.index("{", text.index("GetFunction(", text.index(f"class {class_name} ")))
+    asked = text.find("GetFunction(")
+    start = text.find("{", asked)
+    if min(asked, start) < 0:
+        raise BuildError(f"the class {class_name} has no GetFunction")
     body = text[start : cpp.closing(text, start)]
     names = list(_METHOD.finditer(body))
-    for match, after in zip(names, [*names[1:], None], strict=True):
-        part = body[match.end() : after.start() if after else len(body)]
+    if not names:
+        raise BuildError(f"no method of the class {class_name} can be read")
+    ends = [*(match.start() for match in names[1:]), len(body)]
+    for match, end in zip(names, ends, strict=True):
+        part = body[match.end() : end]
         made = _LAMBDA.search(part)
         if made is None:
             raise BuildError(f"the function of the method {match[1]} cannot be found")
         yield match[1], _lambda(match[1], part[made.end() :], known)
 
 
-_ARROW = re.compile(r"\s*(?:mutable\s*)?(?:->\s*(?P<result>[\w:<>\s]+?)\s*)?\{")
+_ARROW = re.compile(r"\s*(?:mutable\s*)?(?:->(?P<result>[\w:<>\s]+))?\{")
 
 
 def _lambda(name: str, text: str, known: Mapping[str, str]) -> Function:
     """Parse `[this](int64_t id) -> int64_t { ... }`; without a result type it returns nothing."""
     end = cpp.closing(text, 0)
-    opening = text.index("(", end)
-    close = cpp.closing(text, opening)
+    opening = text.find("(", end)
+    close = cpp.closing(text, opening) if opening >= 0 else len(text)
     arrow = _ARROW.match(text, close + 1)
     if arrow is None:
         raise BuildError(f"the parameters of the method {name} cannot be read")

@@ -1,14 +1,19 @@
 """Facts about modules in FlashInfer's Python code, read from its text without running it.
 
 Generators of attention add parameters to the bindings' own; every generator names its modules.
+`BuildError` names the line that cannot be read, and why.
 """
 
 from __future__ import annotations
 
 import ast
 import functools
+import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
+
+from fi_ffi.errors import BuildError
 
 MODULES = "jit/attention/modules.py"
 _SPEC = "gen_jit_spec"  # called by all generators with a module's name
@@ -43,15 +48,21 @@ def added_parameters(modules: str, family: str, backend: str, fp8: bool) -> list
     `modules` is the text of `MODULES`. The generator passes lists of names and dtypes: of tensors,
     then of numbers. The result is empty if the family has no such generator.
     """
-    functions = _functions(modules)
+    functions = {f.name: f for f in _parsed(modules).body if isinstance(f, ast.FunctionDef)}
     named = [name for name in _GENERATORS.get(family, ()) if name in functions]
     if not named:
         return []
+    generator = functions[named[0]]
     known: dict[str, Any] = {"backend": backend, "fp8_enabled": fp8}
-    call = _run(functions[named[0]].body, known)
-    assert isinstance(call, ast.Call)
-    values = [_list(argument, known) for argument in call.args]
-    tensors, tensor_types, numbers, number_types = (v for v in values if v is not None)
+    with _worded(generator):
+        call = _run(generator.body, known)
+        values = [_list(argument, known) for argument in getattr(call, "args", ())]
+        lists = [value for value in values if value is not None]
+        if [len(lists), *map(len, lists[::2])] != [4, *map(len, lists[1::2])]:
+            raise ValueError(f"{generator.name} passes no lists of names with their dtypes")
+        tensors, tensor_types, numbers, number_types = lists
+        if unknown := {*tensor_types} - _DTYPES.keys():
+            raise ValueError(f"{generator.name} has tensors of {sorted(unknown)!r:.80}")
     optional = ("ffi::Tensor", "Optional<ffi::Tensor>")
     parts = [
         Added(f"{optional[name.startswith('maybe')]} {name}", name, _DTYPES[kind])
@@ -64,8 +75,22 @@ def added_parameters(modules: str, family: str, backend: str, fp8: bool) -> list
 
 
 @functools.lru_cache(maxsize=4)
-def _functions(modules: str) -> dict[str, ast.FunctionDef]:
-    return {f.name: f for f in ast.parse(modules).body if isinstance(f, ast.FunctionDef)}
+def _parsed(text: str) -> ast.Module:
+    with _worded(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of escapes in strings
+        return ast.parse(text)
+
+
+@contextmanager
+def _worded(node: ast.stmt | None = None) -> Iterator[None]:
+    """Turn what reading a text, or a statement of it, raises into a `BuildError`."""
+    try:
+        yield
+    except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
+        line = getattr(error, "lineno", None) or (node.lineno if node else None)
+        is_deep = isinstance(error, (MemoryError, RecursionError))
+        what = "it is nested too deeply" if is_deep else getattr(error, "msg", str(error))
+        raise BuildError(f"line {line}: {what}" if line else what) from error
 
 
 def _run(body: list[ast.stmt], known: dict[str, Any]) -> ast.expr | None:
@@ -89,9 +114,13 @@ def _run(body: list[ast.stmt], known: dict[str, Any]) -> ast.expr | None:
 def _holds(test: ast.expr, known: Mapping[str, Any]) -> bool:
     if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
         return not _holds(test.operand, known)
+    wanted: Any = None
     if isinstance(test, ast.Compare) and isinstance(test.ops[0], ast.Eq):
-        return bool(known[ast.unparse(test.left)] == ast.literal_eval(test.comparators[0]))
-    return bool(known[ast.unparse(test)])
+        test, wanted = test.left, test.comparators[0]
+    name = ast.unparse(test)
+    if name not in known or not isinstance(wanted, ast.Constant | None):
+        raise BuildError(f"line {test.lineno}: whether {name:.80} holds is unknown")
+    return bool(known[name] == wanted.value if wanted else known[name])
 
 
 def _list(value: ast.expr, known: Mapping[str, Any]) -> list[str] | None:
@@ -99,9 +128,11 @@ def _list(value: ast.expr, known: Mapping[str, Any]) -> list[str] | None:
     if isinstance(value, ast.Name):
         found = known.get(value.id)
         return found if isinstance(found, list) else None
-    if isinstance(value, ast.List) and all(isinstance(part, ast.Constant) for part in value.elts):
-        return list(ast.literal_eval(value))
-    return None
+    if not isinstance(value, ast.List):
+        return None
+    words = [part.value for part in value.elts if isinstance(part, ast.Constant)]
+    is_text = len(words) == len(value.elts) and all(isinstance(word, str) for word in words)
+    return words if is_text else None
 
 
 class Generator(NamedTuple):
@@ -118,10 +149,11 @@ def generators(path: str, text: str) -> dict[str, Generator]:
     """
     module = path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
     found = {}
-    for node in ast.parse(text).body:
+    for node in _parsed(text).body:
         if isinstance(node, ast.FunctionDef) and _is_generator(node.name):
             arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-            names = tuple(dict.fromkeys(_names(node)))
+            with _worded(node):
+                names = tuple(dict.fromkeys(_names(node)))
             parameters = tuple(argument.arg for argument in arguments)
             found[f"flashinfer.{module}:{node.name}"] = Generator(parameters, names)
     return found
@@ -140,17 +172,23 @@ def _names(function: ast.FunctionDef) -> Iterator[str]:
         for node in ast.walk(function)
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
     }
+    template = functools.cache(_template)  # of a variable that is used many times
     for node in ast.walk(function):
         value: ast.expr | None = None
-        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(_SPEC):
+        if isinstance(node, ast.Call) and _name(node.func).endswith(_SPEC):
             named = [word.value for word in node.keywords if word.arg == "name"]
             value = next(iter([*node.args[:1], *named]), None)
         elif isinstance(node, ast.Return) and function.name.endswith("_uri"):
             value = node.value
         if isinstance(value, ast.Name):
             value = assigned.get(value.id)
-        if value is not None and (text := _template(value)):
+        if value is not None and (text := template(value)):
             yield text
+
+
+def _name(function: ast.expr) -> str:
+    named = {ast.Name: "id", ast.Attribute: "attr"}.get(type(function), "")
+    return str(getattr(function, named, ""))
 
 
 def _template(value: ast.expr) -> str:
@@ -172,7 +210,7 @@ def templates(text: str) -> dict[str, str]:
     """Return the C++ in a Python file's string variables, by variable."""
     return {
         node.targets[0].id: node.value.value
-        for node in ast.parse(text).body
+        for node in _parsed(text).body
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
         and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
     }  # fmt: skip

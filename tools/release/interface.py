@@ -9,11 +9,13 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from fi_ffi.abi.signature import Signature
 from fi_ffi.errors import BuildError
+from tools.release.cpp import without_comments
 from tools.release.exports import EXPORT, Bindings, Function, Source, read
 from tools.release.generators import (
     MODULES,
@@ -34,8 +36,8 @@ _FOLDERS = ("csrc", "include", "csrc/nv_internal", "csrc/nv_internal/include")
 # The hash in the name of a source that is generated for one kernel.
 _HASH = re.compile(r"[0-9a-f]{16,}")
 _EXPORTED = re.compile(EXPORT + r"\s*\(\s*(\w+)\s*,")
-_COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
 _FILLED = re.compile(r"{% set func_name = \w+ ~ '(\w+)' %}")
+_MOST = 1 << 22  # characters of what the templates of a file are filled in to
 
 
 class Variant(NamedTuple):
@@ -158,7 +160,8 @@ def _function(name: str, data: list[Any]) -> Function:
 def interface_of(release: str, files: Sequence[str], text: Callable[[str], str]) -> Interface:
     """Read a release's wheel, given its files below `flashinfer` and a function for their texts.
 
-    Files are named as in rows: sources without their folder `data/`.
+    Files are named as in rows: sources without their folder `data/`. `BuildError` names the file of
+    Python that cannot be read, its line and why.
     """
     return _Reading(release, files, text).read()
 
@@ -178,16 +181,17 @@ class _Reading:
             if path.endswith(_SUFFIXES) and path.startswith("csrc/"):
                 if EXPORT not in (text := self.text(path)):
                     continue
-                found = _EXPORTED.findall(_COMMENT.sub("", text))
+                found = _EXPORTED.findall(without_comments(text))
                 names |= {*found}
                 count += bool(found)
                 self.add(path, text)
             elif path.endswith(".py"):
                 text = self.text(path)
-                if path.startswith("jit/"):
-                    made |= generators(path, text)
-                if EXPORT in text:
-                    self.add_python(path, text)
+                with _naming(path):
+                    if path.startswith("jit/"):
+                        made |= generators(path, text)
+                    if EXPORT in text:
+                        self.add_python(path, text)
         exports = {key: tuple(found) for key, found in sorted(self.exports.items())}
         unread = {key: why for key, why in sorted(self.unread.items()) if key not in exports}
         return Interface(
@@ -210,7 +214,8 @@ class _Reading:
     def added(self, variant: Variant) -> list[Added]:
         if MODULES not in self.known:
             return []
-        return added_parameters(self.text(MODULES), *variant)
+        with _naming(MODULES):
+            return added_parameters(self.text(MODULES), *variant)
 
     def add_python(self, path: str, text: str) -> None:
         for template in _filled(text):
@@ -234,15 +239,28 @@ class _Reading:
         return None
 
 
+@contextmanager
+def _naming(path: str) -> Iterator[None]:
+    try:
+        yield
+    except BuildError as error:
+        raise BuildError(f"{path}: {error}") from error
+
+
 def _filled(text: str) -> Iterator[str]:
     """Yield the C++ in a Python file that exports something, with its placeholders filled in."""
+    names = re.findall(r'^    "(\w+)": \w+,$', text, re.MULTILINE)
+    left = _MOST
     for template in templates(text).values():
         if EXPORT not in template:
             continue
         if "{{" not in template:
             yield template
         elif suffix := _FILLED.search(template):
-            for name in re.findall(r'^    "(\w+)": \w+,$', text, re.MULTILINE):
+            left -= len(template) * len(names)
+            if left < 0:
+                raise BuildError(f"its templates have more than {_MOST} characters, filled in")
+            for name in names:
                 yield template.replace("{{ func_name }}", name + suffix[1])
 
 
@@ -262,6 +280,6 @@ def read_binding(
     source = Source(path, text, known)
     try:
         return read([source], include, is_switch=lambda macro: True, is_lenient=True)
-    except (BuildError, ValueError, IndexError) as error:
-        names = _EXPORTED.findall(_COMMENT.sub("", text))
+    except BuildError as error:
+        names = _EXPORTED.findall(without_comments(text))
         return Bindings(unread={name: str(error) for name in names})

@@ -27,6 +27,7 @@ from fi_ffi.loader import cache
 from fi_ffi.loader.fetch.asking import check_permission
 from fi_ffi.loader.fetch.urls import redact
 from fi_ffi.loader.search import parse_release
+from fi_ffi.loader.wheel import BROKEN
 from tools.release.interface import Interface, interface_of
 
 PROJECT = "flashinfer-python"
@@ -35,9 +36,10 @@ _FORMAT = 1  # version of the notes' format
 _READERS = ("conditions", "cpp", "exports", "generators", "interface", "types")
 _READ = ("flashinfer/data/csrc/", "flashinfer/data/include/")
 _MAX_TEXT = 64 << 20  # bytes of one file
+_MAX_TEXTS = 1 << 30  # bytes of all files that are read
 _CHUNK = 1 << 20
 # Where FlashInfer's list of what is built ahead of time asks whether a GPU is among the targets.
-_TARGET = re.compile(r"""\bhas_sm\(\s*["']compute_(\d+)["']""")
+_TARGET = re.compile(r"""\bhas_sm\(\s*["']compute_(\d{1,4})["']""")
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class SourceWheel:
     def _archive(self) -> zipfile.ZipFile:
         try:
             return zipfile.ZipFile(self.path)
-        except (OSError, zipfile.BadZipFile) as error:
+        except BROKEN as error:
             raise ArtifactError(f"{self.path} is not a readable wheel: {error}") from error
 
     @functools.cached_property
@@ -76,7 +78,7 @@ class SourceWheel:
             raise ArtifactError(f"{self.path}: {info.filename} has {info.file_size} bytes")
         try:
             return self._archive.read(info).decode(errors="replace")
-        except (OSError, zipfile.BadZipFile) as error:
+        except BROKEN as error:
             raise ArtifactError(f"{self.path}: {info.filename} cannot be read: {error}") from error
 
     def gpus(self) -> list[int]:
@@ -96,7 +98,14 @@ class SourceWheel:
         kept = cache.read_note(note, _FORMAT)
         if isinstance(kept, dict) and kept.get("reader") == _reader():
             return Interface.from_json(kept["interface"])
-        found = interface_of(self.release, sorted(self.members), self.text)
+        if (
+            size := sum(self._archive.getinfo(name).file_size for name in self.members.values())
+        ) > _MAX_TEXTS:
+            raise ArtifactError(f"{self.path}: its sources have {size} bytes")
+        try:
+            found = interface_of(self.release, sorted(self.members), self.text)
+        except BuildError as error:
+            raise BuildError(f"{self.path}: {error}") from error
         cache.write_note(note, _FORMAT, {"reader": _reader(), "interface": found.as_json()})
         return found
 
@@ -134,8 +143,7 @@ def _local(path: Path) -> SourceWheel:
         name, version, _, _ = parse_wheel_filename(path.name)
         if name != PROJECT:
             raise InvalidWheelFilename(path.name)
-        with path.open("rb") as file:
-            sha256 = cache.hash_of(file)
+        sha256, _ = cache.hashed(path)
     except (InvalidWheelFilename, OSError) as error:
         expected = f"a release such as 0.6.13, or the path of a wheel of {PROJECT}"
         raise ArgumentError("release", "RELEASE", got=str(path), expected=expected) from error

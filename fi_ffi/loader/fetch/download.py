@@ -9,16 +9,18 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from fi_ffi.errors import ArtifactError, LoaderError
-from fi_ffi.loader import cache
+from fi_ffi.loader import cache, trust
 from fi_ffi.loader.fetch.asking import check_permission
-from fi_ffi.loader.fetch.http import Attempts, Client, Transient
+from fi_ffi.loader.fetch.http import Attempts, Client, Policy, Transient
 from fi_ffi.loader.fetch.ranges import Changed, NoRanges, Overrun, RemotePieces
 from fi_ffi.loader.fetch.urls import redact
 from fi_ffi.loader.wheel import safe_name
@@ -96,8 +98,7 @@ def _place(key: str) -> Iterator[Path]:
     root = cache.cache_root()
     with contextlib.ExitStack() as stack:
         try:
-            cache.make_folder("downloads")
-            part = root / "downloads" / f"{key}.part"
+            part = cache.file_in("downloads", f"{key}.part")
             if not _lock(part, stack):
                 part = stack.enter_context(cache.temporary()).path
         except OSError as error:
@@ -106,33 +107,38 @@ def _place(key: str) -> Iterator[Path]:
 
 
 def _lock(part: Path, stack: contextlib.ExitStack) -> bool:
-    """Wait for a part's lock while its holder makes progress; return whether it was acquired."""
+    """Wait for a part's lock; return whether it was acquired.
+
+    The wait ends after PATIENCE in which the part grew less than a transfer must.
+    """
     from filelock import FileLock, Timeout
 
-    lock = FileLock(part.with_suffix(".lock"))
-    seen, deadline = _state(part), time.monotonic() + cache.PATIENCE
+    lock = FileLock(cache.file_in("downloads", f"{part.stem}.lock"))
+    seen, deadline = _size(part), time.monotonic() + cache.PATIENCE
     while True:
         try:
             stack.enter_context(lock.acquire(timeout=0))
             return True
         except Timeout:
-            now, state = time.monotonic(), _state(part)
-            if state != seen:
-                seen, deadline = state, now + cache.PATIENCE
+            now = time.monotonic()
             if now >= deadline:
-                return False
+                size = _size(part)
+                # A part that became smaller was begun anew.
+                grown = size - (seen if size >= seen else 0)
+                if grown < Policy.min_bytes_per_s * cache.PATIENCE:
+                    return False
+                seen, deadline = size, now + cache.PATIENCE
             time.sleep(_POLL)
         except (OSError, NotImplementedError) as error:
             _log.info("%s cannot be locked (%s): it is fetched for this process", part, error)
             return False
 
 
-def _state(part: Path) -> tuple[int, int, int] | None:
+def _size(part: Path) -> int:
     try:
-        status = part.stat()
+        return part.stat().st_size
     except OSError:
-        return None
-    return status.st_ino, status.st_size, status.st_mtime_ns
+        return 0
 
 
 def _adopt(part: Path, sha256: str, name: str) -> Path:
@@ -189,12 +195,23 @@ class _Transfer:
 
     def _resume(self) -> None:
         """Hash the part that is on disk."""
-        with contextlib.suppress(FileNotFoundError), self.part.open("rb") as file:
+        with contextlib.suppress(FileNotFoundError), self._opened(os.O_RDONLY) as file:
             while chunk := file.read(_CHUNK):
                 self._digest.update(chunk)
                 self.done += len(chunk)
         self._begun_at = self.done
         self._attempts.reached(self.done)
+
+    def _opened(self, flags: int) -> BinaryIO:
+        """Open the part, which others cannot write to; a link is not followed."""
+        flags |= os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        fd = os.open(self.part, flags, 0o600)
+        file: BinaryIO = os.fdopen(fd, "ab" if flags & os.O_APPEND else "rb")
+        with contextlib.ExitStack() as stack:
+            stack.callback(file.close)
+            trust.check_object(self.part, os.fstat(fd))
+            stack.pop_all()
+        return file
 
     def _restart(self) -> None:
         self.part.unlink(missing_ok=True)
@@ -223,7 +240,7 @@ class _Transfer:
         try:
             if self.done == self._begun_at:
                 self._check_space()
-            with self.part.open("ab") as file:
+            with self._opened(os.O_WRONLY | os.O_APPEND | os.O_CREAT) as file:
                 file.write(chunk)
         except OSError as error:
             raise LoaderError(

@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # the import takes longer than a warm start may
 
 _CHUNK = 1 << 20
 _ENOUGH = 1 << 20  # bytes of progress after which earlier failures no longer count
+_MOST_INTERIM = 10  # statuses below 200 before an answer
 _REDIRECTS = frozenset((301, 302, 303, 307, 308))
 _TRY_AGAIN = frozenset((408, 425, 429))
 _NO_PROXY = {"http": None, "https": None, "all": None}
@@ -52,6 +53,7 @@ class Policy:
     read_timeout: float = 30.0  # s without a byte; also for a status with all its headers
     min_bytes_per_s: float = 1024.0  # bytes/s, averaged over `read_timeout` of waiting
     transfer_timeout: float = 12 * 3600.0  # s, for all tries; data received by then is kept
+    patience: float = 60.0  # s without progress, in all tries; a try that has begun may end
     redirects: int = 10
 
 
@@ -73,6 +75,7 @@ class Attempts:
     def __init__(self, policy: Policy, url: str, start: int = 0) -> None:
         self._policy, self._where = policy, redact(url)
         self._failures, self._reached = 0, start
+        self._moved, self._moved_at = start, time.monotonic()
         self.total = 0  # failures, including those that no longer count
         self._deadline = time.monotonic() + policy.transfer_timeout
 
@@ -81,9 +84,12 @@ class Attempts:
 
         Fetching the same bytes again is no progress.
         """
+        now, policy = time.monotonic(), self._policy
         if position >= self._reached + _ENOUGH:
             self._failures, self._reached = 0, position
-        if time.monotonic() > self._deadline:
+        if position >= self._moved + policy.min_bytes_per_s * policy.read_timeout:
+            self._moved, self._moved_at = position, now
+        if now > self._deadline:
             raise FetchError(
                 f"{self._where}: not all of it came in {self._policy.transfer_timeout:.0f} s: the "
                 "connection is too slow. Try again: what is already here is kept"
@@ -95,7 +101,8 @@ class Attempts:
         self._failures += 1
         self.total += 1
         tries = f"{self._failures} {'try' if self._failures == 1 else 'tries'}"
-        if self._failures >= policy.tries:
+        waited = time.monotonic() - self._moved_at
+        if self._failures >= policy.tries or waited >= policy.patience:
             raise Unreachable(
                 f"{self._where}: {error.reason}; gave up after {tries}. Check the network and the "
                 "proxy settings, or try later: what is already here is kept"
@@ -162,6 +169,10 @@ class _DeadlineSocket(io.RawIOBase):
         return TimeoutError(errno.ETIMEDOUT, f"no status with its headers came in {limit:.1f} s")
 
 
+class _Interim(http.client.HTTPException):
+    """A server sends statuses below 200, and no answer."""
+
+
 class _DeadlineResponse(http.client.HTTPResponse):
     policy: Policy
 
@@ -170,6 +181,17 @@ class _DeadlineResponse(http.client.HTTPResponse):
         self.fp.close()
         self._reader = _DeadlineSocket(sock, self.policy)
         self.fp = io.BufferedReader(self._reader)
+        self._interim = 0
+
+    def _read_status(self) -> tuple[str, int, str]:
+        """Read a status line; `begin` passes over those that announce another, of the value 100."""
+        version, status, reason = super()._read_status()  # type: ignore[misc]
+        if not 100 <= status < 200 or status == http.client.SWITCHING_PROTOCOLS:
+            return version, status, reason
+        self._interim += 1
+        if self._interim > _MOST_INTERIM:
+            raise _Interim
+        return version, http.client.CONTINUE, reason
 
     def begin(self) -> None:
         super().begin()
@@ -232,9 +254,11 @@ class Client:
             yield chunk
 
     def _follow(self, url: str, headers: Mapping[str, str]) -> tuple[requests.Response, str]:
-        first = url
+        first, begun = url, time.monotonic()
         for _ in range(self.policy.redirects + 1):
             check_url(url)
+            if time.monotonic() - begun > self.policy.read_timeout:
+                raise Transient(f"its redirects took {self.policy.read_timeout:.1f} s")
             answer = self._send(url, headers, own=origin(url) == origin(first))
             if answer.status_code not in _REDIRECTS:
                 return answer, url
@@ -346,6 +370,7 @@ def _reason(error: BaseException) -> str:
 
 _WORDS = {
     "IncompleteRead": "the connection was closed before the end",
+    "_Interim": f"more than {_MOST_INTERIM} statuses below 200 came, and no answer",
     "RemoteDisconnected": "the connection was closed without an answer",
     "ReadTimeoutError": "the server sends nothing",
     "ReadTimeout": "the server sends nothing",

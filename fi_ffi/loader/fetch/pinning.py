@@ -105,7 +105,10 @@ def links_at(address: str, client: Client | None = None) -> tuple[str, list[Link
         return url, [Link.of(address)]
     final, text = _page(url, client or Client())
     reader = _Links(final)
-    reader.feed(text)
+    try:
+        reader.feed(text)
+    except AssertionError as error:  # what Python's parser raises for a declaration
+        raise FetchError(f"{redact(final)}: no HTML that can be read: {error}") from error
     found = [Link.of(each) for each in dict.fromkeys(reader.found)]
     kernels = [link for link in found if _is_kernels(link.file)]
     for link in kernels:
@@ -147,6 +150,7 @@ def _page(url: str, client: Client) -> tuple[str, str]:
                     content += chunk
                     if len(content) > _LONGEST:
                         raise FetchError(f"{redact(url)}: longer than {_LONGEST} bytes, no page")
+                    attempts.reached(len(content))
                 return str(answer.url), content.decode(errors="replace")
         except Transient as error:
             attempts.failed(error)

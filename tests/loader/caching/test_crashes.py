@@ -242,6 +242,17 @@ def test_a_holder_that_is_stopped_holds_nobody_up_for_ever(sample, monkeypatch):
         assert time.monotonic() - start >= 0.2
 
 
+def test_who_waited_in_vain_does_not_wait_again(sample, monkeypatch):
+    """Storing, inside the wait for it, is the same wait."""
+    with held(lambda: cache.fill_lock(sample.sha256, sample.name)):
+        monkeypatch.setattr(cache, "PATIENCE", 1.0)
+        start = time.monotonic()
+        with cache.fill_lock(sample.sha256, sample.name) as found:
+            assert found is None
+            assert sample.store().read_bytes() == sample.content
+        assert 1.0 <= time.monotonic() - start < 1.8
+
+
 def _no_locks(*arguments, **options):
     raise NotImplementedError
 
