@@ -14,7 +14,7 @@ import pytest
 import fi_ffi
 from fi_ffi import comm
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.comm import memory
+from fi_ffi.comm import memory, presence
 from fi_ffi.errors import ArgumentError, LoaderError
 
 from tests.attention.pretend import Pretend, Runtime
@@ -119,8 +119,9 @@ def here(monkeypatch: pytest.MonkeyPatch) -> threading.local:
     gpu = Pretend(monkeypatch)
     gpu.runtime = PlacesRuntime(here)
     monkeypatch.setattr(socket, "gethostname", lambda: getattr(here, "host", host))
-    monkeypatch.setattr(memory, "_machine", memory._machine.__wrapped__)
-    monkeypatch.setattr(comm.group, "has_kernels", lambda device: False)
+    for module in (memory, presence):
+        monkeypatch.setattr(module, "this_machine", presence.this_machine.__wrapped__)
+    monkeypatch.setattr(comm.group, "missing_kernels", lambda device: {"trtllm_comm": "not here"})
     return here
 
 
