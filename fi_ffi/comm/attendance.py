@@ -49,7 +49,7 @@ class Attendance:
 
     def leave(self, call: int) -> None:
         """Record that this rank gives up: it does not make a call, nor later ones."""
-        self._calls[self._rank] = call
+        self._calls[self._rank] = self._calls[self._rank] or call
 
     def given_up(self, call: int | None = None) -> set[int]:
         """Return the other ranks that have given up: any call, or one up to this number."""

@@ -68,13 +68,18 @@ class Group:
             that is less; there are none of the three if the ranks' kernels or GPUs lack them.
         nccl: whether to use NCCL on GPUs; None: if every rank has it installed.
         timeout_s: how long to wait for a rank that does not arrive, in a call or while the group
-            is made or closed; for one whose process on this machine has ended, a second in calls.
+            is made or closed; for one on this machine that has given up, or whose process has
+            ended, a second in calls.
             By default 60, and what the ranks were made with while the group is made or closed.
             MPI's ranks and your own (`Ranks`) keep their own time there.
         check: compare the arguments of every call with those of the other ranks first.
 
-    Raises `ArgumentError` and `ArgumentTypeError`, `HangError` if a rank does not arrive,
-    `LoaderError` if NCCL is needed and not installed, and the errors of missing kernels.
+    A group belongs to the process that makes it: in a forked child its calls raise
+    `ArgumentError`, and `close` does nothing.
+
+    Raises `ArgumentError` and `ArgumentTypeError`, `HangError` if a rank does not arrive or this
+    one comes too late, `LoaderError` if NCCL is needed and not installed, or if a rank cannot open
+    the others' memory, and `KernelNotFoundError` if a rank lacks kernels that are needed.
     """
 
     def __init__(

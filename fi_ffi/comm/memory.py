@@ -142,7 +142,7 @@ class PeerMemory:
                 self._enable(place)
             with _lock:
                 if address not in _pieces:
-                    raise LoaderError("a rank's memory is no longer there")
+                    raise LoaderError(f"a rank's memory, {address:#x}, is no longer there")
                 _pieces[address].users += 1
             self._opened.append(functools.partial(_release, address))
             return address

@@ -65,8 +65,8 @@ class Nccl:
         if not is_made:  # another rank has failed before it joined
             is_late.set()
             run_with_deadline(abort_late, lambda: True)
-            words = f"rank {ranks.rank} waited {timeout_s:g} s for the others to join NCCL"
-            raise HangError("Group", f"Group: {words}")
+            op, words = "Group", "for the others to join NCCL"
+            raise HangError(op, f"{op}: rank {ranks.rank} waited {timeout_s:g} s {words}")
         (self._communicator,) = made
         self._comm = self._nccl.Comm(self._communicator.ptr)
         self._is_captured = False
