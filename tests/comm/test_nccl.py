@@ -234,6 +234,37 @@ def test_a_rank_that_fails_to_join_nccl(nccl: Nccl, here: threading.local) -> No
     until(lambda: nccl.log.count(("abort", 0)) == 1)
 
 
+def test_a_stream_that_waits_for_nccl(
+    nccl: Nccl, here: threading.local, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For a rank that is late, which NCCL does not tell: its calls are aborted then."""
+    monkeypatch.setattr(comm.group, "_LETTING_GO_S", 0.2)
+    monkeypatch.setattr(comm.group, "ENDING_S", 0.0)
+    is_late = threading.Event()
+    monkeypatch.setattr(PlacesRuntime, "cudaEventQuery", lambda self, event: 600 * is_late.is_set())
+    given, hung = comm.threads(2), threading.Event()
+
+    def run(rank: int) -> None:
+        here.host, here.bus_id = str(rank), A
+        group = comm.Group(given[rank], device="cuda:0", timeout_s=0.3)
+        group.synchronize(STREAM)  # is done
+        if rank:
+            hung.wait(60)
+        else:
+            is_late.set()
+            begun = time.monotonic()
+            with pytest.raises(HangError, match=r"rank 0 waited \d+ s for the stream"):
+                group.synchronize(STREAM)
+            assert 0.5 <= time.monotonic() - begun < 20
+            with pytest.raises(HangError, match="waited .* for the stream"):
+                group.synchronize(STREAM)
+            group.close()
+            hung.set()
+
+    assert ranks.run("threads", 2, run) == [None, None]
+    assert ("abort", 0) in nccl.log and ("destroy", 0) not in nccl.log
+
+
 @pytest.mark.parametrize("dtype", CODES)
 def test_what_nccl_is_asked(dtype: str, nccl: Nccl, here: threading.local) -> None:
     """Addresses, counts of elements (of `out` for a scatter), the dtype, the sum, the stream."""

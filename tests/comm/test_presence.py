@@ -86,6 +86,7 @@ def leaves_alone(group: comm.Group, mine: Any, parent: int) -> None:
         group_of(mine)
     assert not group.is_open
     group.close()
+    assert "closed" not in repr(group), "it is not the child's to close"
     with pytest.raises(ZeroDivisionError), group:
         raise ZeroDivisionError
     with group_of(comm.threads(1)[0]) as own:
