@@ -67,14 +67,15 @@ class Algorithms:
         if self._has_vllm(reach, linked, settings.lacking):
             parts["vllm"] = VllmAllReduce.nbytes(max_bytes, device)
         can_fuse = reach and self._size in fusion_module.SIZES
-        if fusion is not None and not can_fuse:
-            got = f"a size, and {self._why_not or f'{self._size} ranks'}"
+        if can_fuse:
+            why_no_fusion = settings.lacking.get("trtllm_comm", "")
+        else:
+            why_no_fusion = self._why_not or f"{self._size} ranks"
+        if fusion is not None and why_no_fusion:
             expected = f"None, or {fusion_module.RANKS}"
+            got = f"a size, and {why_no_fusion}"
             raise ArgumentError("Group", "fusion", got=got, expected=expected)
-        has_fusion = can_fuse and "trtllm_comm" not in settings.lacking
-        if fusion is not None and not has_fusion:
-            raise KernelNotFoundError(settings.lacking["trtllm_comm"])
-        if fusion is None and has_fusion:
+        if fusion is None and not why_no_fusion:
             most = min(dict(self._by_size)["oneshot"], max_bytes)
             fusion = FusionSize(1, most // 2, "bfloat16")
         if fusion is not None:

@@ -79,7 +79,7 @@ class Group:
 
     Raises `ArgumentError` and `ArgumentTypeError`, `HangError` if a rank does not arrive or this
     one comes too late, `LoaderError` if NCCL is needed and not installed, or if a rank cannot open
-    the others' memory, and `KernelNotFoundError` if a rank lacks kernels that are needed.
+    the others' memory, and `KernelNotFoundError` if a rank lacks all kernels.
     """
 
     def __init__(

@@ -145,12 +145,32 @@ def test_a_fusion_that_a_rank_has_no_kernels_for(monkeypatch):
 
     def body(rank, given, gpus):
         without.modules = {"trtllm_comm": "not built"} if rank else {}
-        with pytest.raises(KernelNotFoundError, match="^rank 1 without trtllm_comm: not built$"):
+        with pytest.raises(
+            ArgumentError, match="`fusion`: .* rank 1 without trtllm_comm: not built"
+        ):
             comm.Group(given[rank], device="cpu", fusion=comm.FusionSize(8, 64), timeout_s=30)
         return time.monotonic()
 
     begun = time.monotonic()
     assert max(on_all("threads", 2, body)) - begun < 15
+
+
+def test_ranks_that_lack_all_kernels(monkeypatch):
+    """They are told how to get them; where no kernels would help, what does."""
+    lacks = {"vllm_comm": "build it", "trtllm_comm": "build this"}
+    monkeypatch.setattr(comm.group, "missing_kernels", lambda device: lacks)
+
+    def body(rank, given, gpus):
+        words = "rank 0 without vllm_comm: build it; rank 0 without trtllm_comm: build this"
+        if len(given) == 2:
+            with pytest.raises(KernelNotFoundError, match=f"^{words}$"):
+                comm.Group(given[rank], device="cpu", timeout_s=30)
+            return ""
+        with comm.Group(given[rank], device="cpu", timeout_s=30) as group:
+            return group.algorithm_for(16)
+
+    assert on_all("threads", 2, body) == ["", ""]
+    assert on_all("threads", 3, body) == ["nccl"] * 3
 
 
 @pytest.mark.parametrize(("size", "most"), [(2, 4 << 20), (4, 512 << 10), (8, 256 << 10)])

@@ -248,6 +248,7 @@ def test_a_stream_that_waits_for_nccl(
         here.host, here.bus_id = str(rank), A
         group = comm.Group(given[rank], device="cuda:0", timeout_s=0.3)
         group.synchronize(STREAM)  # is done
+        given[rank].barrier()
         if rank:
             hung.wait(60)
         else:
