@@ -12,11 +12,12 @@ from fi_ffi.comm import fusion as fusion_module
 from fi_ffi.comm import vllm as vllm_module
 from fi_ffi.comm.fusion import Fusion, FusionSize
 from fi_ffi.comm.hang import Waiting
-from fi_ffi.comm.memory import PeerMemory, Place, copy, peer_topology
+from fi_ffi.comm.memory import PeerMemory, copy, peer_topology
 from fi_ffi.comm.nccl import Nccl
+from fi_ffi.comm.presence import Place
 from fi_ffi.comm.ranks import Ranks
 from fi_ffi.comm.vllm import VllmAllReduce
-from fi_ffi.errors import ArgumentError, LoaderError
+from fi_ffi.errors import ArgumentError, KernelNotFoundError, LoaderError
 from fi_ffi.ops.call import cuda
 
 ALGORITHMS = ("oneshot", "twoshot", "vllm", "nccl")
@@ -39,9 +40,10 @@ class Settings:
 
     max_bytes: int
     fusion: FusionSize | None
-    # Whether all ranks have the kernels of fused calls, and NCCL.
-    has_fusion: bool
-    has_nccl: bool
+    # The modules whose kernels some rank lacks, with the reason.
+    lacking: dict[str, str]
+    has_nccl: bool  # whether all ranks have NCCL
+    timeout_s: float  # how long to wait for the others while the algorithms are made
 
 
 class Algorithms:
@@ -62,18 +64,24 @@ class Algorithms:
         reach, linked, self._why_not = _peers(ranks, places, device)
         fusion, max_bytes = settings.fusion, settings.max_bytes
         parts: dict[str, int] = {}
-        if self._has_vllm(reach, linked):
+        if self._has_vllm(reach, linked, settings.lacking):
             parts["vllm"] = VllmAllReduce.nbytes(max_bytes, device)
         can_fuse = reach and self._size in fusion_module.SIZES
-        if fusion is not None and not can_fuse:
-            got = f"a size, and {self._why_not or f'{self._size} ranks'}"
+        if can_fuse:
+            why_no_fusion = settings.lacking.get("trtllm_comm", "")
+        else:
+            why_no_fusion = self._why_not or f"{self._size} ranks"
+        if fusion is not None and why_no_fusion:
             expected = f"None, or {fusion_module.RANKS}"
+            got = f"a size, and {why_no_fusion}"
             raise ArgumentError("Group", "fusion", got=got, expected=expected)
-        if fusion is None and can_fuse and settings.has_fusion:
+        if fusion is None and not why_no_fusion:
             most = min(dict(self._by_size)["oneshot"], max_bytes)
             fusion = FusionSize(1, most // 2, "bfloat16")
         if fusion is not None:
             parts["fusion"] = Fusion.nbytes(fusion, ranks.size)
+        if can_fuse and settings.lacking and not parts and not settings.has_nccl:
+            raise KernelNotFoundError("; ".join(settings.lacking.values()))
         if parts and not settings.has_nccl:
             parts["gathered"] = max_bytes
         try:
@@ -107,15 +115,16 @@ class Algorithms:
         if not device.is_cuda:
             self._collectives = on_host.HostCollectives(ranks.rank, starts["host"], max_bytes)
         elif settings.has_nccl:
-            self._collectives = Nccl(ranks, device)
+            self._collectives = Nccl(ranks, device, settings.timeout_s)
         ranks.barrier()  # no rank may call before all are ready
 
-    def _has_vllm(self, reach: bool, linked: bool) -> bool:
+    def _has_vllm(self, reach: bool, linked: bool, lacking: dict[str, str]) -> bool:
         """Return whether vllm's kernels support these ranks; for others they launch nothing."""
         if self._size not in vllm_module.SIZES:
             self._why_not = self._why_not or f"{self._size} ranks"
         elif reach and not linked and self._size > 2:
             self._why_not = f"{self._size} GPUs that are not all connected by NVLink"
+        self._why_not = self._why_not or lacking.get("vllm_comm", "")
         return not self._why_not
 
     def _starts(self, parts: dict[str, int]) -> dict[str, list[int]]:

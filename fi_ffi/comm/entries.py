@@ -13,11 +13,13 @@ from collections.abc import Sequence
 
 from fi_ffi.abi.function import Entry
 from fi_ffi.abi.interop import TensorLike, as_desc
+from fi_ffi.abi.tensor import Device
 from fi_ffi.errors import ArgumentError
-from fi_ffi.loader import runtime, tvm_ffi
+from fi_ffi.loader import machine, runtime, tvm_ffi
 from fi_ffi.modules.entry import ModuleEntry
 from fi_ffi.ops.call.arguments import check_int
 from fi_ffi.ops.call.op import Op
+from fi_ffi.ops.call.support import MISSING, REFUSED
 from fi_ffi.ops.table import comm as table
 
 OPS: dict[str, Op] = {
@@ -25,8 +27,22 @@ OPS: dict[str, Op] = {
 }
 globals().update(OPS)
 __all__ = ["init_custom_ar", "setup", *OPS]
+_OF_MODULES = ("all_reduce", "trtllm_allreduce_fusion")  # an op of each module
 _RANKS = (2, 4, 6, 8)
 _ROW, _ALIGNED = 64, 128  # bytes of a registered buffer's pointers; alignment of signals
+
+
+def missing_kernels(device: Device) -> dict[str, str]:
+    """Return the modules that the kernels in use lack for a device, each with the reason."""
+    if not device.is_cuda:
+        return {}
+    ops = (OPS[name] for name in _OF_MODULES)
+    found = ((op, op.supports(machine.capability(device.index))) for op in ops)
+    return {
+        op.rows[0].module: str(support)
+        for op, support in found
+        if support.status in (MISSING, REFUSED)
+    }
 
 
 @functools.cache

@@ -19,7 +19,6 @@ from fi_ffi.abi.streams import PER_THREAD
 from fi_ffi.abi.tensor import DTYPES, Device, TensorDesc, parse_dtype
 from fi_ffi.comm import entries as entries
 from fi_ffi.errors import ArgumentError, ArgumentTypeError
-from fi_ffi.loader import machine
 from fi_ffi.ops.call import cuda
 from fi_ffi.ops.call.arguments import check_int
 from fi_ffi.ops.call.notation import round_up
@@ -91,12 +90,6 @@ class FusionSize(NamedTuple):
             got, expected = f"{size.message_bytes} bytes", f"a multiple of {_VECTOR} bytes"
             raise ArgumentError("FusionSize", "hidden_size", got=got, expected=expected)
         return size
-
-
-def has_kernels(device: Device) -> bool:
-    """Return whether the kernels in use have `trtllm_comm` for a device."""
-    op = entries.OPS["trtllm_allreduce_fusion"]
-    return not device.is_cuda or bool(op.supports(machine.capability(device.index)))
 
 
 class Fusion:

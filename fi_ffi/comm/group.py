@@ -6,6 +6,7 @@ import math
 import pickle
 import time
 import weakref
+from collections.abc import Iterable
 from types import TracebackType
 from typing import NoReturn
 
@@ -14,10 +15,20 @@ from fi_ffi.abi.streams import handle_for
 from fi_ffi.abi.tensor import Device, TensorDesc, parse_device, parse_dtype
 from fi_ffi.comm import nccl as nccl_module
 from fi_ffi.comm.algorithms import ALGORITHMS, Algorithms, Call, Settings
-from fi_ffi.comm.fusion import RANKS, FusionSize, has_kernels, pattern_of
+from fi_ffi.comm.attendance import Attendance
+from fi_ffi.comm.entries import missing_kernels
+from fi_ffi.comm.fusion import RANKS, FusionSize, pattern_of
 from fi_ffi.comm.hang import ENDED_S, ENDING_S, Monitor, run_with_deadline
-from fi_ffi.comm.memory import Place, copy, has_ended, place_of
-from fi_ffi.comm.ranks import PATIENCE_S, Ranks, check_ranks, format_ranks, hurried
+from fi_ffi.comm.memory import copy, place_of
+from fi_ffi.comm.presence import Place, check_process, this_process
+from fi_ffi.comm.ranks import (
+    PATIENCE_S,
+    Ranks,
+    check_ranks,
+    format_ranks,
+    hurried,
+    patience,
+)
 from fi_ffi.errors import ArgumentError, ArgumentTypeError, HangError, KernelError, LoaderError
 from fi_ffi.loader import machine
 from fi_ffi.ops.call import cuda
@@ -57,13 +68,18 @@ class Group:
             that is less; there are none of the three if the ranks' kernels or GPUs lack them.
         nccl: whether to use NCCL on GPUs; None: if every rank has it installed.
         timeout_s: how long to wait for a rank that does not arrive, in a call or while the group
-            is made or closed; for one whose process on this machine has ended, a second in calls.
+            is made or closed; for one on this machine that has given up, or whose process has
+            ended, a second in calls.
             By default 60, and what the ranks were made with while the group is made or closed.
             MPI's ranks and your own (`Ranks`) keep their own time there.
         check: compare the arguments of every call with those of the other ranks first.
 
-    Raises `ArgumentError` and `ArgumentTypeError`, `HangError` if a rank does not arrive,
-    `LoaderError` if NCCL is needed and not installed, and the errors of missing kernels.
+    A group belongs to the process that makes it: in a forked child its calls raise
+    `ArgumentError`, and `close` does nothing.
+
+    Raises `ArgumentError` and `ArgumentTypeError`, `HangError` if a rank does not arrive or this
+    one comes too late, `LoaderError` if NCCL is needed and not installed, or if a rank cannot open
+    the others' memory, and `KernelNotFoundError` if a rank lacks all kernels.
     """
 
     def __init__(
@@ -77,6 +93,7 @@ class Group:
         timeout_s: float | None = None,
         check: bool = False,
     ) -> None:
+        self._process = this_process()
         self._ranks = ranks = check_ranks("Group", ranks)
         self.rank, self.size = ranks.rank, ranks.size
         self.timeout_s = PATIENCE_S
@@ -92,24 +109,30 @@ class Group:
         self._hang, self._hung_at, self._calls = "", math.inf, 0
         self._algorithms: Algorithms | None = None
         self._monitor: Monitor | None = None
-        self._places, has_fusion, has_nccl = self._exchange_settings(wants_nccl)
-        places = self._places  # the monitor's thread does not keep the group alive
-
-        def ended() -> set[int]:
-            return {rank for rank, place in enumerate(places) if has_ended(place)}
-
-        self._ended = ended
-        if self.size > 1:
-            settings = Settings(self.max_bytes, self.fusion, has_fusion, has_nccl)
-            self._algorithms = Algorithms(ranks, self._places, self.device, settings)
-            if self.device.is_cuda:
-                waiting, on_hang = self._algorithms.waiting(), weakref.WeakMethod(self._tell_hang)
-                self._monitor = Monitor(waiting, self.device, self.timeout_s, on_hang, ended)
+        # The monitor's thread refers to it, and does not keep the group alive.
+        self._attendance = Attendance(self.rank, self.size)
+        try:
+            places, lacking, has_nccl = self._exchange_settings(wants_nccl)
+            if self.size > 1:
+                seconds = patience(ranks, self.timeout_s)
+                settings = Settings(self.max_bytes, self.fusion, lacking, has_nccl, seconds)
+                self._algorithms = Algorithms(ranks, places, self.device, settings)
+        except BaseException:
+            self._attendance.leave(1)
+            raise
+        finally:
+            self._attendance.close_file()
+        if self._algorithms is not None and self.device.is_cuda:
+            waiting, on_hang = self._algorithms.waiting(), weakref.WeakMethod(self._tell_hang)
+            missing = self._attendance.missing
+            self._monitor = Monitor(waiting, self.device, self.timeout_s, on_hang, missing)
         self._is_open = True
 
-    def _exchange_settings(self, wants_nccl: bool | None) -> tuple[list[Place], bool, bool]:
-        """Exchange places and settings; return all places, and whether all ranks have the kernels
-        of fused calls, and NCCL.
+    def _exchange_settings(
+        self, wants_nccl: bool | None
+    ) -> tuple[list[Place], dict[str, str], bool]:
+        """Exchange places and settings; return all places, the modules whose kernels some rank
+        lacks, with the reason, and whether all ranks have NCCL.
 
         Raises if the ranks' arguments differ.
         """
@@ -129,18 +152,24 @@ class Group:
                 has_nccl = False
                 if wants_nccl:
                     raise
-        has_fusion = self.size > 1 and has_kernels(self.device)
-        mine = pickle.dumps((place_of(self.device), has_fusion, has_nccl, settings))
+        lacks = missing_kernels(self.device) if self.size > 1 else {}
+        here = place_of(self.device), self._attendance.file
+        mine = pickle.dumps((*here, lacks, has_nccl, settings))
         of_ranks = [pickle.loads(data) for data in self._ranks.all_gather(mine)]
         for name, expected in of_ranks[0][-1].items():
             for rank, (*_, theirs) in enumerate(of_ranks):
                 if theirs[name] != expected:
                     got, words = f"{theirs[name]} on rank {rank}", f"{expected}, as on rank 0"
                     raise ArgumentError("Group", name, got=got, expected=words)
-        places, fuse, collect, _ = zip(*of_ranks, strict=True)
+        places, files, lacks_of, collect, _ = zip(*of_ranks, strict=True)
+        self._attendance.share(places, files)
+        lacking: dict[str, str] = {}
+        for rank, each in enumerate(lacks_of):
+            for module, why in each.items():
+                lacking.setdefault(module, f"rank {rank} without {module}: {why}")
         # NCCL refuses two ranks on one GPU, which tests use.
         is_apart = len({(place.machine, place.bus_id) for place in places}) == self.size
-        return [*places], all(fuse), is_apart and all(collect)
+        return [*places], lacking, is_apart and all(collect)
 
     # ------------------------------------------------------------------------------- calls
 
@@ -351,29 +380,31 @@ class Group:
     @property
     def is_open(self) -> bool:
         """Whether the group is not closed and no rank is known to be missing."""
-        if self._hang or not self._is_open:
+        if self._hang or not self._is_open or self._process != this_process():
             return False
-        return self._monitor is not None or not self._ended()
+        return self._monitor is not None or not self._attendance.missing()
 
     def close(self) -> None:
         """Free everything when this rank's work is done.  All ranks call it, like any call.
 
         It closes the memory of peers, waits for all ranks, and frees this rank's memory.  After a
         hang it waits for nobody, and on GPUs it keeps memory that another process may still write
-        to, and all memory if NCCL's kernels do not end.  A second call does nothing.
+        to, and all memory if NCCL's kernels do not end.  A second call does nothing, nor does one
+        in a forked child, since the group is its parent's.
         """
-        if not self._is_open:
+        if not self._is_open or self._process != this_process():
             return
         is_broken, self._is_open = not self.is_open, False
         algorithms = self._algorithms
-        if algorithms is None:
-            return
         try:
-            is_idle = self._finish(algorithms)
+            is_idle = algorithms is None or self._finish(algorithms)
         finally:
             if self._monitor is not None:
                 self._monitor.close()
+            self._attendance.close()
             self._algorithms = None  # whose memory is freed on return
+        if algorithms is None:
+            return
         if is_idle:
             algorithms.close(is_broken=is_broken or bool(self._hang))
         else:
@@ -404,8 +435,7 @@ class Group:
         tb: TracebackType | None,
     ) -> None:
         if exc is not None and not self._hang:  # the other ranks may never reach their close
-            self._hang = f"rank {self.rank} left its block by {exc_type!r}"
-            self._hung_at = time.monotonic()
+            self._give_up(f"rank {self.rank} left its block by {exc_type!r}", self._calls + 1)
         self.close()
 
     def __reduce__(self) -> NoReturn:
@@ -418,8 +448,16 @@ class Group:
     # ------------------------------------------------------------------------------- inside
 
     def _check_open(self, op: str) -> None:
+        check_process(op, "group", self._process)
         if not self._is_open:
             raise ArgumentError(op, "self", got="a closed group", expected="an open one")
+        self._check_attendance(op, self._calls + 1)
+
+    def _check_attendance(self, op: str, call: int) -> None:
+        """Raise `HangError` if the group is broken, or if a rank does not make a call."""
+        gone = self._attendance.given_up(call)
+        if gone and not self._hang:
+            self._tell_hang("", gone, 0.0, call)
         if self._hang:
             raise HangError(op, self._hang)
 
@@ -470,7 +508,7 @@ class Group:
                 with cuda.current(self.device):
                     call(x, out, stream)
             except KernelError as error:  # NCCL's, which may tell of a lost rank first
-                gone = self._ended()
+                gone = self._attendance.missing()
                 if gone and not self._hang:
                     self._tell_hang("", gone, 0.0)
                 if self._hang:
@@ -479,10 +517,11 @@ class Group:
             return
         from fi_ffi.reference.peers import waiting_at_most
 
+        def are_missing(ranks: Iterable[int]) -> bool:
+            return not self._attendance.missing().isdisjoint(ranks)
+
         try:
-            with waiting_at_most(
-                self.timeout_s, lambda ranks: not self._ended().isdisjoint(ranks), ENDED_S
-            ):
+            with waiting_at_most(self.timeout_s, are_missing, ENDED_S):
                 call(x, out, stream)
         except TimeoutError as error:
             raise self._broken(op, error) from error
@@ -490,27 +529,39 @@ class Group:
             if error.kind != TimeoutError.__name__:
                 raise
             raise self._broken(op, TimeoutError(error.message)) from error
+        self._check_attendance(op, self._calls)
 
     def _copy(self, x: TensorDesc, out: TensorDesc, stream: int) -> None:
         copy(out.ptr, x.ptr, x.span_bytes, self.device, stream)
 
-    def _tell_hang(self, op: str, missing: set[int], seconds: float) -> None:
+    def _tell_hang(
+        self, op: str, missing: set[int], seconds: float, call: int | None = None
+    ) -> None:
         """Record a hang, and end NCCL's kernels."""
         words = f"rank {self.rank} has lost {format_ranks(missing)}"
         if op:
             words = f"{op}: rank {self.rank} waited {seconds:g} s for {format_ranks(missing)}"
-        self._broken(op, TimeoutError(words))
+        self._broken(op, TimeoutError(words), call)
         algorithms = self._algorithms
         if algorithms is not None:
             algorithms.abort()
 
-    def _broken(self, op: str, error: TimeoutError) -> HangError:
+    def _broken(self, op: str, error: TimeoutError, call: int | None = None) -> HangError:
         """Mark the group as unusable after a rank was missing; return the error."""
-        gone = self._ended()
-        ended = f" (the process of {format_ranks(gone)} has ended)" if gone else ""
-        self._hang = f"{error}{ended}; the group can only be closed"
-        self._hung_at = min(self._hung_at, time.monotonic())
+        ended, given_up = self._attendance.ended(), self._attendance.given_up()
+        words = str(error)
+        if ended:
+            words += f" (the process of {format_ranks(ended)} has ended)"
+        if given_up - ended:
+            words += f" (given up by {format_ranks(given_up - ended)})"
+        self._give_up(f"{words}; the group can only be closed", call or self._calls)
         return HangError(op, self._hang)
+
+    def _give_up(self, why: str, call: int) -> None:
+        """Make no call from this one on, and let the other ranks know."""
+        self._hang, self._hung_at = why, min(self._hung_at, time.monotonic())
+        if self._process == this_process():
+            self._attendance.leave(call)
 
 
 def _check_apart(op: str, x: TensorDesc, out: TensorDesc, ahead: int) -> None:

@@ -11,15 +11,16 @@ import functools
 import mmap
 import os
 import pickle
-import socket
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from fi_ffi.abi import library
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.tensor import Device
+from fi_ffi.comm.presence import Place, Process, this_machine, this_process
 from fi_ffi.comm.ranks import Ranks
-from fi_ffi.errors import LoaderError
+from fi_ffi.errors import FiFfiError, LoaderError
 from fi_ffi.loader import machine
 from fi_ffi.ops.call import cuda
 
@@ -29,23 +30,6 @@ _LAZY_PEER_ACCESS = 1  # cudaIpcMemLazyEnablePeerAccess
 _ALREADY_ENABLED = 704  # cudaErrorPeerAccessAlreadyEnabled
 _ACCESS_SUPPORTED, _NATIVE_ATOMICS = 2, 3  # of cudaDeviceP2PAttr
 _BUS_ID_CHARS = 32
-_EXITING = 4  # PF_EXITING in a process's flags: it ends, or has ended
-
-
-class Place(NamedTuple):
-    """Where a rank is: its machine, process and GPU."""
-
-    machine: str
-    process: int
-    bus_id: str  # "" on the CPU
-
-
-@functools.cache
-def _machine() -> str:
-    """Return an identity shared by ranks that see each other's processes; containers may differ."""
-    with open("/proc/sys/kernel/random/boot_id") as file:
-        boot = file.read().strip()
-    return f"{socket.gethostname()} {boot} {os.stat('/proc/self/ns/pid').st_ino}"
 
 
 def place_of(device: Device) -> Place:
@@ -56,18 +40,7 @@ def place_of(device: Device) -> Place:
         code = machine.load_cudart()[0].cudaDeviceGetPCIBusId(text, _BUS_ID_CHARS, device.index)
         cuda.check(code, "cudaDeviceGetPCIBusId")
         bus_id = ffi.string(text).decode()
-    return Place(_machine(), os.getpid(), bus_id)
-
-
-def has_ended(place: Place) -> bool:
-    """Return whether a rank's process is known to have ended, or to be ending."""
-    if place.machine != _machine():
-        return False
-    try:
-        with open(f"/proc/{place.process}/stat") as file:
-            return bool(int(file.read().rpartition(")")[2].split()[6]) & _EXITING)
-    except (OSError, IndexError):
-        return True
+    return Place(this_machine(), this_process(), bus_id)
 
 
 def _index_of(place: Place) -> int | None:
@@ -114,6 +87,7 @@ class _Piece:
 # it.
 _pieces: dict[int, _Piece] = {}
 _lock = threading.Lock()
+library.renew_after_fork(globals(), "_lock", threading.Lock)
 
 
 def _release(address: int) -> None:
@@ -138,11 +112,21 @@ class PeerMemory:
             handles = [
                 pickle.loads(data) for data in ranks.all_gather(pickle.dumps((address, handle)))
             ]
-            self.addresses = [
-                address if rank == ranks.rank else self._open(places[rank], handles[rank], count)
-                for rank in range(ranks.size)
-            ]
-            ranks.barrier()  # no rank may free before all have opened
+            self.addresses = [address] * ranks.size
+            failed: FiFfiError | None = None
+            try:
+                for rank, (place, peer) in enumerate(zip(places, handles, strict=True)):
+                    if rank != ranks.rank:
+                        self.addresses[rank] = self._open(place, peer, count)
+            except FiFfiError as error:  # perhaps a peer has given up and freed its memory
+                failed = error
+            # No rank may free before all have opened.
+            told = [data.decode() for data in ranks.all_gather(str(failed or "").encode())]
+            if failed:
+                raise failed
+            for rank, why in enumerate(told):
+                if why:
+                    raise LoaderError(f"rank {rank} cannot open the others' memory: {why}")
         except BaseException:
             for close in self._opened:
                 close()
@@ -153,17 +137,19 @@ class PeerMemory:
     def _open(self, place: Place, peer: tuple[int, Any], count: int) -> int:
         """Open a peer's memory and keep its closing function."""
         address, handle = peer
-        if place.process == os.getpid() and place.machine == _machine():
+        if place[:2] == (this_machine(), this_process()):
             if self._device.is_cuda:
                 self._enable(place)
             with _lock:
+                if address not in _pieces:
+                    raise LoaderError(f"a rank's memory, {address:#x}, is no longer there")
                 _pieces[address].users += 1
             self._opened.append(functools.partial(_release, address))
             return address
         if not self._device.is_cuda:
-            mapped, close = _map(f"/proc/{place.process}/fd/{handle}", count)
-            self._opened.append(close)
-            return mapped
+            view, mapped = _map(place.process, handle, count)
+            self._opened.append(functools.partial(_unmap, view, mapped))
+            return int(ffi.cast("uintptr_t", view))
         runtime, slot = machine.load_cudart()[0], ffi.new("void **")
         shared = ffi.new("cudaIpcMemHandle_t *", {"reserved": handle})
         with cuda.current(self._device), cuda.relaxed():
@@ -206,15 +192,14 @@ class PeerMemory:
 def _make(count: int, device: Device, is_same_process: bool) -> tuple[int, Any]:
     """Allocate this rank's memory; return it with the handle that another process opens it by."""
     if not device.is_cuda and not is_same_process:
-        file = os.memfd_create("fi_ffi.comm.peers", os.MFD_CLOEXEC)
-        os.ftruncate(file, max(count, 1))
-        address, unmap = _map(f"/proc/self/fd/{file}", count)
+        handle = make_file("fi_ffi.comm.peers", count)
+        view, mapped = _map(this_process(), handle, count)
 
         def free() -> None:
-            unmap()
-            os.close(file)
+            _unmap(view, mapped)
+            os.close(handle.descriptor)
 
-        return _keep(address, _Piece(None, free)), file
+        return _keep(int(ffi.cast("uintptr_t", view)), _Piece(None, free)), handle
     size = -(-count // _ROUND) * _ROUND if device.is_cuda else count
     memory = cuda.allocate(size, device, zeroed=True)
     address = _keep(memory.desc.ptr, _Piece(memory))
@@ -235,23 +220,44 @@ def _keep(address: int, piece: _Piece) -> int:
     return address
 
 
-def _map(path: str, count: int) -> tuple[int, Callable[[], None]]:
-    """Map an in-memory file; return its address and the function that unmaps it."""
+class File(NamedTuple):
+    """An in-memory file of a process, which other processes of its user can open."""
+
+    descriptor: int
+    inode: int  # tells it from a later file with the same descriptor
+
+
+def make_file(name: str, count: int) -> File:
+    """Make an in-memory file of zeros."""
+    descriptor = os.memfd_create(name, os.MFD_CLOEXEC)
+    os.ftruncate(descriptor, max(count, 1))
+    return File(descriptor, os.fstat(descriptor).st_ino)
+
+
+def map_file(process: Process, file: File, count: int) -> mmap.mmap:
+    """Map a process's in-memory file; `LoaderError` if it cannot be opened."""
+    path = f"/proc/{process.pid}/fd/{file.descriptor}"
     try:
-        file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
         raise LoaderError(f"a rank's memory, {path}, cannot be opened: {error}") from error
     try:
-        mapped = mmap.mmap(file, max(count, 1))
+        if os.fstat(descriptor).st_ino != file.inode:
+            raise LoaderError(f"a rank's memory, {path}, is no longer there")
+        return mmap.mmap(descriptor, max(count, 1))
     finally:
-        os.close(file)
-    view = ffi.from_buffer(mapped)
+        os.close(descriptor)
 
-    def unmap() -> None:
-        ffi.release(view)
-        mapped.close()
 
-    return int(ffi.cast("uintptr_t", view)), unmap
+def _map(process: Process, file: File, count: int) -> tuple[Any, mmap.mmap]:
+    """Map an in-memory file; return the view that keeps it mapped, and the map."""
+    mapped = map_file(process, file, count)
+    return ffi.from_buffer(mapped), mapped
+
+
+def _unmap(view: Any, mapped: mmap.mmap) -> None:
+    ffi.release(view)
+    mapped.close()
 
 
 def copy(target: int, source: int, count: int, device: Device, stream: int) -> None:

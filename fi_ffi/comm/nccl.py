@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
+import time
 from typing import Any
 
 from fi_ffi.abi.tensor import Device, TensorDesc
 from fi_ffi.comm.hang import run_with_deadline
 from fi_ffi.comm.ranks import Ranks
-from fi_ffi.errors import KernelError, LoaderError
+from fi_ffi.errors import HangError, KernelError, LoaderError
 from fi_ffi.ops.call import cuda
 
 _SUM = 0  # ncclSum
@@ -36,17 +39,35 @@ def imported() -> Any:
 class Nccl:
     """One rank's NCCL communicator."""
 
-    def __init__(self, ranks: Ranks, device: Device) -> None:
+    def __init__(self, ranks: Ranks, device: Device, timeout_s: float) -> None:
         if _NO_MULTICAST not in os.environ:
             os.environ[_NO_MULTICAST] = "0"
         core, self._nccl = imported()
         mine = bytes(core.get_unique_id()) if ranks.rank == 0 else b""
         unique = core.UniqueId.from_bytes(ranks.broadcast(mine))
-        with cuda.current(device):
-            try:
-                self._communicator = core.Communicator.init(ranks.size, ranks.rank, unique)
-            except Exception as error:
-                raise KernelError("ncclCommInitRank", type(error).__name__, str(error)) from error
+        made: list[Any] = []
+        is_late, end = threading.Event(), time.monotonic() + timeout_s
+
+        def abort_late() -> None:
+            with contextlib.suppress(IndexError):  # another thread aborts it
+                made.pop().abort()
+
+        def join() -> None:
+            with cuda.current(device):
+                made.append(core.Communicator.init(ranks.size, ranks.rank, unique))
+            if is_late.is_set():
+                abort_late()
+
+        try:
+            is_made = run_with_deadline(join, lambda: time.monotonic() > end)
+        except Exception as error:
+            raise KernelError("ncclCommInitRank", type(error).__name__, str(error)) from error
+        if not is_made:  # another rank has failed before it joined
+            is_late.set()
+            run_with_deadline(abort_late, lambda: True)
+            op, words = "Group", "for the others to join NCCL"
+            raise HangError(op, f"{op}: rank {ranks.rank} waited {timeout_s:g} s {words}")
+        (self._communicator,) = made
         self._comm = self._nccl.Comm(self._communicator.ptr)
         self._is_captured = False
 

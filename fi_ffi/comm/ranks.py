@@ -14,16 +14,15 @@ import multiprocessing
 import pickle
 import threading
 import time
-from collections.abc import Iterable, Sequence
-from multiprocessing.connection import Connection
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol, runtime_checkable
 
+from fi_ffi.comm.presence import Process, check_process, this_process
 from fi_ffi.errors import ArgumentError, ArgumentTypeError, HangError, LoaderError
 from fi_ffi.ops.call.arguments import check_int, check_number
 
 PATIENCE_S = 60.0
-# Extra time for ranks that rank 0 informs about missing ones.
-_GRACE_S = 5.0
 _MAX_RANKS = 1024
 
 
@@ -55,10 +54,14 @@ def format_ranks(ranks: Iterable[int]) -> str:
 
 
 class _Ranks:
-    """Base class that implements `broadcast` and `barrier` by `all_gather`."""
+    """Base class that implements `broadcast` and `barrier` by `all_gather`.
+
+    A rank belongs to the process that first calls one of these methods.
+    """
 
     rank: int
     size: int
+    _process: Process | None = None
 
     def all_gather(self, data: bytes) -> list[bytes]:
         raise NotImplementedError
@@ -70,6 +73,10 @@ class _Ranks:
     def barrier(self) -> None:
         self.all_gather(b"")
 
+    def _check_process(self) -> None:
+        self._process = self._process or this_process()
+        check_process(type(self).__name__, "rank", self._process)
+
     def _late(self, seconds: float, missing: Iterable[int]) -> HangError:
         return self._hang(f"waited {round(seconds, 1):g} s for {format_ranks(missing)}")
 
@@ -79,15 +86,76 @@ class _Ranks:
 
 
 class _Timed(_Ranks):
-    """Base class of ranks that wait for `timeout_s`, or as long as a caller of `gather` says."""
+    """Base class of ranks that wait for `timeout_s`, or as long as a caller of `gather` says.
+
+    Once a rank has given up, nobody succeeds in its round: late ranks raise `HangError` too.
+    """
 
     timeout_s: float
+    _grace_s = 0.0  # how much longer a rank may wait to be told who is missing
+    _round = 0
 
     def all_gather(self, data: bytes) -> list[bytes]:
         return self.gather(data, self.timeout_s)
 
     def gather(self, data: bytes, seconds: float) -> list[bytes]:
+        """Return every rank's data, if the last one comes within `seconds` of the first."""
+        self._check_process()
+        self._round += 1
+        begun = time.monotonic()
+        given, missing = self._meet(bytes(data), begun + seconds)
+        if self.rank in missing:
+            raise self._hang("came after another rank had given up")
+        if missing:
+            waited = min(time.monotonic() - begun, seconds + self._grace_s)
+            raise self._late(waited, missing)
+        return [given[rank] for rank in range(self.size)]
+
+    def _meet(self, data: bytes, end: float) -> tuple[Mapping[int, bytes], Collection[int]]:
+        """Return the ranks' data; or the ranks that were missing when the first gave up."""
         raise NotImplementedError
+
+
+class _Round:
+    """What ranks bring to one round, and who was missing when the first of them gave up."""
+
+    def __init__(self, size: int) -> None:
+        self._size = self.coming = size
+        self.given: dict[int, bytes] = {}
+        self.missing: set[int] = set()
+
+    def is_over(self) -> bool:
+        return bool(self.missing) or len(self.given) == self._size
+
+    def give_up(self) -> None:
+        if not self.is_over():
+            self.missing = {*range(self._size)} - {*self.given}
+
+
+class _Rounds:
+    """The rounds to which some ranks still come."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._rounds: dict[int, _Round] = {}
+
+    def come(self, number: int, rank: int, data: bytes) -> _Round:
+        """Return a round after adding a rank's data, unless somebody has given it up."""
+        one = self._rounds.setdefault(number, _Round(self._size))
+        if not one.is_over():
+            one.given[rank] = data
+        one.coming -= 1
+        if not one.coming:
+            del self._rounds[number]
+        return one
+
+
+class _Meeting(_Rounds):
+    """Where threads exchange data."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.changed = threading.Condition()
 
 
 class Threads(_Timed):
@@ -95,33 +163,15 @@ class Threads(_Timed):
 
     def __init__(self, rank: int, size: int, meeting: _Meeting, timeout_s: float) -> None:
         self.rank, self.size, self.timeout_s = rank, size, timeout_s
-        self._meeting, self._round = meeting, 0
+        self._meeting = meeting
 
-    def gather(self, data: bytes, seconds: float) -> list[bytes]:
-        self._round += 1
-        contributions = self._meeting.put(self._round, self.rank, bytes(data))
+    def _meet(self, data: bytes, end: float) -> tuple[Mapping[int, bytes], Collection[int]]:
         with self._meeting.changed:
-            self._meeting.changed.wait_for(lambda: len(contributions) == self.size, seconds)
-            if len(contributions) < self.size:
-                raise self._late(seconds, {*range(self.size)} - {*contributions})
-        return [contributions[rank] for rank in range(self.size)]
-
-
-class _Meeting:
-    """The ranks' contributions, by round."""
-
-    def __init__(self, size: int) -> None:
-        self.size, self.changed = size, threading.Condition()
-        self._rounds: dict[int, dict[int, bytes]] = {}
-
-    def put(self, number: int, rank: int, data: bytes) -> dict[int, bytes]:
-        with self.changed:
-            contributions = self._rounds.setdefault(number, {})
-            contributions[rank] = data
-            if len(contributions) == self.size:
-                del self._rounds[number]
-                self.changed.notify_all()
-            return contributions
+            one = self._meeting.come(self._round, self.rank, data)
+            self._meeting.changed.wait_for(one.is_over, end - time.monotonic())
+            one.give_up()
+            self._meeting.changed.notify_all()
+        return one.given, one.missing
 
 
 class Processes(_Timed):
@@ -130,46 +180,60 @@ class Processes(_Timed):
     Pass it to its process as an argument of `Process`.
     """
 
+    _grace_s = 5.0
+
     def __init__(self, rank: int, size: int, pipes: Sequence[Connection], timeout_s: float) -> None:
         self.rank, self.size, self.timeout_s = rank, size, timeout_s
         self._pipes = tuple(pipes)  # rank 0: one to each other rank; others: one to rank 0
 
-    def gather(self, data: bytes, seconds: float) -> list[bytes]:
-        if self.rank:
-            return self._send(bytes(data), seconds)
-        begun, contributions, missing = time.monotonic(), [bytes(data)], set()
-        end = begun + seconds
-        for rank, pipe in enumerate(self._pipes, 1):
-            received = _receive(pipe, end)
-            contributions.append(received or b"")
-            if received is None:
-                missing.add(rank)
-        # Tell the ranks that came which ones are missing; otherwise they would blame rank 0.
-        reply = pickle.dumps((contributions, missing))
-        for rank, pipe in enumerate(self._pipes, 1):
-            if rank not in missing:
-                with contextlib.suppress(OSError):  # the rank has died since; the next call notices
-                    pipe.send_bytes(reply)
-        if missing:
-            raise self._late(time.monotonic() - begun, missing)
-        return contributions
+    def _meet(self, data: bytes, end: float) -> tuple[Mapping[int, bytes], Collection[int]]:
+        return self._send(data, end) if self.rank else self._collect(data, end)
 
-    def _send(self, data: bytes, seconds: float) -> list[bytes]:
+    def _collect(self, data: bytes, end: float) -> tuple[Mapping[int, bytes], Collection[int]]:
+        begun, given, lost = time.monotonic(), {0: data}, set()
+        coming: dict[Any, int] = {pipe: rank for rank, pipe in enumerate(self._pipes, 1)}
+        while coming and (ready := wait([*coming], max(end - time.monotonic(), 0))):
+            for pipe in ready:
+                rank, message = coming[pipe], _received(pipe)
+                if message is None:
+                    lost.add(rank)
+                elif message[0] < self._round:  # of a round that was given up
+                    continue
+                else:
+                    _, until, given[rank] = message
+                    end = min(end, until)
+                del coming[pipe]
+        missing = lost | {*coming.values()}
+        if end < (begun if missing else time.monotonic()):
+            missing = {0}
+        # Tell the ranks that came which ones are missing; otherwise they would blame rank 0. Late
+        # ones read it when they come.
+        reply = pickle.dumps((self._round, {} if missing else given, missing))
+        for pipe in self._pipes:
+            with contextlib.suppress(OSError):  # the rank has died since; the next call notices
+                pipe.send_bytes(reply)
+        return given, missing
+
+    def _send(self, data: bytes, end: float) -> tuple[Mapping[int, bytes], Collection[int]]:
         (pipe,) = self._pipes
-        begun, reply = time.monotonic(), None
         with contextlib.suppress(OSError):
-            pipe.send_bytes(data)
-            reply = _receive(pipe, begun + seconds + _GRACE_S)
-        contributions, missing = ([], {0}) if reply is None else pickle.loads(reply)
-        if missing:
-            raise self._late(time.monotonic() - begun, missing)
-        return list(contributions)
+            pipe.send_bytes(pickle.dumps((self._round, end, data)))
+            # Rank 0 has some time more, to tell of ranks that did not come by the end.
+            while pipe.poll(max(end + self._grace_s - time.monotonic(), 0)):
+                reply = _received(pipe)
+                if reply is None:
+                    break
+                number, given, missing = reply
+                if number == self._round:
+                    return given, missing
+        return {}, {0}
 
 
-def _receive(pipe: Connection, end: float) -> bytes | None:
-    """Return a message; None at the deadline `end` or if the other side is closed."""
+def _received(pipe: Any) -> tuple[Any, ...] | None:
+    """Return a message; None if the other side is closed."""
     try:
-        return pipe.recv_bytes() if pipe.poll(max(end - time.monotonic(), 0)) else None
+        message: tuple[Any, ...] = pickle.loads(pipe.recv_bytes())
+        return message
     except (EOFError, OSError):
         return None
 
@@ -179,8 +243,13 @@ class Mpi(_Ranks):
     for others without end."""
 
     def __init__(self, communicator: Any) -> None:
-        self._communicator = communicator
+        self._of_mpi = communicator
         self.rank, self.size = communicator.Get_rank(), communicator.Get_size()
+
+    @property
+    def _communicator(self) -> Any:
+        self._check_process()
+        return self._of_mpi
 
     def all_gather(self, data: bytes) -> list[bytes]:
         return list(self._communicator.allgather(bytes(data)))
@@ -192,33 +261,29 @@ class Mpi(_Ranks):
         self._communicator.Barrier()
 
 
-class _RayMeeting:
+class _RayMeeting(_Rounds):
     """The actor where Ray's ranks exchange data."""
 
     def __init__(self, size: int) -> None:
         import asyncio
 
-        self._size, self._changed = size, asyncio.Condition()
-        self._rounds: dict[int, dict[int, bytes]] = {}
+        super().__init__(size)
+        self._changed = asyncio.Condition()
 
-    async def gather(self, number: int, rank: int, data: bytes, seconds: float) -> Any:
-        """Return all contributions, or the set of ranks that came if some are missing."""
+    async def gather(
+        self, number: int, rank: int, data: bytes, seconds: float
+    ) -> tuple[dict[int, bytes], set[int]]:
+        """Return the ranks' data, and who was missing when the first rank gave up."""
         import asyncio
 
         async with self._changed:
-            contributions = self._rounds.setdefault(number, {})
-            contributions[rank] = data
-            if len(contributions) == self._size:
-                del self._rounds[number]
-                self._changed.notify_all()
+            one = self.come(number, rank, data)
+            self._changed.notify_all()
             with contextlib.suppress(asyncio.TimeoutError):
-                all_here = self._changed.wait_for(lambda: len(contributions) == self._size)
-                await asyncio.wait_for(all_here, seconds)
-        return (
-            [contributions[i] for i in range(self._size)]
-            if len(contributions) == self._size
-            else {*contributions}
-        )
+                await asyncio.wait_for(self._changed.wait_for(one.is_over), seconds)
+            one.give_up()
+            self._changed.notify_all()
+        return one.given, one.missing
 
 
 # Ray ends a meeting once the rank that made it drops its handle, even while another rank still
@@ -232,7 +297,7 @@ class Ray(_Timed):
     def __init__(self, name: str, rank: int, size: int, timeout_s: float) -> None:
         ray_module = _imported("ray", "ray")
         self.rank, self.size, self.timeout_s = rank, size, timeout_s
-        self._get, self._round = ray_module.get, 0
+        self._get = ray_module.get
         self._gone = ray_module.exceptions.RayActorError
         # The meeting needs no processor of its own.
         actor = ray_module.remote(_RayMeeting).options(
@@ -241,16 +306,15 @@ class Ray(_Timed):
         self._meeting = actor.remote(size)
         _LATEST_MEETINGS.append(self._meeting)
 
-    def gather(self, data: bytes, seconds: float) -> list[bytes]:
-        self._round += 1
-        gather = self._meeting.gather.remote
+    def _meet(self, data: bytes, end: float) -> tuple[Mapping[int, bytes], Collection[int]]:
+        gather, seconds = self._meeting.gather.remote, max(end - time.monotonic(), 0)
         try:
-            contributions = self._get(gather(self._round, self.rank, bytes(data), seconds))
+            met: tuple[dict[int, bytes], set[int]] = self._get(
+                gather(self._round, self.rank, data, seconds)
+            )
         except self._gone as error:
             raise self._hang("lost the others: the rank that came first has ended") from error
-        if isinstance(contributions, set):
-            raise self._late(seconds, {*range(self.size)} - contributions)
-        return list(contributions)
+        return met
 
 
 class _Hurried(_Timed):
@@ -267,6 +331,11 @@ class _Hurried(_Timed):
 def hurried(ranks: Ranks, seconds: float) -> Ranks:
     """Return this rank with another time to wait; one that has no such time stays as it is."""
     return _Hurried(ranks, seconds) if isinstance(ranks, _Timed) else ranks
+
+
+def patience(ranks: Ranks, otherwise: float) -> float:
+    """Return how long a rank waits for the others in a meeting, if it has such a time."""
+    return ranks.timeout_s if isinstance(ranks, _Timed) else otherwise
 
 
 def _size(op: str, size: object, timeout_s: object) -> tuple[int, float]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import fi_ffi
 from fi_ffi import comm
 from fi_ffi.abi.tensor import parse_device
 from fi_ffi.comm import fusion, vllm
@@ -16,6 +17,7 @@ from fi_ffi.errors import ArgumentError
 from tests.comm.test_group import on_all
 
 MIB = 1 << 20
+GPU = parse_device("cuda:0")
 
 
 def up(count: int) -> int:
@@ -163,3 +165,23 @@ def test_algorithms_by_size(size, one, other):
 
     expected = ["oneshot", "oneshot", "vllm", "vllm", "nccl"] if one else ["nccl"] * 3
     assert on_all("threads", size, body) == [expected] * size
+
+
+def test_captured_calls_of_a_group_are_counted(monkeypatch):
+    """16,383 of them have a row of addresses each; one more is refused, and a call that is none
+    goes on."""
+    launched: list[int] = []
+    capturing = {0x10}
+    monkeypatch.setattr(vllm.cuda, "is_capturing", lambda stream: stream in capturing)
+    monkeypatch.setitem(
+        vllm.entries.OPS, "all_reduce", lambda *args, stream: launched.append(stream)
+    )
+    made = vllm.VllmAllReduce.__new__(vllm.VllmAllReduce)
+    made.device, made._buffer, made._handle, made.max_bytes, made._captured = GPU, 4096, 1, 64, 1
+    x = fi_ffi.TensorDesc(8192, (8,), "float16", device=GPU)
+    for _ in range(16_383):
+        made.all_reduce(x, x, 0x10)
+    with pytest.raises(ArgumentError, match="`stream`: got one more, expected at most 16383"):
+        made.all_reduce(x, x, 0x10)
+    made.all_reduce(x, x, 0x20)
+    assert launched == [0x10] * 16_383 + [0x20]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import numpy as np
 import pytest
 
 from fi_ffi import comm
 from fi_ffi.comm import fusion
-from fi_ffi.errors import ArgumentError
+from fi_ffi.errors import ArgumentError, KernelNotFoundError
 
 from tests.helpers import rank_programs, ranks
 from tests.helpers.rank_programs import Calls
@@ -108,23 +109,68 @@ def test_what_auto_is(size, options, expected):
     assert on_all("threads", size, body) == [expected] * size
 
 
-def test_a_rank_whose_kernels_lack_the_module(monkeypatch):
-    """No rank has one shot then."""
+@pytest.mark.parametrize("lacks", ["trtllm_comm", "vllm_comm"])
+def test_a_rank_whose_kernels_lack_a_module(lacks, monkeypatch):
+    """No rank has its algorithms then, and all are told why not."""
     without = threading.local()
-    has = comm.group.has_kernels
     monkeypatch.setattr(
-        comm.group, "has_kernels", lambda device: has(device) and not hasattr(without, "here")
+        comm.group, "missing_kernels", lambda device: getattr(without, "modules", {})
     )
+    algorithm = {"trtllm_comm": "oneshot", "vllm_comm": "vllm"}[lacks]
 
     def body(rank, given, gpus):
-        if rank:
-            without.here = True
-        with comm.Group(given[rank], device="cpu") as group:
-            with pytest.raises(ArgumentError, match="without trtllm_comm"):
-                group.allreduce_fusion(np.zeros((1, 64), np.float16), pattern="kAllReduce")
+        without.modules = {lacks: "not built"} if rank else {}
+        x = np.full((1, 64), rank + 1, np.float16)
+        with comm.Group(given[rank], device="cpu", timeout_s=10) as group:
+            with pytest.raises(ArgumentError, match=f"what this group has|without {lacks}"):
+                group.all_reduce(x, algorithm=algorithm)
+            if lacks == "trtllm_comm":
+                with pytest.raises(ArgumentError, match="without trtllm_comm"):
+                    group.allreduce_fusion(x, pattern="kAllReduce")
+            else:
+                with pytest.raises(ArgumentError, match="rank 1 without vllm_comm: not built"):
+                    group.all_reduce(x, algorithm=algorithm)
+            group.all_reduce(x)
+            assert (x == 3).all()
             return group.algorithm_for(1 << 12)
 
-    assert on_all("threads", 2, body) == ["vllm"] * 2
+    other = {"trtllm_comm": "vllm", "vllm_comm": "oneshot"}[lacks]
+    assert on_all("threads", 2, body) == [other] * 2
+
+
+def test_a_fusion_that_a_rank_has_no_kernels_for(monkeypatch):
+    """Every rank is told at once, and of which rank."""
+    without = threading.local()
+    monkeypatch.setattr(comm.group, "missing_kernels", lambda device: without.modules)
+
+    def body(rank, given, gpus):
+        without.modules = {"trtllm_comm": "not built"} if rank else {}
+        with pytest.raises(
+            ArgumentError, match="`fusion`: .* rank 1 without trtllm_comm: not built"
+        ):
+            comm.Group(given[rank], device="cpu", fusion=comm.FusionSize(8, 64), timeout_s=30)
+        return time.monotonic()
+
+    begun = time.monotonic()
+    assert max(on_all("threads", 2, body)) - begun < 15
+
+
+def test_ranks_that_lack_all_kernels(monkeypatch):
+    """They are told how to get them; where no kernels would help, what does."""
+    lacks = {"vllm_comm": "build it", "trtllm_comm": "build this"}
+    monkeypatch.setattr(comm.group, "missing_kernels", lambda device: lacks)
+
+    def body(rank, given, gpus):
+        words = "rank 0 without vllm_comm: build it; rank 0 without trtllm_comm: build this"
+        if len(given) == 2:
+            with pytest.raises(KernelNotFoundError, match=f"^{words}$"):
+                comm.Group(given[rank], device="cpu", timeout_s=30)
+            return ""
+        with comm.Group(given[rank], device="cpu", timeout_s=30) as group:
+            return group.algorithm_for(16)
+
+    assert on_all("threads", 2, body) == ["", ""]
+    assert on_all("threads", 3, body) == ["nccl"] * 3
 
 
 @pytest.mark.parametrize(("size", "most"), [(2, 4 << 20), (4, 512 << 10), (8, 256 << 10)])

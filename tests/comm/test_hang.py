@@ -21,7 +21,8 @@ from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.tensor import parse_device
 from fi_ffi.comm import hang
 from fi_ffi.comm.hang import Monitor, SideStreamCopies, run_with_deadline
-from fi_ffi.comm.memory import has_ended, place_of
+from fi_ffi.comm.memory import place_of
+from fi_ffi.comm.presence import Process, has_ended
 
 from tests.helpers import ranks
 from tests.ops.conftest import gpu  # noqa: F401
@@ -271,7 +272,9 @@ def test_a_process_that_has_ended():
     """Before anybody has asked for its exit status, and after."""
     mine = place_of(CPU)
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
-        place = mine._replace(process=child.pid)
+        with open(f"/proc/{child.pid}/stat") as status:
+            started = int(status.read().rpartition(")")[2].split()[19])
+        place = mine._replace(process=Process(child.pid, started))
         assert not has_ended(mine) and not has_ended(place)
         child.kill()
         until = time.monotonic() + 20
@@ -279,6 +282,12 @@ def test_a_process_that_has_ended():
             time.sleep(0.01)
         assert has_ended(place)
     assert has_ended(place) and not has_ended(place._replace(machine="another"))
+
+
+def test_a_process_whose_number_another_has_by_now():
+    mine = place_of(CPU)
+    before = mine._replace(process=mine.process._replace(started=mine.process.started - 1))
+    assert has_ended(before) and not has_ended(mine)
 
 
 def test_a_call_that_may_never_return():

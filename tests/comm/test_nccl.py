@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import sys
 import threading
+import time
 import types
 from typing import Any
 
@@ -14,11 +15,13 @@ import pytest
 import fi_ffi
 from fi_ffi import comm
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.comm import memory
-from fi_ffi.errors import ArgumentError, LoaderError
+from fi_ffi.comm import memory, presence
+from fi_ffi.errors import ArgumentError, HangError, KernelError, LoaderError
+from fi_ffi.loader import machine
 
 from tests.attention.pretend import Pretend, Runtime
 from tests.helpers import ranks
+from tests.helpers.hangs import until
 
 A, B = "0000:01:00.0", "0000:02:00.0"
 STREAM = 0x51
@@ -119,8 +122,9 @@ def here(monkeypatch: pytest.MonkeyPatch) -> threading.local:
     gpu = Pretend(monkeypatch)
     gpu.runtime = PlacesRuntime(here)
     monkeypatch.setattr(socket, "gethostname", lambda: getattr(here, "host", host))
-    monkeypatch.setattr(memory, "_machine", memory._machine.__wrapped__)
-    monkeypatch.setattr(comm.group, "has_kernels", lambda device: False)
+    for module in (memory, presence):
+        monkeypatch.setattr(module, "this_machine", presence.this_machine.__wrapped__)
+    monkeypatch.setattr(comm.group, "missing_kernels", lambda device: {"trtllm_comm": "not here"})
     return here
 
 
@@ -193,6 +197,73 @@ def test_nccl_where_not_every_rank_has_it(
     here.host = "two"
     with pytest.raises(LoaderError, match=r"no libnccl.so here.*pip install 'fi-ffi\[nccl\]'"):
         comm.Group(comm.threads(2)[1], device="cuda:0", nccl=True)
+
+
+def test_a_rank_that_fails_to_join_nccl(nccl: Nccl, here: threading.local) -> None:
+    """The other is told in time, and ends what it has joined should the rank still come."""
+    init, joins = nccl.core.Communicator.init, threading.Event()
+    devices = []
+
+    def join(size: int, rank: int, unique: Any) -> Any:
+        devices.append(here_device())
+        if rank == 1:
+            raise RuntimeError("out of memory")
+        joins.wait(60)
+        return init(size, rank, unique)
+
+    def here_device() -> int:
+        index = ffi.new("int *")
+        machine.load_cudart()[0].cudaGetDevice(index)
+        return index[0]
+
+    nccl.core.Communicator.init = join
+    given = comm.threads(2)
+
+    def run(rank: int) -> None:
+        here.host, here.bus_id = str(rank), A
+        comm.Group(given[rank], device="cuda:0", timeout_s=0.3)
+
+    begun = time.monotonic()
+    first, second = ranks.run("threads", 2, run)
+    assert time.monotonic() - begun < 30 and devices == [0, 0]
+    words = "Group: rank 0 waited 0.3 s for the others to join NCCL"
+    assert isinstance(first, HangError) and str(first) == words
+    assert isinstance(second, KernelError) and "out of memory" in str(second)
+    assert ("abort", 0) not in nccl.log
+    joins.set()
+    until(lambda: nccl.log.count(("abort", 0)) == 1)
+
+
+def test_a_stream_that_waits_for_nccl(
+    nccl: Nccl, here: threading.local, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For a rank that is late, which NCCL does not tell: its calls are aborted then."""
+    monkeypatch.setattr(comm.group, "_LETTING_GO_S", 0.2)
+    monkeypatch.setattr(comm.group, "ENDING_S", 0.0)
+    is_late = threading.Event()
+    monkeypatch.setattr(PlacesRuntime, "cudaEventQuery", lambda self, event: 600 * is_late.is_set())
+    given, hung = comm.threads(2), threading.Event()
+
+    def run(rank: int) -> None:
+        here.host, here.bus_id = str(rank), A
+        group = comm.Group(given[rank], device="cuda:0", timeout_s=0.3)
+        group.synchronize(STREAM)  # is done
+        given[rank].barrier()
+        if rank:
+            hung.wait(60)
+        else:
+            is_late.set()
+            begun = time.monotonic()
+            with pytest.raises(HangError, match=r"rank 0 waited \d+ s for the stream"):
+                group.synchronize(STREAM)
+            assert 0.5 <= time.monotonic() - begun < 20
+            with pytest.raises(HangError, match="waited .* for the stream"):
+                group.synchronize(STREAM)
+            group.close()
+            hung.set()
+
+    assert ranks.run("threads", 2, run) == [None, None]
+    assert ("abort", 0) in nccl.log and ("destroy", 0) not in nccl.log
 
 
 @pytest.mark.parametrize("dtype", CODES)

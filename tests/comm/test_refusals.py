@@ -30,7 +30,7 @@ NORM = comm.AllReduceFusionPattern.kARResidualRMSNorm
 def exchanging() -> Iterator[None]:
     """Ranks tell each other their arguments first, which is a round of theirs, over memory that
     they share from then on; the other ranks are threads with frames and results."""
-    mine = "._round", "open descriptors", "threads"
+    mine = "._round", "._process", "open descriptors", "threads"
     with remains.allowed(*mine, "free frames", "found["):
         yield
 
@@ -223,7 +223,7 @@ def test_ranks_that_do_not_come_are_named(make, absent):
     for rank, told in enumerate(found):
         if rank != absent:
             # What it has waited: rank 0 tells the others, and gets some seconds more to do so.
-            assert re.search(rf"rank {rank} waited [2-8](\.\d)? s for rank {absent}$", told), told
+            assert re.search(rf"rank {rank} waited [1-8](\.\d)? s for rank {absent}$", told), told
 
 
 @pytest.mark.parametrize("make", [comm.threads, comm.processes])

