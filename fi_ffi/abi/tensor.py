@@ -352,15 +352,11 @@ class TensorDesc(_Fields):
             expected = f"rows within 0 to {shape[0]}" if shape else "a tensor of rank 1 or more"
             raise ArgumentError("TensorDesc", "rows", got=(start, stop), expected=expected)
         strides = self.strides
-        made: Any = _new(_Made)
         if kind.shares_bytes:
-            made.ptr = self.ptr + _bytes_before(self, start, stop)
+            before = _bytes_before(self, start, stop)
         else:
-            made.ptr = self.ptr + start * strides[0] * kind.itemsize
-        made.shape, made.strides = (stop - start, *shape[1:]), strides
-        made.kind, made.owner = kind, self.owner
-        made.__class__ = TensorDesc
-        return made  # type: ignore[no-any-return]
+            before = start * strides[0] * kind.itemsize
+        return frozen(self.ptr + before, (stop - start, *shape[1:]), strides, kind, self.owner)
 
     def __setattr__(self, name: str, value: object) -> NoReturn:
         raise AttributeError(f"TensorDesc is immutable; make a new one to change `{name}`")
