@@ -236,6 +236,15 @@ typedef struct { char reserved[64]; } cudaIpcMemHandle_t;
 int cudaIpcGetMemHandle(cudaIpcMemHandle_t *handle, void *devPtr);
 int cudaIpcOpenMemHandle(void **devPtr, cudaIpcMemHandle_t handle, unsigned int flags);
 int cudaIpcCloseMemHandle(void *devPtr);
+typedef struct { int type; int id; } cudaMemLocation;
+typedef struct { cudaMemLocation location; int flags; } cudaMemAccessDesc;
+typedef struct {
+    int allocType; int handleTypes; cudaMemLocation location; void *security; char reserved[64];
+} cudaMemPoolProps;
+int cudaMemPoolCreate(void **pool, const cudaMemPoolProps *props);
+int cudaMemPoolSetAccess(void *pool, const cudaMemAccessDesc *access, size_t count);
+int cudaMallocFromPoolAsync(void **place, size_t count, void *pool, void *stream);
+int cudaMemPoolDestroy(void *pool);
 int cudaDeviceEnablePeerAccess(int peerDevice, unsigned int flags);
 int cudaDeviceGetP2PAttribute(int *value, int attr, int srcDevice, int dstDevice);
 int cudaDeviceGetPCIBusId(char *pciBusId, int len, int device);

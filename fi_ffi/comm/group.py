@@ -51,10 +51,10 @@ _in_use: list[Algorithms] = []  # memory of kernels that have not ended
 class Group:
     """One rank of a group.  Every rank makes one with the same arguments and makes the same calls.
 
-    Ranks of one machine reach each other's memory: threads by peer access, processes by CUDA IPC,
-    for which every process must see all GPUs.  NCCL (`pip install 'fi-ffi[nccl]'`) connects several
-    machines and carries large messages.  On `device="cpu"` the same calls run reference kernels
-    over shared memory.
+    Ranks of one machine reach each other's memory: threads in pools that their GPUs share,
+    processes by CUDA IPC, for which every process must see all GPUs.  NCCL
+    (`pip install 'fi-ffi[nccl]'`) connects several machines and carries large messages.  On
+    `device="cpu"` the same calls run reference kernels over shared memory.
 
     All ranks make a group's calls in the same order, on one stream at a time.
 

@@ -1,8 +1,11 @@
 """Memory of every rank that all ranks can write to, and its addresses in this process.
 
-On a GPU the memory is allocated by `cudaMalloc`. Ranks of one process use peer access, others CUDA
-IPC; no multicast object is ever created. On the CPU it is plain memory. If ranks are processes it
-is an in-memory file, which peers open by its descriptor and which needs no clean-up.
+On GPUs, ranks of one process take memory of a pool to which exactly their GPUs have access: peer
+access of whole devices would map all memory of the process, code included, so that a kernel is not
+loaded before the peers' kernels end, which wait for this rank. Ranks of several processes take
+`cudaMalloc` and CUDA IPC, which exports no memory of pools. No multicast object is ever created. On
+the CPU it is plain memory. If ranks are processes it is an in-memory file, which peers open by its
+descriptor and which needs no clean-up.
 """
 
 from __future__ import annotations
@@ -17,7 +20,8 @@ from typing import Any, NamedTuple
 
 from fi_ffi.abi import library
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.abi.tensor import Device
+from fi_ffi.abi.streams import PER_THREAD
+from fi_ffi.abi.tensor import Device, TensorDesc
 from fi_ffi.comm.presence import Place, Process, this_machine, this_process
 from fi_ffi.comm.ranks import Ranks
 from fi_ffi.errors import FiFfiError, LoaderError
@@ -30,6 +34,8 @@ _LAZY_PEER_ACCESS = 1  # cudaIpcMemLazyEnablePeerAccess
 _ALREADY_ENABLED = 704  # cudaErrorPeerAccessAlreadyEnabled
 _ACCESS_SUPPORTED, _NATIVE_ATOMICS = 2, 3  # of cudaDeviceP2PAttr
 _BUS_ID_CHARS = 32
+_PINNED, _ON_DEVICE = 1, 1  # cudaMemAllocationTypePinned, cudaMemLocationTypeDevice
+_READ_WRITE = 3  # cudaMemAccessFlagsProtReadWrite
 
 
 def place_of(device: Device) -> Place:
@@ -107,7 +113,7 @@ class PeerMemory:
         self._ranks, self._device = ranks, device
         self._is_same_process = all(place[:2] == places[ranks.rank][:2] for place in places)
         self._opened: list[Callable[[], None]] = []
-        address, handle = _make(count, device, self._is_same_process)
+        address, handle = _make(count, device, self._is_same_process, places)
         try:
             handles = [
                 pickle.loads(data) for data in ranks.all_gather(pickle.dumps((address, handle)))
@@ -138,7 +144,7 @@ class PeerMemory:
         """Open a peer's memory and keep its closing function."""
         address, handle = peer
         if place[:2] == (this_machine(), this_process()):
-            if self._device.is_cuda:
+            if self._device.is_cuda and not self._is_same_process:
                 self._enable(place)
             with _lock:
                 if address not in _pieces:
@@ -189,7 +195,9 @@ class PeerMemory:
         _release(self._own)
 
 
-def _make(count: int, device: Device, is_same_process: bool) -> tuple[int, Any]:
+def _make(
+    count: int, device: Device, is_same_process: bool, places: Sequence[Place]
+) -> tuple[int, Any]:
     """Allocate this rank's memory; return it with the handle that another process opens it by."""
     if not device.is_cuda and not is_same_process:
         handle = make_file("fi_ffi.comm.peers", count)
@@ -201,7 +209,12 @@ def _make(count: int, device: Device, is_same_process: bool) -> tuple[int, Any]:
 
         return _keep(int(ffi.cast("uintptr_t", view)), _Piece(None, free)), handle
     size = -(-count // _ROUND) * _ROUND if device.is_cuda else count
-    memory = cuda.allocate(size, device, zeroed=True)
+    peers = {_index_of(place) for place in places} if device.is_cuda and is_same_process else set()
+    others = sorted(peer for peer in peers if peer is not None and peer != device.index)
+    if others:
+        memory = _allocate_for(others, size, device)
+    else:
+        memory = cuda.allocate(size, device, zeroed=True)
     address = _keep(memory.desc.ptr, _Piece(memory))
     if not device.is_cuda or is_same_process:
         return address, None
@@ -212,6 +225,37 @@ def _make(count: int, device: Device, is_same_process: bool) -> tuple[int, Any]:
         _release(address)
         cuda.check(code, "cudaIpcGetMemHandle")
     return address, bytes(ffi.buffer(shared))
+
+
+def _allocate_for(peers: Sequence[int], count: int, device: Device) -> cuda.Memory:
+    """Allocate zeroed memory to which these GPUs have access as well."""
+    runtime, pool, slot = machine.load_cudart()[0], ffi.new("void **"), ffi.new("void **")
+    here = {"type": _ON_DEVICE, "id": device.index}
+    props = ffi.new("cudaMemPoolProps *", {"allocType": _PINNED, "location": here})
+    access = ffi.new(
+        "cudaMemAccessDesc[]",
+        [{"location": {"type": _ON_DEVICE, "id": peer}, "flags": _READ_WRITE} for peer in peers],
+    )
+    stream = cuda.pointer(PER_THREAD)
+
+    def free(place: Any) -> int:
+        code = place != ffi.NULL and runtime.cudaFree(place)
+        return int(code or runtime.cudaMemPoolDestroy(pool[0]))
+
+    with cuda.current(device), cuda.relaxed():
+        cuda.check(runtime.cudaMemPoolCreate(pool, props), f"cudaMemPoolCreate on {device}")
+        try:
+            code = runtime.cudaMemPoolSetAccess(pool[0], access, len(peers))
+            cuda.check(code, f"cudaMemPoolSetAccess of GPUs {peers} on {device}")
+            code = runtime.cudaMallocFromPoolAsync(slot, count, pool[0], stream)
+            cuda.check(code, f"cudaMallocFromPoolAsync of {count} bytes on {device}")
+            cuda.check(runtime.cudaMemsetAsync(slot[0], 0, count, stream), "cudaMemsetAsync")
+            cuda.check(runtime.cudaStreamSynchronize(stream), "cudaStreamSynchronize")
+        except BaseException:
+            cuda.unless_cut_off(free, slot[0])
+            raise
+    desc = TensorDesc(int(ffi.cast("uintptr_t", slot[0])), (count,), "uint8", device=device)
+    return cuda.Memory(desc, cuda.unless_cut_off, free, slot[0])
 
 
 def _keep(address: int, piece: _Piece) -> int:

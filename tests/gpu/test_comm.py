@@ -1,4 +1,4 @@
-"""Groups of ranks on GPUs: threads by peer access and processes by CUDA IPC, against float64.
+"""Groups of ranks on GPUs: threads by shared pools and processes by CUDA IPC, against float64.
 
 Where there are too few GPUs, ranks share them.  Processes run by turns then.  Kernels of threads
 must all run at once, so that only small ones of two ranks do.
