@@ -239,7 +239,8 @@ int cudaIpcCloseMemHandle(void *devPtr);
 typedef struct { int type; int id; } cudaMemLocation;
 typedef struct { cudaMemLocation location; int flags; } cudaMemAccessDesc;
 typedef struct {
-    int allocType; int handleTypes; cudaMemLocation location; void *security; char reserved[64];
+    int allocType; int handleTypes; cudaMemLocation location; void *win32SecurityAttributes;
+    size_t maxSize; uint16_t usage; uint8_t reserved[54];
 } cudaMemPoolProps;
 int cudaMemPoolCreate(void **pool, const cudaMemPoolProps *props);
 int cudaMemPoolSetAccess(void *pool, const cudaMemAccessDesc *access, size_t count);

@@ -17,12 +17,12 @@ from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.library import TypeIndex
 from fi_ffi.abi.tensor import DEVICE_TYPES, DTYPES
 
-from tests.helpers import cuda_runtimes
+from tests.helpers import compiler, cuda_runtimes
 
 ROOT = Path(__file__).resolve().parents[2]
 HEADERS = ("dlpack/dlpack.h", "tvm/ffi/c_api.h", "tvm/ffi/extra/c_env_api.h")
 # Of declarations.h but not of these headers: our own pairs, libc's, Python's and CUDA's.
-OWN_STRUCTS = re.compile("FiFfi|cudaIpc")
+OWN_STRUCTS = re.compile("FiFfi|cudaIpc|cudaMem")
 FUNCTIONS = sorted(name for name in dir(ffi.dlopen(None)) if name.startswith("TVMFFI"))
 CUDA_FUNCTIONS = sorted(name for name in dir(ffi.dlopen(None)) if name.startswith("cuda"))
 
@@ -123,17 +123,55 @@ def test_cuda_function(name: str, major: int) -> None:
     assert upstream is not None
     result, arguments = upstream[1], "" if upstream[2] == "void" else upstream[2]
     # Handles are pointers, to what is not said.
-    told = re.sub(r"\bcuda(Stream|Event|Graph|GraphExec|GraphNode)_t\b", "void *", arguments)
+    told = re.sub(
+        r"\bcuda(Stream|Event|Graph|GraphExec|GraphNode|MemPool)_t\b", "void *", arguments
+    )
     # A result that is not looked into is just memory.
     told = told.replace("cudaGraphExecUpdateResultInfo *", "void *")
     enums = r"\b(enum \w+|cudaError_t)"
     parameters = [re.sub(enums, "int", part) for part in told.split(",") if part]
     # cffi tells no `const`.
-    named = [part.replace("const ", "").strip() for part in parameters]
+    named = [re.sub(r"\b(const|struct) ", "", part).strip() for part in parameters]
     types = [re.sub(r"\w+$", "", part).replace(" ", "") for part in named]
     declared = ffi.typeof(getattr(ffi.dlopen(str(cuda_runtimes.library(major))), name))
     assert [arg.cname.replace(" ", "") for arg in declared.args] == types
     assert declared.result.cname == ("char *" if result == "const char*" else "int")  # an enum
+
+
+MARKS_OF_NVCC = """
+#define __device_builtin__
+#define __device_builtin_texture_type__
+#define __device_builtin_surface_type__
+#define __cudart_builtin__
+#define __builtin_align__(n) __attribute__((aligned(n)))
+#define __align__(n) __attribute__((aligned(n)))
+#define __host__
+#define __device__
+#define CUDARTAPI
+#define CUDART_CB
+"""
+CUDA_STRUCTS = [
+    name for name in ffi.list_types()[0] if name.startswith("cuda") and not name.endswith("_t")
+]
+
+
+@pytest.mark.parametrize("major", CUDA_HEADERS)
+def test_cuda_structs(major: int, tmp_path: Path) -> None:
+    """Sizes and offsets, as a compiler finds them in CUDA's headers."""
+    lines = ["#include <cstddef>", "#include <driver_types.h>"]
+    assert len(CUDA_STRUCTS) == 3
+    for name in CUDA_STRUCTS:
+        lines.append(f'static_assert(sizeof({name}) == {ffi.sizeof(name)}, "{name}");')
+        for field, told in ffi.typeof(name).fields:
+            offset = f"offsetof({name}, {field}) == {told.offset}"
+            lines.append(f'static_assert({offset}, "{name}.{field}");')
+    source = tmp_path / "structs.cc"
+    source.write_text("\n".join(lines) + "\n")
+    # What is for nvcc: the one header that the runtime's package lacks.
+    (tmp_path / "crt").mkdir()
+    (tmp_path / "crt" / "host_defines.h").write_text(MARKS_OF_NVCC)
+    theirs = cuda_runtimes.folder(major) / CUDA_HEADERS[major]
+    compiler.library(source, tmp_path / "structs.so", f"-I{theirs}", f"-I{tmp_path}")
 
 
 def enum_values(theirs: cffi.FFI, name: str, prefix: str) -> dict[str, int]:

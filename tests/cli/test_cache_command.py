@@ -15,8 +15,8 @@ from click.testing import CliRunner, Result
 from filelock import FileLock
 
 from fi_ffi.cli import main
-from fi_ffi.errors import LoaderError
-from fi_ffi.loader import cache
+from fi_ffi.errors import ArtifactError, LoaderError
+from fi_ffi.loader import cache, trust
 
 from tests.helpers.forking import in_child
 
@@ -301,7 +301,10 @@ def test_prune_refuses_a_cache_that_is_everything(
     (tmp_path / "link").symlink_to(home)
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setattr(Path, "unlink", None)
-    for path in ("/", "//", "/tmp/..", home, f"{home}/", tmp_path / "link", "~"):
+    for path in ("/", "//", "/tmp/.."):  # no command is tried there
+        with pytest.raises(ArtifactError, match="directory of its own, such as /.*fi-ffi"):
+            trust.check_root(Path(path))
+    for path in (home, f"{home}/", tmp_path / "link", "~"):
         monkeypatch.setenv("FI_FFI_CACHE_DIR", str(path))
         for command in (["prune", "--all"], ["prune", "--builds"], ["verify", "--repair"]):
             assert "set FI_FFI_CACHE_DIR to a directory of its own" in run(*command, code=1).output

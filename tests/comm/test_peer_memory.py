@@ -49,7 +49,8 @@ class Pools(Runtime):
         if code := self._code("cudaMemPoolCreate"):
             return code
         assert (props.allocType, props.handleTypes, props.location.type) == (1, 0, DEVICE)
-        assert bytes(ffi.buffer(props.reserved)) == bytes(64) and props.security == ffi.NULL
+        rest = ffi.buffer(props)[ffi.offsetof("cudaMemPoolProps", "win32SecurityAttributes") :]
+        assert bytes(rest) == bytes(8 + 64)
         pool[0] = ffi.cast("void *", next(self._handles))
         self.pools[int(ffi.cast("uintptr_t", pool[0]))] = props.location.id, set()
         return 0
