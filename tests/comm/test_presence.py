@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 
 from fi_ffi import comm
+from fi_ffi.comm.attendance import Attendance
 from fi_ffi.comm.memory import PeerMemory, make_file, map_file
-from fi_ffi.comm.presence import this_process
+from fi_ffi.comm.presence import Place, Process, this_process
 from fi_ffi.comm.ranks import Mpi, _RayMeeting
 from fi_ffi.errors import ArgumentError, HangError, LoaderError
 
@@ -343,6 +344,16 @@ def leaving(rank: int, given: Any, calls: int) -> str:
     except (ZeroDivisionError, HangError) as error:
         return type(error).__name__
     return "it went on"
+
+
+def test_ranks_that_may_not_open_each_others_files():
+    """Each knows of itself alone, and learns of the others from its timeout."""
+    places = [Place("a machine", this_process(), ""), Place("a machine", Process(1, 0), "")]
+    mine = Attendance(1, 2)
+    mine.share(places, [mine.file._replace(descriptor=1 << 20), mine.file])
+    mine.leave(3)
+    assert mine.given_up() == set()
+    mine.close_file()
 
 
 @pytest.mark.parametrize("calls", [0, 1, 5])

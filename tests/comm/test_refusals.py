@@ -61,9 +61,12 @@ def poisoned(n, dtype=F32):
 
 # Before anything is sent: each is refused on every rank alike, and nothing waits.
 WRONG = {
-    "float64": (lambda g, x, o: g.all_reduce(np.zeros(4)), "`x`: got float64"),
+    "float64": (lambda g, x, o: g.all_reduce(np.zeros(4)), "all_reduce: argument `x`: got float64"),
     "no tensor": (lambda g, x, o: g.all_reduce("sum"), "`x`"),
-    "another device": (lambda g, x, o: g.all_reduce(x, device_tensor()), "expected cpu"),
+    "another device": (
+        lambda g, x, o: g.all_reduce(x, device_tensor()),
+        "all_reduce: argument `out`: got cuda:0, expected cpu",
+    ),
     "strides": (lambda g, x, o: g.all_reduce(np.zeros((8, 8), F32)[:, ::2]), "contiguous"),
     "another dtype": (lambda g, x, o: g.all_reduce(x, poisoned(64, np.float16)), "`out`"),
     "another size": (lambda g, x, o: g.all_reduce(x, poisoned(63)), "64 elements"),

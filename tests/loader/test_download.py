@@ -15,12 +15,13 @@ import time
 from collections import namedtuple
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from filelock import FileLock
 
 from fi_ffi.errors import ArtifactError, FetchError, LoaderError
 from fi_ffi.loader import cache, methods, runtime
-from fi_ffi.loader.fetch import progress, ranges
+from fi_ffi.loader.fetch import http, progress, ranges
 from fi_ffi.loader.fetch.download import Downloaded, fetch_file
 from fi_ffi.loader.fetch.http import Client, Policy
 from fi_ffi.loader.fetch.remote import RemoteWheel
@@ -443,6 +444,21 @@ def test_what_does_not_get_on_ends_with_patience(root, first, rest):
     with raw_server(first, rest) as url, pytest.raises(FetchError, match="gave up after"):
         fetch(url, policy=scaled)
     assert 1.0 <= time.monotonic() - at < 1.0 + 0.5 + 1.0
+
+
+def test_waits_grow_to_the_longest_and_differ(monkeypatch):
+    """Each is between half of what it may be and all of it, so that many processes spread."""
+    policy, waits = Policy(tries=12), []
+    monkeypatch.setattr(http.time, "sleep", waits.append)
+    for _ in range(50):
+        tries = http.Attempts(policy, "https://host/kernels.whl")
+        for _ in range(11):
+            tries.failed(http.Transient("it broke"))
+        with pytest.raises(FetchError, match="gave up after 12 tries"):
+            tries.failed(http.Transient("it broke"))
+    most = [min(policy.first_wait * 2**number, policy.longest_wait) for number in range(11)]
+    shares = np.reshape(waits, (50, 11)) / most
+    assert 0.5 <= shares.min() < 0.6 and 0.9 < shares.max() <= 1
 
 
 @pytest.mark.parametrize("count", [1, 10])

@@ -236,6 +236,18 @@ def test_what_a_callee_keeps(every, make, keep, use):
     assert gone() is None
 
 
+def test_a_call_holds_its_tensors_no_longer_than_it_takes(every):
+    """None of them waits until there are many."""
+    counter, parts = every.counter(0), [floats(), floats()]
+    before = lent()
+    for _ in range(3):
+        assert counter.sum(parts, None) == pytest.approx(float(np.sum(parts)), abs=1e-5)
+        assert {*objects._lent} <= before
+    with pytest.raises(ArgumentError, match="argument `1: "):
+        counter.sum(parts, "two")
+    assert {*objects._lent} <= before
+
+
 def test_a_result_that_is_an_argument(every):
     x = floats(4)
     gone = weakref.ref(x)

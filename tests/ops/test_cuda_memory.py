@@ -93,6 +93,18 @@ def test_memory_lives_as_long_as_its_object(runtime):
     assert {*runtime.taken} == {memories[0].desc.ptr}
 
 
+def test_copies_that_are_done_at_once(runtime, rng):
+    memory, data = cuda.allocate(100, GPU), rng.bytes(100)
+    source = ffi.from_buffer(data)
+    runtime.fails = {"cudaStreamSynchronize": 1}
+    cuda.copy_now(memory.desc.ptr, int(ffi.cast("uintptr_t", source)), 100, GPU)
+    assert bytes_of(memory) == data
+    for name in ("cudaStreamSynchronize", "cudaMemcpyAsync"):
+        runtime.fails = {name: 0}
+        with pytest.raises(fi_ffi.KernelError, match=name):
+            cuda.copy_now(memory.desc.ptr, int(ffi.cast("uintptr_t", source)), 100, GPU)
+
+
 @pytest.mark.parametrize("name", ["cudaMalloc", "cudaMemsetAsync", "cudaStreamSynchronize"])
 def test_memory_that_could_not_be_zeroed_is_freed(name, runtime):
     runtime.fails = {name: 0}

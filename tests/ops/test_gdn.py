@@ -112,6 +112,13 @@ def test_starts(lengths, tiles):
     assert kept.dtype == np.int64 and kept[0] == 0
 
 
+@pytest.mark.parametrize("lengths", [[2**31 - 1], [2**30, 2**30 - 1], [1] * 5 + [2**31 - 6]])
+def test_as_many_tokens_as_int32_counts(lengths):
+    assert fi_ffi.cu_seqlens(lengths)[-1] == 2**31 - 1
+    with pytest.raises(fi_ffi.ArgumentError, match="`seq_lens`: got .*2147483647 tokens in all"):
+        fi_ffi.cu_seqlens([*lengths, 1])
+
+
 _WRONG = [
     *((fi_ffi.cu_seqlens, (lengths,), "seq_lens")
       for lengths in ([1, 0], [0], [-1], [2**31], [2**30] * 2, 3, "1", [1.0], [True])),

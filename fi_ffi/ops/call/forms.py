@@ -24,14 +24,14 @@ class Form(HasReleases, Protocol):
 _Form = TypeVar("_Form", bound=Form)
 
 
-def in_force(forms: Sequence[_Form], device: Device | None = None) -> _Form:
+def in_force(forms: Sequence[_Form], device: Device) -> _Form:
     """Return the form of the release in force.
 
     If no form has that release, raises `KernelNotFoundError` for a GPU. The CPU's reference then
-    has the first form; so has a caller that names no device and leaves the refusal to later checks.
+    has the first form.
     """
     release = release_in_force()
-    if device is None or not device.is_cuda:
+    if not device.is_cuda:
         return of_release(forms, release) or forms[0]
     return form_of(forms, release)
 
