@@ -174,6 +174,37 @@ def test_cuda_structs(major: int, tmp_path: Path) -> None:
     compiler.library(source, tmp_path / "structs.so", f"-I{theirs}", f"-I{tmp_path}")
 
 
+# A number of CUDA's in a source: `_NAME = 3  # cudaName`; of several, each has its own.
+CONSTANT = re.compile(
+    r"^\w+(?:, \w+)* = ([\d, |()]+)  # ((?:cuda|CU(?:DA)?_)\w+(?:(?:,| \|) \w+)*)"
+)
+
+
+def cuda_constants() -> dict[str, int]:
+    found: dict[str, int] = {}
+    for path in sorted((ROOT / "fi_ffi").rglob("*.py")):
+        for numbers, names in (m.groups() for m in map(CONSTANT.match, path.open()) if m):
+            values = map(int, re.findall(r"\d+", numbers))
+            for name, value in zip(re.findall(r"\w+", names), values, strict=True):
+                assert found.setdefault(name, value) == value, f"{path}: {name}"
+    return found
+
+
+@pytest.mark.parametrize("major", CUDA_HEADERS)
+def test_cuda_constants(major: int) -> None:
+    folder = cuda_runtimes.folder(major) / CUDA_HEADERS[major]
+    files = [folder / name for name in ("driver_types.h", "cuda.h")]
+    text = "\n".join(path.read_text() for path in files if path.exists())
+    constants = cuda_constants()
+    assert len(constants) > 20
+    for name, value in constants.items():
+        if name.startswith("CU") and not files[1].exists():
+            continue
+        number = rf"\b{name}\b\s*(?:=|\(\(cudaStream_t\)|)\s*(0x[0-9a-f]+|\d+)"
+        upstream = {int(one, 0) for one in re.findall(number, text, re.IGNORECASE)}
+        assert upstream == {value}, name
+
+
 def enum_values(theirs: cffi.FFI, name: str, prefix: str) -> dict[str, int]:
     pairs = theirs.typeof(name).relements
     return {key.removeprefix(prefix).lower(): value for key, value in pairs.items()}
