@@ -113,7 +113,7 @@ class Places:
 
 
 def refusal(op: str, argument: str, got: str, expected: str) -> ArgumentError:
-    """Return the error for a place that there is not, which a call raises unchanged."""
+    """Return the error for a place that there is not, which a call raises with its own name."""
     error = ArgumentError(op, argument, got=got, expected=expected)
     error.is_of_kernel = True
     return error
@@ -125,6 +125,16 @@ def check_slot(op: str, argument: str, request: int, slot: int, count: int) -> N
     if not 0 <= slot < count:
         expected = f"0 or more, and less than {count}"
         raise refusal(op, argument, f"{slot} for request {request}", expected)
+
+
+def check_pages(argument: str, pages: Array, start: int, count: int) -> None:
+    """Refuse pages of a request, which begin at an element, that a cache with fewer does not have:
+    where a request ends, the plan says."""
+    wrong = (pages < 0) | (pages >= count)
+    if wrong.any():
+        at = int(np.argmax(wrong))
+        expected = f"0 or more, and less than {count}, the cache's pages"
+        raise refusal("", argument, f"{int(pages[at])} in element {start + at}", expected)
 
 
 def _value(text: str, known: Mapping[str, Any]) -> Any:

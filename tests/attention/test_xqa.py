@@ -64,6 +64,19 @@ def test_against_float64(name, rng):
     assert Batch(SPECS[name], rng).check(HostArray) <= 1
 
 
+@pytest.mark.parametrize("page", [2**31 - 1, -1])
+def test_pages_that_the_cache_lacks(page, rng):
+    """No request's results are written, also not those of requests before it."""
+    batch = Batch(SPECS["plain"], rng)
+    table, output = batch.arrays["page_table"].copy(), np.full_like(batch.arrays["q"], np.nan)
+    table[-1, 0] = page
+    fi_ffi.xqa(**batch.arrays)  # scratch memory stays
+    with pytest.raises(fi_ffi.ArgumentError, match=f"got {page} in element 0, ") as caught:
+        fi_ffi.xqa(**{**batch.arrays, "page_table": table, "output": output})
+    assert (caught.value.op, caught.value.argument) == ("xqa", "page_table")
+    assert np.isnan(output.astype(np.float32)).all()
+
+
 def test_fp8_outputs_are_scaled(rng):
     """Of one key the output is its value, scaled and rounded; what is too large is the largest."""
     scales = {"kv_scale": 0.5, "rcp_out_scale": 3.3}

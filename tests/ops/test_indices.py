@@ -4,6 +4,7 @@ there. Which integers are indices, the rows say.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,9 @@ from fi_ffi.ops.call.row import Row, Tensor
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.table import ROWS
 
+from tests.attention.cases import Service
+from tests.attention.machines import Cpu
+from tests.attention.tables import SERVED
 from tests.helpers.cases import default_dtypes, make_case
 from tests.helpers.inputs import inputs_of
 
@@ -94,6 +98,25 @@ def size_of(case: Case, name: str) -> int | None:
         if arg.name in case.arrays and name in arg.axis_names:
             return int(case.arrays[arg.name].shape[arg.axis_names.index(name)])
     return None
+
+
+@pytest.mark.parametrize("spec", SERVED.values(), ids=SERVED)
+def test_pages_that_a_cache_lacks(spec, rng):
+    """It is named, and no request has results, also none of those before it."""
+    service = Service(replace(spec, indices_at_run=True), Cpu(), rng)
+    case, batch = service.case, service.batch()
+    count, used = case.room, int(batch.kv_indptr[-1])
+    for page in (count, count + 1, 2**31 - 1, -1, -(2**31)):
+        at, wrong = int(rng.integers(used)), batch.indices.copy()
+        wrong[at] = page
+        with_wrong, out = replace(batch, indices=wrong), case.outputs(batch.rows)
+        with pytest.raises(fi_ffi.ArgumentError, match=f"got {page} in element {at}, ") as caught:
+            case.run(case.plan(with_wrong), with_wrong, out)
+        error = caught.value
+        assert (error.op, error.argument) == (case.plan_class.__name__, "paged_kv_indices")
+        assert np.isnan(out.o.get().astype(np.float32)).all()
+        assert out.lse is None or np.isnan(out.lse.get()).all()
+    case.check(batch, case.run(case.plan(batch), batch, case.outputs(batch.rows)))
 
 
 # Of these, an index below 0 has a meaning: the token is left out.

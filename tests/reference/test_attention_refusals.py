@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fi_ffi.errors import KernelError
+from fi_ffi.errors import ArgumentError, KernelError
 from fi_ffi.ops.attention import rows
 from fi_ffi.ops.plans import rows as other_rows
 from fi_ffi.reference.attention import reference_kernel
@@ -114,7 +114,7 @@ def test_other_lengths_than_planned(which, name, rng):
             FA2[2],
             (),
             {"paged_kv_indices": np.full(20, 99, np.int32)},
-            "page 99 of a cache that has",
+            "argument `paged_kv_indices`: got 99 in element 0, expected 0 or more, and less than",
         ),
         (FA2[2], (), {"paged_kv_indices": np.zeros(4, np.int32)}, "0 pages of 5 tokens for"),
         (FA3[2], (), {"q": np.zeros((12, HEADS, DIM), np.float16)}, "q has 12 rows; .* has 13"),
@@ -126,9 +126,9 @@ def test_runs(row, compiled, given, words, rng):
     plan = next(family[0] for family in (FA2, FA3, FP8) if row in family)
     window = 3 if "window_left" in given else -1
     info = batch.plan(plan, row.symbol == "paged_run", window_left=window)
-    with pytest.raises(KernelError, match=words):
+    with pytest.raises((KernelError, ArgumentError), match=words):
         batch.run(row, info, compiled, **{"sm_scale": SCALE} | given)
-    assert np.isnan(batch.lse[0]).all() or "pages" in words
+    assert np.isnan(batch.lse).all()
 
 
 def test_more_queries_than_keys(rng):
@@ -208,7 +208,7 @@ def test_pages_before_the_first(rng):
         with pytest.raises(ValueError, match=f"{length} tokens"):
             gathered(cache, indices, start, length)
     for page in (-1, 5, 2**31 - 1):
-        with pytest.raises(ValueError, match=f"page {page} of a cache that has 5"):
+        with pytest.raises(ValueError, match=f"got {page} in element 1, expected .* less than 5"):
             gathered(cache, np.array([3, page], np.int32), 0, 8)
 
 

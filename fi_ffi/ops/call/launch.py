@@ -14,6 +14,7 @@ from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.failure import take_kernel_error, take_raised
 from fi_ffi.abi.function import NO_STREAM, Frame
 from fi_ffi.abi.tensor import Device
+from fi_ffi.errors import ArgumentError
 from fi_ffi.loader import machine
 from fi_ffi.ops.call import cuda, hooks
 
@@ -125,8 +126,14 @@ def _launch_watched(
 def _error_of(frame: Frame) -> BaseException:
     """Return the error that the entry left; drop any result."""
     frame.drop_result()
-    take = take_kernel_error if frame.target.is_cuda else take_raised
-    return take(frame.entry.name)
+    if frame.target.is_cuda:
+        return take_kernel_error(frame.entry.name)
+    error = take_raised(frame.entry.name)
+    if isinstance(error, ArgumentError) and not error.op:  # of a kernel that serves several ops
+        return ArgumentError(
+            frame.target.op, error.argument, got=error.got, expected=error.expected
+        )
+    return error
 
 
 def _pointer(target: LaunchTarget, handle: int) -> Any:

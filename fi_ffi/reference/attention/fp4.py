@@ -37,22 +37,22 @@ def _decoded(args: Sequence[Any], k: int, scales: int) -> list[Any]:
     return decoded
 
 
-def single_prefill(*args: Any, compiled: Any) -> None:
+def single_prefill(*args: Any, compiled: Any) -> runs.Writes:
     """single_prefill's `run`."""
-    runs.single_prefill(fa2_single, *_decoded(args, 1, 9 + _OF_ONE), compiled=compiled)
+    return runs.single_prefill(fa2_single, *_decoded(args, 1, 9 + _OF_ONE), compiled=compiled)
 
 
-def ragged_run(*args: Any, compiled: Any) -> None:
+def ragged_run(*args: Any, compiled: Any) -> runs.Writes:
     """`ragged_run`."""
-    runs.ragged_run(plan.FA2, fa2, *_decoded(args, 4, 14 + _OF_BATCH), compiled=compiled)
+    return runs.ragged_run(plan.FA2, fa2, *_decoded(args, 4, 14 + _OF_BATCH), compiled=compiled)
 
 
-def paged_run(*args: Any, compiled: Any) -> None:
+def paged_run(*args: Any, compiled: Any) -> runs.Writes:
     """`paged_run`."""
-    runs.paged_run(plan.FA2, fa2, *_decoded(args, 4, 16 + _OF_BATCH), compiled=compiled)
+    return runs.paged_run(plan.FA2, fa2, *_decoded(args, 4, 16 + _OF_BATCH), compiled=compiled)
 
 
-def attention_run(*args: Any, compiled: Any) -> None:
+def attention_run(*args: Any, compiled: Any) -> runs.Writes:
     """batch_attention's `run`; the last arguments are the scales."""
     decoded = [*_decoded(args, 4, -2)[:-2], None, None]
-    runs.attention_run(*decoded, compiled=compiled)
+    return runs.attention_run(*decoded, compiled=compiled)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import ml_dtypes
@@ -32,11 +33,16 @@ from fi_ffi.reference.attention.variant import (
 _Keys = Callable[[int], tuple[Array, Array]]
 
 
-def _write(o: Array, lse: Array | None, where: Any, result: tuple[Array, Array]) -> None:
+class Writes(list[Callable[[], None]]):
+    """What a call writes, once all of it is computed: a call that is refused writes nothing."""
+
+
+def _write(o: Array, lse: Array | None, where: Any, result: tuple[Array, Array]) -> Writes:
     """Write some rows of the output, and their logarithms if there is an `lse`."""
-    store_saturated(o[where], result[0])
+    writes = Writes([partial(store_saturated, o[where], result[0])])
     if lse is not None:
-        store(lse[where], result[1])
+        writes.append(partial(store, lse[where], result[1]))
+    return writes
 
 
 def single_decode(
@@ -50,12 +56,12 @@ def single_decode(
     window_left: int,
     *more: Any,
     compiled: Compiled,
-) -> None:
+) -> Writes:
     """single_decode's `run`: one query, the request's last token."""
     k, v = tokens_first(k, layout), tokens_first(v, layout)
     variant = cuda_cores(Call(compiled, masks.NONE, window_left, len(q), k.shape[1]), *more)
     out, sums = variant(0, q[None], k, v)
-    _write(o, lse, ..., (out[0], sums[0]))
+    return _write(o, lse, ..., (out[0], sums[0]))
 
 
 def single_prefill(
@@ -71,24 +77,26 @@ def single_prefill(
     window_left: int,
     *more: Any,
     compiled: Compiled,
-) -> None:
+) -> Writes:
     """single_prefill's `run`."""
     k, v = tokens_first(k, layout), tokens_first(v, layout)
     if parse is fa2_single and mask_mode == masks.CAUSAL and len(k) < len(q):
         raise ValueError(f"causal attention needs kv_len {len(k)} to be qo_len {len(q)} or more")
     variant = parse(Call(compiled, mask_mode, window_left, q.shape[1], k.shape[1]), *more)
-    _write(o, lse, ..., variant(0, q, k, v))
+    return _write(o, lse, ..., variant(0, q, k, v))
 
 
 def _attend(
     variant: Variant, qo_indptr: Array, q: Array, keys: _Keys, o: Array, lse: Array | None
-) -> None:
+) -> Writes:
     """Write every request's rows; rows of no request stay unchanged."""
+    writes = Writes()
     if qo_indptr[-1] > len(q):
         raise ValueError(f"q has {len(q)} rows; what was planned has {qo_indptr[-1]}")
     for request, (start, stop) in enumerate(itertools.pairwise(qo_indptr)):
         rows = slice(start, stop)
-        _write(o, lse, rows, variant(request, q[rows], *keys(request)))
+        writes += _write(o, lse, rows, variant(request, q[rows], *keys(request)))
+    return writes
 
 
 def _check_window(planned: plan.Lengths, window_left: int) -> None:
@@ -115,7 +123,7 @@ def ragged_run(
     enable_pdl: bool,
     *more: Any,
     compiled: Compiled,
-) -> None:
+) -> Writes:
     """`ragged_run`: keys and values without pages."""
     planned = plan.load(kind, int_workspace, plan_info)
     k, v = tokens_first(k, layout), tokens_first(v, layout)
@@ -134,7 +142,7 @@ def ragged_run(
         return k[rows], v[rows]
 
     variant = parse(Call(compiled, mask_mode, window_left, q.shape[1], k.shape[1]), *more)
-    _attend(variant, planned.qo_indptr, q, keys, o, lse)
+    return _attend(variant, planned.qo_indptr, q, keys, o, lse)
 
 
 def _paged(
@@ -168,7 +176,7 @@ def paged_run(
     enable_pdl: bool,
     *more: Any,
     compiled: Compiled,
-) -> None:
+) -> Writes:
     """`paged_run`: keys and values in the pages of a cache."""
     planned = plan.load(kind, int_workspace, plan_info)
     k_cache, v_cache = tokens_first(k_cache, layout), tokens_first(v_cache, layout)
@@ -180,7 +188,7 @@ def paged_run(
         kv_len = lengths(planned.kv_indptr, last_page_len, k_cache.shape[1])
     call = Call(compiled, mask_mode, window_left, q.shape[1], k_cache.shape[2], paged=True)
     keys = _paged(planned, kv_len, k_cache, v_cache, indices)
-    _attend(parse(call, *more), planned.qo_indptr, q, keys, o, lse)
+    return _attend(parse(call, *more), planned.qo_indptr, q, keys, o, lse)
 
 
 def attention_run(
@@ -205,7 +213,7 @@ def attention_run(
     v_sf: Array | None,
     *,
     compiled: Compiled,
-) -> None:
+) -> Writes:
     """batch_attention's `run`."""
     if k_sf is not None or v_sf is not None:
         raise ValueError("keys of 4 bits need a GPU")
@@ -220,7 +228,7 @@ def attention_run(
     soft_cap = soft_cap if compiled.use_logits_soft_cap else 0.0
     options = Options(sm_scale, call.causal, logits_soft_cap=soft_cap, v_scale=v_scale)
     keys = _paged(planned, planned.kv_len, k_cache, v_cache, indices)
-    _attend(Variant(options, compiled.no_key), planned.qo_indptr, q, keys, o, lse)
+    return _attend(Variant(options, compiled.no_key), planned.qo_indptr, q, keys, o, lse)
 
 
 def batch_decode(
@@ -240,7 +248,7 @@ def batch_decode(
     enable_pdl: bool,
     *more: Any,
     compiled: Compiled,
-) -> None:
+) -> Writes:
     """batch_decode's `run`: one query per request, its last token."""
     planned = plan.load(plan.DECODE, int_workspace, plan_info)
     if planned.is_of_any_lengths:
@@ -251,7 +259,7 @@ def batch_decode(
     kv_len = lengths(planned.kv_indptr, last_page_len, k_cache.shape[1])
     call = Call(compiled, masks.NONE, window_left, q.shape[1], k_cache.shape[2])
     keys = _paged(planned, kv_len, k_cache, v_cache, indices)
-    _attend(cuda_cores(call, *more), planned.qo_indptr, q, keys, o, lse)
+    return _attend(cuda_cores(call, *more), planned.qo_indptr, q, keys, o, lse)
 
 
 def mla_run(
@@ -272,7 +280,7 @@ def mla_run(
     return_lse_base_on_e: bool,
     *,
     compiled: Compiled,
-) -> None:
+) -> Writes:
     """batch_mla's `run`.
 
     A row that sees no key has a logarithm of minus infinity, unlike in other entries. The kernel
@@ -287,6 +295,7 @@ def mla_run(
         raise ValueError("planned for causal attention, which leaves out keys: plan again without")
     if planned.qo_indptr[-1] > len(q_nope):
         raise ValueError(f"q_nope has {len(q_nope)} rows; planned for {planned.qo_indptr[-1]}")
+    writes = Writes()
     for request, length in enumerate(planned.kv_len):
         rows = slice(planned.qo_indptr[request], planned.qo_indptr[request + 1])
         where = indices, int(planned.kv_indptr[request]), int(length)
@@ -295,10 +304,11 @@ def mla_run(
         k = np.concatenate((ckv, kpe), axis=-1)
         found = exact(q, k[:, None], ckv[:, None], Options(sm_scale, call.causal))
         base = np.log(2) if return_lse_base_on_e else 1.0
-        _write(o, lse, rows, (found.out, found.lse2 * base))
+        writes += _write(o, lse, rows, (found.out, found.lse2 * base))
+    return writes
 
 
-def mla_run_fp8(*values: Any, compiled: Compiled) -> None:
+def mla_run_fp8(*values: Any, compiled: Compiled) -> Writes:
     """batch_mla's `run` with an fp8 cache, which is scaled and rounded to bfloat16 first."""
     *given, ckv_scale, kpe_scale = values[:17]
     groups = values[17] if len(values) > 17 else None
@@ -309,7 +319,7 @@ def mla_run_fp8(*values: Any, compiled: Compiled) -> None:
     else:
         wide = given[ckv_at].astype(np.float32) * np.repeat(groups, 128, axis=-1)
         given[ckv_at] = wide.astype(ml_dtypes.bfloat16)
-    mla_run(*given, compiled=compiled)
+    return mla_run(*given, compiled=compiled)
 
 
 def scaled(cache: Array, scale: float) -> Array:
@@ -322,38 +332,40 @@ def scaled(cache: Array, scale: float) -> Array:
 _OF_PREFILL = 15  # number of arguments of POD's prefill
 
 
-def pod_with_kv_cache_tensor(*values: Any, compiled: Compiled) -> None:
+def pod_with_kv_cache_tensor(*values: Any, compiled: Compiled) -> Writes:
     """POD attention. The windows are those of the arguments, as in the module compiled for them."""
-    _pod_prefill(*values[:_OF_PREFILL], compiled=compiled)
-    _pod_decode(*values[_OF_PREFILL:], compiled=compiled)
+    prefill = _pod_prefill(*values[:_OF_PREFILL], compiled=compiled)
+    return Writes(prefill + _pod_decode(*values[_OF_PREFILL:], compiled=compiled))
 
 
-def _pod_prefill(*args: Any, compiled: Compiled) -> None:
+def _pod_prefill(*args: Any, compiled: Compiled) -> Writes:
     """The prefill's half: single_prefill's arguments, without the scales of blocks."""
     compiled = replace(compiled, use_sliding_window=args[8] >= 0)  # window_left
     before, numbers = args[:11], args[11:]
-    single_prefill(fa2_single, *before, None, None, *numbers, compiled=compiled)
+    return single_prefill(fa2_single, *before, None, None, *numbers, compiled=compiled)
 
 
-def _pod_decode(*args: Any, compiled: Compiled) -> None:
+def _pod_decode(*args: Any, compiled: Compiled) -> Writes:
     """A half over pages: paged_run's arguments, with `enable_pdl` last and without multi-item
     scoring and the scales of blocks."""
     compiled = replace(compiled, use_sliding_window=args[14] >= 0)  # window_left
     masks, numbers, enable_pdl = args[15:18], args[18:22], args[22]
     more = *masks, None, None, None, None, None, *numbers, 0
-    paged_run(plan.FA2, fa2, *args[:15], enable_pdl, *more, compiled=compiled)
+    return paged_run(plan.FA2, fa2, *args[:15], enable_pdl, *more, compiled=compiled)
 
 
 _OF_BATCH = 22  # number of arguments of each half of batched POD attention
 
 
-def batch_pod_with_kv_cache_tensor(*values: Any, compiled: Compiled) -> None:
+def batch_pod_with_kv_cache_tensor(*values: Any, compiled: Compiled) -> Writes:
     """Batched POD attention. Both halves are paged prefills; the last arguments are a flag and
     counters."""
     *halves, enable_pdl, _ = values
+    writes = Writes()
     for start in (0, _OF_BATCH):
         half: tuple[Any, ...] = (*halves[start : start + _OF_BATCH], enable_pdl)
-        _pod_decode(*half, compiled=compiled)
+        writes += _pod_decode(*half, compiled=compiled)
+    return writes
 
 
 def _scale(scale: float, tensor: Array | None) -> float:
@@ -395,7 +407,7 @@ def xqa_wrapper(
     enable_pdl: bool,
     *,
     compiled: Compiled,
-) -> None:
+) -> Writes:
     """XQA. Only fp8 keys are scaled; the kernel ignores a scale of others."""
     if k_sf is not None or v_sf is not None:
         raise ValueError("keys of 4 bits need a GPU")
@@ -407,18 +419,20 @@ def xqa_wrapper(
     sm_scale = _scale(q_scale, q_scale_tensor) * of_kv / q.shape[-1] ** 0.5
     flat = None if sinks is None else sinks.reshape(-1)
     q, output = (x.reshape(batch_size, q_seq_len, *x.shape[-2:]) for x in (q, output))
+    writes = Writes()
     for request in range(batch_size):
         length = int(seq_lens[request, 0])
         if length < q_seq_len:
             raise ValueError(f"request {request} has {length} keys for {q_seq_len} queries")
         seen = None if mask is None else _of_drafts(mask[request], length)
-        where: tuple[Any, ...] = page_table[request], 0, length
+        where: tuple[Any, ...] = page_table[request], 0, length, "page_table"
         keys, values = gathered(k_cache, *where), gathered(v_cache, *where)
         scale = of_kv * (rcp_out_scale if output.itemsize == 1 else 1.0)
         left = window - 1 if compiled.use_sliding_window else -1
         options = Options(sm_scale, window_left=left, sink=flat, v_scale=scale, mask=seen)
         found = exact(q[request], keys, values, options)
-        store_saturated(output[request], found.out)
+        writes.append(partial(store_saturated, output[request], found.out))
+    return writes
 
 
 def xqa_wrapper_mla(
@@ -440,7 +454,7 @@ def xqa_wrapper_mla(
     enable_pdl: bool,
     *,
     compiled: Compiled,
-) -> None:
+) -> Writes:
     """XQA over a latent cache. The values are the first elements of their cache; 16-bit keys are
     scaled as well."""
     if semaphores.any():
@@ -448,10 +462,13 @@ def xqa_wrapper_mla(
     of_kv = _scale(kv_scale, kv_scale_tensor)
     options = Options(_scale(q_scale, q_scale_tensor) * of_kv, v_scale=of_kv)
     k_cache, v_cache = k_cache.swapaxes(1, 2), v_cache[..., : output.shape[-1]].swapaxes(1, 2)
+    writes = Writes()
     for request in range(batch_size):
         length = int(seq_lens[request, 0])
         if length < 1:
             raise ValueError(f"request {request} has no keys")
-        where: tuple[Any, ...] = page_table[request], 0, length
+        where: tuple[Any, ...] = page_table[request], 0, length, "page_table"
         keys, values = gathered(k_cache, *where), gathered(v_cache, *where)
-        store(output[request], exact(q[request], keys, values, options).out)
+        found = exact(q[request], keys, values, options)
+        writes.append(partial(store, output[request], found.out))
+    return writes
