@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -110,8 +111,19 @@ def built_wheel_sm87(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _build(tmp_path_factory.mktemp("sm87"), "8.7", "page")
 
 
+_modules = 0
+
+
 def pytest_collection_finish() -> None:
     """Leave the tests themselves out of collections: with tens of thousands of them, one that a
     test asks for takes a second."""
+    global _modules
     gc.collect()
     gc.freeze()
+    _modules = len(sys.modules)
+
+
+def pytest_runtest_setup() -> None:
+    """Leave out a large package as well (torch, Ray), which the test before has imported."""
+    if len(sys.modules) > _modules + 100:
+        pytest_collection_finish()

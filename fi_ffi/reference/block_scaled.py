@@ -13,7 +13,7 @@ from collections.abc import Callable
 import ml_dtypes
 import numpy as np
 
-from fi_ffi.reference.arrays import Array, bits
+from fi_ffi.reference.arrays import Array, bits, wide
 from fi_ffi.reference.formula import Exact, Formula, Inputs, Move, OneOfMany
 from fi_ffi.reference.moe_weights import FP4, fp4
 
@@ -142,7 +142,8 @@ def _are_nearest(wanted: list[Array], values: Array, grid: Array) -> Array:
     right = np.zeros(values.shape[:-1], bool)
     for quotients in wanted:
         limited = np.clip(quotients, grid[0], grid[-1])
-        gaps = np.abs(grid - limited[..., None]).min(axis=-1)
+        above = np.clip(np.searchsorted(grid, limited), 1, len(grid) - 1)
+        gaps = np.minimum(np.abs(grid[above] - limited), np.abs(grid[above - 1] - limited))
         near = np.abs(values - limited) <= gaps + _NEAR * np.abs(limited)
         right |= (near | np.isnan(limited) & np.isnan(values)).all(axis=-1)
     return right
@@ -172,7 +173,7 @@ def mxfp8_quantize(a: Inputs) -> Exact:
         return np.pad(elements, ((0, 0), (0, padded_k - k)))
 
     def are_right(got: Array) -> Array:
-        found = got.astype(np.float64)
+        found = wide(got)
         nearest = _are_nearest(wanted, found[:, :k].reshape(blocks.shape), _FINITE)
         return np.hstack([nearest, found[:, k:] == 0])
 

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import ml_dtypes
 import numpy as np
 
-from fi_ffi.reference.arrays import Array
+from fi_ffi.reference.arrays import Array, wide
 
 # The part of the magnitude allowed for errors of float32 arithmetic before the last rounding: 128
 # units in the last place.
@@ -50,7 +50,7 @@ def as_inputs(values: Mapping[str, Any]) -> Inputs:
     }
     # A 64-bit integer may be a seed, which float64 cannot hold.
     exact = {
-        name: array.copy() if array.dtype in (np.int64, np.uint64) else array.astype(np.float64)
+        name: array.copy() if array.dtype in (np.int64, np.uint64) else wide(array)
         for name, array in arrays.items()
     }
     return {**values, **exact, "largest": largest}

@@ -20,6 +20,7 @@ from fi_ffi.reference.reachable import NONE, Filter, around, rejected, slack, to
 from fi_ffi.reference.renorm import RENORM
 
 _FEW = 16
+_NUMBERS = "the first numbers of each output"
 # Errors of `exp`, relative and by its argument; and the subnormal float32 numbers, which kernels
 # compiled for fast arithmetic flush to 0.
 _EXP, _ARGUMENT, _FLUSHED = 2.0**-20, 2.0**-22, 2.0**-126
@@ -47,8 +48,13 @@ def softmax(a: Inputs) -> Exact:
 
 def _numbers(a: Inputs, i: int) -> Iterator[float]:
     """Yield the random numbers of an output."""
+    if _NUMBERS not in a:  # the first of all outputs at once
+        every = np.arange(len(a["output"] if "output" in a else a["draft_token_ids"]))
+        seeds, offsets = _words(a, "seed", every), _words(a, "offset", every)
+        a[_NUMBERS] = uniforms(seeds, every, offsets, _FEW).astype(np.float64)
+    yield from a[_NUMBERS][i]
     seed, offset = _word(a, "seed", i), _word(a, "offset", i)
-    for start in count(offset, _FEW):
+    for start in count(offset + _FEW, _FEW):
         yield from uniforms(seed, np.array([i]), start, _FEW)[0].astype(np.float64)
 
 
@@ -186,7 +192,8 @@ def _with_one_number(a: Inputs) -> Array:
 def _words(a: Inputs, name: str, outputs: Array) -> Any:
     """Return what `_word` returns, for several outputs."""
     array = a.get(f"maybe_{name}_arr")
-    return array[outputs] if array is not None and len(array) > 1 else _word(a, name, 0)
+    numbers = np.zeros(0) if array is None else np.ravel(array)
+    return numbers[outputs] if len(numbers) > 1 else _word(a, name, 0)
 
 
 def _is_taken(drawn: float, drafted: float, wanted: float, times: float) -> set[bool]:

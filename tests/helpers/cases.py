@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -122,5 +123,21 @@ def _random(arg: Tensor, shape: list[int], rng: np.random.Generator) -> Array:
         return np.exp(rng.uniform(-4, 1, shape))
     # Rows of different sizes, so that a row normalised by another's scale is seen.
     spread = np.exp(rng.uniform(-2, 2, [*shape[:-1], 1])) if len(shape) > 1 else 1.0
-    values: Array = rng.standard_normal(shape) * spread
+    values: Array = _normal(shape, rng) * np.float32(spread)
     return values
+
+
+# Normal quantiles, the outermost at 4.5: numpy's own normal numbers take five times as long.
+_STEPS = 4096
+_QUANTILES = np.array(
+    [-4.5, *(NormalDist().inv_cdf(i / _STEPS) for i in range(1, _STEPS)), 4.5], np.float32
+)
+_GAPS = np.diff(_QUANTILES)
+
+
+def _normal(shape: list[int], rng: np.random.Generator) -> Array:
+    """Normal numbers, in float32: even ones between two quantiles."""
+    even = rng.random(shape, np.float32) * _STEPS
+    below = even.astype(np.int32)
+    normal: Array = _QUANTILES.take(below) + (even - below.astype(np.float32)) * _GAPS.take(below)
+    return normal
