@@ -10,11 +10,11 @@ from array import array
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from itertools import accumulate
-from operator import ge, sub
+from operator import lt, sub
 
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.interop import as_desc, check_unmasked
-from fi_ffi.abi.tensor import DTYPES, TensorDesc
+from fi_ffi.abi.tensor import DTYPES, TensorDesc, remember
 from fi_ffi.errors import ArgumentError, let_through
 from fi_ffi.ops.attention.sizes import aligned
 from fi_ffi.ops.call.arguments import INT32_MAX, Refusal
@@ -23,6 +23,9 @@ INT32 = DTYPES["int32"]
 # Capacities are rounded up to these steps, so that a run's descriptors seldom change.
 _LENGTHS_STEP, _INDEX_STEP, _KERNEL_STEP = 64, 1024, 4096
 _ON_HOST = ("cpu", "cuda_host")
+# By type, whether arrays export buffers, of types whose arrays have no mask.
+_HAVE_BUFFERS: dict[type, bool] = {}
+_MAX_TYPES = 256
 # The arrays of pages, by the rows' names, and what they are here.
 PAGES = {
     "paged_kv_indptr": "kv_indptr",
@@ -42,13 +45,15 @@ def int32_array(
     op: str, argument: str, array: object, length: int | None = None, may_be_longer: bool = False
 ) -> memoryview:
     """View an int32 array on the host in place; check that it has `length` elements."""
-    check_unmasked(array, op, argument)
-    try:
-        view = memoryview(array)  # type: ignore[arg-type]
-        is_plain = view.format == "i" and view.ndim == 1 and view.c_contiguous
-    except (TypeError, ValueError, BufferError) as error:
-        let_through(error)
-        is_plain = False
+    has_buffer, is_plain = _HAVE_BUFFERS.get(type(array)), False
+    if has_buffer is None:
+        has_buffer = _has_buffer(array, op, argument)
+    if has_buffer:
+        try:
+            view = memoryview(array)  # type: ignore[arg-type]
+            is_plain = view.format == "i" and view.ndim == 1 and view.c_contiguous
+        except (TypeError, ValueError, BufferError) as error:
+            let_through(error)
     if not is_plain:
         view = _view(as_desc(array, op, argument), op, argument)
     if may_be_longer and length is not None:
@@ -59,8 +64,26 @@ def int32_array(
     return view
 
 
+def _has_buffer(array: object, op: str, argument: str) -> bool:
+    """Return whether arrays of this type, which is new, export buffers; refuse one with a mask."""
+    check_unmasked(array, op, argument)
+    has_buffer = True
+    try:
+        memoryview(array)  # type: ignore[arg-type]
+    except TypeError:
+        has_buffer = False
+    except (ValueError, BufferError) as error:  # this array's elements cannot be exported
+        let_through(error)
+    return remember(_HAVE_BUFFERS, type(array), has_buffer, _MAX_TYPES)
+
+
+# Plans run where numpy cannot be imported (in a subinterpreter), and never are the first to import
+# it; where it is there, these take a pass or two of it.
+
+
 def _bounds(view: memoryview) -> tuple[int, int]:
-    """Return the smallest and the largest value; 0 and -1 for an empty array."""
+    """Return the smallest and the largest value, or 0 for the former where none is negative; 0 and
+    -1 for an empty array."""
     if not len(view):
         return 0, -1
     numpy = sys.modules.get("numpy")
@@ -71,6 +94,49 @@ def _bounds(view: memoryview) -> tuple[int, int]:
             return 0, most
     values = view.tolist()
     return min(values), max(values)
+
+
+def _differences(view: memoryview) -> memoryview:
+    """Return what each position, of some that do not decrease, is more than the one before."""
+    numpy = sys.modules.get("numpy")
+    if numpy is None:
+        values = view.tolist()
+        return host_ints([*map(sub, values[1:], values)])
+    positions = numpy.frombuffer(view, numpy.int32)
+    return (positions[1:] - positions[:-1]).data  # type: ignore[no-any-return]
+
+
+def _tokens_of_pages(counts: memoryview, lasts: memoryview, page_size: int) -> memoryview:
+    """Return how many tokens so many pages have, of which the last has so many; all are int32."""
+    numpy = sys.modules.get("numpy")
+    if numpy is None:
+        pairs = zip(counts, lasts, strict=True)
+        return host_ints([(n - 1) * page_size + last if n else 0 for n, last in pairs])
+    pages, last = (numpy.frombuffer(view, numpy.int32) for view in (counts, lasts))
+    tokens = pages * page_size
+    tokens += last - page_size
+    # Without pages the last has `page_size` tokens at most, and none count.
+    return numpy.maximum(tokens, 0, out=tokens).data  # type: ignore[no-any-return]
+
+
+def _fill(lengths: memoryview, counts: memoryview, page_size: int) -> bool:
+    """Whether so many tokens are known to fill so many pages, of which the last may not be full."""
+    numpy = sys.modules.get("numpy")
+    if numpy is None or _bounds(lengths)[0] < 0:
+        return False
+    tokens, pages = (numpy.frombuffer(view, numpy.int32) for view in (lengths, counts))
+    free = numpy.multiply(pages, page_size, dtype=numpy.int64) - tokens
+    # As unsigned, a negative value is the largest.
+    return int(numpy.maximum.reduce(free.view(numpy.uint64))) <= page_size
+
+
+def _are_fewer(some: memoryview, others: memoryview) -> bool:
+    """Whether an element is less than the other array's."""
+    numpy = sys.modules.get("numpy")
+    if numpy is None:
+        return any(map(lt, some, others))
+    one, other = (numpy.frombuffer(view, numpy.int32) for view in (some, others))
+    return bool(numpy.count_nonzero(one < other))
 
 
 def _view(desc: TensorDesc, op: str, argument: str) -> memoryview:
@@ -104,7 +170,7 @@ class Indptr:
         may_be_longer: bool = False,
     ) -> None:
         self.view = int32_array(op, argument, array, length, may_be_longer)
-        values = self._values = self.view.tolist()
+        values = self.view.tolist()
         # `total` is the number of elements of all requests.
         self.size, self.total = len(values) - 1, values[-1] if values else 0
         if self.size >= 1 and not values[0] and sorted(values) == values:
@@ -113,15 +179,20 @@ class Indptr:
         if self.size < 1:
             got, expected = f"{len(values)} elements", "one more than there are requests: 2 or more"
         elif not values[0]:
-            at = next(i for i, count in enumerate(self.counts) if count < 0)
+            at = next(i for i in range(self.size) if values[i + 1] < values[i])
             got = f"{values[at + 1]} after {values[at]} (request {at})"
             expected = "positions that do not decrease"
         raise Refusal(op)(argument, got, expected)
 
     @cached_property
+    def lengths(self) -> memoryview:
+        """Elements of each request, as int32."""
+        return _differences(self.view)
+
+    @property
     def counts(self) -> list[int]:
         """Elements of each request."""
-        return list(map(sub, self._values[1:], self._values))
+        return self.lengths.tolist()
 
 
 class Batch:
@@ -152,14 +223,17 @@ class Batch:
         if "qo_indptr" in names:
             self.qo = Indptr(op, names["qo_indptr"], by_name["qo_indptr"])
             self.views["qo_indptr"], count = self.qo.view, self.qo.size + 1
-        kv = self.kv = Indptr(op, names["kv_indptr"], by_name["kv_indptr"], count, may_be_longer)
+        of_kv = by_name["kv_indptr"]
+        if self.qo is not None and of_kv is by_name["qo_indptr"]:
+            kv = self.kv = self.qo  # keys as many as queries: one array that is read once
+        else:
+            kv = self.kv = Indptr(op, names["kv_indptr"], of_kv, count, may_be_longer)
         self.views["kv_indptr"] = kv.view
         # The numbers of requests and of queries, and the queries that runs have room for.
         self.size = kv.size
         self.rows = self.room_for_rows = kv.size if self.qo is None else self.qo.total
         # The pages listed, and the highest page number; -1 if runs pass the pages.
         self.num_indices, self.max_page = 0, -1
-        self._lasts: list[int] | None = None
         if "last_page_len" in names:
             self._read_last(by_name["last_page_len"])
         elif "kv_len" in names:
@@ -169,15 +243,15 @@ class Batch:
             if by_name["indices"] is not None:
                 self._read_indices(by_name["indices"])
 
-    def _read(self, name: str, array: object) -> list[int]:
+    def _read(self, name: str, array: object) -> memoryview:
         """Read an array of one number for each request."""
         view = self.views[name] = int32_array(self._op, self._names[name], array, self.size)
-        return view.tolist()
+        return view
 
     def _read_last(self, array: object) -> None:
         """Read the number of tokens in each request's last page."""
         kv, page_size = self.kv, self._page_size
-        lasts = self._lasts = self._read("last_page_len", array)
+        lasts = self._read("last_page_len", array).tolist()
         # Two passes in C if all are valid; the loop finds which one is not.
         if min(lasts) < 1 or max(lasts) > page_size:
             for i, (count, last) in enumerate(zip(kv.counts, lasts, strict=True)):
@@ -185,15 +259,19 @@ class Batch:
                     got = f"{last} for request {i} with {count} pages"
                     raise self._refuse("last_page_len", got, f"from 1 to {page_size}")
         if kv.total * page_size > INT32_MAX:
-            longest = max(self.kv_lens)
+            pairs = zip(kv.counts, lasts, strict=True)
+            tokens = [(count - 1) * page_size + last if count else 0 for count, last in pairs]
+            longest = max(tokens)
             if longest > INT32_MAX:
-                got = f"{longest} tokens for request {self.kv_lens.index(longest)}"
+                got = f"{longest} tokens for request {tokens.index(longest)}"
                 raise self._refuse("kv_indptr", got, f"{INT32_MAX} at most")
 
     def _read_kv_len(self, array: object) -> None:
         """Read the number of tokens of each request."""
         page_size = self._page_size
-        lengths = self.kv_lens = self._read("kv_len", array)
+        lengths = self._read("kv_len", array)
+        if _fill(lengths, self.kv.lengths, page_size):
+            return
         for i, (length, pages) in enumerate(zip(lengths, self.kv.counts, strict=True)):
             if length < 0 or not (pages - 1) * page_size <= length <= pages * page_size:
                 got = f"{length} for request {i} with {pages} pages of {page_size}"
@@ -229,18 +307,24 @@ class Batch:
         return [1] * self.size if self.qo is None else self.qo.counts
 
     @cached_property
+    def lengths(self) -> memoryview:
+        """Keys of each request, as int32."""
+        lengths, lasts = self.views.get("kv_len"), self.views.get("last_page_len")
+        if lengths is not None:
+            return lengths
+        if lasts is None:
+            return self.kv.lengths
+        return _tokens_of_pages(self.kv.lengths, lasts, self._page_size)
+
+    @property
     def kv_lens(self) -> list[int]:
         """Keys of each request."""
-        if self._lasts is None:
-            return self.kv.counts
-        size, pairs = self._page_size, zip(self.kv.counts, self._lasts, strict=True)
-        return [(count - 1) * size + last if count else 0 for count, last in pairs]
+        return self.lengths.tolist()
 
     def use_kv_len(self) -> None:
         """Compute the number of keys of each request for the planner, if the caller did not pass
         it."""
-        if "kv_len" not in self.views:
-            self.views["kv_len"] = host_ints(self.kv_lens)
+        self.views["kv_len"] = self.lengths
 
     @cached_property
     def mask_indptr(self) -> list[int]:
@@ -259,7 +343,9 @@ class Batch:
     def check_keys(self, why: str) -> None:
         """Raise if a request has keys, but fewer than queries: kernels would compare positions that
         wrapped around."""
-        if all(map(ge, self.kv_lens, self.qo_lens)):
+        assert self.qo is not None
+        of_kv, of_qo = self.lengths, self.qo.lengths
+        if of_kv is of_qo or not _are_fewer(of_kv, of_qo):
             return
         for i, (queries, keys) in enumerate(zip(self.qo_lens, self.kv_lens, strict=True)):
             if 0 < keys < queries:

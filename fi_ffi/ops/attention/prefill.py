@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 # Kinds of run: indices into a family's rows after the planner's.
 _RAGGED, _PAGED = 0, 1
+# The arrays of keys.
+_ARRAYS = ("kv_indptr", *PAGES)
 _RAGGED_NAMES = {"qo_indptr": "qo_indptr", "kv_indptr": "kv_indptr"}
 _PAGED_NAMES = {"qo_indptr": "qo_indptr"} | {array: name for name, array in PAGES.items()}
 # Arguments of runs that the plan's options require: of an option, and what it takes.
@@ -158,7 +160,7 @@ class BatchPrefillPlan(Plan):
     def _read(self, arrays: Sequence[object]) -> Batch:
         chosen, (qo_indptr, kv_indptr, *paged) = self.options, arrays
         is_ragged = chosen.page_size is None
-        for name, array in zip(("kv_indptr", *PAGES), arrays[1:], strict=True):
+        for name, array in zip(_ARRAYS, arrays[1:], strict=True):
             is_read = (name == "kv_indptr") == is_ragged
             if array is not None and not is_read:
                 word = "without" if is_ragged else "with"
@@ -167,12 +169,8 @@ class BatchPrefillPlan(Plan):
                 how = "; a paged cache comes" if is_ragged else ""
                 raise self._refuse(name, None, f"an array{how} with page_size")
         batch = super()._read((qo_indptr, kv_indptr) if is_ragged else (qo_indptr, *paged))
-        if chosen.causal:
-            batch.check_keys("with causal=True")
-        if chosen.pos_encoding_mode == "ROPE_LLAMA":
-            batch.check_keys("with pos_encoding_mode='ROPE_LLAMA' (docs/attention.md)")
-        if chosen.use_multi_item_scoring:
-            batch.check_keys("with use_multi_item_scoring=True")
+        if self._why_keys:
+            batch.check_keys(self._why_keys)
         if chosen.use_custom_mask:
             batch.use_mask()
         if chosen.uniform_q_len and {*batch.qo_lens} != {chosen.uniform_q_len}:
@@ -180,6 +178,16 @@ class BatchPrefillPlan(Plan):
             expected = f"{chosen.uniform_q_len} of each, as uniform_q_len says"
             raise self._refuse("qo_indptr", got, expected)
         return batch
+
+    @cached_property
+    def _why_keys(self) -> str:
+        """With which option each request needs as many keys as queries; "" for none."""
+        chosen = self.options
+        if chosen.causal:
+            return "with causal=True"
+        if chosen.pos_encoding_mode == "ROPE_LLAMA":
+            return "with pos_encoding_mode='ROPE_LLAMA' (docs/attention.md)"
+        return "with use_multi_item_scoring=True" if chosen.use_multi_item_scoring else ""
 
     def _need_at_most(self, batch: Batch) -> sizes.Need | None:
         if self._geometry.fixed_split_size > 0:

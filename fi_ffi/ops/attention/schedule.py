@@ -18,6 +18,7 @@ from fi_ffi.ops.attention.sizes import Need, aligned
 from fi_ffi.ops.attention.workspace import Workspace
 from fi_ffi.ops.call import cuda
 from fi_ffi.ops.call.arguments import Refusal
+from fi_ffi.ops.call.compiled import Variant
 from fi_ffi.ops.call.launch import launch
 from fi_ffi.ops.call.row import Row
 
@@ -50,6 +51,7 @@ class Planner:
         self._bound = binder.bind(row, binder.module, kinds, {})
         for name in ("batch_size", "total_num_rows"):
             self._bound.put(name, 0)
+        self._variant: Variant | None = None  # found when the first batch was read and is right
         # The workspace and the placement that it is bound to.
         self._bound_to: tuple[object, object] = (None, None)
 
@@ -62,7 +64,10 @@ class Planner:
         if self._bound_to != (workspace, placed):
             self._bind_places(workspace, stage, placed, batch)
             self._bound_to = workspace, placed
-        _, frame = bound.compiled.pack(bound)
+        if self._variant is None:
+            self._variant, frame = bound.compiled.pack(bound)
+        else:
+            frame = bound.frame(self._variant)
         try:
             words, sources = frame.addresses, (stage.ptr, batch.size, batch.room_for_rows)
             for word, of, more in self._changing:
