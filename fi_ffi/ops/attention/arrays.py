@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from itertools import accumulate
 from operator import lt, sub
+from typing import Any, TypeVar
 
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.interop import as_desc, check_unmasked
@@ -19,6 +20,8 @@ from fi_ffi.errors import ArgumentError, let_through
 from fi_ffi.ops.attention.sizes import aligned
 from fi_ffi.ops.call.arguments import INT32_MAX, Refusal
 
+_Value = TypeVar("_Value")
+
 INT32 = DTYPES["int32"]
 # Capacities are rounded up to these steps, so that a run's descriptors seldom change.
 _LENGTHS_STEP, _INDEX_STEP, _KERNEL_STEP = 64, 1024, 4096
@@ -26,6 +29,8 @@ _ON_HOST = ("cpu", "cuda_host")
 # By type, whether arrays export buffers, of types whose arrays have no mask.
 _HAVE_BUFFERS: dict[type, bool] = {}
 _MAX_TYPES = 256
+# Up to so many elements a pass of Python takes less than numpy's.
+FEW = 32
 # The arrays of pages, by the rows' names, and what they are here.
 PAGES = {
     "paged_kv_indptr": "kv_indptr",
@@ -45,20 +50,19 @@ def int32_array(
     op: str, argument: str, array: object, length: int | None = None, may_be_longer: bool = False
 ) -> memoryview:
     """View an int32 array on the host in place; check that it has `length` elements."""
-    has_buffer, is_plain = _HAVE_BUFFERS.get(type(array)), False
+    has_buffer = _HAVE_BUFFERS.get(type(array))
     if has_buffer is None:
         has_buffer = _has_buffer(array, op, argument)
-    if has_buffer:
-        try:
-            view = memoryview(array)  # type: ignore[arg-type]
-            is_plain = view.format == "i" and view.ndim == 1 and view.c_contiguous
-        except (TypeError, ValueError, BufferError) as error:
-            let_through(error)
-    if not is_plain:
+    try:
+        view = memoryview(array) if has_buffer else None  # type: ignore[arg-type]
+    except (TypeError, ValueError, BufferError) as error:
+        let_through(error)
+        view = None
+    if view is None or view.format != "i" or view.ndim != 1 or not view.c_contiguous:
         view = _view(as_desc(array, op, argument), op, argument)
-    if may_be_longer and length is not None:
-        view = view[:length]
     if length is not None and len(view) != length:
+        if may_be_longer and len(view) > length:
+            return view[:length]
         more = " or more" if may_be_longer else ""
         raise Refusal(op)(argument, f"{len(view)} elements", f"{length} elements{more}")
     return view
@@ -77,8 +81,12 @@ def _has_buffer(array: object, op: str, argument: str) -> bool:
     return remember(_HAVE_BUFFERS, type(array), has_buffer, _MAX_TYPES)
 
 
-# Plans run where numpy cannot be imported (in a subinterpreter), and never are the first to import
-# it; where it is there, these take a pass or two of it.
+def _numpy(view: memoryview) -> Any:
+    """Return numpy if a pass of it takes less than Python's over so many elements.
+
+    Plans are never the first to import it, and run where it cannot be: in a subinterpreter.
+    """
+    return sys.modules.get("numpy") if len(view) > FEW else None
 
 
 def _bounds(view: memoryview) -> tuple[int, int]:
@@ -86,7 +94,7 @@ def _bounds(view: memoryview) -> tuple[int, int]:
     -1 for an empty array."""
     if not len(view):
         return 0, -1
-    numpy = sys.modules.get("numpy")
+    numpy = _numpy(view)
     if numpy is not None:
         # As unsigned, a negative value is the largest: one pass over the array finds both.
         most = int(numpy.maximum.reduce(numpy.frombuffer(view, numpy.uint32)))
@@ -98,7 +106,7 @@ def _bounds(view: memoryview) -> tuple[int, int]:
 
 def _differences(view: memoryview) -> memoryview:
     """Return what each position, of some that do not decrease, is more than the one before."""
-    numpy = sys.modules.get("numpy")
+    numpy = _numpy(view)
     if numpy is None:
         values = view.tolist()
         return host_ints([*map(sub, values[1:], values)])
@@ -108,7 +116,7 @@ def _differences(view: memoryview) -> memoryview:
 
 def _tokens_of_pages(counts: memoryview, lasts: memoryview, page_size: int) -> memoryview:
     """Return how many tokens so many pages have, of which the last has so many; all are int32."""
-    numpy = sys.modules.get("numpy")
+    numpy = _numpy(counts)
     if numpy is None:
         pairs = zip(counts, lasts, strict=True)
         return host_ints([(n - 1) * page_size + last if n else 0 for n, last in pairs])
@@ -120,19 +128,21 @@ def _tokens_of_pages(counts: memoryview, lasts: memoryview, page_size: int) -> m
 
 
 def _fill(lengths: memoryview, counts: memoryview, page_size: int) -> bool:
-    """Whether so many tokens are known to fill so many pages, of which the last may not be full."""
-    numpy = sys.modules.get("numpy")
-    if numpy is None or _bounds(lengths)[0] < 0:
+    """Whether so many tokens are known to fill so many pages, of which the last may not be full;
+    all pages have int32 tokens at most."""
+    numpy = _numpy(counts)
+    if numpy is None:
         return False
     tokens, pages = (numpy.frombuffer(view, numpy.int32) for view in (lengths, counts))
-    free = numpy.multiply(pages, page_size, dtype=numpy.int64) - tokens
-    # As unsigned, a negative value is the largest.
-    return int(numpy.maximum.reduce(free.view(numpy.uint64))) <= page_size
+    # As unsigned, negative numbers of free places are the largest.
+    wrong = (pages * page_size - tokens).view(numpy.uint32) > page_size
+    wrong |= tokens < 0
+    return not numpy.count_nonzero(wrong)
 
 
 def _are_fewer(some: memoryview, others: memoryview) -> bool:
     """Whether an element is less than the other array's."""
-    numpy = sys.modules.get("numpy")
+    numpy = _numpy(some)
     if numpy is None:
         return any(map(lt, some, others))
     one, other = (numpy.frombuffer(view, numpy.int32) for view in (some, others))
@@ -156,6 +166,16 @@ def _view(desc: TensorDesc, op: str, argument: str) -> memoryview:
         raise refuse(argument, hex(desc.ptr), expected)
     data = ffi.buffer(ffi.cast("char *", desc.ptr), 4 * desc.shape[0])
     return memoryview(data).cast("B").cast("i")
+
+
+class _once(cached_property[_Value]):
+    """A `cached_property` without the lock that Python 3.11 takes to make each value."""
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        if instance is None:
+            return self
+        made = instance.__dict__[self.attrname] = self.func(instance)
+        return made
 
 
 class Indptr:
@@ -184,7 +204,7 @@ class Indptr:
             expected = "positions that do not decrease"
         raise Refusal(op)(argument, got, expected)
 
-    @cached_property
+    @_once
     def lengths(self) -> memoryview:
         """Elements of each request, as int32."""
         return _differences(self.view)
@@ -192,7 +212,8 @@ class Indptr:
     @property
     def counts(self) -> list[int]:
         """Elements of each request."""
-        return self.lengths.tolist()
+        counts: list[int] = self.lengths.tolist()
+        return counts
 
 
 class Batch:
@@ -270,7 +291,8 @@ class Batch:
         """Read the number of tokens of each request."""
         page_size = self._page_size
         lengths = self._read("kv_len", array)
-        if _fill(lengths, self.kv.lengths, page_size):
+        is_int32 = self.kv.total * page_size <= INT32_MAX
+        if is_int32 and _fill(lengths, self.kv.lengths, page_size):
             return
         for i, (length, pages) in enumerate(zip(lengths, self.kv.counts, strict=True)):
             if length < 0 or not (pages - 1) * page_size <= length <= pages * page_size:
@@ -306,27 +328,29 @@ class Batch:
         """Queries of each request."""
         return [1] * self.size if self.qo is None else self.qo.counts
 
-    @cached_property
+    @_once
     def lengths(self) -> memoryview:
         """Keys of each request, as int32."""
         lengths, lasts = self.views.get("kv_len"), self.views.get("last_page_len")
         if lengths is not None:
             return lengths
+        of_kv: memoryview = self.kv.lengths
         if lasts is None:
-            return self.kv.lengths
-        return _tokens_of_pages(self.kv.lengths, lasts, self._page_size)
+            return of_kv
+        return _tokens_of_pages(of_kv, lasts, self._page_size)
 
     @property
     def kv_lens(self) -> list[int]:
         """Keys of each request."""
-        return self.lengths.tolist()
+        keys: list[int] = self.lengths.tolist()
+        return keys
 
     def use_kv_len(self) -> None:
         """Compute the number of keys of each request for the planner, if the caller did not pass
         it."""
         self.views["kv_len"] = self.lengths
 
-    @cached_property
+    @_once
     def mask_indptr(self) -> list[int]:
         """The start of each request's packed mask, in bytes; each takes whole bytes."""
         pairs = zip(self.qo_lens, self.kv_lens, strict=True)
@@ -389,11 +413,11 @@ class Arrays:
 
     def write(self, stage: memoryview, views: Mapping[str, memoryview]) -> None:
         """Write a batch's arrays to their places in host memory, both as int32."""
+        placed = self._placed
         for name, view in views.items():
-            start, room = self._placed[name]
-            count = len(view)
+            start, room = placed[name]
+            count, word = len(view), start >> 2
             assert count <= room, name
-            word = start // 4
             stage[word : word + count] = view
 
     def descs(self, buffer: TensorDesc, counts: Mapping[str, int]) -> dict[str, TensorDesc]:

@@ -48,10 +48,10 @@ class BoundRow:
         # For each bound argument, the words of a frame that it fills, with their values: for a
         # tensor, the address, then sizes and strides.
         self.words: dict[str, list[tuple[int, int]]] = {}
-        # What changes with each schedule: the words of an argument, which of them, and the number
-        # of a source with what is added to it.
-        self.changing: list[tuple[list[tuple[int, int]], int, int, int]] = []
-        # Replaced when `words` change: a frame of an earlier version is written again.
+        # The words that change with each schedule: the number of their source, and what is added.
+        self.changing: Sequence[tuple[int, int, int]] = ()
+        self._changed: Sequence[tuple[int, int]] = ()
+        # Replaced when words change: a frame of an earlier version is written again.
         self.version = object()
         self.rest: tuple[Any, ...] = ()
         # Of the known axes: a getter of the sizes that each batch changes, and the fixed sizes.
@@ -79,23 +79,16 @@ class BoundRow:
         self.version = object()
 
     def follow(self, *sources: int) -> None:
-        """Write what another schedule changes (`changing`) into the frames that no call is using,
-        and keep it for the others."""
-        changed = []
-        for words, number, of, more in self.changing:
-            word, value = words[number][0], sources[of] + more
-            if words[number][1] != value:
-                words[number] = word, value
-                changed.append((word, value))
-        if not changed:
-            return
+        """Write what another schedule changes into the frames that no call is using, and keep it
+        for the others."""
+        changed = self._changed = [(word, sources[of] + more) for word, of, more in self.changing]
         before, self.version = self.version, object()
         for free in self._free.values():
             for frame in free:
                 if frame.version is before:
+                    addresses, frame.version = frame.addresses, self.version
                     for word, value in changed:
-                        frame.addresses[word] = value
-                    frame.version = self.version
+                        addresses[word] = value
 
     def frame(self, variant: Variant) -> Frame:
         """Take a frame for one call, with the bound arguments written into it."""
@@ -105,7 +98,7 @@ class BoundRow:
             frame = variant.new_frame()
         if frame.version is not self.version:
             addresses = frame.addresses
-            for words in self.words.values():
+            for words in (*self.words.values(), self._changed):
                 for word, value in words:
                     addresses[word] = value
             frame.version = self.version
@@ -204,7 +197,7 @@ class BoundRuns:
         own += [(name, 1, 1, longer[of]) for name, of in names.arrays.items() if of in longer]
         words = bound.words
         bound.changing = [
-            (words[name], i, of, more) for name, i, of, more in own if words.get(name)
+            (words[name][number][0], of, more) for name, number, of, more in own if words.get(name)
         ]
 
     def _update(self, rows: Iterable[BoundRow], batch: Batch, info: Array) -> None:

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from fi_ffi.abi.interop import TensorLike, as_desc
+from fi_ffi.errors import ArgumentError
 from fi_ffi.loader.distributions import is_in
 from fi_ffi.ops.attention import sizes
 from fi_ffi.ops.attention.arrays import PAGES, Batch
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 
 # Kinds of run: indices into a family's rows after the planner's.
 _RAGGED, _PAGED = 0, 1
-# The arrays of keys.
-_ARRAYS = ("kv_indptr", *PAGES)
 _RAGGED_NAMES = {"qo_indptr": "qo_indptr", "kv_indptr": "kv_indptr"}
 _PAGED_NAMES = {"qo_indptr": "qo_indptr"} | {array: name for name, array in PAGES.items()}
 # Arguments of runs that the plan's options require: of an option, and what it takes.
@@ -158,17 +157,14 @@ class BatchPrefillPlan(Plan):
         return _RAGGED_NAMES if self.options.page_size is None else _PAGED_NAMES
 
     def _read(self, arrays: Sequence[object]) -> Batch:
-        chosen, (qo_indptr, kv_indptr, *paged) = self.options, arrays
+        chosen, (qo_indptr, kv_indptr, indptr, indices, lasts) = self.options, arrays
         is_ragged = chosen.page_size is None
-        for name, array in zip(_ARRAYS, arrays[1:], strict=True):
-            is_read = (name == "kv_indptr") == is_ragged
-            if array is not None and not is_read:
-                word = "without" if is_ragged else "with"
-                raise self._refuse(name, "an array", f"None {word} page_size")
-            if array is None and is_read and name != "paged_kv_indices":
-                how = "; a paged cache comes" if is_ragged else ""
-                raise self._refuse(name, None, f"an array{how} with page_size")
-        batch = super()._read((qo_indptr, kv_indptr) if is_ragged else (qo_indptr, *paged))
+        if is_ragged and kv_indptr is not None and indptr is indices is lasts is None:
+            batch = super()._read((qo_indptr, kv_indptr))
+        elif not is_ragged and kv_indptr is None and indptr is not None is not lasts:
+            batch = super()._read((qo_indptr, indptr, indices, lasts))
+        else:
+            raise self._misplaced(arrays)
         if self._why_keys:
             batch.check_keys(self._why_keys)
         if chosen.use_custom_mask:
@@ -178,6 +174,19 @@ class BatchPrefillPlan(Plan):
             expected = f"{chosen.uniform_q_len} of each, as uniform_q_len says"
             raise self._refuse("qo_indptr", got, expected)
         return batch
+
+    def _misplaced(self, arrays: Sequence[object]) -> ArgumentError:
+        """Make the error for the first array that is missing, or has no place in this plan."""
+        is_ragged = self.options.page_size is None
+        for name, array in zip(("kv_indptr", *PAGES), arrays[1:], strict=True):
+            is_read = (name == "kv_indptr") == is_ragged
+            if array is not None and not is_read:
+                word = "without" if is_ragged else "with"
+                return self._refuse(name, "an array", f"None {word} page_size")
+            if array is None and is_read and name != "paged_kv_indices":
+                break
+        how = "; a paged cache comes" if is_ragged else ""
+        return self._refuse(name, None, f"an array{how} with page_size")
 
     @cached_property
     def _why_keys(self) -> str:
