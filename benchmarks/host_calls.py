@@ -1,6 +1,7 @@
 """What the host does for a call, measured with a kernel that does nothing: no GPU is needed.
 
-    python3 benchmarks/host_calls.py [--json] [--fail-above 8] [--fail-above-repeated 1.5]
+    python3 benchmarks/host_calls.py [--json] [--torch] [--fail-above 8]
+        [--fail-above-repeated 1.5]
 
 Calls take turns, --calls of each in every round.  Figures are nanoseconds of the processor a call,
 medians over --rounds.  Ratios are medians of each round's: to a call of cffi alone; where
@@ -22,7 +23,7 @@ from typing import Any
 
 from marks.noop_kernel import kernels_replaced, noop
 from marks.turns import Timing, measure
-from marks.ways import EMPTY, PEER, PREPARED, find_peer, own_calls, peer_calls
+from marks.ways import EMPTY, PEER, PREPARED, find_peer, own_calls, peer_calls, torch_calls
 
 from fi_ffi import __version__
 from fi_ffi.cli import output
@@ -41,7 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--rounds and --calls are at least 1")
     peer = find_peer()
     runtime.ensure_tvm_ffi()
-    every = own_calls() + (peer_calls(peer.module) if peer.module else [])
+    every = own_calls() + (torch_calls() if asked.torch else [])
+    every += peer_calls(peer.module) if peer.module else []
     wrong = {call.name: problem for call in every if (problem := call.problem()) is not None}
     with kernels_replaced(noop):
         right = [call for call in every if call.name not in wrong]
@@ -74,6 +76,9 @@ def _parser() -> argparse.ArgumentParser:
         "--fail-above-repeated", type=float, metavar="FACTOR",
         help="fail if calls of other lengths take more than FACTOR times those that repeat one",
     )  # fmt: skip
+    parser.add_argument(
+        "--torch", action="store_true", help="measure calls with torch tensors, and their floor"
+    )
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     return parser
 

@@ -26,6 +26,7 @@ from marks.timing import Figure, Side, with_drawn, with_turns
 MOST, HIDDEN, EPS = 4096, 1024, 1e-6
 SOME = 8  # lengths that repeat themselves
 _CHECKED = (1, 2, 7, 333, 2048, MOST)
+_FLOOR = "data_ptr(), shape, stride(), dtype, get_device()"
 
 # Of the row about memory: lengths from 1 on, and multiples of _STEP elements a row.
 SHAPES, _STEP, _CHUNK = 1000, 8, 200
@@ -86,6 +87,15 @@ def rmsnorm(bench: Bench, key: str, with_torch: bool) -> Iterator[Line]:
             for n in lengths:
                 norm(tensor_out[:n], tensor_x[:n], tensor_weight, EPS, False)
 
+    def slices(lengths: list[int]) -> None:
+        for n in lengths:
+            tensor_out[:n], tensor_x[:n]
+
+    def reads(lengths: list[int]) -> None:
+        for n in lengths:
+            for t in (tensor_out[:n], tensor_x[:n], tensor_weight):
+                t.data_ptr(), t.shape, t.stride(), t.dtype, t.get_device()
+
     def peer(lengths: list[int]) -> None:
         for n in lengths:
             theirs(tensor_x[:n], tensor_weight, EPS, tensor_out[:n], False)
@@ -107,6 +117,11 @@ def rmsnorm(bench: Bench, key: str, with_torch: bool) -> Iterator[Line]:
     mine, theirs_, again = found
     yield Line(key, mine, theirs_)
     yield Line(f"{key} again", mine, again)
+    if with_torch:  # the floor of what torch tensors cost beyond descriptors
+        floors = {"two torch slices": slices, f"{_FLOOR} of three tensors, two sliced": reads}
+        sides = [Side(of, with_drawn(loop, draw()), lambda: None) for of, loop in floors.items()]
+        for of, figure in bench.measure(sides).items():
+            yield Line("", figure, mine, of)
 
 
 def draw() -> Callable[[int], list[int]]:

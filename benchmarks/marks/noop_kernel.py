@@ -13,7 +13,7 @@ from typing import Any
 from fi_ffi import TensorDesc, reference
 from fi_ffi.abi import library
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.abi.function import Entry, register
+from fi_ffi.abi.function import Entry, global_function, register
 from fi_ffi.abi.signature import Signature
 from fi_ffi.errors import LoaderError
 from fi_ffi.loader import generation, machine, runtime, search
@@ -22,10 +22,14 @@ from fi_ffi.loader.fetch.wheels_lock import the_lock
 # Returns 0 and looks at nothing, as attributes of a mutex have nothing to be freed: in a
 # kernel's place it ignores the handle, the arguments and the result that it is given.
 _SYMBOL = "pthread_mutexattr_destroy"
+# Returns an array of whatever it is given, as a planner returns one.
+_PLANNER = "ffi.Array"
 
 
-def noop(_: Signature | None = None) -> Entry:
-    """The entry that does nothing."""
+def noop(signature: Signature | None = None) -> Entry:
+    """The entry that does nothing; of a planner, one in C that returns an array."""
+    if signature is not None and signature.result != "void":
+        return global_function(_PLANNER)
     address = library.find_symbol(ffi.NULL, _SYMBOL)
     if address is None:
         raise LoaderError(f"this process has no {_SYMBOL}, which stands for a kernel here")
@@ -51,7 +55,9 @@ class Notes:
     def __init__(self) -> None:
         self.calls: list[tuple[list[Any], int]] = []
 
-    def entry(self, signature: Signature) -> Entry:
+    def entry(self, signature: Signature) -> Entry | None:
+        if signature.result != "void":
+            return None
         return register(self.NAME, signature, self._note)
 
     def _note(self, *arguments: Any) -> None:
@@ -61,18 +67,17 @@ class Notes:
 
 
 @contextmanager
-def kernels_replaced(entry_for: Callable[[Signature], Entry]) -> Iterator[None]:
+def kernels_replaced(entry_for: Callable[[Signature], Entry | None]) -> Iterator[None]:
     """Let the calls inside the block end in `entry_for(signature)`, on a GPU that need not be
-    there and on the CPU.  Entries with a result, which are planners, stay what they are.
+    there and on the CPU, where an entry stays what it is if that is None.
 
     What `fi_ffi.rmsnorm` and plans have learnt is dropped before the block and after it.
     """
     numpy_entry = reference.entry
 
     def on_cpu(module: str, signature: Signature, *args: Any, **kwargs: Any) -> Entry:
-        if signature.result == "void":
-            return entry_for(signature)
-        return numpy_entry(module, signature, *args, **kwargs)
+        entry = entry_for(signature)
+        return numpy_entry(module, signature, *args, **kwargs) if entry is None else entry
 
     replacements: list[tuple[Any, str, Callable[..., Any]]] = [
         (runtime, "kernel_entry", lambda module, signature, *_: entry_for(signature)),

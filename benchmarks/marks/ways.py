@@ -18,6 +18,7 @@ from fi_ffi.cli.cases import bound
 from fi_ffi.loader import tvm_ffi as libtvm_ffi
 from fi_ffi.reference.arrays import Array
 from fi_ffi.reference.attention.formula import Options, exact_batch, from_pages
+from marks import replans
 from marks.noop_kernel import Notes, kernels_replaced, noop_address, noop_call
 from marks.turns import STREAM, Call
 
@@ -56,6 +57,7 @@ def own_calls() -> list[Call]:
         Call("TensorDesc.at", _AT, _whole, lambda: _wrong_part(_AT, 8192, 4)),
         _decode(PLAN_TYPED, "plan.run(q, k, v, o)"),
         _decode("plan.run, prepared (CPU: no stream)", "call()"),
+        *replans.calls(),
     ]
 
 
@@ -277,6 +279,37 @@ def find_peer() -> Peer:
     except ImportError as error:
         return Peer(None, f"tvm_ffi does not import: {error}")
     return Peer(module, f"apache-tvm-ffi {importlib.metadata.version('apache-tvm-ffi')}")
+
+
+_READ = "t.data_ptr(), t.shape, t.stride(), t.dtype, t.get_device()"
+_READS = "; ".join(_READ.replace("t.", f"{of}.") for of in "oxw")
+
+
+def torch_calls() -> list[Call]:
+    """A typed call with torch tensors on the CPU, and the floor of it: what has to be asked of
+    each tensor in every call, and the slices that stand for other lengths."""
+    torch: Any = importlib.import_module("torch")
+
+    def make() -> dict[str, Any]:
+        arrays = [*map(torch.from_numpy, _arrays(_LENGTH))]
+        return {"op": fi_ffi.OPS["rmsnorm"], **dict(zip("oxw", arrays, strict=True))}
+
+    def call(name: str, statement: str, is_floor: bool = True) -> Call:
+        def problem() -> str | None:
+            known = make()
+            known["x"].normal_()
+            known["o"].fill_(np.nan)
+            exec(statement, known)
+            o, x, w = (known[of].numpy() for of in "oxw")
+            return None if is_floor else _wrong_rows(o, x, w, _LENGTH)
+
+        return Call(name, statement, make, problem)
+
+    return [
+        call("typed call, 3 torch tensors (CPU)", f"op(o, x, w, {_EPS})", is_floor=False),
+        call("of it, 5 attributes of each tensor", _READS),
+        call("2 slices of torch tensors", "o[:3]; x[:3]"),
+    ]
 
 
 def peer_calls(tvm_ffi: Any) -> list[Call]:

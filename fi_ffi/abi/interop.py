@@ -19,6 +19,7 @@ from fi_ffi.abi.tensor import (
     DTYPES,
     Device,
     DType,
+    Made,
     TensorDesc,
     TensorKind,
     c_strides,
@@ -57,6 +58,7 @@ TensorLike: TypeAlias = (
     TensorDesc | SupportsDLPack | SupportsCudaArrayInterface | SupportsArrayInterface
 )
 
+_new = object.__new__
 _NO_SYNC = -1  # DLPack: the consumer orders the work itself
 _PLAIN = "a dense tensor with memory of its own on a CPU or CUDA device"
 _TENSOR = "a TensorDesc, or an object with __dlpack__ or a (CUDA) array interface"
@@ -177,7 +179,8 @@ def check_unmasked(value: object, op: str, argument: str) -> None:
 
 def _torch_adapter(kind: type, torch: Any) -> Adapter:
     """Read a tensor by attributes, without exporting it; refuse those that no kernel can read."""
-    kinds: dict[tuple[Any, Any, int], TensorKind] = {}
+    # By dtype, device and rank, with whether the tensor may be a view of the negative elements.
+    kinds: dict[tuple[Any, Any, int], tuple[TensorKind, bool]] = {}
     strided = torch.strided
     # an index then belongs to a CUDA GPU; other builds have several kinds of device
     has_cuda_only = torch.version.cuda is not None
@@ -185,15 +188,22 @@ def _torch_adapter(kind: type, torch: Any) -> Adapter:
 
     def read(tensor: Any, op: str, argument: str) -> TensorDesc:
         try:
-            shape = tensor.shape
-            index = tensor.get_device() if has_cuda_only else -1
+            # A tensor that is not dense raises when asked for its strides. Those and the shape are
+            # read in every call: a tensor of inference_mode() has no version that tells of a
+            # change, and an identity may be another tensor's by now.
+            strides = tensor.stride()
             # Without an index the device may be of several kinds.
-            where = tensor.device if index < 0 else index
-            found = kinds.get((tensor.dtype, where, len(shape)))
-            # A tensor that is not dense raises when asked for its strides.
-            if found is None or tensor.is_neg():
+            where = tensor.get_device() if has_cuda_only else -1
+            if where < 0:
+                where = tensor.device
+            found = kinds.get((tensor.dtype, where, len(strides)))
+            if found is None or (found[1] and tensor.is_neg()):
                 found = described(tensor, op, argument)
-            return frozen(tensor.data_ptr(), shape, tensor.stride(), found, tensor)
+            made: Any = _new(Made)
+            made.ptr, made.shape, made.strides = tensor.data_ptr(), tensor.shape, strides
+            made.kind, made.owner = found[0], tensor
+            made.__class__ = TensorDesc
+            return made  # type: ignore[no-any-return]
         except RuntimeError as error:
             let_through(error)
             failed = error
@@ -202,8 +212,9 @@ def _torch_adapter(kind: type, torch: Any) -> Adapter:
         described(tensor, op, argument)
         raise failed
 
-    def described(tensor: Any, op: str, argument: str) -> TensorKind:
-        """Return the kind of a tensor seen for the first time; raise if no kernel can read it."""
+    def described(tensor: Any, op: str, argument: str) -> tuple[TensorKind, bool]:
+        """Return what is kept of a tensor seen for the first time; raise if no kernel can read
+        it."""
         what = f"a {kind.__module__}.{kind.__qualname__}, which stands for a tensor"
         if is_plain_type:
             what = _unreadable(tensor, strided)
@@ -219,10 +230,14 @@ def _torch_adapter(kind: type, torch: Any) -> Adapter:
             raise ArgumentError(op, argument, got=where, expected="a CPU or CUDA tensor")
         device = parse_device(f"{where.type}:{where.index or 0}" if where.type == "cuda" else "cpu")
         named = tensor.get_device() if where.type == "cuda" and has_cuda_only else where
-        made = tensor_kind(dtype, device, tensor.dim())
+        made = tensor_kind(dtype, device, tensor.dim()), dtype.name in _MAY_BE_NEGATIVE
         return remember(kinds, (tensor.dtype, named, tensor.dim()), made, _MAX_TYPES)
 
     return read
+
+
+# The dtypes of complex tensors' parts: torch's conj().imag is a view with the sign turned.
+_MAY_BE_NEGATIVE = ("float16", "float32", "float64")
 
 
 def _unreadable(tensor: Any, strided: object) -> str:

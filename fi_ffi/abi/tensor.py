@@ -135,7 +135,7 @@ class Device:
     def type_code(self) -> int:
         return DEVICE_TYPES[self.type]
 
-    @property
+    @functools.cached_property
     def is_cuda(self) -> bool:
         return self.type == "cuda"
 
@@ -216,7 +216,7 @@ class _Fields:
     owner: object
 
 
-class _Made(_Fields):
+class Made(_Fields):
     """A `TensorDesc` whose fields can still be set."""
 
     __slots__ = ()
@@ -288,7 +288,7 @@ class TensorDesc(_Fields):
             # Checked for an empty tensor too: its strides are written as int64.
             step = steps[0]
             if step and (n0 or 1) * step * kind.itemsize <= _INT64_MAX >= ptr >= 0:
-                made: Any = _new(_Made)
+                made: Any = _new(Made)
                 made.ptr, made.shape, made.strides = ptr, shape, steps
                 made.kind, made.owner = kind, None
                 made.__class__ = TensorDesc
@@ -382,7 +382,7 @@ def frozen(
     The fields are set on a mutable object whose class is changed afterwards; setting the slots of
     an immutable object takes twice as long.
     """
-    made: Any = _new(_Made)
+    made: Any = _new(Made)
     made.ptr, made.shape, made.strides, made.kind, made.owner = ptr, shape, strides, kind, owner
     made.__class__ = TensorDesc
     return made  # type: ignore[no-any-return]

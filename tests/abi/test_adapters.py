@@ -109,6 +109,24 @@ def test_torch_tensors_that_are_no_gpu_s(installed: Callable[[str], Make]) -> No
             as_desc(make(at_gpu(0), (3,), "float16", 0, kind="xpu"))
 
 
+@pytest.mark.parametrize("library", ["torch", "torch, another build"])
+def test_a_torch_tensor_that_changes(
+    library: str, installed: Callable[[str], Make], rng: np.random.Generator
+) -> None:
+    """Address, shape, strides, dtype and device are read in every call: the object is the same."""
+    make = installed(library)
+    tensor = make(at_gpu(0), (2, 3), "float16", 0)
+    for _ in range(40):
+        ptr, rank = at_gpu(0, 64 * int(rng.integers(1, 99))), int(rng.integers(0, 5))
+        shape, steps = (tuple(rng.integers(1, 9, rank).tolist()) for _ in range(2))
+        name, device = str(rng.choice(NAMES)), int(rng.choice(GPUS))
+        vars(tensor).update(vars(make(ptr, shape, name, device, steps)))
+        desc = as_desc(tensor)
+        got = desc.ptr, desc.shape, desc.strides, desc.dtype.name, str(desc.device)
+        assert got == (ptr, shape, steps, name, f"cuda:{device}")
+        assert desc.owner is tensor
+
+
 def test_whose_an_address_is(
     installed: Callable[[str], Make], monkeypatch: pytest.MonkeyPatch
 ) -> None:

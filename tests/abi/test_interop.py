@@ -392,6 +392,27 @@ def test_torch_views(torch: Any) -> None:
             same_as_torch(as_desc(tensor), tensor)
 
 
+def test_torch_tensors_that_change(torch: Any, rng: np.random.Generator) -> None:
+    """The same object, and another with the same identity; also where tensors have no version."""
+    identities = set[int]()
+    with torch.inference_mode():
+        tensor = torch.zeros(4096)
+        for _ in range(40):
+            rank = int(rng.integers(0, 4))
+            shape, steps = (tuple(rng.integers(1, 6, rank).tolist()) for _ in range(2))
+            tensor.as_strided_(shape, steps, int(rng.integers(0, 64)))
+            same_as_torch(as_desc(tensor), tensor)
+            tensor.set_(torch.zeros(4096)) if rank % 2 else tensor.resize_(4096)
+            same_as_torch(as_desc(tensor), tensor)
+            with pytest.raises(RuntimeError, match="version"):
+                tensor._version  # noqa: B018
+            other = torch.zeros(shape, dtype=torch.bfloat16)
+            identities.add(id(other))
+            same_as_torch(as_desc(other), other)
+            del other
+    assert len(identities) < 40, "no identity was used again"
+
+
 @pytest.mark.filterwarnings("ignore:ComplexHalf")
 def test_torch_dtypes(torch: Any) -> None:
     for name in DTYPES:

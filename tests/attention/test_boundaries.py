@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 
 import fi_ffi
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.ops.attention import sizes
-from fi_ffi.ops.attention.arrays import Arrays, Batch
+from fi_ffi.ops.attention.arrays import FEW, Arrays, Batch
 from fi_ffi.ops.plans.rows import query_blocks
 from fi_ffi.ops.steps.memory import counting
 
@@ -103,6 +105,56 @@ def test_no_fewer_keys_than_queries(queries, keys, is_right):
         error = caught
     assert (error is None) is is_right
     assert is_right or f"{queries} queries and {keys} keys in request 1" in str(error)
+
+
+def _drawn(rng: np.random.Generator, requests: int, page_size: int) -> dict[str, list[int]]:
+    """What a right batch of so many requests has, one of them without pages."""
+    pages = rng.integers(1, 7, requests)
+    pages[rng.integers(requests)] = 0
+    last = np.where(pages, rng.integers(1, page_size + 1, requests), 0)
+    lens = np.where(pages, (pages - 1) * page_size + last, 0)
+    queries = rng.integers(0, np.where(lens, lens, 3) + 1)
+    given = {"pages": pages, "last": last, "lens": lens, "queries": queries}
+    return {name: values.tolist() for name, values in given.items()}
+
+
+def _starts(counts: list[int]) -> np.ndarray:
+    return np.array([sum(counts[:i]) for i in range(len(counts) + 1)], np.int32)
+
+
+@pytest.mark.parametrize("with_numpy", [True, False])
+@pytest.mark.parametrize("requests", [1, 2, FEW - 1, FEW, FEW + 1, 3 * FEW])
+def test_batches_of_few_requests_and_of_many(requests, with_numpy, rng, monkeypatch):
+    """Up to a number of elements Python looks through arrays, from then on numpy if it is there;
+    a wrong element of any request is found."""
+    page_size = int(rng.integers(1, 17))
+    right = _drawn(rng, requests, page_size)
+    if not with_numpy:
+        monkeypatch.delitem(sys.modules, "numpy")
+    batch = Batch("plan", PAGED, (_starts(right["queries"]), _starts(right["pages"]), None,
+                                  ints(*right["last"])), page_size)  # fmt: skip
+    assert (batch.qo_lens, batch.kv_lens) == (right["queries"], right["lens"])
+    assert batch.kv.counts == right["pages"]
+    batch.use_kv_len()
+    assert [int(n) for n in batch.views["kv_len"]] == right["lens"]
+    batch.check_keys("here")
+    lengths = _starts(right["pages"]), ints(*right["lens"])
+    assert Batch("plan", OF_LENGTHS, lengths, page_size).kv_lens == right["lens"]
+    for at in {right["pages"].index(0), int(rng.integers(requests))}:
+        pages = right["pages"][at]
+        for wrong in (pages * page_size + 1, (pages - 1) * page_size - 1, -1, -(2**31), MOST):
+            lens = [wrong if i == at else n for i, n in enumerate(right["lens"])]
+            with pytest.raises(fi_ffi.ArgumentError, match=f"{wrong} for request {at} with"):
+                Batch("plan", OF_LENGTHS, (lengths[0], ints(*lens)), page_size)
+    if requests == 1:
+        return
+    at = int(rng.choice(np.flatnonzero(right["pages"])))
+    queries = [right["lens"][at] + 1 if i == at else n for i, n in enumerate(right["queries"])]
+    arrays = _starts(queries), _starts(right["pages"]), None, ints(*right["last"])
+    with pytest.raises(
+        fi_ffi.ArgumentError, match=f"{queries[at]} queries and .* in request {at},"
+    ):
+        Batch("plan", PAGED, arrays, page_size).check_keys("here")
 
 
 def a_batch(requests: int, pages: int) -> Batch:

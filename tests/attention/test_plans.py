@@ -15,7 +15,9 @@ from fi_ffi.comm.memory import copy
 from fi_ffi.loader.distributions import is_in
 from fi_ffi.ops.attention.arrays import Arrays
 from fi_ffi.ops.attention.rows import UNIFORM
+from fi_ffi.ops.call import cuda
 from fi_ffi.ops.call.releases import release_in_force
+from fi_ffi.ops.call.staging import MAX_STAGES
 from fi_ffi.reference.attention.formula import Options, exact, from_pages
 
 from tests.attention import judge
@@ -108,6 +110,23 @@ def test_many_replans(spec, machine, rng):
     machine.synchronize()
     for batch, out in zip(batches, kept, strict=True):
         case.check(batch, out)
+
+
+@SERVICES
+@WITH_STREAMS
+def test_replans_while_copies_are_not_done(spec, machine, rng, monkeypatch):
+    """Each plans in another piece of page-locked memory, until they are used again in turn."""
+    service = Service(spec, machine, rng)
+    case, waits = service.case, list[cuda.Event]()
+    monkeypatch.setattr(cuda.Event, "is_done", lambda _: False)
+    monkeypatch.setattr(cuda.Event, "wait", lambda event: waits.append(event))
+    plan, pieces = case.plan(service.batch()), set[int]()
+    for _ in range(2 * MAX_STAGES):
+        batch = service.batch()
+        case.replan(plan, batch)
+        case.check(batch, case.run(plan, batch, case.outputs(batch.rows)))
+        pieces.add(plan.workspace._stages.last.desc.ptr)
+    assert len(pieces) >= MAX_STAGES and waits
 
 
 @SERVICES

@@ -16,7 +16,16 @@ from fi_ffi.loader import runtime
 from fi_ffi.loader import tvm_ffi as libtvm_ffi
 from fi_ffi.loader.tvm_ffi import Found
 
-from tests.helpers.benchmarks import Call, Timing, host_calls, kernels_replaced, measure, noop, ways
+from tests.helpers.benchmarks import (
+    Call,
+    Timing,
+    host_calls,
+    kernels_replaced,
+    measure,
+    noop,
+    replans,
+    ways,
+)
 
 NAMES = [
     ways.EMPTY, ways.PREPARED, "prepared call, 3 new pointers, in a scope",
@@ -24,7 +33,7 @@ NAMES = [
     "typed call, 2 TensorDescs made, other lengths", ways.NUMPY_REPEATED,
     "typed call, numpy arrays (CPU), other lengths", "one TensorDesc made", "TensorDesc.rows",
     "TensorDesc.at", ways.PLAN_TYPED,
-    "plan.run, prepared (CPU: no stream)",
+    "plan.run, prepared (CPU: no stream)", *replans.REPLANS.values(), replans.FIRST_RUN,
 ]  # fmt: skip
 OTHERS = {ways.REPEATED: NAMES[7], ways.NUMPY_REPEATED: NAMES[9]}
 PROGRAM = host_calls.__file__

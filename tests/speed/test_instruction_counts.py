@@ -24,9 +24,11 @@ import numpy as np
 import pytest
 
 import fi_ffi
+from fi_ffi.abi.interop import as_desc
 from fi_ffi.loader import runtime
 
-from tests.helpers.benchmarks import Call, kernels_replaced, noop, ways
+from tests.helpers import gpu_arrays
+from tests.helpers.benchmarks import Call, kernels_replaced, noop, replans, ways
 
 
 class Budget(NamedTuple):
@@ -53,6 +55,12 @@ BUDGETS = {
     "TensorDesc.at": Budget(62, 1),
     ways.PLAN_TYPED: Budget(713, 6),
     "plan.run, prepared (CPU: no stream)": Budget(121, 3),
+    replans.REPLANS["decode"]: Budget(1772, 39),
+    replans.REPLANS["ragged"]: Budget(2046, 34),
+    replans.REPLANS["paged"]: Budget(2779, 64),
+    replans.REPLANS["MLA"]: Budget(2438, 71),
+    # Beyond the replan this has the one comparison of every size that another batch changes.
+    replans.FIRST_RUN: Budget(3052, 49),
 }
 TOOL = 4  # of `sys.monitoring`: none that has a use of its own
 TOP = 12  # lines that a failure shows
@@ -194,6 +202,39 @@ def test_a_call_is_within_its_budget(calls: dict[str, Call], name: str) -> None:
     assert is_within(budget, lines, functions), text
     is_near = sum(lines.values()) >= budget.instructions / 2
     assert is_near, f"this budget holds nothing any more; lower it: {text}"
+
+
+# The most instructions that `as_desc` takes to read a torch tensor, beyond the tensor's own code.
+TORCH = {"float16": 105, "int32": 100}
+# Of a tensor whose kind was seen before; of the dtypes of a complex tensor's parts also is_neg.
+ATTRIBUTES = ["stride", "get_device", "dtype", "data_ptr", "shape"]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int32"])
+def test_a_torch_tensor_is_read_within_its_budget(
+    monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    library = gpu_arrays.torch()
+    monkeypatch.setitem(sys.modules, "torch", library)
+    tensor, read = library.Tensor(4096, (3, 5), dtype, 0), list[str]()
+    call = Call("", "as_desc(tensor)", lambda: {"as_desc": as_desc, "tensor": tensor}, str)
+    found = instructions(call)
+    assert found == instructions(call)
+    total = sum(n for line, n in found.items() if "/fi_ffi/abi/" in line.file)
+    assert TORCH[dtype] / 2 <= total <= TORCH[dtype], found.most_common(TOP)
+
+    def note(self: Any, name: str) -> Any:
+        if (
+            not name.startswith("_")
+            and sys._getframe(1).f_globals["__name__"] == "fi_ffi.abi.interop"
+        ):
+            read.append(name)
+        return object.__getattribute__(self, name)
+
+    monkeypatch.setattr(library.Tensor, "__getattribute__", note, raising=False)
+    desc = as_desc(tensor)
+    assert (desc.ptr, desc.shape, desc.strides, desc.dtype.name) == (4096, (3, 5), (5, 1), dtype)
+    assert sorted(read) == sorted([*ATTRIBUTES, *["is_neg"] * (dtype == "float16")])
 
 
 def test_every_call_has_a_budget(calls: dict[str, Call]) -> None:

@@ -10,19 +10,27 @@ from array import array
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from itertools import accumulate
-from operator import ge, sub
+from operator import lt, sub
+from typing import Any, TypeVar
 
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.interop import as_desc, check_unmasked
-from fi_ffi.abi.tensor import DTYPES, TensorDesc
+from fi_ffi.abi.tensor import DTYPES, TensorDesc, remember
 from fi_ffi.errors import ArgumentError, let_through
 from fi_ffi.ops.attention.sizes import aligned
 from fi_ffi.ops.call.arguments import INT32_MAX, Refusal
+
+_Value = TypeVar("_Value")
 
 INT32 = DTYPES["int32"]
 # Capacities are rounded up to these steps, so that a run's descriptors seldom change.
 _LENGTHS_STEP, _INDEX_STEP, _KERNEL_STEP = 64, 1024, 4096
 _ON_HOST = ("cpu", "cuda_host")
+# By type, whether arrays export buffers, of types whose arrays have no mask.
+_HAVE_BUFFERS: dict[type, bool] = {}
+_MAX_TYPES = 256
+# Up to so many elements a pass of Python takes less than numpy's.
+FEW = 32
 # The arrays of pages, by the rows' names, and what they are here.
 PAGES = {
     "paged_kv_indptr": "kv_indptr",
@@ -42,28 +50,51 @@ def int32_array(
     op: str, argument: str, array: object, length: int | None = None, may_be_longer: bool = False
 ) -> memoryview:
     """View an int32 array on the host in place; check that it has `length` elements."""
-    check_unmasked(array, op, argument)
+    has_buffer = _HAVE_BUFFERS.get(type(array))
+    if has_buffer is None:
+        has_buffer = _has_buffer(array, op, argument)
     try:
-        view = memoryview(array)  # type: ignore[arg-type]
-        is_plain = view.format == "i" and view.ndim == 1 and view.c_contiguous
+        view = memoryview(array) if has_buffer else None  # type: ignore[arg-type]
     except (TypeError, ValueError, BufferError) as error:
         let_through(error)
-        is_plain = False
-    if not is_plain:
+        view = None
+    if view is None or view.format != "i" or view.ndim != 1 or not view.c_contiguous:
         view = _view(as_desc(array, op, argument), op, argument)
-    if may_be_longer and length is not None:
-        view = view[:length]
     if length is not None and len(view) != length:
+        if may_be_longer and len(view) > length:
+            return view[:length]
         more = " or more" if may_be_longer else ""
         raise Refusal(op)(argument, f"{len(view)} elements", f"{length} elements{more}")
     return view
 
 
+def _has_buffer(array: object, op: str, argument: str) -> bool:
+    """Return whether arrays of this type, which is new, export buffers; refuse one with a mask."""
+    check_unmasked(array, op, argument)
+    has_buffer = True
+    try:
+        memoryview(array)  # type: ignore[arg-type]
+    except TypeError:
+        has_buffer = False
+    except (ValueError, BufferError) as error:  # this array's elements cannot be exported
+        let_through(error)
+    return remember(_HAVE_BUFFERS, type(array), has_buffer, _MAX_TYPES)
+
+
+def _numpy(view: memoryview) -> Any:
+    """Return numpy if a pass of it takes less than Python's over so many elements.
+
+    Plans are never the first to import it, and run where it cannot be: in a subinterpreter.
+    """
+    return sys.modules.get("numpy") if len(view) > FEW else None
+
+
 def _bounds(view: memoryview) -> tuple[int, int]:
-    """Return the smallest and the largest value; 0 and -1 for an empty array."""
+    """Return the smallest and the largest value, or 0 for the former where none is negative; 0 and
+    -1 for an empty array."""
     if not len(view):
         return 0, -1
-    numpy = sys.modules.get("numpy")
+    numpy = _numpy(view)
     if numpy is not None:
         # As unsigned, a negative value is the largest: one pass over the array finds both.
         most = int(numpy.maximum.reduce(numpy.frombuffer(view, numpy.uint32)))
@@ -71,6 +102,51 @@ def _bounds(view: memoryview) -> tuple[int, int]:
             return 0, most
     values = view.tolist()
     return min(values), max(values)
+
+
+def _differences(view: memoryview) -> memoryview:
+    """Return what each position, of some that do not decrease, is more than the one before."""
+    numpy = _numpy(view)
+    if numpy is None:
+        values = view.tolist()
+        return host_ints([*map(sub, values[1:], values)])
+    positions = numpy.frombuffer(view, numpy.int32)
+    return (positions[1:] - positions[:-1]).data  # type: ignore[no-any-return]
+
+
+def _tokens_of_pages(counts: memoryview, lasts: memoryview, page_size: int) -> memoryview:
+    """Return how many tokens so many pages have, of which the last has so many; all are int32."""
+    numpy = _numpy(counts)
+    if numpy is None:
+        pairs = zip(counts, lasts, strict=True)
+        return host_ints([(n - 1) * page_size + last if n else 0 for n, last in pairs])
+    pages, last = (numpy.frombuffer(view, numpy.int32) for view in (counts, lasts))
+    tokens = pages * page_size
+    tokens += last - page_size
+    # Without pages the last has `page_size` tokens at most, and none count.
+    return numpy.maximum(tokens, 0, out=tokens).data  # type: ignore[no-any-return]
+
+
+def _fill(lengths: memoryview, counts: memoryview, page_size: int) -> bool:
+    """Whether so many tokens are known to fill so many pages, of which the last may not be full;
+    all pages have int32 tokens at most."""
+    numpy = _numpy(counts)
+    if numpy is None:
+        return False
+    tokens, pages = (numpy.frombuffer(view, numpy.int32) for view in (lengths, counts))
+    # As unsigned, negative numbers of free places are the largest.
+    wrong = (pages * page_size - tokens).view(numpy.uint32) > page_size
+    wrong |= tokens < 0
+    return not numpy.count_nonzero(wrong)
+
+
+def _are_fewer(some: memoryview, others: memoryview) -> bool:
+    """Whether an element is less than the other array's."""
+    numpy = _numpy(some)
+    if numpy is None:
+        return any(map(lt, some, others))
+    one, other = (numpy.frombuffer(view, numpy.int32) for view in (some, others))
+    return bool(numpy.count_nonzero(one < other))
 
 
 def _view(desc: TensorDesc, op: str, argument: str) -> memoryview:
@@ -92,6 +168,16 @@ def _view(desc: TensorDesc, op: str, argument: str) -> memoryview:
     return memoryview(data).cast("B").cast("i")
 
 
+class _once(cached_property[_Value]):
+    """A `cached_property` without the lock that Python 3.11 takes to make each value."""
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        if instance is None:
+            return self
+        made = instance.__dict__[self.attrname] = self.func(instance)
+        return made
+
+
 class Indptr:
     """The start of each of b requests in an array: b + 1 positions, of which the first is 0."""
 
@@ -104,7 +190,7 @@ class Indptr:
         may_be_longer: bool = False,
     ) -> None:
         self.view = int32_array(op, argument, array, length, may_be_longer)
-        values = self._values = self.view.tolist()
+        values = self.view.tolist()
         # `total` is the number of elements of all requests.
         self.size, self.total = len(values) - 1, values[-1] if values else 0
         if self.size >= 1 and not values[0] and sorted(values) == values:
@@ -113,15 +199,21 @@ class Indptr:
         if self.size < 1:
             got, expected = f"{len(values)} elements", "one more than there are requests: 2 or more"
         elif not values[0]:
-            at = next(i for i, count in enumerate(self.counts) if count < 0)
+            at = next(i for i in range(self.size) if values[i + 1] < values[i])
             got = f"{values[at + 1]} after {values[at]} (request {at})"
             expected = "positions that do not decrease"
         raise Refusal(op)(argument, got, expected)
 
-    @cached_property
+    @_once
+    def lengths(self) -> memoryview:
+        """Elements of each request, as int32."""
+        return _differences(self.view)
+
+    @property
     def counts(self) -> list[int]:
         """Elements of each request."""
-        return list(map(sub, self._values[1:], self._values))
+        counts: list[int] = self.lengths.tolist()
+        return counts
 
 
 class Batch:
@@ -152,14 +244,17 @@ class Batch:
         if "qo_indptr" in names:
             self.qo = Indptr(op, names["qo_indptr"], by_name["qo_indptr"])
             self.views["qo_indptr"], count = self.qo.view, self.qo.size + 1
-        kv = self.kv = Indptr(op, names["kv_indptr"], by_name["kv_indptr"], count, may_be_longer)
+        of_kv = by_name["kv_indptr"]
+        if self.qo is not None and of_kv is by_name["qo_indptr"]:
+            kv = self.kv = self.qo  # keys as many as queries: one array that is read once
+        else:
+            kv = self.kv = Indptr(op, names["kv_indptr"], of_kv, count, may_be_longer)
         self.views["kv_indptr"] = kv.view
         # The numbers of requests and of queries, and the queries that runs have room for.
         self.size = kv.size
         self.rows = self.room_for_rows = kv.size if self.qo is None else self.qo.total
         # The pages listed, and the highest page number; -1 if runs pass the pages.
         self.num_indices, self.max_page = 0, -1
-        self._lasts: list[int] | None = None
         if "last_page_len" in names:
             self._read_last(by_name["last_page_len"])
         elif "kv_len" in names:
@@ -169,15 +264,15 @@ class Batch:
             if by_name["indices"] is not None:
                 self._read_indices(by_name["indices"])
 
-    def _read(self, name: str, array: object) -> list[int]:
+    def _read(self, name: str, array: object) -> memoryview:
         """Read an array of one number for each request."""
         view = self.views[name] = int32_array(self._op, self._names[name], array, self.size)
-        return view.tolist()
+        return view
 
     def _read_last(self, array: object) -> None:
         """Read the number of tokens in each request's last page."""
         kv, page_size = self.kv, self._page_size
-        lasts = self._lasts = self._read("last_page_len", array)
+        lasts = self._read("last_page_len", array).tolist()
         # Two passes in C if all are valid; the loop finds which one is not.
         if min(lasts) < 1 or max(lasts) > page_size:
             for i, (count, last) in enumerate(zip(kv.counts, lasts, strict=True)):
@@ -185,15 +280,20 @@ class Batch:
                     got = f"{last} for request {i} with {count} pages"
                     raise self._refuse("last_page_len", got, f"from 1 to {page_size}")
         if kv.total * page_size > INT32_MAX:
-            longest = max(self.kv_lens)
+            pairs = zip(kv.counts, lasts, strict=True)
+            tokens = [(count - 1) * page_size + last if count else 0 for count, last in pairs]
+            longest = max(tokens)
             if longest > INT32_MAX:
-                got = f"{longest} tokens for request {self.kv_lens.index(longest)}"
+                got = f"{longest} tokens for request {tokens.index(longest)}"
                 raise self._refuse("kv_indptr", got, f"{INT32_MAX} at most")
 
     def _read_kv_len(self, array: object) -> None:
         """Read the number of tokens of each request."""
         page_size = self._page_size
-        lengths = self.kv_lens = self._read("kv_len", array)
+        lengths = self._read("kv_len", array)
+        is_int32 = self.kv.total * page_size <= INT32_MAX
+        if is_int32 and _fill(lengths, self.kv.lengths, page_size):
+            return
         for i, (length, pages) in enumerate(zip(lengths, self.kv.counts, strict=True)):
             if length < 0 or not (pages - 1) * page_size <= length <= pages * page_size:
                 got = f"{length} for request {i} with {pages} pages of {page_size}"
@@ -228,21 +328,29 @@ class Batch:
         """Queries of each request."""
         return [1] * self.size if self.qo is None else self.qo.counts
 
-    @cached_property
+    @_once
+    def lengths(self) -> memoryview:
+        """Keys of each request, as int32."""
+        lengths, lasts = self.views.get("kv_len"), self.views.get("last_page_len")
+        if lengths is not None:
+            return lengths
+        of_kv: memoryview = self.kv.lengths
+        if lasts is None:
+            return of_kv
+        return _tokens_of_pages(of_kv, lasts, self._page_size)
+
+    @property
     def kv_lens(self) -> list[int]:
         """Keys of each request."""
-        if self._lasts is None:
-            return self.kv.counts
-        size, pairs = self._page_size, zip(self.kv.counts, self._lasts, strict=True)
-        return [(count - 1) * size + last if count else 0 for count, last in pairs]
+        keys: list[int] = self.lengths.tolist()
+        return keys
 
     def use_kv_len(self) -> None:
         """Compute the number of keys of each request for the planner, if the caller did not pass
         it."""
-        if "kv_len" not in self.views:
-            self.views["kv_len"] = host_ints(self.kv_lens)
+        self.views["kv_len"] = self.lengths
 
-    @cached_property
+    @_once
     def mask_indptr(self) -> list[int]:
         """The start of each request's packed mask, in bytes; each takes whole bytes."""
         pairs = zip(self.qo_lens, self.kv_lens, strict=True)
@@ -259,7 +367,9 @@ class Batch:
     def check_keys(self, why: str) -> None:
         """Raise if a request has keys, but fewer than queries: kernels would compare positions that
         wrapped around."""
-        if all(map(ge, self.kv_lens, self.qo_lens)):
+        assert self.qo is not None
+        of_kv, of_qo = self.lengths, self.qo.lengths
+        if of_kv is of_qo or not _are_fewer(of_kv, of_qo):
             return
         for i, (queries, keys) in enumerate(zip(self.qo_lens, self.kv_lens, strict=True)):
             if 0 < keys < queries:
@@ -303,11 +413,11 @@ class Arrays:
 
     def write(self, stage: memoryview, views: Mapping[str, memoryview]) -> None:
         """Write a batch's arrays to their places in host memory, both as int32."""
+        placed = self._placed
         for name, view in views.items():
-            start, room = self._placed[name]
-            count = len(view)
+            start, room = placed[name]
+            count, word = len(view), start >> 2
             assert count <= room, name
-            word = start // 4
             stage[word : word + count] = view
 
     def descs(self, buffer: TensorDesc, counts: Mapping[str, int]) -> dict[str, TensorDesc]:

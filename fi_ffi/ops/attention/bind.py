@@ -48,7 +48,10 @@ class BoundRow:
         # For each bound argument, the words of a frame that it fills, with their values: for a
         # tensor, the address, then sizes and strides.
         self.words: dict[str, list[tuple[int, int]]] = {}
-        # Replaced when `words` change: a frame of an earlier version is written again.
+        # The words that change with each schedule: the number of their source, and what is added.
+        self.changing: Sequence[tuple[int, int, int]] = ()
+        self._changed: Sequence[tuple[int, int]] = ()
+        # Replaced when words change: a frame of an earlier version is written again.
         self.version = object()
         self.rest: tuple[Any, ...] = ()
         # Of the known axes: a getter of the sizes that each batch changes, and the fixed sizes.
@@ -75,29 +78,17 @@ class BoundRow:
         self.words[name] = words
         self.version = object()
 
-    def changed(self, name: str, number: int, value: int) -> list[tuple[int, int]]:
-        """Change one word of a bound argument (of a tensor: its address, then its sizes).
-
-        Return the word and its value, or nothing if the value is the same or the row lacks the
-        argument.
-        """
-        words = self.words.get(name)
-        if not words or words[number][1] == value:
-            return []
-        words[number] = words[number][0], value
-        return [words[number]]
-
-    def change(self, changed: Sequence[tuple[int, int]]) -> None:
-        """Write changed words into the frames that no call is using."""
-        if not changed:
-            return
+    def follow(self, *sources: int) -> None:
+        """Write what another schedule changes into the frames that no call is using, and keep it
+        for the others."""
+        changed = self._changed = [(word, sources[of] + more) for word, of, more in self.changing]
         before, self.version = self.version, object()
         for free in self._free.values():
             for frame in free:
                 if frame.version is before:
+                    addresses, frame.version = frame.addresses, self.version
                     for word, value in changed:
-                        frame.addresses[word] = value
-                    frame.version = self.version
+                        addresses[word] = value
 
     def frame(self, variant: Variant) -> Frame:
         """Take a frame for one call, with the bound arguments written into it."""
@@ -107,7 +98,7 @@ class BoundRow:
             frame = variant.new_frame()
         if frame.version is not self.version:
             addresses = frame.addresses
-            for words in self.words.values():
+            for words in (*self.words.values(), self._changed):
                 for word, value in words:
                     addresses[word] = value
             frame.version = self.version
@@ -168,25 +159,24 @@ class BoundRuns:
         # The workspaces and arrays, by the rows' names.
         self.places: dict[str, TensorDesc | None] = {}
         self._memory: Sequence[int] = ()
-        # Lengths of the index arrays from which kernels take the number of requests.
-        self._counts: Mapping[str, int] = {}
-        # All these were made for this placement, workspace and number of requests.
-        self._described: tuple[object, object, int] = (None, None, 0)
+        # How much longer than there are requests the arrays are from which kernels take their
+        # number.
+        self._longer: Mapping[str, int] = {}
+        # All these were made for this placement and workspace.
+        self._described: tuple[object, object] = (None, None)
 
     def follow(self, workspace: Workspace, placed: Arrays, batch: Batch, info: Array) -> None:
         """Bind the runs to another schedule."""
-        before, self._described = self._described, (placed, workspace, batch.size)
-        counts: Mapping[str, int] = {}
-        if self._described != before:
-            views = batch.views.items()
-            counts = self._counts = {name: len(view) for name, view in views if name != "indices"}
-        if self._described[:2] != before[:2]:
-            self._move(workspace, placed)
-        self._update(self.bound.values(), batch, info, counts)
+        if self._described != (placed, workspace):
+            self._described = placed, workspace
+            self._move(workspace, placed, batch)
+        self._update(self.bound.values(), batch, info)
 
-    def _move(self, workspace: Workspace, placed: Arrays) -> None:
+    def _move(self, workspace: Workspace, placed: Arrays, batch: Batch) -> None:
         """Bind the runs to the addresses of another placement or workspace."""
-        descs = placed.descs(workspace.int_buffer, self._counts)
+        counts = {name: len(view) for name, view in batch.views.items() if name != "indices"}
+        self._longer = {name: count - batch.size for name, count in counts.items()}
+        descs = placed.descs(workspace.int_buffer, counts)
         self.places = {name: descs.get(array) for name, array in self._names.arrays.items()}
         buffers = workspace.float_buffer, workspace.int_buffer.rows(0, placed.kernel_bytes)
         self.places.update(zip(self._names.workspaces, buffers, strict=True))
@@ -198,22 +188,23 @@ class BoundRuns:
             self._place(bound)
 
     def _place(self, bound: BoundRow) -> None:
+        names, longer = self._names, self._longer
         for name, desc in self.places.items():
             bound.put(name, desc)
         bound.memory = self._memory
+        # The plan's info and the arrays' lengths.
+        own = [(names.info, 0, 0, 0)]
+        own += [(name, 1, 1, longer[of]) for name, of in names.arrays.items() if of in longer]
+        words = bound.words
+        bound.changing = [
+            (words[name][number][0], of, more) for name, number, of, more in own if words.get(name)
+        ]
 
-    def _update(
-        self, rows: Iterable[BoundRow], batch: Batch, info: Array, counts: Mapping[str, int]
-    ) -> None:
-        """Bind what changes with each schedule: the plan's info and the arrays' lengths."""
-        address, names = int(ffi.cast("uintptr_t", info.handle)), self._names
+    def _update(self, rows: Iterable[BoundRow], batch: Batch, info: Array) -> None:
+        """Bind what changes with each schedule."""
+        address = int(ffi.cast("uintptr_t", info.handle))
         for bound in rows:
-            changed = bound.changed(names.info, 0, address)
-            if counts:
-                for name, array in names.arrays.items():
-                    if array in counts:
-                        changed += bound.changed(name, 1, counts[array])
-            bound.change(changed)
+            bound.follow(address, batch.size)
             bound.sizes = (*bound.batch_sizes(batch), *bound.own_sizes)
 
     def bind(
@@ -240,5 +231,5 @@ class BoundRuns:
         bound.own_sizes = tuple(facts[axis] for axis in own)
         bound.put(names.info, 0)
         self._place(bound)
-        self._update((bound,), batch, info, self._counts)
+        self._update((bound,), batch, info)
         return bound

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -205,9 +205,18 @@ class BatchMlaPlan(Plan):
             raise self._refuse("qo_indptr", got, f"{before}, as in the launch captured")
 
     def _exact_need(self, batch: Batch) -> sizes.Need:
-        works = sizes.mla_works(self._geometry, batch.qo_lens)
-        if works > sizes.MLA_MAX_WORKS:
-            got = f"queries for up to {works} work items"
-            expected = f"{sizes.MLA_MAX_WORKS} at most: the planner has room for no more"
-            raise self._refuse("qo_indptr", got, expected)
-        return sizes.mla(self._geometry, batch.qo_lens)
+        g, lens = self._geometry, batch.qo_lens
+        cluster = sizes.mla_cluster(g, lens)
+        # Each request has one tile at most that is not full.
+        tiles = batch.rows * g.num_qo_heads // (64 * cluster) + batch.size
+        if tiles + g.multiprocessors // cluster > sizes.MLA_MAX_WORKS:
+            works = sizes.mla_works(g, lens)
+            if works > sizes.MLA_MAX_WORKS:
+                got = f"queries for up to {works} work items"
+                expected = f"{sizes.MLA_MAX_WORKS} at most: the planner has room for no more"
+                raise self._refuse("qo_indptr", got, expected)
+        return self._needs_of_clusters[cluster]
+
+    @cached_property
+    def _needs_of_clusters(self) -> Mapping[int, sizes.Need]:
+        return {size: sizes.mla_of_clusters(self._geometry, size) for size in (1, 2)}

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from fi_ffi.abi.interop import TensorLike, as_desc
+from fi_ffi.errors import ArgumentError
 from fi_ffi.loader.distributions import is_in
 from fi_ffi.ops.attention import sizes
 from fi_ffi.ops.attention.arrays import PAGES, Batch
@@ -156,23 +157,16 @@ class BatchPrefillPlan(Plan):
         return _RAGGED_NAMES if self.options.page_size is None else _PAGED_NAMES
 
     def _read(self, arrays: Sequence[object]) -> Batch:
-        chosen, (qo_indptr, kv_indptr, *paged) = self.options, arrays
+        chosen, (qo_indptr, kv_indptr, indptr, indices, lasts) = self.options, arrays
         is_ragged = chosen.page_size is None
-        for name, array in zip(("kv_indptr", *PAGES), arrays[1:], strict=True):
-            is_read = (name == "kv_indptr") == is_ragged
-            if array is not None and not is_read:
-                word = "without" if is_ragged else "with"
-                raise self._refuse(name, "an array", f"None {word} page_size")
-            if array is None and is_read and name != "paged_kv_indices":
-                how = "; a paged cache comes" if is_ragged else ""
-                raise self._refuse(name, None, f"an array{how} with page_size")
-        batch = super()._read((qo_indptr, kv_indptr) if is_ragged else (qo_indptr, *paged))
-        if chosen.causal:
-            batch.check_keys("with causal=True")
-        if chosen.pos_encoding_mode == "ROPE_LLAMA":
-            batch.check_keys("with pos_encoding_mode='ROPE_LLAMA' (docs/attention.md)")
-        if chosen.use_multi_item_scoring:
-            batch.check_keys("with use_multi_item_scoring=True")
+        if is_ragged and kv_indptr is not None and indptr is indices is lasts is None:
+            batch = super()._read((qo_indptr, kv_indptr))
+        elif not is_ragged and kv_indptr is None and indptr is not None is not lasts:
+            batch = super()._read((qo_indptr, indptr, indices, lasts))
+        else:
+            raise self._misplaced(arrays)
+        if self._why_keys:
+            batch.check_keys(self._why_keys)
         if chosen.use_custom_mask:
             batch.use_mask()
         if chosen.uniform_q_len and {*batch.qo_lens} != {chosen.uniform_q_len}:
@@ -180,6 +174,29 @@ class BatchPrefillPlan(Plan):
             expected = f"{chosen.uniform_q_len} of each, as uniform_q_len says"
             raise self._refuse("qo_indptr", got, expected)
         return batch
+
+    def _misplaced(self, arrays: Sequence[object]) -> ArgumentError:
+        """Make the error for the first array that is missing, or has no place in this plan."""
+        is_ragged = self.options.page_size is None
+        for name, array in zip(("kv_indptr", *PAGES), arrays[1:], strict=True):
+            is_read = (name == "kv_indptr") == is_ragged
+            if array is not None and not is_read:
+                word = "without" if is_ragged else "with"
+                return self._refuse(name, "an array", f"None {word} page_size")
+            if array is None and is_read and name != "paged_kv_indices":
+                break
+        how = "; a paged cache comes" if is_ragged else ""
+        return self._refuse(name, None, f"an array{how} with page_size")
+
+    @cached_property
+    def _why_keys(self) -> str:
+        """With which option each request needs as many keys as queries; "" for none."""
+        chosen = self.options
+        if chosen.causal:
+            return "with causal=True"
+        if chosen.pos_encoding_mode == "ROPE_LLAMA":
+            return "with pos_encoding_mode='ROPE_LLAMA' (docs/attention.md)"
+        return "with use_multi_item_scoring=True" if chosen.use_multi_item_scoring else ""
 
     def _need_at_most(self, batch: Batch) -> sizes.Need | None:
         if self._geometry.fixed_split_size > 0:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.abi.function import array_values
+from fi_ffi.abi.function import Frame, array_values
 from fi_ffi.abi.interop import as_desc
 from fi_ffi.abi.objects import Array
 from fi_ffi.abi.tensor import Device, TensorDesc, TensorKind, make_desc
@@ -18,6 +18,7 @@ from fi_ffi.ops.attention.sizes import Need, aligned
 from fi_ffi.ops.attention.workspace import Workspace
 from fi_ffi.ops.call import cuda
 from fi_ffi.ops.call.arguments import Refusal
+from fi_ffi.ops.call.compiled import Variant
 from fi_ffi.ops.call.launch import launch
 from fi_ffi.ops.call.row import Row
 
@@ -50,6 +51,9 @@ class Planner:
         self._bound = binder.bind(row, binder.module, kinds, {})
         for name in ("batch_size", "total_num_rows"):
             self._bound.put(name, 0)
+        self._variant: Variant | None = None  # found when the first batch was read and is right
+        # The frame that has a stage's addresses, and the stage's.
+        self._written: tuple[Frame, int] | None = None
         # The workspace and the placement that it is bound to.
         self._bound_to: tuple[object, object] = (None, None)
 
@@ -62,11 +66,18 @@ class Planner:
         if self._bound_to != (workspace, placed):
             self._bind_places(workspace, stage, placed, batch)
             self._bound_to = workspace, placed
-        _, frame = bound.compiled.pack(bound)
+        if self._variant is None:
+            self._variant, frame = bound.compiled.pack(bound)
+        else:
+            frame = bound.frame(self._variant)
         try:
             words, sources = frame.addresses, (stage.ptr, batch.size, batch.room_for_rows)
-            for word, of, more in self._changing:
-                words[word] = sources[of] + more
+            is_other = (frame, stage.ptr) != self._written
+            for group in self._changing if is_other else self._changing[1:]:
+                for word, of, more in group:
+                    words[word] = sources[of] + more
+            if is_other:
+                self._written = frame, stage.ptr
             launch(frame, handle if self._device.is_cuda else None)
             result = frame.take_result()
             return (result, placed.kernel_bytes) if self._has_sent else (array_values(result)[0], 0)
@@ -77,20 +88,21 @@ class Planner:
         self, workspace: Workspace, stage: TensorDesc, placed: Arrays, batch: Batch
     ) -> None:
         """Bind the planner to a workspace and a placement. List the frame words that change with
-        each batch: the word, its source (the stage's address 0, requests 1, queries 2), and an
-        offset."""
+        the stage, and with each batch: the word, its source (the stage's address 0, requests 1,
+        queries 2), and an offset."""
         bound, count = self._bound, placed.kernel_bytes
         bound.put("float_workspace_buffer", workspace.float_buffer)
         bound.put("int_workspace_buffer", workspace.int_buffer.rows(0, count))
         bound.put(_STAGING, stage.rows(0, count))
         words, sources = bound.words, ((_STAGING, 0), ("batch_size", 1), ("total_num_rows", 2))
-        self._changing = [(words[name][0][0], of, 0) for name, of in sources if name in words]
+        changing = [(words[name][0][0], of, 0) for name, of in sources if name in words]
         descs = placed.descs(stage, {name: len(view) for name, view in batch.views.items()})
         for argument, name in self._arrays.items():
             bound.put(argument, descs[name])
             (address, _), (length, _), *_ = words[argument]
-            self._changing.append((address, 0, placed.where(name)[0]))
-            self._changing.append((length, 1, len(batch.views[name]) - batch.size))
+            changing.append((address, 0, placed.where(name)[0]))
+            changing.append((length, 1, len(batch.views[name]) - batch.size))
+        self._changing = [[one for one in changing if bool(one[1]) is of] for of in (False, True)]
 
 
 class Captured:

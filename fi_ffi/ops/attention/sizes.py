@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
-from fi_ffi.ops.call.notation import ceil_div, round_up
+from fi_ffi.ops.call.notation import ceil_div
 
 _ALIGNMENT = 16
 # The most blocks on a multiprocessor; a decode kernel's block has at least 128 threads.
@@ -42,18 +44,17 @@ class Geometry:
     # Whether fa2 counts partial results by queries, instead of by queries times heads of a group.
     by_query: bool = False
 
-    @property
+    @cached_property
     def most_split(self) -> int:
         """The most pieces into which fa2's planner splits requests."""
         return max(2 * self.multiprocessors - self.num_colocated_ctas, 0) // self.num_kv_heads
 
-    @property
+    @cached_property
     def group_size(self) -> int:
         return self.num_qo_heads // self.num_kv_heads
 
 
-@dataclass(frozen=True)
-class Need:
+class Need(NamedTuple):
     """Bytes of the float and of the int workspace; `split` says whether requests are split (None if
     that depends on their lengths)."""
 
@@ -63,14 +64,14 @@ class Need:
 
 
 def aligned(count: int, alignment: int = _ALIGNMENT) -> int:
-    return round_up(count, alignment)
+    return -(-count // alignment) * alignment
 
 
 def bytes_of_ints(*counts: int) -> int:
     """Return the bytes of int32 arrays of these lengths, each aligned to 16 bytes."""
     total = 0
     for count in counts:
-        total = aligned(total) + 4 * count
+        total = -(-total // _ALIGNMENT) * _ALIGNMENT + 4 * count
     return total
 
 
@@ -222,7 +223,12 @@ def mla_cluster(g: Geometry, qo_lens: Sequence[int]) -> int:
 
 def mla(g: Geometry, qo_lens: Sequence[int]) -> Need:
     """`MLAPlan`; `head_dim_vo` is head_dim_ckv."""
-    size, sm = mla_cluster(g, qo_lens), g.multiprocessors
+    return mla_of_clusters(g, mla_cluster(g, qo_lens))
+
+
+def mla_of_clusters(g: Geometry, size: int) -> Need:
+    """`MLAPlan`, if so many blocks form a cluster: nothing else of the requests counts."""
+    sm = g.multiprocessors
     int_bytes = bytes_of_ints(*[MLA_MAX_WORKS] * 3, *[sm] * 5, *[MLA_MAX_WORKS] * 6)
     return Need(partial_bytes(g, 2 * (sm // size) * size * 64, 2), int_bytes)
 

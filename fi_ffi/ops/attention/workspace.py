@@ -66,7 +66,8 @@ class Workspace:
         # The same handle may later, or on another thread, mean another stream: hence the keys.
         self._copied_on: tuple[int, StreamKey] | None = None
         self._elsewhere: dict[StreamKey, cuda.Event] = {}
-        # The handle of the plan's stream, once a run has confirmed it: later runs skip the lookup.
+        # The handle of the plan's stream, if it means the same stream on all threads: runs on it
+        # come after the plan's copies as they are, and skip the lookup.
         self._stream: int | None = None
 
     def __repr__(self) -> str:
@@ -104,7 +105,8 @@ class Workspace:
 
     def _has(self, float_bytes: int, int_bytes: int) -> bool:
         """Whether both workspaces are at least this large."""
-        return float_bytes <= self.float_bytes and int_bytes <= self.int_bytes
+        buffers = self.float_buffer, self.int_buffer
+        return float_bytes <= buffers[0].shape[0] and int_bytes <= buffers[1].shape[0]
 
     def _require(self, op: str, float_bytes: int, int_bytes: int) -> None:
         """Raise `ArgumentError` with both sizes if a workspace is too small."""
@@ -134,7 +136,7 @@ class Workspace:
             if other != key:
                 event.make_wait(stream)
         self._elsewhere.clear()
-        self._copied_on, self._stream = (stream, key), None
+        self._copied_on, self._stream = (stream, key), None if stream == PER_THREAD else stream
 
     def _join(self, stream: int) -> cuda.Event | None:
         """Make a run's `stream` wait for the plan; return the event to record after the run.
@@ -147,8 +149,6 @@ class Workspace:
         with cuda.current(self.device):
             key = stream_key(self.device.index, stream)
         if self._copied_on is not None and self._copied_on[1] == key:
-            if stream != PER_THREAD:
-                self._stream = stream
             return None
         event = self._elsewhere.get(key)
         if event is None:

@@ -71,7 +71,9 @@ class current:  # a context manager
                     raise
 
 
+@functools.lru_cache(4096)
 def pointer(address: int) -> Any:
+    """Return an address or a handle as a C pointer; a loop has few of them, again and again."""
     return ffi.cast("void *", address)
 
 
@@ -139,7 +141,9 @@ def synchronize(device: Device) -> None:
 def is_capturing(stream: int) -> bool:
     """Whether a stream is recording a graph."""
     status = ffi.new("int *")
-    check(machine.load_cudart()[0].cudaStreamIsCapturing(pointer(stream), status), "stream")
+    code = machine.load_cudart()[0].cudaStreamIsCapturing(pointer(stream), status)
+    if code:
+        check(code, "stream")
     return bool(status[0] != 0)
 
 
@@ -164,7 +168,7 @@ class Event:
         code = runtime.cudaEventQuery(self._handle)
         if code == _NOT_READY:
             runtime.cudaGetLastError()  # clear it: the next caller would get this error
-        else:
+        elif code:
             check(code, "cudaEventQuery")
         return bool(code == 0)
 

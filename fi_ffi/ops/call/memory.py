@@ -46,7 +46,8 @@ def stream_key(device: int, stream: int) -> StreamKey:
     """
     number = ffi.new("unsigned long long *")
     code = machine.load_cudart()[0].cudaStreamGetId(cuda.pointer(stream), number)
-    cuda.check(code, "cudaStreamGetId")
+    if code:
+        cuda.check(code, "cudaStreamGetId")
     key, known = (device, int(number[0])), _known(device, stream)
     before = _keys.get(known)
     if before != key:

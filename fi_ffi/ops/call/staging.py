@@ -14,11 +14,11 @@ MAX_STAGES = 4
 class Stage:
     """A piece of page-locked memory, and the event of the last copy from it."""
 
-    __slots__ = ("desc", "done", "memory", "words")
+    __slots__ = ("desc", "done", "memory", "size", "words")
 
     def __init__(self, desc: TensorDesc, device: Device, memory: cuda.Memory | None = None) -> None:
-        self.desc, self.memory = desc, memory
-        count = desc.numel // 4 * 4
+        self.desc, self.memory, self.size = desc, memory, desc.numel
+        count = self.size // 4 * 4
         # The same memory as int32.
         view = memoryview(ffi.buffer(cuda.pointer(desc.ptr), count) if count else b"")
         self.words = view.cast("B").cast("i")
@@ -29,9 +29,6 @@ class Stage:
     def allocate(cls, count: int, device: Device) -> Stage:
         memory = cuda.allocate_page_locked(count, device)
         return cls(memory.desc, device, memory)
-
-    def is_free(self) -> bool:
-        return self.done is None or self.done.is_done()
 
 
 class StagePool:
@@ -56,15 +53,18 @@ class StagePool:
         """Return a piece of `count` bytes that no copy reads any more; wait for the oldest if
         needed."""
         stages = self._stages
-        stage = next((one for one in stages if one.is_free()), None)
-        if stage is None and len(stages) < self._most:
-            stage = Stage.allocate(max(count, self._least), self._device)
-            stages.append(stage)
-        elif stage is None:
-            stage = stages[0]
-            assert stage.done is not None
-            stage.done.wait()
-        if stage.desc.numel < count:
+        for stage in stages:
+            if stage.done is None or stage.done.is_done():
+                break
+        else:
+            if len(stages) < self._most:
+                stage = Stage.allocate(max(count, self._least), self._device)
+                stages.append(stage)
+            else:
+                stage = stages[0]
+                assert stage.done is not None
+                stage.done.wait()
+        if stage.size < count:
             assert self._most, "a piece that was given is too small"
             larger = Stage.allocate(2 * count, self._device)
             self._put_last(larger, instead_of=stage)
@@ -73,7 +73,8 @@ class StagePool:
 
     def _put_last(self, stage: Stage, *, instead_of: Stage) -> None:
         # One assignment, so that a signal handler's exception loses no piece.
-        self._stages = [*(one for one in self._stages if one is not instead_of), stage]
+        if self._stages[-1] is not stage:
+            self._stages = [*[one for one in self._stages if one is not instead_of], stage]
 
     def record(self, stage: Stage, stream: int) -> None:
         """Record that copies from a piece were queued: it is free when the stream has done them."""
