@@ -36,7 +36,7 @@ from fi_ffi.ops.call.row import IntArray, Row, Tensor, TensorArray
 from fi_ffi.ops.functions import OPS
 
 _PLAN = "plan "  # a plan's name in a call's text begins so
-# A name is never used again, also not by another process, which may find a compiled program on disk.
+# No other process has these names, if it finds a compiled program on disk.
 _plans: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 _names: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
 
@@ -59,11 +59,15 @@ def _told(op: str, name: str, value: Any) -> Result | str | None:
     """Return what a caller says of a result."""
     if value is None:
         return None
-    shape = getattr(value, "shape", None)
-    dtype = str(jnp.dtype(getattr(value, "dtype", value)))
+    is_whole = isinstance(value, (jax.ShapeDtypeStruct, jax.Array))
+    try:
+        dtype = str(jnp.dtype(value.dtype if is_whole else value))
+    except TypeError:
+        dtype = f"{value!r:.60}"
     if dtype not in DTYPES:
-        raise ArgumentTypeError(op, name, got=dtype, expected="a dtype that fi_ffi has")
-    return dtype if shape is None or isinstance(value, jnp.dtype) else Result(tuple(shape), dtype)
+        expected = "a dtype that fi_ffi has, or a jax.ShapeDtypeStruct with one"
+        raise ArgumentTypeError(op, name, got=dtype, expected=expected)
+    return Result(tuple(value.shape), dtype) if is_whole else dtype
 
 
 def _of(array: Any) -> Result:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import json
 from typing import Any, NoReturn
@@ -35,7 +36,6 @@ def bind(
     return made
 
 
-@_call.def_abstract_eval
 def _abstract(*_: Any, results: tuple[Result, ...], **__: Any) -> list[Any]:
     return [jax.core.ShapedArray(shape, jax.numpy.dtype(dtype)) for shape, dtype in results]
 
@@ -45,7 +45,6 @@ def _compiled(**params: Any) -> Any:
     return jax.jit(functools.partial(_call.bind, **params))
 
 
-@_call.def_impl
 def _run(*arrays: Any, **params: Any) -> Any:
     return _compiled(**params)(*arrays)
 
@@ -104,6 +103,8 @@ def _refuse_tangents(primals: Any, tangents: Any, *, call: str, **_: Any) -> NoR
     raise ArgumentError(_name(call), wrong, got="an array to differentiate by", expected=expected)
 
 
+_call.def_abstract_eval(_abstract)
+_call.def_impl(_run)
 batching.primitive_batchers[_call] = _refuse_batches
 ad.primitive_jvps[_call] = _refuse_tangents
 
@@ -122,3 +123,11 @@ def prepare(handlers: Handlers) -> None:
     for ours, theirs in {"cpu": "cpu", "cuda": "CUDA"}.items():
         handlers.register(theirs)
         mlir.register_lowering(_call, _lowered, platform=ours)
+    # A call that comes once the interpreter has ended would wait for it for ever.
+    atexit.register(_finish, handlers)
+
+
+def _finish(handlers: Handlers) -> None:
+    """Wait for what is queued: for all arrays, and for calls whose results nobody has."""
+    jax.block_until_ready(jax.live_arrays())
+    handlers.wait_until_quiet()

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from fi_ffi.errors import ArgumentTypeError
 from fi_ffi.ops.call.notation import FUNCTIONS, parse_axis, parse_expression
-from fi_ffi.ops.call.row import KvLayout, Row, Rule, Scalar, Tensor, Text
+from fi_ffi.ops.call.row import Arg, KvLayout, Row, Rule, Scalar, Tensor, Text
 
 REQUIRED = inspect.Parameter.empty
 # Conditions that tell a size by others; one that has only a limit is as large as that.
@@ -39,30 +39,26 @@ def is_given(arg: object) -> bool:
 def signature_of(row: Row) -> inspect.Signature:
     """Return what a function in jax takes: the op's arguments that are no results, in its order,
     and the results by name."""
-    made = []
-    for arg in row.args:
-        if is_given(arg):
-            default: Any = REQUIRED
-            if isinstance(arg, Tensor):
-                default = None if arg.may_be_none or arg.or_zeros else REQUIRED
-            elif isinstance(arg, Scalar) and arg.size_of:
-                default = None
-            elif arg.default is not None:
-                default = arg.default
-            made.append((arg.name, default))
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    parameters = []
-    is_optional = False
-    for name, default in made:
-        if default is REQUIRED and is_optional:
-            kind = inspect.Parameter.KEYWORD_ONLY
-        is_optional |= default is not REQUIRED
-        parameters.append(inspect.Parameter(name, kind, default=default))
-    only = inspect.Parameter.KEYWORD_ONLY
-    parameters += [
-        inspect.Parameter(arg.name, only, default=None) for arg in row.args if is_result(arg)
-    ]
+    named: Any = inspect.Parameter.KEYWORD_ONLY
+    kind: Any = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters: list[inspect.Parameter] = []
+    for arg in filter(is_given, row.args):
+        default = _default(arg)
+        if default is REQUIRED and parameters and parameters[-1].default is not REQUIRED:
+            kind = named  # a required argument after an optional one
+        parameters.append(inspect.Parameter(arg.name, kind, default=default))
+    results = filter(is_result, row.args)
+    parameters += [inspect.Parameter(arg.name, named, default=None) for arg in results]
     return inspect.Signature(parameters)
+
+
+def _default(arg: Arg) -> object:
+    if isinstance(arg, Tensor):
+        return None if arg.may_be_none or arg.or_zeros else REQUIRED
+    if isinstance(arg, Scalar) and arg.size_of:
+        return None
+    default = getattr(arg, "default", None)
+    return REQUIRED if default is None else default
 
 
 def results_of(
@@ -109,9 +105,9 @@ def _sizes(row: Row, given: Mapping[str, Result], scalars: Mapping[str, Any]) ->
             if len(axis.terms) == 1 and axis.over == 1:
                 ((name, times),) = axis.terms
                 sizes.setdefault(name, (size - axis.more) // times)
-    for arg in row.args:
-        if isinstance(arg, Scalar) and type(scalars.get(arg.name)) is int:
-            sizes.setdefault(arg.size_of or arg.name, scalars[arg.name])
+    for scalar in row.args:
+        if isinstance(scalar, Scalar) and type(scalars.get(scalar.name)) is int:
+            sizes.setdefault(scalar.size_of or scalar.name, scalars[scalar.name])
     for pattern in (_EQUAL, _LIMITED):
         for rule in row.requires:
             _add_told(pattern, rule, sizes, scalars)

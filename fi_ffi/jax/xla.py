@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -72,6 +74,7 @@ int fesetenv(const void *envp);
 VERSION = (0, 3)
 _METADATA = 1  # XLA_FFI_Extension_Metadata
 _RECORDABLE = 1  # XLA_FFI_HANDLER_TRAITS_COMMAND_BUFFER_COMPATIBLE
+_QUIET_S = 0.02  # between two looks
 _EXECUTE = 3  # XLA_FFI_ExecutionStage_EXECUTE
 _CODES: tuple[tuple[type[BaseException], int], ...] = (
     (ArgumentError, 3),  # XLA_FFI_Error_Code_INVALID_ARGUMENT
@@ -177,12 +180,14 @@ class Handlers:
     def __init__(self, find: Callable[[str], Callable[..., Any]]) -> None:
         self._find = find
         self._callbacks: list[Any] = []
+        self._numbers, self._latest, self._running = itertools.count(), -1, set[int]()
         self._refusal: BaseException | None = None
 
     def register(self, platform: str) -> None:
         """Register the targets of a platform; raise `AbiError` for another interface of XLA."""
         import jax
 
+        jax.devices()  # XLA asks a handler what it is once there are devices
         is_cuda = platform == "CUDA"
         for is_recorded, name in TARGETS.items():
             traits = _RECORDABLE if is_recorded and is_cuda else 0
@@ -197,6 +202,13 @@ class Handlers:
                 raise self._refusal or error from None
             if self._refusal is not None:
                 raise self._refusal
+
+    def wait_until_quiet(self) -> None:
+        """Return once no call has been running for a while; XLA does not tell what is queued."""
+        before = None
+        while self._running or self._latest != before:
+            before = self._latest
+            time.sleep(_QUIET_S)
 
     def _handle(self, is_cuda: bool, traits: int, frame: Any) -> Any:
         try:
@@ -236,6 +248,14 @@ class Handlers:
     def _call(self, frame: Any, is_cuda: bool) -> None:
         if frame.stage != _EXECUTE:
             return
+        self._latest = number = next(self._numbers)
+        self._running.add(number)
+        try:
+            self._find_and_call(frame, is_cuda)
+        finally:
+            self._running.discard(number)
+
+    def _find_and_call(self, frame: Any, is_cuda: bool) -> None:
         span = frame.attrs.attrs[0]
         call = CallText.read(ffi.buffer(span.ptr, span.len)[:])
         device, stream = _place(frame, is_cuda)
