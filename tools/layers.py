@@ -55,6 +55,7 @@ LAYERS = (
     Layer("capability", ("fi_ffi.capability",)),
     Layer("fi_ffi_build", ("fi_ffi_build",)),
     Layer("fi_ffi", ("fi_ffi",)),
+    Layer("jax", ("fi_ffi.jax",)),
     Layer("cli", ("fi_ffi.cli", "fi_ffi.__main__")),
 )
 # Upward all the same, in one function: what the CPU device imports when it is needed.

@@ -1,0 +1,180 @@
+"""FlashInfer's ops inside `jax.jit`: they take and return jax's arrays.
+
+    import fi_ffi.jax
+
+    @jax.jit
+    def norm(x, weight):
+        return fi_ffi.jax.rmsnorm(x, weight, eps=1e-6)
+
+Each function has its op's name and arguments, without the outputs, which are its results: one, or a
+tuple in the op's order. Shapes and dtypes of results follow from the arguments. Where they do not,
+say them under the result's name, as `jax.ShapeDtypeStruct` or a dtype; so you ask for optional
+results. What an op reads and writes, such as a cache, is an argument and a result: XLA copies it,
+unless the caller has donated it. Scalars are compiled in.
+
+Bad arguments raise fi_ffi's errors where the call is traced, and as a part of jax's errors where
+they are seen in the call.
+"""
+
+from __future__ import annotations
+
+import functools
+import secrets
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fi_ffi.abi.tensor import DTYPES
+from fi_ffi.errors import ArgumentError, ArgumentTypeError
+from fi_ffi.jax.primitive import bind, prepare, static
+from fi_ffi.jax.results import Result, is_given, is_result, results_of, signature_of
+from fi_ffi.jax.xla import CallText, Handlers
+from fi_ffi.ops.call.row import IntArray, Row, Tensor, TensorArray
+from fi_ffi.ops.functions import OPS
+
+_PLAN = "plan "  # a plan's name in a call's text begins so
+# No other process has these names, if it finds a compiled program on disk.
+_plans: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
+_names: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
+
+
+def _find(function: str) -> Callable[..., Any]:
+    if not function.startswith(_PLAN):
+        return OPS[function]
+    plan = _plans.get(function)
+    if plan is None:
+        expected = "a plan that lives as long as what was compiled with it"
+        raise ArgumentError("run", "plan", got="a plan that is gone", expected=expected)
+    run: Callable[..., Any] = plan.run if hasattr(plan, "run") else plan.paged_run
+    return run
+
+
+_handlers = Handlers(_find)
+
+
+def _told(op: str, name: str, value: Any) -> Result | str | None:
+    """Return what a caller says of a result."""
+    if value is None:
+        return None
+    is_whole = isinstance(value, (jax.ShapeDtypeStruct, jax.Array))
+    try:
+        dtype = str(jnp.dtype(value.dtype if is_whole else value))
+    except TypeError:
+        dtype = f"{value!r:.60}"
+    if dtype not in DTYPES:
+        expected = "a dtype that fi_ffi has, or a jax.ShapeDtypeStruct with one"
+        raise ArgumentTypeError(op, name, got=dtype, expected=expected)
+    return Result(tuple(value.shape), dtype) if is_whole else dtype
+
+
+def _of(array: Any) -> Result:
+    return Result(tuple(array.shape), str(array.dtype))
+
+
+def call(op: str, /, *args: Any, **kwargs: Any) -> Any:
+    """Call an op by its name: see `fi_ffi.jax`."""
+    row = _row(op)
+    signature = signature_of(row)
+    bound = signature.bind(*args, **kwargs)
+    bound.apply_defaults()
+    arrays: dict[str, Any] = {}
+    scalars: dict[str, Any] = {}
+    for arg in row.args:
+        value = bound.arguments.get(getattr(arg, "name", ""))
+        if value is None or not is_given(arg):
+            continue
+        if isinstance(arg, Tensor):
+            arrays[arg.name] = jnp.asarray(value)
+        else:
+            scalars[arg.name] = static(op, arg.name, value)
+    told = {
+        arg.name: _told(op, arg.name, bound.arguments.get(arg.name))
+        for arg in row.tensors
+        if is_result(arg)
+    }
+    given = {name: _of(array) for name, array in arrays.items()}
+    results = results_of(row, given, scalars, told)
+    is_recorded = not any(arg.is_scratch or arg.or_zeros for arg in row.tensors)
+    transposed = tuple(arg.name for arg in row.tensors if arg.transposed and arg.name in arrays)
+    text = CallText(op, tuple(arrays), tuple(results), scalars, transposed)
+    return _bound(text, arrays, results, is_recorded)
+
+
+def run(plan: Any, /, *args: Any, out: Any = None, lse: bool = False, **options: Any) -> Any:
+    """Run a plan that was made outside: `run(plan, q, k_cache, v_cache)` returns the output, and
+    with `lse` also the logarithms of the sums.
+
+    The plan may be planned again for other lengths between calls of what was compiled. With
+    `enable_cuda_graph` XLA may record the run. The plan must live as long as what was compiled.
+    """
+    op = type(plan).__name__
+    name = _names.setdefault(plan, _PLAN + secrets.token_hex(8))
+    _plans[name] = plan
+    names = [*plan_arguments(plan)][: len(args)]
+    arrays = {name: jnp.asarray(value) for name, value in zip(names, args, strict=True)}
+    scalars: dict[str, Any] = {}
+    for key, value in options.items():
+        if isinstance(value, jax.Array) or hasattr(value, "__array__"):
+            arrays[key] = jnp.asarray(value)
+        else:
+            scalars[key] = static(op, key, value)
+    q, values = args[0], args[-1] if len(args) == 3 else args[2]
+    told = _told(op, "out", out)
+    if not isinstance(told, Result):
+        told = Result((*q.shape[:-1], values.shape[-1]), told or str(q.dtype))
+    results = {"o": told}
+    if lse:
+        results["lse"] = Result(tuple(q.shape[:-1]), "float32")
+    text = CallText(name, tuple(arrays), tuple(results), scalars)
+    return _bound(text, arrays, results, bool(getattr(plan, "enable_cuda_graph", False)))
+
+
+def plan_arguments(plan: Any) -> list[str]:
+    """Return the names of a plan's run's tensors, before its outputs."""
+    import inspect
+
+    names = [*inspect.signature(_find_run(plan)).parameters]
+    return names[: names.index("o")]
+
+
+def _find_run(plan: Any) -> Callable[..., Any]:
+    found: Callable[..., Any] = plan.run if hasattr(plan, "run") else plan.paged_run
+    return found
+
+
+def _bound(
+    text: CallText, arrays: dict[str, Any], results: dict[str, Result], is_recorded: bool
+) -> Any:
+    prepare(_handlers)
+    made = bind(text, [*arrays.values()], results, is_recorded)
+    return made[0] if len(made) == 1 else tuple(made)
+
+
+def _row(op: str) -> Row:
+    found = OPS.get(op)
+    if found is None:
+        raise ArgumentError("call", "op", got=op, expected="an op's name, as in fi_ffi")
+    if any(
+        isinstance(arg, (IntArray, TensorArray)) or getattr(arg, "parts", 1) > 1
+        for arg in found.row.args
+    ):
+        expected = "an op whose arguments are scalars, and tensors of their own"
+        raise ArgumentError("call", "op", got=op, expected=expected)
+    return found.row
+
+
+def __getattr__(name: str) -> Callable[..., Any]:
+    if name not in OPS:
+        raise AttributeError(f"fi_ffi.jax has no {name!r}", name=name)
+    made = functools.partial(call, name)
+    functools.update_wrapper(made, OPS[name], assigned=("__name__", "__qualname__"), updated=())
+    made.__doc__ = OPS[name].__doc__
+    globals()[name] = made
+    return made
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *OPS})

@@ -1,0 +1,133 @@
+"""The operation in jax's programs that calls fi_ffi: how it is traced, lowered and refused."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import json
+from typing import Any, NoReturn
+
+import jax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from fi_ffi.errors import ArgumentError, ArgumentTypeError
+from fi_ffi.jax.results import Result
+from fi_ffi.jax.xla import TARGETS, CallText, Handlers, exchanged_last
+
+_call = Primitive("fi_ffi")
+_call.multiple_results = True
+
+
+def bind(
+    call: CallText, arrays: list[Any], results: dict[str, Result], is_recorded: bool
+) -> list[Any]:
+    """Call an op on arrays or what stands for them in a trace; return its results."""
+    aliases = [
+        (call.arguments.index(name), i) for i, name in enumerate(results) if name in call.arguments
+    ]
+    made: list[Any] = _call.bind(
+        *arrays,
+        call=call.written(),
+        results=tuple(results.values()),
+        aliases=tuple(aliases),
+        target=TARGETS[is_recorded],
+    )
+    return made
+
+
+def _abstract(*_: Any, results: tuple[Result, ...], **__: Any) -> list[Any]:
+    return [jax.core.ShapedArray(shape, jax.numpy.dtype(dtype)) for shape, dtype in results]
+
+
+@functools.lru_cache(maxsize=4096)
+def _compiled(**params: Any) -> Any:
+    return jax.jit(functools.partial(_call.bind, **params))
+
+
+def _run(*arrays: Any, **params: Any) -> Any:
+    return _compiled(**params)(*arrays)
+
+
+def _name(call: str) -> str:
+    function: str = json.loads(call)[0]
+    return function
+
+
+def _lowered(ctx: Any, *operands: Any, call: str, results: Any, aliases: Any, target: str) -> Any:
+    del results
+    text = CallText.read(call.encode())
+    _refuse_shards(_name(call), ctx.module_context.axis_context)
+    layouts = [
+        _layout(len(aval.shape), name in text.transposed)
+        for name, aval in zip(text.arguments, ctx.avals_in, strict=True)
+    ]
+    rule = jax.ffi.ffi_lowering(
+        target, operand_layouts=layouts, operand_output_aliases=dict(aliases)
+    )
+    return rule(ctx, *operands, call=call)
+
+
+def _layout(rank: int, is_transposed: bool) -> tuple[int, ...]:
+    """Return the axes in the order of memory, the innermost first."""
+    axes = tuple(range(rank))
+    return (exchanged_last(axes) if is_transposed else axes)[::-1]
+
+
+def _refuse_shards(op: str, context: Any) -> None:
+    """Refuse a program that XLA divides among devices by itself: it would gather whole inputs."""
+    count = getattr(context, "num_devices", None)
+    mesh = getattr(context, "mesh", None)
+    if mesh is not None:
+        automatic = {*mesh.axis_names} - {*context.manual_axes}
+        count = max((mesh.shape[name] for name in automatic), default=1)
+    if count is not None and count > 1:
+        got = f"arrays of {count} devices in one call"
+        expected = "the arrays of one device: call it in jax.shard_map"
+        raise ArgumentError(op, "sharding", got=got, expected=expected)
+
+
+def _refuse_batches(args: Any, dims: Any, *, call: str, **_: Any) -> NoReturn:
+    names = json.loads(call)[1]
+    wrong = next(name for name, dim in zip(names, dims, strict=True) if dim is not None)
+    expected = "an array without an axis of jax.vmap: give rows to one call, or use jax.lax.map"
+    raise ArgumentError(_name(call), wrong, got="an array of jax.vmap", expected=expected)
+
+
+def _refuse_tangents(primals: Any, tangents: Any, *, call: str, **_: Any) -> NoReturn:
+    names = json.loads(call)[1]
+    wrong = next(
+        name for name, tangent in zip(names, tangents, strict=True) if type(tangent) is not ad.Zero
+    )
+    expected = "no derivative: wrap the call in jax.custom_vjp, or stop it by lax.stop_gradient"
+    raise ArgumentError(_name(call), wrong, got="an array to differentiate by", expected=expected)
+
+
+_call.def_abstract_eval(_abstract)
+_call.def_impl(_run)
+batching.primitive_batchers[_call] = _refuse_batches
+ad.primitive_jvps[_call] = _refuse_tangents
+
+
+def static(op: str, name: str, value: Any) -> Any:
+    """Return a scalar, which is compiled in; refuse what a trace has in place of it."""
+    if isinstance(value, jax.core.Tracer):
+        expected = "a number of Python's: it is compiled in, so jit needs it in static_argnames"
+        raise ArgumentTypeError(op, name, got=f"{value}", expected=expected)
+    return value.item() if hasattr(value, "item") and not getattr(value, "shape", ()) else value
+
+
+@functools.cache
+def prepare(handlers: Handlers) -> None:
+    """Register the handlers, and how the operation is lowered, for this process's platforms."""
+    for ours, theirs in {"cpu": "cpu", "cuda": "CUDA"}.items():
+        handlers.register(theirs)
+        mlir.register_lowering(_call, _lowered, platform=ours)
+    # A call that comes once the interpreter has ended would wait for it for ever.
+    atexit.register(_finish, handlers)
+
+
+def _finish(handlers: Handlers) -> None:
+    """Wait for what is queued: for all arrays, and for calls whose results nobody has."""
+    jax.block_until_ready(jax.live_arrays())
+    handlers.wait_until_quiet()

@@ -1,0 +1,86 @@
+"""Plans inside jax.jit: made outside, planned again between calls, against float64."""
+
+from __future__ import annotations
+
+import gc
+
+import jax
+import numpy as np
+import pytest
+
+import fi_ffi.jax
+
+from tests.attention.cases import Result, Service
+from tests.attention.machines import Cpu
+from tests.attention.tables import SERVED
+
+
+def given(case, batch):
+    queries = [case.tensors[name][: batch.rows] for name in ("q", "q_pe") if name in case.tensors]
+    return [*queries, *(case.tensors[name] for name in case.caches())]
+
+
+class Found:
+    """A result as the attention tests take it."""
+
+    def __init__(self, array):
+        self.array = np.asarray(array)
+
+    def get(self):
+        return self.array
+
+    def intact(self):
+        return True
+
+
+@pytest.mark.parametrize("spec", SERVED.values(), ids=SERVED)
+def test_planned_again_between_calls(spec, rng):
+    """One compiled program, for requests of other lengths each time."""
+    service = Service(spec, Cpu(), rng)
+    case, batch = service.case, service.batch()
+    plan = case.plan(batch)
+    options = case.run_options(batch)
+    run = jax.jit(lambda *tensors: fi_ffi.jax.run(plan, *tensors, lse=spec.lse, **options))
+    for _ in range(3):
+        found = run(*given(case, batch))
+        o, lse = found if spec.lse else (found, None)
+        case.check(batch, Result(Found(o), None if lse is None else Found(lse)))
+        batch = service.batch()
+        case.replan(plan, batch)
+
+
+def test_a_plan_that_is_gone(rng):
+    service = Service(SERVED["decode"], Cpu(), rng)
+    case, batch = service.case, service.batch()
+    plan = case.plan(batch)
+    compiled = jax.jit(lambda *tensors: fi_ffi.jax.run(plan, *tensors)).lower(*given(case, batch))
+    compiled = compiled.compile()
+    name = fi_ffi.jax._names[plan]
+    del plan
+    gc.collect()
+    fi_ffi.jax._plans.pop(name, None)  # the program's closure may keep it
+    with pytest.raises(jax.errors.JaxRuntimeError, match="`plan`: got a plan that is gone"):
+        jax.block_until_ready(compiled(*given(case, batch)))
+
+
+def test_a_scanned_loop_of_layers(rng):
+    """Each layer attends to its own cache, by one plan."""
+    service = Service(SERVED["decode"], Cpu(), rng)
+    case, batch = service.case, service.batch()
+    plan = case.plan(batch)
+    q, k, v = given(case, batch)
+    ks, vs = (np.stack([cache * np.float16(1 - layer / 8) for layer in range(4)]) for cache in (k, v))
+
+    @jax.jit
+    def layers(q, ks, vs):
+        def one(q, cache):
+            return fi_ffi.jax.run(plan, q, *cache), None
+
+        return jax.lax.scan(one, q, (ks, vs))[0]
+
+    wanted = q
+    for layer in range(4):
+        out = np.full_like(wanted, np.nan)
+        plan.run(wanted, ks[layer], vs[layer], out)
+        wanted = out
+    assert np.asarray(layers(q, ks, vs)).tobytes() == wanted.tobytes()
