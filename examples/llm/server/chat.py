@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import re
 import uuid
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from .schema import Refused
 
 OPEN, SHUT = "<tool_call>", "</tool_call>"
+SPACE = re.compile(r"\s*")
+SHUT_AFTER = re.compile(rf"\s*{SHUT}")
 
 
 class Template:
@@ -77,25 +80,40 @@ def _environment():
 
 
 def calls_of(text, is_forced):
-    """The text before tool calls, and these; no calls where what is there is none.
+    """The text around tool calls, and these; what is no call stays text.
 
-    A call is a JSON object with a name and arguments: the whole text where one is forced, and
-    else between <tool_call> and </tool_call>, as Qwen3's and Hermes' templates have it.
+    A call is a JSON object with a name: the whole text where one is forced, and else after
+    <tool_call>, as Qwen3's and Hermes' templates have it. What JSON reads decides where it ends,
+    for arguments may have tags in them.
     """
     if is_forced:
-        before, parts = "", [text]
-    else:
-        before, *parts = text.split(OPEN)
-        parts = [part.partition(SHUT)[0] for part in parts]
+        call, end = _read(text, 0)
+        return ("", [call]) if call and not text[end:].strip() else (text, [])
+    kept, calls, begin, at = [], [], 0, text.find(OPEN)
+    while at >= 0:
+        call, end = _read(text, at + len(OPEN))
+        if call:
+            kept.append(text[begin:at])
+            calls.append(call)
+            shut = SHUT_AFTER.match(text, end)
+            begin = shut.end() if shut else end
+        at = text.find(OPEN, begin if call else at + len(OPEN))
+    return "".join([*kept, text[begin:]]), calls
+
+
+def _read(text, at):
+    """A call that begins there, or None, and where it ends."""
     try:
-        calls = [_call(json.loads(part)) for part in parts]
+        said, end = json.JSONDecoder().raw_decode(text, at + len(SPACE.match(text, at)[0]))
+        return _call(said), end
     except (ValueError, KeyError, TypeError, RecursionError):
-        return text, []
-    return before, calls
+        return None, at
 
 
 def _call(said):
-    name, arguments = str(said["name"]), said["arguments" if "arguments" in said else "parameters"]
+    name, arguments = str(said["name"]), said.get("arguments", said.get("parameters"))
+    if arguments is None:
+        arguments = {}
     if not isinstance(arguments, str):
         arguments = json.dumps(arguments, ensure_ascii=False)
     # Half a character stays the escape that the model wrote.
