@@ -23,7 +23,7 @@ from engine import Request, Sampling, load
 from server import Link
 from server.chat import Template, calls_of
 from server.metrics import Metrics
-from server.schema import Refused
+from server.schema import CompletionBody, Refused, parsed
 from server.service import Service
 from server.text import Text, token_bytes
 from starlette.responses import JSONResponse
@@ -578,6 +578,8 @@ def test_checkpoints_that_lie(tmp_path, rng, change, words):
      ("generation_config.json", b'{"top_p": 0.0}', "generation_config.json: top_p"),
      ("generation_config.json", b'{"temperature": NaN}', "generation_config.json: temperature"),
      ("tokenizer.json", b"{}", "tokenizer.json"),
+     *((name, b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", f"{name} .*Git LFS")
+       for name in ("tokenizer.json", "config.json", "model-00001-of-00002.safetensors")),
      ("tokenizer.json", b"", "tokenizer.json"), ("tokenizer_config.json", b"[]", "no object"),
      ("tokenizer_config.json", b'{"chat_template": [1]}', "template"),
      ("tokenizer_config.json", b'{"chat_template": [{}]}', "template"),
@@ -614,3 +616,25 @@ def test_templates_that_fail(tmp_path, source):
     (tmp_path / "chat_template.jinja").write_text(source)
     with pytest.raises(Refused, match="chat template: it cannot be rendered"):
         Template(tmp_path)([{"role": "user", "content": "a"}], None, {})
+
+
+def test_a_long_name_of_a_field_is_cut():
+    """In place and message."""
+    with pytest.raises(Refused) as refused:
+        parsed(CompletionBody, b'{"%s": 1}' % (b"a" * (3 << 20)))
+    assert "no such field" in refused.value.message
+    assert len(json.dumps(refused.value.body)) < 1000
+
+
+def test_templates_as_checkpoints_have_them(tmp_path):
+    """One by name for tools, words of special_tokens_map.json, and marks for training."""
+    (tmp_path / "special_tokens_map.json").write_text('{"bos_token": {"content": "<s>"}}')
+    named = [
+        {"name": "default", "template": "{{ bos_token }}{% generation %}"
+                                        "{% set a = 1 %}one{% endgeneration %}{{ a }}"},
+        {"name": "tool_use", "template": "{{ tools | length }} tools"},
+    ]  # fmt: skip
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    template = Template(tmp_path)
+    assert template([], None, {}) == "<s>one"
+    assert template([], [{}, {}], {}) == "2 tools"

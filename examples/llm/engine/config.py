@@ -49,8 +49,20 @@ class Checked(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
 
 
+POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def check_pointer(path):
+    """ValueError where a file is what Git LFS leaves in place of one that is not fetched."""
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(len(POINTER)) == POINTER:
+                raise ValueError(f"{path} is a pointer of Git LFS: fetch the file by git lfs pull")
+
+
 def read_object(path):
     """What a file of JSON has, by name; ValueError where it is no object."""
+    check_pointer(path)
     try:
         raw = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as wrong:

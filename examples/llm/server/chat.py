@@ -7,7 +7,9 @@ import uuid
 from pathlib import Path
 
 import jinja2
-from engine.config import read_object
+from engine.config import given, read_object
+from jinja2 import nodes
+from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from .schema import Refused
@@ -25,16 +27,22 @@ class Template:
         config = {}
         if (path / "tokenizer_config.json").exists():
             config = read_object(path / "tokenizer_config.json")
+        if (path / "special_tokens_map.json").exists():
+            config = read_object(path / "special_tokens_map.json") | given(config)
         source = config.get("chat_template")
         if (path / "chat_template.jinja").exists():
             source = (path / "chat_template.jinja").read_text()
-        self.template = None
+        self.template = self.for_tools = None
         try:
-            if isinstance(source, list):  # several by name
-                source = {one["name"]: one["template"] for one in source}
-                source = source.get("default") or next(iter(source.values()))
+            named = source
+            if isinstance(source, list):
+                named = {one["name"]: one["template"] for one in source}
+                source = named.get("default") or next(iter(named.values()))
             if source:
-                self.template = _environment().from_string(str(source))
+                environment = _environment()
+                self.template = self.for_tools = environment.from_string(str(source))
+                if isinstance(named, dict) and "tool_use" in named:
+                    self.for_tools = environment.from_string(str(named["tool_use"]))
         except (jinja2.TemplateError, LookupError, TypeError, RecursionError, StopIteration) as bad:
             raise ValueError(f"{path}: the chat template: {bad}") from None
         self.words = {
@@ -47,9 +55,10 @@ class Template:
         """The prompt; `more` are variables of the template."""
         if self.template is None:
             raise Refused("the checkpoint has no chat template", param="messages")
-        given = {"messages": messages, "tools": tools, "documents": None}
+        template = self.for_tools if tools else self.template
+        always = {"messages": messages, "tools": tools, "documents": None}
         try:
-            text = self.template.render(self.words | more | given | {"add_generation_prompt": True})
+            text = template.render(self.words | more | always | {"add_generation_prompt": True})
             text.encode()  # half a character of a call's arguments cannot be
             return text
         except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError,
@@ -59,9 +68,19 @@ class Template:
             raise Refused(f"the checkpoint's chat template: {words}", param="messages") from None
 
 
+class Generation(Extension):
+    """What a template marks for training as the model's, as transformers has it: its text."""
+
+    tags = frozenset({"generation"})
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(["name:endgeneration"], True), lineno=line)
+
+
 def _environment():
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
     )
 
     def refuse(message):
