@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 import requests
 import serve
-from engine import Request, Sampling, load
+from engine import Config, Request, Sampling, load
+from engine.config import Rope
 from server import Link
 from server.chat import Template, calls_of
 from server.metrics import Metrics
@@ -548,6 +549,8 @@ def name_shard(path: Path, name: str) -> None:
      ({"rms_norm_eps": "x"}, "rms_norm_eps"), ({"rope_theta": float("inf")}, "rope_theta"),
      ({"rope_scaling": 5}, "rope_scaling"), ({"rope_scaling": {"type": "llama3"}}, "with factor"),
      ({"rope_scaling": {"rope_type": "yarn", "factor": 0.0}}, "factor"),
+     ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "kind of layer"),
+     ({"rope_scaling": {"factor": 2.0}}, "rope_type"), ({"hidden_act": "gelu"}, "hidden_act"),
      ({"partial_rotary_factor": 1e9}, "partial_rotary_factor"),
      ({"layer_types": "full_attention"}, "layer_types"), ({"layer_types": [1]}, "layer_types"),
      ({"layer_types": ["full_attention"] * 2}, "layer_types has 2 of 1 layers"),
@@ -638,3 +641,21 @@ def test_templates_as_checkpoints_have_them(tmp_path):
     template = Template(tmp_path)
     assert template([], None, {}) == "<s>one"
     assert template([], [{}, {}], {}) == "2 tools"
+
+
+def test_yarn_takes_mscale_only_with_mscale_all_dim():
+    """By arithmetic: without both, the gain is 0.1 ln(factor) + 1."""
+    yarn = {"rope_type": "yarn", "factor": 4.0, "mscale": 2.0}
+    alone = Rope(**yarn).cos_sin(1, 8, 64)[0, 0]
+    both = Rope(**yarn, mscale_all_dim=0.5).cos_sin(1, 8, 64)[0, 0]
+    assert alone == pytest.approx(1.1386294, rel=1e-6)
+    assert both == pytest.approx(1.2772589 / 1.0693147, rel=1e-6)
+
+
+def test_qwen3_next_turns_a_quarter_of_a_head_by_default(tmp_path):
+    """As its published class of configuration has it."""
+    path = make_tiny(tmp_path / "m", "qwen3_next", head_dim=64)
+    raw = json.loads((path / "config.json").read_text())
+    raw.pop("partial_rotary_factor", None)
+    (path / "config.json").write_text(json.dumps(raw))
+    assert Config.read(path).rotary_dim == 16
