@@ -17,6 +17,7 @@ from pathlib import Path
 
 import uvicorn
 from engine import Config, Weights, end_process, load, verify
+from engine.config import check_pointer
 from server import Limits, Link, application
 from server.chat import Template
 from server.connection import Connection
@@ -94,6 +95,7 @@ def hosted(given, model):
 
 
 def tokenizer_of(model):
+    check_pointer(model / "tokenizer.json")
     try:
         return Tokenizer.from_file(str(model / "tokenizer.json"))
     except Exception as wrong:  # which has no class of its own

@@ -56,6 +56,7 @@ def test_the_first_of_several_stops_ends_a_text_that_comes_at_once():
     [
         (f"Yes. {OPEN}{{}}{SHUT}", "Yes. ", False), (f"{OPEN}", "", False),
         ("1 < 2, <tool_ and <tool_cal", "1 < 2, <tool_ and <tool_cal", True),
+        (f"A {OPEN} tag", f"A {OPEN} tag", True), (f"A {OPEN}{OPEN} {{", f"A {OPEN}", False),
     ],
 )  # fmt: skip
 def test_nothing_of_a_tool_call_is_told_as_text(written, open_text, whole):
@@ -209,7 +210,7 @@ def test_what_answers_are_called(kind, names, with_usage):
 WORDS = [OPEN, SHUT, '{"name": "', '", "arguments": {', "keep"]
 
 
-def call(name: str, **arguments: int) -> str:
+def call(name: str, **arguments: Any) -> str:
     return f'{OPEN}{{"name": "{name}", "arguments": {json.dumps(arguments)}}}{SHUT}'
 
 
@@ -217,7 +218,15 @@ CALLS = [
     (f"Yes. {call('keep', age=3)}\n{call('sleep')}", "Yes.", [("keep", {"age": 3}), ("sleep", {})]),
     (call("keep", age=1), None, [("keep", {"age": 1})]),
     (f"No {OPEN} is none", f"No {OPEN} is none", []),
-    (f'{OPEN}{{"name": "keep"}}{SHUT}', f'{OPEN}{{"name": "keep"}}{SHUT}', []),
+    (f'{OPEN}{{"name": "keep"}}{SHUT}', None, [("keep", {})]),
+    (call("keep", x=f"a {SHUT} b {OPEN}"), None, [("keep", {"x": f"a {SHUT} b {OPEN}"})]),
+    (f"So {OPEN} is a tag. {call('keep')}", f"So {OPEN} is a tag.", [("keep", {})]),
+    (f'{OPEN}{{"name": {SHUT}\n{call("keep")}', f'{OPEN}{{"name": {SHUT}', [("keep", {})]),
+    (f'{OPEN}{{"age": 3}}{SHUT} or {call("keep")}', f'{OPEN}{{"age": 3}}{SHUT} or',
+     [("keep", {})]),
+    (f"One {call('keep')} and {call('sleep')} done", "One  and  done",
+     [("keep", {}), ("sleep", {})]),
+    (f'{OPEN}\n{{"name": "keep", "arguments": null}}', None, [("keep", {})]),
     ("a < b", "a < b", []),
     ("a  ", "a  ", []),
 ]  # fmt: skip

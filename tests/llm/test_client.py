@@ -192,12 +192,38 @@ def test_errors_are_those_of_the_interface(client):
         ({"top_logprobs": 2}, "top_logprobs"), ({"extra_body": {"top_k": 0.5}}, "top_k"),
         ({"extra_body": {"what": 1}}, "what"), ({"tool_choice": "required"}, "tool_choice"),
         ({"logit_bias": {"a": 1}}, "logit_bias.a"), ({"stop": ["a", 1]}, "stop[1]"),
+        ({"logit_bias": {"1": 1, "01": 2}}, "logit_bias"),
+        ({"modalities": ["audio"]}, "modalities[0]"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+         "messages[0].content[0]"),
     ]  # fmt: skip
     for more, param in wrong:
         with pytest.raises(openai.BadRequestError) as refused:
             client.chat.completions.create(**{"model": "tiny", "messages": HELLO} | more)
         assert refused.value.param == param
         assert param in refused.value.body["message"]
+
+
+def test_what_clients_send_and_nothing_here_reads(client):
+    """It is told in a header; an answer goes back as the package has it, nulls among it."""
+    ask: dict[str, Any] = {"model": "tiny", "messages": HELLO, "max_tokens": 4, "temperature": 0}
+    said = client.chat.completions.create(**ask).choices[0].message
+    ask["messages"] = [
+        *HELLO, said.model_dump(),
+        {"role": "user", "content": [
+            {"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}]},
+    ]  # fmt: skip
+    ignored = {
+        "service_tier": "auto", "reasoning_effort": "low", "prompt_cache_key": "a",
+        "safety_identifier": "b", "verbosity": "low", "modalities": ["text"],
+    }  # fmt: skip
+    plain = client.chat.completions.with_raw_response.create(**ask, top_logprobs=0)
+    assert "x-ignored" not in plain.headers
+    for stream in (False, True):
+        more = ignored | {"stream": stream}
+        answer = client.chat.completions.with_raw_response.create(**ask, **more)
+        assert answer.headers["x-ignored"].split(", ") == sorted(ignored)
+    assert plain.parse().choices[0].message.content is not None
 
 
 def test_metrics(client, server):

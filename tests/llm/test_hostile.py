@@ -19,11 +19,12 @@ import numpy as np
 import pytest
 import requests
 import serve
-from engine import Request, Sampling, load
+from engine import Config, Request, Sampling, load
+from engine.config import Rope
 from server import Link
 from server.chat import Template, calls_of
 from server.metrics import Metrics
-from server.schema import Refused
+from server.schema import CompletionBody, Refused, parsed
 from server.service import Service
 from server.text import Text, token_bytes
 from starlette.responses import JSONResponse
@@ -548,6 +549,8 @@ def name_shard(path: Path, name: str) -> None:
      ({"rms_norm_eps": "x"}, "rms_norm_eps"), ({"rope_theta": float("inf")}, "rope_theta"),
      ({"rope_scaling": 5}, "rope_scaling"), ({"rope_scaling": {"type": "llama3"}}, "with factor"),
      ({"rope_scaling": {"rope_type": "yarn", "factor": 0.0}}, "factor"),
+     ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "kind of layer"),
+     ({"rope_scaling": {"factor": 2.0}}, "rope_type"), ({"hidden_act": "gelu"}, "hidden_act"),
      ({"partial_rotary_factor": 1e9}, "partial_rotary_factor"),
      ({"layer_types": "full_attention"}, "layer_types"), ({"layer_types": [1]}, "layer_types"),
      ({"layer_types": ["full_attention"] * 2}, "layer_types has 2 of 1 layers"),
@@ -578,6 +581,8 @@ def test_checkpoints_that_lie(tmp_path, rng, change, words):
      ("generation_config.json", b'{"top_p": 0.0}', "generation_config.json: top_p"),
      ("generation_config.json", b'{"temperature": NaN}', "generation_config.json: temperature"),
      ("tokenizer.json", b"{}", "tokenizer.json"),
+     *((name, b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", f"{name} .*Git LFS")
+       for name in ("tokenizer.json", "config.json", "model-00001-of-00002.safetensors")),
      ("tokenizer.json", b"", "tokenizer.json"), ("tokenizer_config.json", b"[]", "no object"),
      ("tokenizer_config.json", b'{"chat_template": [1]}', "template"),
      ("tokenizer_config.json", b'{"chat_template": [{}]}', "template"),
@@ -614,3 +619,43 @@ def test_templates_that_fail(tmp_path, source):
     (tmp_path / "chat_template.jinja").write_text(source)
     with pytest.raises(Refused, match="chat template: it cannot be rendered"):
         Template(tmp_path)([{"role": "user", "content": "a"}], None, {})
+
+
+def test_a_long_name_of_a_field_is_cut():
+    """In place and message."""
+    with pytest.raises(Refused) as refused:
+        parsed(CompletionBody, b'{"%s": 1}' % (b"a" * (3 << 20)))
+    assert "no such field" in refused.value.message
+    assert len(json.dumps(refused.value.body)) < 1000
+
+
+def test_templates_as_checkpoints_have_them(tmp_path):
+    """One by name for tools, words of special_tokens_map.json, and marks for training."""
+    (tmp_path / "special_tokens_map.json").write_text('{"bos_token": {"content": "<s>"}}')
+    named = [
+        {"name": "default", "template": "{{ bos_token }}{% generation %}"
+                                        "{% set a = 1 %}one{% endgeneration %}{{ a }}"},
+        {"name": "tool_use", "template": "{{ tools | length }} tools"},
+    ]  # fmt: skip
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    template = Template(tmp_path)
+    assert template([], None, {}) == "<s>one"
+    assert template([], [{}, {}], {}) == "2 tools"
+
+
+def test_yarn_takes_mscale_only_with_mscale_all_dim():
+    """By arithmetic: without both, the gain is 0.1 ln(factor) + 1."""
+    yarn = {"rope_type": "yarn", "factor": 4.0, "mscale": 2.0}
+    alone = Rope(**yarn).cos_sin(1, 8, 64)[0, 0]
+    both = Rope(**yarn, mscale_all_dim=0.5).cos_sin(1, 8, 64)[0, 0]
+    assert alone == pytest.approx(1.1386294, rel=1e-6)
+    assert both == pytest.approx(1.2772589 / 1.0693147, rel=1e-6)
+
+
+def test_qwen3_next_turns_a_quarter_of_a_head_by_default(tmp_path):
+    """As its published class of configuration has it."""
+    path = make_tiny(tmp_path / "m", "qwen3_next", head_dim=64)
+    raw = json.loads((path / "config.json").read_text())
+    raw.pop("partial_rotary_factor", None)
+    (path / "config.json").write_text(json.dumps(raw))
+    assert Config.read(path).rotary_dim == 16

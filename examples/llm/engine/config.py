@@ -49,8 +49,20 @@ class Checked(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
 
 
+POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def check_pointer(path):
+    """ValueError where a file is what Git LFS leaves in place of one that is not fetched."""
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(len(POINTER)) == POINTER:
+                raise ValueError(f"{path} is a pointer of Git LFS: fetch the file by git lfs pull")
+
+
 def read_object(path):
     """What a file of JSON has, by name; ValueError where it is no object."""
+    check_pointer(path)
     try:
         raw = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as wrong:
@@ -125,6 +137,8 @@ class Rope(Checked):
         for name in self.NEEDED.get(self.rope_type, ()):
             if getattr(self, name) is None:
                 raise ValueError(f"{self.rope_type} comes with {name}")
+        if self.factor is not None and self.rope_type not in self.NEEDED:
+            raise ValueError("a factor comes with a rope_type that has one")
         return self
 
     def cos_sin(self, positions, dim, most):
@@ -154,13 +168,13 @@ class Rope(Checked):
         slow = np.clip((np.arange(len(frequencies)) - low) / (high - low or 0.001), 0, 1)
         larger = self.attention_factor
         if larger is None:
-            larger = self._larger(self.mscale)
+            larger = self._larger(1)
             if self.mscale and self.mscale_all_dim:
-                larger /= self._larger(self.mscale_all_dim)
+                larger = self._larger(self.mscale) / self._larger(self.mscale_all_dim)
         return frequencies * (1 - slow + slow / self.factor), larger
 
     def _larger(self, by):
-        return 0.1 * (by or 1) * math.log(self.factor) + 1 if self.factor > 1 else 1.0
+        return 0.1 * by * math.log(self.factor) + 1 if self.factor > 1 else 1.0
 
     def _llama3(self, frequencies):
         """Slow ones are `factor` times slower, quick ones as they were, with a ramp between."""
@@ -181,6 +195,7 @@ class Config(Checked):
     # What kinds differ in.
     qk_norm: ClassVar = False
     is_next: ClassVar = False  # Qwen3-Next: norms by 1 + weight, a gate on attention's output
+    partial: ClassVar = 1.0  # how much of a head turns, where the file does not say
     is_gpt_oss: ClassVar = False  # sinks, and experts with biases and a limit of their own
     quantised: ClassVar = "fp8"  # the quant_method that there may be
 
@@ -201,6 +216,7 @@ class Config(Checked):
     rope: Rope = named("rope_scaling")
     has_biases: bool = named("attention_bias", default=False)  # of attention's products
     mlp_bias: Literal[False] = False
+    hidden_act: Literal["silu"] = "silu"
     layer_types: list[Literal[FULL, SLIDING]] = []
     use_sliding_window: bool = False
     sliding_window: Count = 0  # keys that a query of a sliding layer sees, its own among them
@@ -228,6 +244,9 @@ class Config(Checked):
         if isinstance(rope, dict):
             names = ("rope_theta", "partial_rotary_factor")
             rope = given(rope) | {name: raw[name] for name in names if name in raw}
+            rope.setdefault("partial_rotary_factor", cls.partial)
+            if any(isinstance(value, dict) for value in rope.values()):
+                raise ValueError("rope_parameters differ by kind of layer, which they may not here")
         return raw | {"rope_scaling": rope}
 
     @model_validator(mode="after")
@@ -362,6 +381,7 @@ class GptOss(WithoutLinear, Config):
 class Qwen3Next(WithoutExperts, Config):
     qk_norm: ClassVar = True
     is_next: ClassVar = True
+    partial: ClassVar = 0.25
     quantised: ClassVar = None
 
     key_heads: Size = named("linear_num_key_heads")

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from .config import LINEAR, read_object
+from .config import LINEAR, check_pointer, read_object
 
 BLOCK = 128
 HEAD_NORMS = "q_norm", "k_norm"
@@ -84,6 +84,7 @@ def mapped(path):
     """A file's header, and the bytes of its tensors."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
+    check_pointer(path)
     with path.open("rb") as file:
         (size,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
     if size > MOST_HEADER:

@@ -207,7 +207,7 @@ class Chat(Answer):
         tops = (body.top_logprobs or 0) if body.logprobs else None
         text = Text(self.tokenizer, body.stops, held, tops)
         if held == "":  # all of it is a call
-            text.held_from = 0
+            text.held_from, text.is_held = 0, True
         return text
 
     def _logprobs(self, piece):

@@ -183,7 +183,7 @@ class Api:
             tools = []
         if body.tool_choice not in (None, "none", "auto") and not body.forced:
             raise Refused("tool_choice: there is no such tool in tools", param="tool_choice")
-        if body.top_logprobs is not None and not body.logprobs:
+        if body.top_logprobs and not body.logprobs:
             raise Refused("top_logprobs: it needs logprobs to be true", param="top_logprobs")
         messages = [message.for_template() for message in body.messages]
         text = self.template(messages, tools or None, body.chat_template_kwargs or {})
@@ -233,10 +233,11 @@ class Api:
             raise Refused("the server is ending", 503)
         name = body.model or self.names[0]
         answer = answer(self.service, self.tokenizer, name, body, requests)
+        told = {"X-Ignored": ", ".join(body.ignored)} if body.ignored else {}
         if body.stream:
             return StreamingResponse(answer.events(), media_type="text/event-stream",
-                                     headers={"Cache-Control": "no-cache"})  # fmt: skip
-        return await unless_gone(http, answer.whole())
+                                     headers={"Cache-Control": "no-cache"} | told)  # fmt: skip
+        return await unless_gone(http, answer.whole(), told)
 
     async def completions(self, http):
         return await self.complete(http, CompletionBody, Completion)
@@ -286,7 +287,7 @@ class Api:
         return checked
 
 
-async def unless_gone(http, work):
+async def unless_gone(http, work, headers):
     """The answer as JSON; a client that goes away ends the work."""
 
     async def gone():
@@ -298,7 +299,7 @@ async def unless_gone(http, work):
         await asyncio.wait([work, gone], return_when=asyncio.FIRST_COMPLETED)
         if not work.done():
             return await nobody_reads()
-        return JSONResponse(work.result())
+        return JSONResponse(work.result(), headers=headers)
     finally:
         for task in (work, gone):
             task.cancel()

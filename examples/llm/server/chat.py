@@ -2,16 +2,21 @@
 
 import datetime
 import json
+import re
 import uuid
 from pathlib import Path
 
 import jinja2
-from engine.config import read_object
+from engine.config import given, read_object
+from jinja2 import nodes
+from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from .schema import Refused
 
 OPEN, SHUT = "<tool_call>", "</tool_call>"
+SPACE = re.compile(r"\s*")
+SHUT_AFTER = re.compile(rf"\s*{SHUT}")
 
 
 class Template:
@@ -22,16 +27,22 @@ class Template:
         config = {}
         if (path / "tokenizer_config.json").exists():
             config = read_object(path / "tokenizer_config.json")
+        if (path / "special_tokens_map.json").exists():
+            config = read_object(path / "special_tokens_map.json") | given(config)
         source = config.get("chat_template")
         if (path / "chat_template.jinja").exists():
             source = (path / "chat_template.jinja").read_text()
-        self.template = None
+        self.template = self.for_tools = None
         try:
-            if isinstance(source, list):  # several by name
-                source = {one["name"]: one["template"] for one in source}
-                source = source.get("default") or next(iter(source.values()))
+            named = source
+            if isinstance(source, list):
+                named = {one["name"]: one["template"] for one in source}
+                source = named.get("default") or next(iter(named.values()))
             if source:
-                self.template = _environment().from_string(str(source))
+                environment = _environment()
+                self.template = self.for_tools = environment.from_string(str(source))
+                if isinstance(named, dict) and "tool_use" in named:
+                    self.for_tools = environment.from_string(str(named["tool_use"]))
         except (jinja2.TemplateError, LookupError, TypeError, RecursionError, StopIteration) as bad:
             raise ValueError(f"{path}: the chat template: {bad}") from None
         self.words = {
@@ -44,9 +55,10 @@ class Template:
         """The prompt; `more` are variables of the template."""
         if self.template is None:
             raise Refused("the checkpoint has no chat template", param="messages")
-        given = {"messages": messages, "tools": tools, "documents": None}
+        template = self.for_tools if tools else self.template
+        always = {"messages": messages, "tools": tools, "documents": None}
         try:
-            text = self.template.render(self.words | more | given | {"add_generation_prompt": True})
+            text = template.render(self.words | more | always | {"add_generation_prompt": True})
             text.encode()  # half a character of a call's arguments cannot be
             return text
         except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError,
@@ -56,9 +68,19 @@ class Template:
             raise Refused(f"the checkpoint's chat template: {words}", param="messages") from None
 
 
+class Generation(Extension):
+    """What a template marks for training as the model's, as transformers has it: its text."""
+
+    tags = frozenset({"generation"})
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(["name:endgeneration"], True), lineno=line)
+
+
 def _environment():
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
     )
 
     def refuse(message):
@@ -77,25 +99,40 @@ def _environment():
 
 
 def calls_of(text, is_forced):
-    """The text before tool calls, and these; no calls where what is there is none.
+    """The text around tool calls, and these; what is no call stays text.
 
-    A call is a JSON object with a name and arguments: the whole text where one is forced, and
-    else between <tool_call> and </tool_call>, as Qwen3's and Hermes' templates have it.
+    A call is a JSON object with a name: the whole text where one is forced, and else after
+    <tool_call>, as Qwen3's and Hermes' templates have it. What JSON reads decides where it ends,
+    for arguments may have tags in them.
     """
     if is_forced:
-        before, parts = "", [text]
-    else:
-        before, *parts = text.split(OPEN)
-        parts = [part.partition(SHUT)[0] for part in parts]
+        call, end = _read(text, 0)
+        return ("", [call]) if call and not text[end:].strip() else (text, [])
+    kept, calls, begin, at = [], [], 0, text.find(OPEN)
+    while at >= 0:
+        call, end = _read(text, at + len(OPEN))
+        if call:
+            kept.append(text[begin:at])
+            calls.append(call)
+            shut = SHUT_AFTER.match(text, end)
+            begin = shut.end() if shut else end
+        at = text.find(OPEN, begin if call else at + len(OPEN))
+    return "".join([*kept, text[begin:]]), calls
+
+
+def _read(text, at):
+    """A call that begins there, or None, and where it ends."""
     try:
-        calls = [_call(json.loads(part)) for part in parts]
+        said, end = json.JSONDecoder().raw_decode(text, at + len(SPACE.match(text, at)[0]))
+        return _call(said), end
     except (ValueError, KeyError, TypeError, RecursionError):
-        return text, []
-    return before, calls
+        return None, at
 
 
 def _call(said):
-    name, arguments = str(said["name"]), said["arguments" if "arguments" in said else "parameters"]
+    name, arguments = str(said["name"]), said.get("arguments", said.get("parameters"))
+    if arguments is None:
+        arguments = {}
     if not isinstance(arguments, str):
         arguments = json.dumps(arguments, ensure_ascii=False)
     # Half a character stays the escape that the model wrote.

@@ -10,7 +10,14 @@ from typing import Annotated, Any, Literal
 from engine import Sampling
 from engine.config import TOP, Checked, limited, words
 from engine.sampling import MOST_BIASES
-from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import from_json
 
 MOST_CHOICES = 64  # completions of one request: prompts times n
@@ -18,7 +25,11 @@ MOST_STOPS = 16
 MOST_STOP = 256  # characters of one: with each token its beginnings are compared with the text
 MOST_VALUES = 1 << 15  # fields, and elements of lists, of a body
 MOST_SCHEMA = 64 << 10  # bytes of a JSON schema, with those of tools
+MOST_NAME = 80  # characters of a field's name that an error repeats
 INT64 = 2**63
+# OpenAI's fields that change nothing here.
+IGNORED = {"metadata", "modalities", "prompt_cache_key", "reasoning_effort", "safety_identifier",
+           "service_tier", "store", "user", "verbosity"}  # fmt: skip
 
 
 class Refused(Exception):
@@ -42,6 +53,13 @@ Stop = Annotated[str, Field(min_length=1, max_length=MOST_STOP)]
 
 class Strict(Checked):
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_null(cls, fields):
+        """Null is not given, of fields that there are none of as well."""
+        is_object = isinstance(fields, dict)
+        return {k: v for k, v in fields.items() if v is not None} if is_object else fields
 
 
 class StreamOptions(Strict):
@@ -67,7 +85,6 @@ class Common(Strict):
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: str | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
     seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
@@ -89,6 +106,26 @@ class Common(Strict):
         Field(max_length=MOST_BIASES),
     ] | None = None  # fmt: skip
     response_format: ResponseFormat | None = None
+    metadata: dict[str, str] | None = None
+    prompt_cache_key: str | None = None
+    reasoning_effort: str | None = None
+    safety_identifier: str | None = None
+    service_tier: str | None = None
+    store: bool | None = None
+    user: str | None = None
+    verbosity: str | None = None
+
+    @property
+    def ignored(self):
+        """The fields that are given and change nothing here."""
+        return sorted(IGNORED & self.model_fields_set)
+
+    @field_validator("logit_bias")
+    @classmethod
+    def _each_once(cls, biases):
+        if biases is not None and len({int(token) for token in biases}) < len(biases):
+            raise ValueError("a token is in it twice")
+        return biases
 
     @field_validator("stream_options")
     @classmethod
@@ -152,6 +189,15 @@ class CompletionBody(Common):
 class Part(Strict):
     type: Literal["text"]
     text: str
+    cache_control: Any = None  # prefixes are shared without it
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_text(cls, part):
+        """One sentence of another kind of part, and not one for each of its fields."""
+        if isinstance(part, dict) and part.get("type") not in (None, "text"):
+            raise ValueError("parts of a message are text here: its type must be 'text'")
+        return part
 
 
 class Function(Strict):
@@ -219,8 +265,7 @@ class ChatBody(Common):
     tool_choice: Literal["none", "auto", "required"] | Choice | None = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    metadata: dict[str, str] | None = None
-    store: bool | None = None
+    modalities: list[Literal["text"]] | None = None
 
     @property
     def forced(self):
@@ -287,5 +332,6 @@ def _place(loc):
     """`messages[0].content` of the steps that lead there."""
     text = ""
     for step in _steps(loc):
+        step = step[:MOST_NAME] if isinstance(step, str) else step
         text += f"[{step}]" if isinstance(step, int) else f".{step}" if text else step
     return text or None

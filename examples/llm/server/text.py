@@ -43,7 +43,8 @@ class Text:
 
     Args:
         stops: strings before the first of which the text ends.
-        held: a string from which on nothing is told; all of it is in `text` in the end.
+        held: a string from which on nothing is told if an object of JSON follows; all of it is in
+            `text` in the end.
         tops: how many of the most probable tokens are told beside each; None for no logprobs.
         offset: where the text begins, of what was told before it.
     """
@@ -54,7 +55,7 @@ class Text:
         self.text, self.told, self.offset, self.tokens, self.waiting = "", 0, offset, [], []
         self.silent = []  # tokens since the last that `stream` gave text of
         self.longest = max(map(len, (*stops, held or "")), default=0)
-        self.held_from = None
+        self.held_from, self.is_held = None, False
         self.finished = None
 
     def add(self, tokens, logprobs, finished):
@@ -101,15 +102,25 @@ class Text:
     def _end(self, begin):
         """How much may be told: not what may be the beginning of a stop string."""
         text = self.text
-        if self.held is not None and self.held_from is None:
-            at = text.find(self.held, begin)
-            self.held_from = at if at >= 0 else None
+        if self.held is not None and not self.is_held:
+            self._hold(begin)
         if self.held_from is not None:
             return max(self.held_from, self.told)
         if self.finished:
             return len(text)
         strings = self.stops if self.held is None else (*self.stops, self.held)
         return len(text) - max((begun(text, stop) for stop in strings), default=0)
+
+    def _hold(self, begin):
+        """Hold back what is from `held` on, until what follows it is known to be no object."""
+        at = self.text.find(self.held, begin if self.held_from is None else self.held_from)
+        while at >= 0:
+            following = self.text[at + len(self.held) :].lstrip()
+            self.is_held = following.startswith("{")
+            if self.is_held or not following:
+                break
+            at = self.text.find(self.held, at + len(self.held))
+        self.held_from = at if at >= 0 else None
 
     def _rest(self):
         """What was held back at the end: bytes that are no whole character."""
