@@ -69,7 +69,9 @@ def test_a_scanned_loop_of_layers(rng):
     case, batch = service.case, service.batch()
     plan = case.plan(batch)
     q, k, v = given(case, batch)
-    ks, vs = (np.stack([cache * np.float16(1 - layer / 8) for layer in range(4)]) for cache in (k, v))
+    ks, vs = (
+        np.stack([cache * np.float16(1 - layer / 8) for layer in range(4)]) for cache in (k, v)
+    )
 
     @jax.jit
     def layers(q, ks, vs):
