@@ -14,7 +14,6 @@ from tests.attention.cases import Result, Service
 from tests.attention.machines import Cpu
 from tests.attention.tables import SERVED
 
-
 # What jax raises for a call that fails: at once, or where its result is waited for.
 FAILURES = (ValueError, jax.errors.JaxRuntimeError)
 

@@ -69,7 +69,7 @@ def own_requirements(accepted: str) -> list[str]:
         for one in PROJECT["dependencies"]
     ]
     for extra, requirements in EXTRAS.items():
-        if extra == "torch":  # for tests: an engine brings the torch that it pins
+        if extra in ("torch", "jax"):  # an engine brings the torch that it pins, and no jax
             continue
         for requirement in map(Requirement, requirements):
             marker = f"({requirement.marker}) and " if requirement.marker else ""

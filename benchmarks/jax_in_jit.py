@@ -1,0 +1,97 @@
+"""What ops cost in a jitted step: host microseconds, and how often XLA calls Python.
+
+    python3 benchmarks/jax_in_jit.py [--steps 200]
+
+A step is eight norms, each behind a fused multiply-add. `recorded` is with XLA's command buffers as
+they are by default; `not recorded` is without (XLA_FLAGS=--xla_gpu_enable_command_buffer=), in a
+process of its own. `jax's own` is the same step in jax.numpy. Buffers repeat where each step takes
+the same array, and change where it takes the result of the one before. Medians of five rounds, by
+turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+
+def measure(name: str, steps: int) -> None:
+    import jax
+    import jax.numpy as jnp
+
+    import fi_ffi.jax
+
+    calls = [0]
+    find = fi_ffi.jax._handlers._find
+
+    def counting(function: str):
+        calls[0] += 1
+        return find(function)
+
+    fi_ffi.jax._handlers._find = counting
+
+    def own(x, weight):
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt((wide**2).mean(-1, keepdims=True) + 1e-6)
+        return (wide * weight).astype(x.dtype)
+
+    def stepped(norm):
+        def step(x, weight):
+            for _ in range(8):
+                x = norm(x * 1.5 + 0.25, weight)
+            return x
+
+        return jax.jit(step)
+
+    def pure(x, weight):
+        kind = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        return jax.pure_callback(lambda x, w: x, kind, x, weight)
+
+    sides = {
+        "fi_ffi.jax": stepped(lambda x, w: fi_ffi.jax.rmsnorm(x, w, eps=1e-6)),
+        "jax's own": stepped(own),
+        "jax.pure_callback, which does nothing": stepped(pure),
+    }
+    x, weight = jnp.ones((64, 4096), jnp.bfloat16), jnp.ones(4096, jnp.bfloat16)
+    times = {(side, kind): [] for side in sides for kind in ("repeat", "change")}
+    python = dict.fromkeys(times, 0)
+    for number in range(6):
+        for side, step in sides.items():
+            for kind in ("repeat", "change"):
+                count = steps // 10 if "pure" in side else steps
+                y, before = jax.block_until_ready(step(x, weight)), calls[0]
+                start = time.perf_counter()
+                for _ in range(count):
+                    y = step(y if kind == "change" else x, weight)
+                jax.block_until_ready(y)
+                if number:
+                    times[side, kind].append((time.perf_counter() - start) / count * 1e6)
+                    python[side, kind] = (calls[0] - before) / count
+    for (side, kind), found in times.items():
+        each, count = statistics.median(found), python[side, kind]
+        print(f"{name:13} {side:38} {kind:7} {each:9.1f} us a step, Python {count:.2f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--as", dest="name", default="")
+    given = parser.parse_args()
+    if given.name:
+        measure(given.name, given.steps)
+        return
+    for name, flags in (("recorded", ""), ("not recorded", "--xla_gpu_enable_command_buffer=")):
+        flags = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
+        environment = {**os.environ, "XLA_FLAGS": flags}
+        command = [sys.executable, __file__, "--as", name, "--steps", str(given.steps)]
+        subprocess.run(command, env=environment, check=True)
+
+
+if __name__ == "__main__":
+    main()
