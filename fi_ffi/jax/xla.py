@@ -70,8 +70,9 @@ int fesetenv(const void *envp);
 """
 )
 
-# The interface that these structures are of. A new minor version may change them.
-VERSION = (0, 3)
+# The interfaces that these structures are of: jax 0.10 and 0.11. A new minor version may change
+# them; 0.4 added to their ends.
+VERSIONS = ((0, 3), (0, 4))
 _METADATA = 1  # XLA_FFI_Extension_Metadata
 _RECORDABLE = 1  # XLA_FFI_HANDLER_TRAITS_COMMAND_BUFFER_COMPATIBLE
 _QUIET_S = 0.02  # between two looks
@@ -233,14 +234,15 @@ class Handlers:
             for name, (got, want) in known.items()
             if got != want
         ]
-        version = VERSION
+        version = VERSIONS[-1]
         if frame.api != ffi.NULL:
             given = frame.api.api_version
             version = given.major_version, given.minor_version
-        if wrong or version != VERSION:
-            theirs, ours = (".".join(map(str, each)) for each in (version, VERSION))
+        if wrong or version not in VERSIONS:
+            theirs, *ours = (".".join(map(str, each)) for each in (version, *VERSIONS))
             told = "; ".join([f"XLA's foreign functions are of version {theirs}", *wrong])
-            self._refusal = AbiError(f"{told}. fi_ffi.jax reads version {ours}: use another jax")
+            reads = " and ".join(ours)
+            self._refusal = AbiError(f"{told}. fi_ffi.jax reads {reads}: use another jax")
         metadata.api_version.major_version, metadata.api_version.minor_version = version
         metadata.traits = traits
         return ffi.NULL
