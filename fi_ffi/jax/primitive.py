@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import functools
-import json
 from typing import Any, NoReturn
 
 import jax
@@ -50,8 +49,7 @@ def _run(*arrays: Any, **params: Any) -> Any:
 
 
 def _name(call: str) -> str:
-    function: str = json.loads(call)[0]
-    return function
+    return CallText.read(call.encode()).function
 
 
 def _lowered(ctx: Any, *operands: Any, call: str, results: Any, aliases: Any, target: str) -> Any:
@@ -88,14 +86,14 @@ def _refuse_shards(op: str, context: Any) -> None:
 
 
 def _refuse_batches(args: Any, dims: Any, *, call: str, **_: Any) -> NoReturn:
-    names = json.loads(call)[1]
+    names = CallText.read(call.encode()).arguments
     wrong = next(name for name, dim in zip(names, dims, strict=True) if dim is not None)
     expected = "an array without an axis of jax.vmap: give rows to one call, or use jax.lax.map"
     raise ArgumentError(_name(call), wrong, got="an array of jax.vmap", expected=expected)
 
 
 def _refuse_tangents(primals: Any, tangents: Any, *, call: str, **_: Any) -> NoReturn:
-    names = json.loads(call)[1]
+    names = CallText.read(call.encode()).arguments
     wrong = next(
         name for name, tangent in zip(names, tangents, strict=True) if type(tangent) is not ad.Zero
     )

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 
 import cffi
 
+from fi_ffi.abi import library
+from fi_ffi.abi._cffi import ffi as of_library
 from fi_ffi.abi.failure import message_of, signal_again
 from fi_ffi.abi.tensor import Device, TensorDesc, c_strides, parse_device
 from fi_ffi.errors import AbiError, ArgumentError, KernelNotFoundError
@@ -65,8 +67,6 @@ typedef struct {
     size_t struct_size; Extension *extension_start; const Api *api; void *ctx; int stage;
     Buffers args; Buffers rets; Attributes attrs; void *future;
 } CallFrame;
-int fegetenv(void *envp);
-int fesetenv(const void *envp);
 """
 )
 
@@ -163,13 +163,21 @@ def _place(frame: Any, is_cuda: bool) -> tuple[Device, int | None]:
 @contextlib.contextmanager
 def _subnormal_numbers() -> Iterator[None]:
     """Compute with numbers below the smallest normal one, which XLA's threads take for 0."""
-    before, libm = ffi.new("char[64]"), ffi.dlopen(None)
-    libm.fegetenv(before)
-    libm.fesetenv(ffi.cast("void *", -1))  # FE_DFL_ENV
+    before = ffi.new("char[64]")
+    get, put = _of_environment("fegetenv"), _of_environment("fesetenv")
+    get(before)
+    put(ffi.cast("void *", -1))  # FE_DFL_ENV
     try:
         yield
     finally:
-        libm.fesetenv(before)
+        put(before)
+
+
+@functools.cache
+def _of_environment(name: str) -> Any:
+    """Return a function of libm, which Python itself has loaded."""
+    found = library.c_library.dlsym(of_library.NULL, name.encode())
+    return ffi.cast("int(*)(void *)", library.address_of(found))
 
 
 class Handlers:

@@ -2,36 +2,36 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import pytest
 
-import fi_ffi
+from fi_ffi.ops.functions import OPS
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-jax = pytest.importorskip("jax", reason="jax is not installed")
-if not any(device.platform == "gpu" for device in jax.devices()):
-    pytest.skip("jax sees no GPU", allow_module_level=True)
+from tests.attention.cases import Result, Service
+from tests.attention.tables import GRAPHS, SERVED
+from tests.gpu.test_every_op import needs
+from tests.helpers.cases import default_dtypes, make_case
+from tests.helpers.in_jit import PADDED, PARTS, TOLD, Found, call_in_jit, given
+from tests.helpers.inputs import inputs_of
 
-import fi_ffi.jax  # noqa: E402
-from fi_ffi.ops.functions import OPS  # noqa: E402
-
-from tests.attention.cases import Result, Service  # noqa: E402
-from tests.attention.tables import GRAPHS, SERVED  # noqa: E402
-from tests.gpu.test_every_op import needs  # noqa: E402
-from tests.helpers.cases import default_dtypes, make_case  # noqa: E402
-from tests.helpers.inputs import inputs_of  # noqa: E402
-from tests.jax.test_ops import PADDED, PARTS, TOLD, call_in_jit  # noqa: E402
-from tests.jax.test_plans import Found, given  # noqa: E402
-
-jax.config.update("jax_enable_x64", True)
 NAMES = sorted(OPS.keys() - PARTS - PADDED.keys())
 
 
+@pytest.fixture(autouse=True)
+def jax(monkeypatch):
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    found = pytest.importorskip("jax", reason="jax is not installed")
+    if not any(device.platform == "gpu" for device in found.devices()):
+        pytest.skip("jax sees no GPU")
+    found.config.update("jax_enable_x64", True)
+    return found
+
+
 @pytest.fixture
-def counted(monkeypatch):
+def counted(jax, monkeypatch):
     """The functions that XLA has asked for, one for each call of Python."""
+    import fi_ffi.jax
+
     found = []
     find = fi_ffi.jax._handlers._find
     monkeypatch.setattr(
@@ -52,8 +52,10 @@ def test_every_op(name, rng):
 
 
 @pytest.mark.parametrize("index", [0, 1])
-def test_steps_that_are_recorded(index, counted, rng):
+def test_steps_that_are_recorded(index, jax, counted, rng):
     """Eight norms a step: right with new arrays each time, on either GPU."""
+    import fi_ffi.jax
+
     needs(OPS["rmsnorm"])
     if len(jax.devices()) <= index:
         pytest.skip("needs two GPUs")
@@ -79,7 +81,9 @@ def test_steps_that_are_recorded(index, counted, rng):
     assert 8 <= len(counted) <= 160
 
 
-def test_shards(rng):
+def test_shards(jax, rng):
+    import fi_ffi.jax
+
     needs(OPS["rmsnorm"])
     if len(jax.devices()) < 2:
         pytest.skip("needs two GPUs")
@@ -99,8 +103,10 @@ def test_shards(rng):
 
 @pytest.mark.parametrize("graph", [False, True], ids=["plain", "graph"])
 @pytest.mark.parametrize("name", SERVED)
-def test_plans(name, graph, machine, rng, counted):
+def test_plans(name, graph, jax, machine, rng):
     """Planned again between calls of one program; for graphs, XLA may have recorded the run."""
+    import fi_ffi.jax
+
     spec = (GRAPHS if graph else SERVED)[name]
     service = Service(spec, machine, rng)
     case, batch = service.case, service.batch()

@@ -13,27 +13,10 @@ import fi_ffi.jax
 from tests.attention.cases import Result, Service
 from tests.attention.machines import Cpu
 from tests.attention.tables import SERVED
+from tests.helpers.in_jit import Found, given
 
 # What jax raises for a call that fails: at once, or where its result is waited for.
 FAILURES = (ValueError, jax.errors.JaxRuntimeError)
-
-
-def given(case, batch):
-    queries = [case.tensors[name][: batch.rows] for name in ("q", "q_pe") if name in case.tensors]
-    return [*queries, *(case.tensors[name] for name in case.caches())]
-
-
-class Found:
-    """A result as the attention tests take it."""
-
-    def __init__(self, array):
-        self.array = np.asarray(array)
-
-    def get(self):
-        return self.array
-
-    def intact(self):
-        return True
 
 
 @pytest.mark.parametrize("spec", SERVED.values(), ids=SERVED)

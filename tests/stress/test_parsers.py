@@ -188,6 +188,7 @@ OWN = {
     "catalogue/api_map.py:rows": "the package's data",
     "loader/tvm_ffi.py:releases_record": "the package's data",
     "loader/uris.py:": "the package's data",
+    "jax/xla.py:CallText.read": "what fi_ffi wrote into a program of XLA's",
     "questions.py:ask": "what a driver of ours wrote",
     "cute_driver.py:": "what fi_ffi asks it",
     "driver.py:": "what fi_ffi asks it",
