@@ -117,7 +117,7 @@ def run(plan: Any, /, *args: Any, out: Any = None, lse: bool = False, **options:
     arrays = {name: jnp.asarray(value) for name, value in zip(names, args, strict=True)}
     scalars: dict[str, Any] = {}
     for key, value in options.items():
-        if isinstance(value, jax.Array) or hasattr(value, "__array__"):
+        if getattr(value, "shape", ()):
             arrays[key] = jnp.asarray(value)
         else:
             scalars[key] = static(op, key, value)

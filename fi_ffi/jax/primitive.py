@@ -128,4 +128,6 @@ def prepare(handlers: Handlers) -> None:
 def _finish(handlers: Handlers) -> None:
     """Wait for what is queued: for all arrays, and for calls whose results nobody has."""
     jax.block_until_ready(jax.live_arrays())
+    for device in jax.local_devices():  # a program waits for those that its thread began before
+        jax.block_until_ready(jax.jit(lambda x: x + 1)(jax.device_put(0, device)))
     handlers.wait_until_quiet()

@@ -13,6 +13,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
+from types import TracebackType
 from typing import Any, NamedTuple
 
 import cffi
@@ -201,7 +202,7 @@ class Handlers:
         for is_recorded, name in TARGETS.items():
             traits = _RECORDABLE if is_recorded and is_cuda else 0
             handle = functools.partial(self._handle, is_cuda, traits)
-            callback = ffi.callback("void *(CallFrame *)", handle)
+            callback = ffi.callback("void *(CallFrame *)", handle, onerror=_escaped)
             self._callbacks.append(callback)
             address = int(ffi.cast("uintptr_t", callback))
             self._refusal = None
@@ -220,16 +221,11 @@ class Handlers:
             time.sleep(_QUIET_S)
 
     def _handle(self, is_cuda: bool, traits: int, frame: Any) -> Any:
-        try:
-            extension = frame.extension_start
-            if extension != ffi.NULL and extension.type == _METADATA:
-                return self._describe(frame, traits)
-            self._call(frame, is_cuda)
-            return ffi.NULL
-        except BaseException as error:
-            # An exception of a signal handler is raised again in Python's main thread.
-            again = signal_again(error)
-            return _error(frame, error, again)
+        extension = frame.extension_start
+        if extension != ffi.NULL and extension.type == _METADATA:
+            return self._describe(frame, traits)
+        self._call(frame, is_cuda)
+        return ffi.NULL
 
     def _describe(self, frame: Any, traits: int) -> Any:
         metadata = ffi.cast("MetadataExtension *", frame.extension_start).metadata
@@ -278,6 +274,17 @@ class Handlers:
         else:
             with _subnormal_numbers():
                 function(**descs, **call.scalars)
+
+
+def _escaped(_: object, error: BaseException, traceback: TracebackType) -> Any:
+    """Return XLA's error for an exception that leaves a handler; without one, the call succeeds.
+
+    A signal that came while XLA computed is raised where the handler begins, before a `try` of its
+    could catch it.
+    """
+    # An exception of a signal handler is raised again in Python's main thread.
+    again = signal_again(error)
+    return _error(traceback.tb_frame.f_locals["frame"], error, again)
 
 
 def _error(frame: Any, error: BaseException, again: object) -> Any:

@@ -274,6 +274,52 @@ def test_an_interrupt_is_raised_in_the_end():
     assert out.split()[0] == "begun" and "interrupted" in out, out
 
 
+WHILE_XLA_COMPUTES = """
+import signal, threading, time
+import numpy as np, jax, jax.numpy as jnp
+jax.config.update("jax_cpu_enable_async_dispatch", False)  # XLA computes in the main thread
+import fi_ffi.jax
+
+w = jnp.ones(640, jnp.float16)
+
+@jax.jit
+def late(x, count):
+    x = jax.lax.fori_loop(0, count, lambda i, x: jnp.sqrt(x + 2), x)
+    return fi_ffi.jax.rmsnorm((x * 0 + 1).astype(jnp.float16), w)
+
+def run(count):
+    return late(jnp.ones((40, 640)), count)
+
+find, threads = fi_ffi.jax._handlers._find, []
+fi_ffi.jax._handlers._find = lambda name: threads.append(threading.current_thread()) or find(name)
+count, took = 1, 0
+while took < 0.5:
+    count *= 2
+    begun = time.perf_counter()
+    jax.block_until_ready(run(count))
+    took = time.perf_counter() - begun
+assert {*threads} == {threading.main_thread()}
+signal.signal(signal.SIGALRM, signal.default_int_handler)
+try:
+    signal.setitimer(signal.ITIMER_REAL, took / 4)
+    try:
+        kept = run(count)
+        print("is right:", (np.asarray(kept) == 1).all(), flush=True)
+    except Exception:
+        print("failed", flush=True)
+    time.sleep(5)
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+"""
+
+
+def test_an_interrupt_while_xla_computes():
+    """Python raises it where the handler begins: the call fails, rather than leave its result."""
+    code, out, err = done(WHILE_XLA_COMPUTES)
+    assert code == 0, err
+    assert "is right: False" not in out and out.endswith("interrupted\n"), out + err
+
+
 LEFT = """
 import os, sys
 import numpy as np, jax
@@ -284,11 +330,16 @@ for _ in range(20):
     y = norm(x, w)
     if sys.argv[1] == "used":
         x = y
+if sys.argv[1] == "late":  # after what takes a second or two, with nothing of ours running
+    turns = lambda x: jax.lax.fori_loop(0, 20000, lambda i, x: jax.numpy.sqrt(x + 2), x)
+    slow = jax.jit(lambda x: norm(turns(x.astype("float32")).astype("float16"), w)).lower(x)
+    slow = slow.compile()
+    y = slow(x)
 del y
 print("queued", flush=True)
 """
 
 
-@pytest.mark.parametrize("results", ["used", "dropped"])
+@pytest.mark.parametrize("results", ["used", "dropped", "late"])
 def test_a_process_that_ends_with_calls_queued(results):
     assert done(LEFT, results, seconds=60) == (0, "queued\n", "")

@@ -35,6 +35,20 @@ def test_planned_again_between_calls(spec, rng):
         case.replan(plan, batch)
 
 
+@pytest.mark.parametrize("kind", [float, np.float32, np.float64])
+def test_scalars_of_a_run(kind, rng):
+    """Numbers of numpy are compiled in as Python's are; a traced one is refused in the trace."""
+    service = Service(SERVED["decode"], Cpu(), rng)
+    case, batch = service.case, service.batch()
+    plan, tensors = case.plan(batch), given(case, batch)
+    out = np.full_like(tensors[0], np.nan)
+    plan.run(*tensors, out, sm_scale=0.0625)
+    found = fi_ffi.jax.run(plan, *tensors, sm_scale=kind(0.0625))
+    assert np.asarray(found).tobytes() == out.tobytes()
+    with pytest.raises(fi_ffi.ArgumentTypeError, match=r"`sm_scale`.*static_argnames"):
+        jax.jit(lambda scale: fi_ffi.jax.run(plan, *tensors, sm_scale=scale))(kind(0.0625))
+
+
 def test_a_plan_that_is_gone(rng):
     service = Service(SERVED["decode"], Cpu(), rng)
     case, batch = service.case, service.batch()
