@@ -216,7 +216,7 @@ def test_a_program_that_outlives_the_choice_of_kernels(rows):
 
 
 def test_many_programs_leave_little(rows):
-    """A thousand compilations: what remains is jax's own, of which it has a bound."""
+    """A hundred compilations, whose caches are cleared: fi_ffi keeps nothing of them."""
     x, weight = rows
     shape = jnp.asarray(x[:1])
 
