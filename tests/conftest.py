@@ -111,7 +111,14 @@ def built_wheel_sm87(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _build(tmp_path_factory.mktemp("sm87"), "8.7", "page")
 
 
+# Tests that wait most of their time, for processes of Ray: others run beside them.
+_FIRST = ("test_ray.py", "test_ranks.py")
 _modules = 0
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in _FIRST)
 
 
 def pytest_collection_finish() -> None:
