@@ -19,6 +19,7 @@ they are seen in the call.
 from __future__ import annotations
 
 import functools
+import inspect
 import secrets
 import weakref
 from collections.abc import Callable
@@ -48,8 +49,12 @@ def _find(function: str) -> Callable[..., Any]:
     if plan is None:
         expected = "a plan that lives as long as what was compiled with it"
         raise ArgumentError("run", "plan", got="a plan that is gone", expected=expected)
-    run: Callable[..., Any] = plan.run if hasattr(plan, "run") else plan.paged_run
-    return run
+    return _run_of(plan)
+
+
+def _run_of(plan: Any) -> Callable[..., Any]:
+    found: Callable[..., Any] = plan.run if hasattr(plan, "run") else plan.paged_run
+    return found
 
 
 _handlers = Handlers(_find)
@@ -113,7 +118,11 @@ def run(plan: Any, /, *args: Any, out: Any = None, lse: bool = False, **options:
     op = type(plan).__name__
     name = _names.setdefault(plan, _PLAN + secrets.token_hex(8))
     _plans[name] = plan
-    names = [*plan_arguments(plan)][: len(args)]
+    names = [*inspect.signature(_run_of(plan)).parameters]
+    names = names[: names.index("o")]
+    if len(args) != len(names):
+        got = f"{len(args)} arrays"
+        raise ArgumentTypeError(op, "args", got=got, expected=f"{len(names)}: {', '.join(names)}")
     arrays = {name: jnp.asarray(value) for name, value in zip(names, args, strict=True)}
     scalars: dict[str, Any] = {}
     for key, value in options.items():
@@ -130,19 +139,6 @@ def run(plan: Any, /, *args: Any, out: Any = None, lse: bool = False, **options:
         results["lse"] = Result(tuple(q.shape[:-1]), "float32")
     text = CallText(name, tuple(arrays), tuple(results), scalars)
     return _bound(text, arrays, results, bool(getattr(plan, "enable_cuda_graph", False)))
-
-
-def plan_arguments(plan: Any) -> list[str]:
-    """Return the names of a plan's run's tensors, before its outputs."""
-    import inspect
-
-    names = [*inspect.signature(_find_run(plan)).parameters]
-    return names[: names.index("o")]
-
-
-def _find_run(plan: Any) -> Callable[..., Any]:
-    found: Callable[..., Any] = plan.run if hasattr(plan, "run") else plan.paged_run
-    return found
 
 
 def _bound(

@@ -62,6 +62,15 @@ def test_a_plan_that_is_gone(rng):
         jax.block_until_ready(compiled(*given(case, batch)))
 
 
+def test_too_few_arrays(rng):
+    service = Service(SERVED["decode"], Cpu(), rng)
+    case, batch = service.case, service.batch()
+    plan = case.plan(batch)
+    words = "BatchDecodePlan: argument `args`: got 2 arrays, expected 3: q, paged_k_cache, paged_v"
+    with pytest.raises(fi_ffi.ArgumentTypeError, match=words):
+        fi_ffi.jax.run(plan, *given(case, batch)[:2])
+
+
 def test_a_scanned_loop_of_layers(rng):
     """Each layer attends to its own cache, by one plan."""
     service = Service(SERVED["decode"], Cpu(), rng)
