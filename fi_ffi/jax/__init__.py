@@ -82,8 +82,7 @@ def _of(array: Any) -> Result:
 def call(op: str, /, *args: Any, **kwargs: Any) -> Any:
     """Call an op by its name: see `fi_ffi.jax`."""
     row = _row(op)
-    signature = signature_of(row)
-    bound = signature.bind(*args, **kwargs)
+    bound = signature_of(row).bind(*args, **kwargs)
     bound.apply_defaults()
     arrays: dict[str, Any] = {}
     scalars: dict[str, Any] = {}

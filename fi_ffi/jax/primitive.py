@@ -55,7 +55,7 @@ def _name(call: str) -> str:
 def _lowered(ctx: Any, *operands: Any, call: str, results: Any, aliases: Any, target: str) -> Any:
     del results
     text = CallText.read(call.encode())
-    _refuse_shards(_name(call), ctx.module_context.axis_context)
+    _refuse_shards(text.function, ctx.module_context.axis_context)
     layouts = [
         _layout(len(aval.shape), name in text.transposed)
         for name, aval in zip(text.arguments, ctx.avals_in, strict=True)

@@ -134,8 +134,7 @@ def _descs(
         ptr, shape = int(ffi.cast("uintptr_t", buffer.data)), tuple(buffer.dims[0 : buffer.rank])
         strides = None
         if name in transposed:
-            strides = c_strides(exchanged_last(shape))
-            strides = exchanged_last(strides)
+            strides = exchanged_last(c_strides(exchanged_last(shape)))
         dtype = DTYPES[buffer.dtype]
         found[name] = TensorDesc(ptr, shape, dtype, strides=strides, device=device)
     return found
