@@ -14,7 +14,7 @@ import numpy as np
 
 from fi_ffi.ops.call.row import Row
 from fi_ffi.reference import EXACT, MOVES
-from fi_ffi.reference.arrays import Array
+from fi_ffi.reference.arrays import Array, wide
 from fi_ffi.reference.formula import SLACK, Expected, Judge, as_inputs
 
 # Slack for arithmetic with rounded intermediate results, in steps of their dtype, relative to the
@@ -62,7 +62,7 @@ def within(value: Array, magnitude: Array, slack: float) -> Judge:
     """Return a judge that allows rounding, and `slack` times the sum of magnitudes."""
 
     def judge(got: Array) -> tuple[float, float]:
-        difference = np.abs(got.astype(np.float64) - value)
+        difference = np.abs(wide(got) - value)
         difference = np.where(np.isfinite(difference), difference, np.inf)
         allowed = bound(value, magnitude, got.dtype, slack)
         return float(difference.max()), float((difference / allowed).max())

@@ -13,14 +13,14 @@ from collections.abc import Callable
 import ml_dtypes
 import numpy as np
 
-from fi_ffi.reference.arrays import Array, bits, wide
+from fi_ffi.reference.arrays import Array, bits, every_value, wide
 from fi_ffi.reference.formula import Exact, Formula, Inputs, Move, OneOfMany
 from fi_ffi.reference.moe_weights import FP4, fp4
 
 _NEAR = 2.0**-18
 _LEAST = 2.0**-126  # the least normal float32
 _NAN, _MOST = 255.0, 254.0  # bytes of e8m0: no number, and the greatest
-_E4M3 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float64)
+_E4M3 = every_value(np.dtype(ml_dtypes.float8_e4m3fn))
 _FINITE = np.array(sorted({*_E4M3[np.isfinite(_E4M3)].tolist()}), _E4M3.dtype)
 # Codes of the order of scales: rows of a tile by code, and the code for plain rows.
 _TILES, _ROWS = {0: 128, 1: 8}, 2

@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from fi_ffi.abi.tensor import DTYPES, TensorDesc
-from fi_ffi.reference.arrays import Array, as_array, store
+from fi_ffi.reference.arrays import Array, as_array, store, wide
 from fi_ffi.reference.formula import Exact, Formula, Inputs, Judge, OneOfMany, as_inputs
 
 BLOCK = 128
@@ -48,7 +48,7 @@ def fp8_products(value: Array, magnitude: Array, terms: int, doubt: Array | floa
         if not value.size:
             return 0.0, 0.0
         info = ml_dtypes.finfo(got.dtype)
-        error = np.abs(got.astype(np.float64) - value)
+        error = np.abs(wide(got) - value)
         error = np.where(np.isfinite(error), error, np.inf)
         step = np.maximum(np.abs(value) * float(info.eps), float(info.smallest_subnormal))
         each = (error / (step / 2 * (1 + 2.0**-10) + magnitude * _FP8_SLACK + doubt)).max()
@@ -188,7 +188,7 @@ def cutlass_segment_gemm_sm90(
 def _rounded(quantised: tuple[Array, Array]) -> tuple[Array, Array]:
     """Round values to fp8 and scales to float32."""
     values, scales = quantised
-    return values.astype(_E4M3).astype(np.float64), scales.astype(np.float32).astype(np.float64)
+    return wide(values.astype(_E4M3)), scales.astype(np.float32).astype(np.float64)
 
 
 def _over_blocks(weight: Array) -> tuple[Array, Array]:
@@ -211,7 +211,7 @@ def run_gemm(
     input: Array, weight: Array, output: Array, scales_a: Array | None, scales_b: Array | None
 ) -> None:
     """Multiply; bfloat16 rows and weights are quantised first."""
-    a, b = input.astype(np.float64), weight.astype(np.float64)
+    a, b = wide(input), wide(weight)
     a, of_a = _rounded(_over_rows(a)) if scales_a is None else (a, scales_a[:, : len(a)].T)
     b, of_b = _rounded(_over_blocks(b)) if scales_b is None else (b, scales_b)
     left, right = _scaled(a, of_a, (1, BLOCK)), _scaled(b, of_b, (BLOCK, BLOCK))

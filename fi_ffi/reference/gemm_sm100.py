@@ -5,11 +5,11 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 
-from fi_ffi.reference.arrays import Array
+from fi_ffi.reference.arrays import Array, every_value
 from fi_ffi.reference.formula import Exact, Formula, Inputs
 from fi_ffi.reference.moe_weights import fp4
 
-_E4M3 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float64)
+_E4M3 = every_value(np.dtype(ml_dtypes.float8_e4m3fn))
 
 
 def _in_rows(tiled: Array, rows: int, columns: int) -> Array:

@@ -20,7 +20,7 @@ import numpy as np
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.function import array_values
 from fi_ffi.reference import moe_blocks, moe_weights
-from fi_ffi.reference.arrays import Array, as_array, store
+from fi_ffi.reference.arrays import Array, as_array, store, wide
 
 # In the order of FlashInfer's numbers.
 ACTIVATIONS = (
@@ -89,7 +89,7 @@ _BLOCKED = {
 
 
 def _in(value: Array, dtype: Any) -> Array:
-    rounded: Array = value.astype(dtype).astype(np.float64)
+    rounded: Array = wide(value.astype(dtype))
     return rounded
 
 
@@ -226,7 +226,7 @@ class _Matrices:
         return self.shape[0]
 
     def __getitem__(self, expert: int) -> Array:
-        return self._matrix(expert).astype(np.float64)
+        return wide(self._matrix(expert))
 
 
 def _matrix(mode: str, weight: Array, scales: Sequence[Array], i: int) -> _Matrix:
@@ -236,9 +236,9 @@ def _matrix(mode: str, weight: Array, scales: Sequence[Array], i: int) -> _Matri
         return moe_blocks.matrices(weight, of_blocks[i], _BLOCKED[mode][1])
 
     def blocks(expert: int) -> Array:
-        wide = np.kron(scales[i][expert], np.ones((_BLOCK, _BLOCK)))
+        scale = np.kron(scales[i][expert], np.ones((_BLOCK, _BLOCK)))
         rows, columns = weight.shape[1:]
-        matrix: Array = weight[expert].astype(np.float64) * wide[:rows, :columns]
+        matrix: Array = wide(weight[expert]) * scale[:rows, :columns]
         return matrix
 
     def packed(expert: int) -> Array:

@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from fi_ffi.reference import moe_weights
-from fi_ffi.reference.arrays import Array
+from fi_ffi.reference.arrays import Array, wide
 
 _E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 
@@ -29,18 +29,18 @@ class Format:
     def scales(self, codes: Array) -> Array:
         """Decode the bytes of scales."""
         values = codes.view(_E4M3) if self.is_e4m3 else moe_weights.e8m0(codes)
-        return values.astype(np.float64)
+        return wide(values)
 
     def elements(self, packed: Array) -> Array:
         """Decode the elements of rows of bytes."""
         values = moe_weights.fp4(packed) if self.is_fp4 else packed.view(_E4M3)
-        return values.astype(np.float64)
+        return wide(values)
 
     def matrix(self, packed: Array, scales: Array) -> Array:
         """Decode rows of elements, and multiply them by their scales, which are in rows as well."""
         value = self.elements(packed)
-        wide = self.scales(scales).repeat(self.size, axis=-1)
-        product: Array = value * wide[: len(value), : value.shape[-1]]
+        scale = self.scales(scales).repeat(self.size, axis=-1)
+        product: Array = value * scale[: len(value), : value.shape[-1]]
         return product
 
     def quantised(self, value: Array, of_all: float = 1.0) -> Array:
@@ -49,13 +49,13 @@ class Format:
         blocks = value.reshape(*value.shape[:-1], -1, self.size)
         wanted = np.abs(blocks).max(axis=-1, keepdims=True) / (6.0 if self.is_fp4 else 448.0)
         if self.is_e4m3:
-            scale = np.clip(wanted * of_all, 0, 448).astype(_E4M3).astype(np.float64)
+            scale = wide(np.clip(wanted * of_all, 0, 448).astype(_E4M3))
         else:  # the least power of 2 that is not smaller
             mantissa, exponent = np.frexp(np.maximum(wanted, 2.0**-127))
             scale = 2.0 ** np.where(mantissa == 0.5, exponent - 1, exponent)
         scaled = blocks * (of_all / np.where(scale > 0, scale, np.inf))
         most, dtype = (6.0, ml_dtypes.float4_e2m1fn) if self.is_fp4 else (448.0, _E4M3)
-        rounded = np.clip(scaled, -most, most).astype(dtype).astype(np.float64)
+        rounded = wide(np.clip(scaled, -most, most).astype(dtype))
         result: Array = (rounded * scale).reshape(value.shape)
         return result
 
@@ -89,6 +89,6 @@ def activations(x: Array, scales: Array, is_swizzled: bool, of: Format) -> Array
     count = (-(-len(x) // 128) * 128 if is_swizzled else len(x)) * columns
     flat = scales.reshape(-1)[:count].view(np.uint8)
     rows = in_rows(flat, columns) if is_swizzled else flat.reshape(-1, columns)
-    wide = of.scales(np.ascontiguousarray(rows[: len(x)])).repeat(of.size, axis=-1)
-    result: Array = values * wide[:, : values.shape[1]]
+    scale = of.scales(np.ascontiguousarray(rows[: len(x)])).repeat(of.size, axis=-1)
+    result: Array = values * scale[:, : values.shape[1]]
     return result

@@ -5,7 +5,7 @@ from __future__ import annotations
 import string
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fi_ffi.abi.signature import (
@@ -64,7 +64,8 @@ TYPES = st.recursive(
 MISMATCH = "Mismatched number of arguments when calling: `{}`. Expected {} but got 512 arguments"
 
 
-@given(st.builds(Signature, NAMES, st.lists(TYPES, max_size=40).map(tuple), TYPES))
+@settings(max_examples=40)
+@given(st.builds(Signature, NAMES, st.lists(TYPES, max_size=12).map(tuple), TYPES))
 def test_round_trip(signature: Signature) -> None:
     assert parse_signature(str(signature)) == signature
     refusal = MISMATCH.format(signature, len(signature.params))

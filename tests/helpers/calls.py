@@ -14,6 +14,7 @@ from fi_ffi.cli.cases import Case
 from fi_ffi.ops.call.row import Row
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.table import norm, page
+from fi_ffi.reference.arrays import wide
 
 # From one vector of 8 to the largest in use; 24, 127 and 1001 are not powers of two.
 HIDDEN = (8, 24, 64, 127, 128, 1001, 2048, 4096, 7168, 16384)
@@ -119,7 +120,7 @@ def of_bound(found: np.ndarray, value: np.ndarray, allowed: np.ndarray) -> float
     if not value.size:
         return 0.0
     assert (np.abs(0.05 * value) / allowed).max() > 1, "a scale 5 % off is seen"
-    error = np.abs(found.astype(np.float64) - value) / allowed
+    error = np.abs(wide(found) - value) / allowed
     return float(np.where(np.isfinite(error), error, np.inf).max())
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from fi_ffi.reference.arrays import Array
+from fi_ffi.reference.arrays import Array, wide
 from fi_ffi.reference.moe import Layer
 
 from tests.helpers.rounding import half_step
@@ -40,7 +40,7 @@ _Near = tuple[Array, Array]  # a value, and the radius that the kernel's is with
 
 def _e4m3(value: Array) -> Array:
     clipped = np.clip(value, -448.0, 448.0)
-    return clipped.astype(ml_dtypes.float8_e4m3fn).astype(np.float64)
+    return wide(clipped.astype(ml_dtypes.float8_e4m3fn))
 
 
 def _through(rounding: Callable[[Array], Array], value: Array, radius: Array) -> _Near:
@@ -52,7 +52,7 @@ def _through(rounding: Callable[[Array], Array], value: Array, radius: Array) ->
 
 def _rounded(layer: Layer, value: Array, radius: Array) -> _Near:
     """A value in the layer's dtype, where the kernels of its mode always round to it."""
-    return _through(lambda x: x.astype(layer.dtype).astype(np.float64), value, radius)
+    return _through(lambda x: wide(x.astype(layer.dtype)), value, radius)
 
 
 def _quantised(value: Array, radius: Array) -> _Near:
@@ -75,7 +75,7 @@ def _grouped(value: Array, radius: Array) -> _Near:
 
 def _e2m1(value: Array) -> Array:
     clipped = np.clip(value, -6.0, 6.0)
-    return clipped.astype(ml_dtypes.float4_e2m1fn).astype(np.float64)
+    return wide(clipped.astype(ml_dtypes.float4_e2m1fn))
 
 
 def _e8m0(value: Array) -> Array:

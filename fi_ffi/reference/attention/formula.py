@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fi_ffi.reference.arrays import Array
+from fi_ffi.reference.arrays import Array, wide
 from fi_ffi.reference.indices import check_pages
 
 _NHD, _HND = ("NHD", 0), ("HND", 1)  # FlashInfer's layouts: names and codes
@@ -61,7 +61,7 @@ def exact(q: Array, k: Array, v: Array, options: Options) -> Exact:
     v."""
     (qo_len, heads, _), kv_len = q.shape, len(k)
     seen = _seen(qo_len, kv_len, options)
-    q64, k64, v64 = (x.astype(np.float64) for x in (q, k, v))
+    q64, k64, v64 = (wide(x) for x in (q, k, v))
     if options.rope is not None:
         q64 = _rotated(q64, [kv_len - qo_len + i for i in range(qo_len)], *options.rope)
         k64 = _rotated(k64, list(range(kv_len)), *options.rope)
