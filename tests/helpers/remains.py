@@ -11,6 +11,9 @@ and adapters by type (`fi_ffi.abi`), the variants of a row with their layouts an
 of streams, `functools.cache` and `cached_property`. A variant's pool may gain a free frame; a frame
 that it lacks is lost. Objects lent to callees are not counted, because one that is released inside
 the block may be of an earlier call.
+
+A test that comes to one `pytest.raises` many times is looked at the first times, and then now and
+then: a look takes as long as ten refusals.
 """
 
 from __future__ import annotations
@@ -19,11 +22,13 @@ import contextlib
 import contextvars
 import functools
 import os
+import random
 import signal
 import sys
 import threading
 import time
 import types
+from collections import Counter
 from collections.abc import Callable, Iterator
 from operator import is_
 from typing import Any, NamedTuple
@@ -60,6 +65,7 @@ _CONSTANT = (Row, Ranged, TensorDesc, TensorKind, DType)
 _MEMORIES = (CompiledRow, Kernels, MoeCall, Op, Variant)
 _DEVICES = [parse_device(name) for name in ("cpu", "cuda:0", "cuda:1")]
 _PATIENCE_S = 0.2
+_FIRST, _LATER = 6, 1 / 8  # how many times are looked at, and which part of those after
 _BY_LAUNCHES = (
     "open descriptors",  # of a file of kernels, loaded at the first call
     "open scopes",
@@ -92,6 +98,19 @@ def watched(raises: Callable[..., Any]) -> Callable[..., Any]:
     return looking
 
 
+def _is_looked_at(frame: types.FrameType) -> bool:
+    """Whether this time is looked at, at this place of this test."""
+    global _test
+    if _test != (_test := os.environ.get("PYTEST_CURRENT_TEST", "")):
+        _times.clear()
+    place = frame.f_code, frame.f_lineno
+    _times[place] += 1
+    return _times[place] <= _FIRST or random.random() < _LATER
+
+
+_test, _times = "", Counter[tuple[types.CodeType, int]]()
+
+
 class _Watched:
     """A context of `pytest.raises`, with a look at what is there before and after."""
 
@@ -99,16 +118,17 @@ class _Watched:
         self._inner = inner
 
     def __enter__(self) -> Any:
-        self._process = of_process()
-        self._objects = Objects(sys._getframe(1))
+        frame = sys._getframe(1)
+        self._looked = (of_process(), Objects(frame)) if _is_looked_at(frame) else None
         return self._inner.__enter__()
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> Any:
         is_expected = self._inner.__exit__(kind, error, trace)
-        process, seen = self._process, self._objects
-        del self._process, self._objects
-        if not is_expected or not isinstance(error, (REFUSALS, LATE)):
+        looked = self._looked
+        del self._looked
+        if looked is None or not is_expected or not isinstance(error, (REFUSALS, LATE)):
             return is_expected
+        process, seen = looked
         changed = changes(process)
         if isinstance(error, REFUSALS):
             changed += seen.changes()
@@ -147,7 +167,7 @@ def of_process() -> dict[str, Any]:
         "current streams": _current_streams(),
         "who watches": [hooks.watcher, hooks.thread.plan, watching.inboxes, watching.logs],
         "kernels in force": [generation.number, search._location, id(search._places[0])],
-        "the environment": [hash(frozenset(os.environ.items()))],  # a report has no values of it
+        "the environment": [hash(frozenset(os.environ._data.items()))],  # a report has no values of it
         "hooks": [
             sys.excepthook,
             sys.unraisablehook,
