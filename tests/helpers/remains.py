@@ -167,7 +167,8 @@ def of_process() -> dict[str, Any]:
         "current streams": _current_streams(),
         "who watches": [hooks.watcher, hooks.thread.plan, watching.inboxes, watching.logs],
         "kernels in force": [generation.number, search._location, id(search._places[0])],
-        "the environment": [hash(frozenset(os.environ._data.items()))],  # a report has no values of it
+        # A report has no values of it.
+        "the environment": [hash(frozenset(os.environ._data.items()))],
         "hooks": [
             sys.excepthook,
             sys.unraisablehook,
