@@ -168,9 +168,7 @@ def entry_for(row: Row, device: Device, module: str | None = None) -> Entry:
             return method_entry(name, row.factory, row.signature, row.releases, device.index)
         return runtime.kernel_entry(name, row.signature, row.releases, device.index)
     scratch = {arg.name for arg in row.tensors if arg.is_scratch}
-    names = [
-        "" if isinstance(arg, Absent) or arg.name in scratch else arg.name for arg in row.args
-    ]
+    names = ["" if isinstance(arg, Absent) or arg.name in scratch else arg.name for arg in row.args]
     kernels: Any = reference()
     # Of most families there is one module, named as they are.
     compiled = () if module in (None, row.module) else kernels.compiled_for(module)
