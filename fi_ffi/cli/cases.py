@@ -89,7 +89,6 @@ def case_of(row: Row, arrays: Mapping[str, Array], scalars: Mapping[str, Any]) -
         moved = MOVES[row.formula](values)
         expected = {name: (array, None) for name, array in moved.items()}
     else:
-        scratch = {arg.name for arg in row.tensors if arg.is_scratch}
-        inputs = {name: value for name, value in values.items() if name not in scratch}
+        inputs = {name: value for name, value in values.items() if name in row.formula_names}
         expected = {**EXACT[row.formula](as_inputs(inputs))}
     return Case(row, {**arrays}, {**scalars}, expected)

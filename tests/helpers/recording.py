@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from fi_ffi import reference
-from fi_ffi.ops.call.row import Absent, Row, Tensor
+from fi_ffi.ops.call.row import Row, Tensor
 from fi_ffi.ops.functions import OPS
 from fi_ffi.reference.arrays import bits
 
@@ -55,8 +55,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ) -> Callable[..., None]:
         for op in OPS.values():
             row = op.row
-            known = ["" if isinstance(arg, Absent) else arg.name for arg in row.args]
-            if (row.module, row.reference, known) == (module, kernel, [*names]):
+            if (row.module, row.reference, row.formula_names) == (module, kernel, (*names,)):
                 return recorder(row)
         raise LookupError(f"{module}.{kernel}{names}")
 

@@ -17,7 +17,7 @@ from fi_ffi.abi.tensor import Device
 from fi_ffi.errors import ArchitectureError, KernelNotFoundError, LoaderError
 from fi_ffi.loader import machine
 from fi_ffi.loader.distributions import NUMBER, is_in, version_key
-from fi_ffi.ops.call.row import Absent, Arg, Ranged, Row, Tensor
+from fi_ffi.ops.call.row import Arg, Ranged, Row, Tensor
 
 OLDEST = "0.6.3"
 # The lock's default release. Its forms come first.
@@ -167,13 +167,11 @@ def entry_for(row: Row, device: Device, module: str | None = None) -> Entry:
 
             return method_entry(name, row.factory, row.signature, row.releases, device.index)
         return runtime.kernel_entry(name, row.signature, row.releases, device.index)
-    scratch = {arg.name for arg in row.tensors if arg.is_scratch}
-    names = ["" if isinstance(arg, Absent) or arg.name in scratch else arg.name for arg in row.args]
     kernels: Any = reference()
     # Of most families there is one module, named as they are.
     compiled = () if module in (None, row.module) else kernels.compiled_for(module)
     entry: Entry = kernels.entry(
-        row.module, row.signature, row.reference, compiled, row.formula, names, row
+        row.module, row.signature, row.reference, compiled, row.formula, row.formula_names, row
     )
     return entry
 

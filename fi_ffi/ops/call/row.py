@@ -433,6 +433,13 @@ class Row:
         return tuple(arg for arg in self.slots if isinstance(arg, Tensor))
 
     @cached_property
+    def formula_names(self) -> tuple[str, ...]:
+        """The arguments' names for a formula; "" for what it has no use for, scratch memory too."""
+        scratch = {tensor.name for tensor in self.tensors if tensor.is_scratch}
+        names = ("" if isinstance(arg, Absent) else arg.name for arg in self.args)
+        return tuple("" if name in scratch else name for name in names)
+
+    @cached_property
     def kv_layout(self) -> KvLayout | None:
         return next((arg for arg in self.slots if isinstance(arg, KvLayout)), None)
 
