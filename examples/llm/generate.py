@@ -14,6 +14,11 @@ import threading
 import time
 from pathlib import Path
 
+import early
+
+if __name__ == "__main__" and "--cpu" not in sys.argv:
+    early.begin()  # beside the imports
+
 from engine import Sampling, end_process, load, watch
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream

@@ -15,6 +15,11 @@ import tempfile
 import threading
 from pathlib import Path
 
+import early
+
+if __name__ == "__mp_main__" and "--cpu" not in sys.argv:
+    early.begin()  # the process of the engine, beside its imports
+
 import uvicorn
 from engine import Config, Weights, end_process, load, verify
 from engine.config import check_pointer

@@ -15,8 +15,9 @@ import fi_ffi
 
 from . import glue
 from .glue import check
+from .loading import FEW, Loader
 from .products import Norm, Products
-from .weights import Blocks
+from .weights import Blocks, Parts
 
 POLLING_S = 5e-5  # between looks at a stream that may never end
 FEW_BYTES = 16 << 10  # that a kernel copies; more take a copy engine
@@ -138,6 +139,9 @@ class Cpu(Device):
 
     write = copy
 
+    def settle(self):
+        pass
+
     def get(self, x):
         return np.array(x)
 
@@ -195,7 +199,9 @@ class Gpu(Device):
         self.memory = []  # what frees it, and its address
         about = check(runtime.cudaGetDeviceProperties(index))
         self.multiprocessors = about.multiProcessorCount
-        self.kernels = glue.compiled(dtype, (about.major, about.minor))
+        self.loader = Loader(self)
+        # What takes long, while weights are read.
+        self.code = self.loader.soon(glue.cubin, dtype, (about.major, about.minor))
         # Kernels that may begin while the one before ends (programmatic dependent launch).
         self.has_pdl = about.major >= 9
         early, which = driver.CUlaunchAttribute(), driver.CUlaunchAttributeID
@@ -213,6 +219,11 @@ class Gpu(Device):
         self.is_few, self.linear = self.products.is_few, self.products.linear
         self.linear_silu, self.can_norm = self.products.linear_silu, self.products.can_norm
 
+    @functools.cached_property
+    def kernels(self):
+        """Those of glue.py, by name."""
+        return glue.loaded(self.code.result())
+
     def empty(self, shape, dtype):
         x = fi_ffi.TensorDesc(0, shape, dtype, device=self.name)
         return self._allocated(x, self.cuda.cudaMalloc, self.cuda.cudaFree)
@@ -227,10 +238,16 @@ class Gpu(Device):
         self.memory.append((free, ptr))
         return x.at(ptr)
 
+    def free(self, x):
+        """What is no longer needed; all else is freed at the end."""
+        (one,) = [one for one in self.memory if one[1] == x.ptr]
+        self.memory.remove(one)
+        check(one[0](x.ptr))
+
     def zero(self, x):
         check(self.cuda.cudaMemsetAsync(x.ptr, 0, x.span_bytes, self.stream))
 
-    def _copy(self, target, source, size):
+    def copy_bytes(self, target, source, size):
         kind = self.cuda.cudaMemcpyKind.cudaMemcpyDefault
         check(self.cuda.cudaMemcpyAsync(target, source, size, kind, self.stream))
 
@@ -240,19 +257,33 @@ class Gpu(Device):
         if 0 < size <= FEW_BYTES and size % 4 == 0:
             self.launch("moved", (size // 4, 1), target, source, size // 4)
         else:
-            self._copy(target.ptr, source.ptr, size)
+            self.copy_bytes(target.ptr, source.ptr, size)
 
     def write(self, x, host):
-        host = np.ascontiguousarray(host)
-        self._copy(x.ptr, host.ctypes.data, host.nbytes)
-        self.wait(self.mark())
+        """Copy host memory, large parts of which are there after `settle` only."""
+        at = x.ptr
+        for part in host.parts if isinstance(host, Parts) else (host,):
+            part = np.ascontiguousarray(part)
+            if self.loader and part.nbytes > FEW:
+                self.loader.write(at, part)
+            else:
+                self.copy_bytes(at, part.ctypes.data, part.nbytes)
+                self.wait(self.mark())
+            at += part.nbytes
+
+    def settle(self):
+        """Wait for what was put; from then on `put` waits itself."""
+        self.loader.finish()
+        self.products.import_soon(self.loader)
+        self.loader.close()
+        self.loader = None
 
     def get(self, x):
         host = np.empty(x.shape, x.dtype.numpy)
         # A copy to pageable memory waits with the driver's lock, without which nothing can end
         # kernels that wait for a lost rank.
         self.wait(self.mark())
-        self._copy(host.ctypes.data, x.ptr, host.nbytes)
+        self.copy_bytes(host.ctypes.data, x.ptr, host.nbytes)
         self.wait(self.mark())
         return host
 

@@ -554,11 +554,11 @@ def cubin(dtype, capability):
     return code
 
 
-def compiled(dtype, capability):
-    """The kernels by name, in the current context."""
+def loaded(code):
+    """The kernels of machine code by name, in the current context."""
     from cuda.bindings import driver
 
-    module = check(driver.cuModuleLoadData(cubin(dtype, capability)))
+    module = check(driver.cuModuleLoadData(code))
     return {name: check(driver.cuModuleGetFunction(module, name.encode())) for name in KERNELS}
 
 

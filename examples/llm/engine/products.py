@@ -5,6 +5,8 @@ when the kernel before has ended; this kernel asks for its first weights before,
 of them at a time.
 """
 
+import functools
+import importlib.util
 import itertools
 from typing import NamedTuple
 
@@ -251,17 +253,28 @@ class Products:
     WORKSPACE = 32 << 20  # what NVIDIA recommends for cuBLAS on Hopper
 
     def __init__(self, gpu):
-        from nvmath.bindings import cublas
-
-        self.gpu, self.cublas = gpu, cublas
-        self.blas = cublas.create()
-        cublas.set_stream(self.blas, gpu.stream)
-        # Of its own, for cuBLAS may not allocate while a graph is captured.
-        workspace = gpu.empty((self.WORKSPACE,), "uint8")
-        cublas.set_workspace(self.blas, workspace.ptr, self.WORKSPACE)
+        if importlib.util.find_spec("nvmath") is None:
+            raise ImportError("products on a GPU need cuBLAS: pip install nvmath-python")
+        self.gpu, self.blas = gpu, None
         self.factors = np.array([1.0, 0.0], np.float32)
         self.room = 2 * WARPS * gpu.multiprocessors  # warps of the kernel that run at once
         self.after, self.last = {}, 0  # by address: the weight that is read next
+
+    def import_soon(self, loader):
+        """The first steps may do without it: they have few rows."""
+        loader.soon(importlib.import_module, "nvmath.bindings.cublas")
+
+    @functools.cached_property
+    def cublas(self):
+        """The library, and with it the handle."""
+        from nvmath.bindings import cublas
+
+        self.blas = cublas.create()
+        cublas.set_stream(self.blas, self.gpu.stream)
+        # Of its own, for cuBLAS may not allocate while a graph is captured.
+        workspace = self.gpu.empty((self.WORKSPACE,), "uint8")
+        cublas.set_workspace(self.blas, workspace.ptr, self.WORKSPACE)
+        return cublas
 
     def is_few(self, x, weight):
         """Whether the kernel takes them."""
@@ -341,4 +354,5 @@ class Products:
         )  # fmt: skip
 
     def close(self):
-        self.cublas.destroy(self.blas)
+        if self.blas is not None:
+            self.cublas.destroy(self.blas)

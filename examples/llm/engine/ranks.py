@@ -57,6 +57,7 @@ def runner_of(job, ranks=None, followers=(), index=None):
             weights = Split(weights, config, ranks.rank, ranks.size)
             config = of_rank(config, ranks.size)
         model = Model(device, config, weights, job, group)
+        device.settle()
     if ranks:
         ranks.barrier()  # a kernel waits for the others, but not for as long as they may load
     return Runner(model, job, followers)

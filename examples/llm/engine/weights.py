@@ -32,6 +32,20 @@ class Blocks(NamedTuple):
         return self.values.shape
 
 
+class Parts:
+    """An array that nobody has put together: its parts, as they follow each other in memory."""
+
+    def __init__(self, shape, parts):
+        self.shape, self.parts, self.dtype = shape, parts, parts[0].dtype
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __array__(self, dtype=None, copy=None):
+        flat = np.concatenate([part.reshape(-1) for part in self.parts])
+        return flat.reshape(self.shape).astype(dtype or self.dtype, copy=False)
+
+
 class Weights:
     """The tensors of a folder: one model.safetensors, or shards with an index."""
 
@@ -208,7 +222,9 @@ def of_layer(weights, config, i):
         names = [f"model.layers.{i}.{name}" for name in tensors]
         count = config.experts if "{}" in names[0] else 1
         each = [joined(weights, [name.format(e) for name in names]) for e in range(count)]
-        layer[short] = together(np.stack, each) if "{}" in names[0] else each[0]
+        layer[short] = together(each, is_stack=True) if "{}" in names[0] else each[0]
+    if config.is_gpt_oss or config.is_next:
+        layer = {short: whole(array) for short, array in layer.items()}
     if config.is_gpt_oss:
         return layer | _gpt_oss(layer, config)
     if config.is_sparse(i):
@@ -228,14 +244,23 @@ def joined(weights, names):
         all(of_blocks) and all(part.shape[0] % BLOCK == 0 for part in parts)
     ):
         raise ValueError(f"{' and '.join(names)}: here all or none are in fp8, in whole blocks")
-    return together(np.concatenate, parts)
+    return together(parts)
 
 
-def together(how, parts):
-    """Arrays by np.concatenate or np.stack; of `Blocks` both."""
-    if isinstance(parts[0], Blocks):
-        return Blocks(*map(how, zip(*parts, strict=True)))
-    return how(parts)
+def together(arrays, is_stack=False):
+    """Arrays one below another, or each an item of one more dimension; of `Blocks` both."""
+    if isinstance(arrays[0], Blocks):
+        return Blocks(*(together(each, is_stack) for each in zip(*arrays, strict=True)))
+    if len({(array.dtype, array.shape[int(not is_stack) :]) for array in arrays}) > 1:
+        raise ValueError(f"{[f'{a.dtype}{a.shape}' for a in arrays]} are not of one kind")
+    first = arrays[0].shape
+    shape = (len(arrays), *first) if is_stack else (sum(map(len, arrays)), *first[1:])
+    return Parts(shape, [part for array in arrays for part in getattr(array, "parts", [array])])
+
+
+def whole(array):
+    """The array itself, of `Parts` and of `Blocks` of them."""
+    return Blocks(*map(whole, array)) if isinstance(array, Blocks) else np.asarray(array)
 
 
 def one(weights, name):
