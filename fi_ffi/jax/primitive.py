@@ -11,6 +11,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from fi_ffi.errors import ArgumentError, ArgumentTypeError
+from fi_ffi.jax import plans
 from fi_ffi.jax.results import Result
 from fi_ffi.jax.xla import TARGETS, CallText, Handlers, exchanged_last
 
@@ -45,24 +46,45 @@ def _compiled(**params: Any) -> Any:
 
 
 def _run(*arrays: Any, **params: Any) -> Any:
-    return _compiled(**params)(*arrays)
+    # What is recorded keeps its plan, and these programs stay.
+    return _compiled(**params | {"target": TARGETS[False]})(*arrays)
 
 
 def _name(call: str) -> str:
-    return CallText.read(call.encode()).function
+    return plans.shown(CallText.read(call.encode()).function)
 
 
 def _lowered(ctx: Any, *operands: Any, call: str, results: Any, aliases: Any, target: str) -> Any:
     del results
     text = CallText.read(call.encode())
-    _refuse_shards(text.function, ctx.module_context.axis_context)
+    _refuse_shards(_name(call), ctx.module_context.axis_context)
     layouts = [
         _layout(len(aval.shape), name in text.transposed)
         for name, aval in zip(text.arguments, ctx.avals_in, strict=True)
     ]
-    rule = jax.ffi.ffi_lowering(
-        target, operand_layouts=layouts, operand_output_aliases=dict(aliases)
-    )
+    lower = functools.partial(_lowered_call, target=target, aliases=dict(aliases), call=call)
+    if not plans.is_plan(text.function):
+        return lower(ctx, operands, layouts)
+    if target == TARGETS[True]:
+        plans.keep(text.function, ctx.module_context)
+    # Runs of a plan share its workspace. The result of the one before is an operand, which the
+    # handler does not read: so XLA runs one after the other.
+    latest = ctx.module_context.cached_primitive_lowerings.setdefault(_call, {})
+    place = text.function, mlir.ir.InsertionPoint.current.block
+    given = ctx
+    if place in latest:
+        value, aval = latest[place]
+        operands, layouts = (*operands, value), [*layouts, _layout(len(aval.shape), False)]
+        given = ctx.replace(avals_in=[*ctx.avals_in, aval])
+    made = lower(given, operands, layouts)
+    latest[place] = made[0], ctx.avals_out[0]
+    return made
+
+
+def _lowered_call(
+    ctx: Any, operands: Any, layouts: Any, target: str, aliases: dict[int, int], call: str
+) -> Any:
+    rule = jax.ffi.ffi_lowering(target, operand_layouts=layouts, operand_output_aliases=aliases)
     return rule(ctx, *operands, call=call)
 
 
@@ -120,7 +142,7 @@ def prepare(handlers: Handlers) -> None:
     """Register the handlers, and how the operation is lowered, for this process's platforms."""
     for ours, theirs in {"cpu": "cpu", "cuda": "CUDA"}.items():
         handlers.register(theirs)
-        mlir.register_lowering(_call, _lowered, platform=ours)
+        mlir.register_lowering(_call, _lowered, platform=ours, cacheable=False)
     # A call that comes once the interpreter has ended would wait for it for ever.
     atexit.register(_finish, handlers)
 

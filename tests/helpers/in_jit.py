@@ -8,6 +8,8 @@ import numpy as np
 
 from fi_ffi.ops.functions import OPS
 
+from tests.attention.cases import Result
+
 # Gates and shifts are parts of one tensor there, which XLA does not pass.
 PARTS = {name for name, op in OPS.items() if any(arg.parts > 1 for arg in op.row.tensors)}
 
@@ -62,8 +64,10 @@ def call_in_jit(case, told=()):
     return dict(zip(results_of(case), map(np.asarray, found), strict=True))
 
 
-def given(case, batch):
-    queries = [case.tensors[name][: batch.rows] for name in ("q", "q_pe") if name in case.tensors]
+def given(case, batch, rows=None):
+    """The arrays of a run: the batch's queries, or so many, and the caches."""
+    rows = batch.rows if rows is None else rows
+    queries = [case.tensors[name][:rows] for name in ("q", "q_pe") if name in case.tensors]
     return [*queries, *(case.tensors[name] for name in case.caches())]
 
 
@@ -78,3 +82,25 @@ class Found:
 
     def intact(self):
         return True
+
+
+def in_jit(plan, case, batch):
+    """A plan's run, to be compiled; with the options of a batch."""
+    import jax
+
+    import fi_ffi.jax
+
+    options, lse = case.run_options(batch), case.spec.lse
+    return jax.jit(lambda *tensors: fi_ffi.jax.run(plan, *tensors, lse=lse, **options))
+
+
+def check_in_jit(run, case, batch, rows=None, device=None):
+    """Run a batch by arrays of their own, and so many queries where a program is for any batch."""
+    import jax
+
+    tensors = [jax.device_put(np.array(array), device) for array in given(case, batch, rows)]
+    found = jax.block_until_ready(run(*tensors))
+    found = [np.array(each) for each in (found if case.spec.lse else (found,))]
+    for each in found:
+        each[batch.rows :] = np.nan  # rows of no request are as they were
+    return case.check(batch, Result(*map(Found, found), *[None] * (not case.spec.lse)))
