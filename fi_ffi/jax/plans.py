@@ -10,6 +10,7 @@ from typing import Any
 
 from fi_ffi.errors import ArgumentError
 from fi_ffi.ops.attention.prefill import RUN_OPTIONS
+from fi_ffi.ops.call import cuda
 from fi_ffi.ops.functions import OPS
 
 _PLAN = "plan "  # a plan's name in a call's text begins so
@@ -91,3 +92,5 @@ def keep(function: str, module: Any) -> None:
     if plan is not None:
         module.add_keepalive(plan)
         plan.workspace._replayed = weakref.ref(plan)
+        if plan.device.is_cuda:  # the copies of the plan in force may still run
+            cuda.synchronize(plan.device)
