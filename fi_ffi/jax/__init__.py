@@ -25,13 +25,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fi_ffi.abi.tensor import DTYPES
 from fi_ffi.errors import ArgumentError, ArgumentTypeError
 from fi_ffi.jax import plans
 from fi_ffi.jax.primitive import bind, prepare, static
 from fi_ffi.jax.results import Result, is_given, is_result, results_of, signature_of
-from fi_ffi.jax.xla import DTYPES as XLA_DTYPES
-from fi_ffi.jax.xla import CallText, Handlers
+from fi_ffi.jax.xla import DTYPES, CallText, Handlers
 from fi_ffi.ops.call.row import IntArray, Row, Tensor, TensorArray
 from fi_ffi.ops.functions import OPS
 
@@ -47,7 +45,7 @@ def _told(op: str, name: str, value: Any) -> Result | str | None:
         dtype = str(jnp.dtype(value.dtype if is_whole else value))
     except TypeError:
         dtype = f"{value!r:.60}"
-    if dtype not in DTYPES:
+    if dtype not in DTYPES.values():
         expected = "a dtype that fi_ffi has, or a jax.ShapeDtypeStruct with one"
         raise ArgumentTypeError(op, name, got=dtype, expected=expected)
     return Result(tuple(value.shape), dtype) if is_whole else dtype
@@ -56,7 +54,7 @@ def _told(op: str, name: str, value: Any) -> Result | str | None:
 def _array(op: str, name: str, value: Any) -> Any:
     """Return what a caller passes as an array of jax's; refuse a dtype that no kernel has."""
     array = jnp.asarray(value)
-    if str(array.dtype) not in XLA_DTYPES.values():
+    if str(array.dtype) not in DTYPES.values():
         got = f"{array.dtype}[{', '.join(map(str, array.shape))}]"
         raise ArgumentTypeError(op, name, got=got, expected="a dtype that fi_ffi has")
     return array
@@ -69,7 +67,11 @@ def _of(array: Any) -> Result:
 def call(op: str, /, *args: Any, **kwargs: Any) -> Any:
     """Call an op by its name: see `fi_ffi.jax`."""
     row = _row(op)
-    bound = signature_of(row).bind(*args, **kwargs)
+    signature = signature_of(row)
+    try:
+        bound = signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise ArgumentTypeError(op, "args", got=str(error), expected=str(signature)) from None
     bound.apply_defaults()
     arrays: dict[str, Any] = {}
     scalars: dict[str, Any] = {}

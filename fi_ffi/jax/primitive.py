@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import atexit
 import functools
+import math
 from typing import Any, NoReturn
 
 import jax
+from jax._src import dispatch
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from fi_ffi.errors import ArgumentError, ArgumentTypeError
-from fi_ffi.jax import plans
+from fi_ffi.jax import plans, shards
 from fi_ffi.jax.results import Result
 from fi_ffi.jax.xla import TARGETS, CallText, Handlers, exchanged_last
 
 _call = Primitive("fi_ffi")
 _call.multiple_results = True
+# Without it jax lowers a program before it knows the devices, which it asks for to divide a call.
+dispatch.prim_requires_devices_during_lowering.add(_call)
 
 
 def bind(
@@ -36,8 +40,16 @@ def bind(
     return made
 
 
-def _abstract(*_: Any, results: tuple[Result, ...], **__: Any) -> list[Any]:
-    return [jax.core.ShapedArray(shape, jax.numpy.dtype(dtype)) for shape, dtype in results]
+def _abstract(*given: Any, call: str, results: tuple[Result, ...], **_: Any) -> list[Any]:
+    """Return the types of results; where types say how arrays are divided, by rows as the call's
+    arguments are."""
+    are_split = shards.are_split(CallText.read(call.encode()))
+    rows = [of.sharding for of, has_rows in zip(given, are_split, strict=False) if has_rows]
+    divided = next((each for each in rows if each.spec and each.spec[0] is not None), None)
+    typed = {} if divided is None else {"sharding": shards.by_rows(divided)}
+    return [
+        jax.core.ShapedArray(shape, jax.numpy.dtype(dtype), **typed) for shape, dtype in results
+    ]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -55,9 +67,16 @@ def _name(call: str) -> str:
 
 
 def _lowered(ctx: Any, *operands: Any, call: str, results: Any, aliases: Any, target: str) -> Any:
-    del results
     text = CallText.read(call.encode())
-    _refuse_shards(_name(call), ctx.module_context.axis_context)
+    count = _devices_of(ctx.module_context.axis_context)
+    if count > 1:
+        again = functools.partial(_call.bind, call=call, aliases=aliases, target=target)
+        made = shards.lowered(ctx, operands, text, again, results)
+        if made is None:
+            got = f"arrays of {count} devices in one call"
+            expected = "the arrays of one device: call it in jax.shard_map"
+            raise ArgumentError(_name(call), "sharding", got=got, expected=expected)
+        return made
     layouts = [
         _layout(len(aval.shape), name in text.transposed)
         for name, aval in zip(text.arguments, ctx.avals_in, strict=True)
@@ -94,17 +113,14 @@ def _layout(rank: int, is_transposed: bool) -> tuple[int, ...]:
     return (exchanged_last(axes) if is_transposed else axes)[::-1]
 
 
-def _refuse_shards(op: str, context: Any) -> None:
-    """Refuse a program that XLA divides among devices by itself: it would gather whole inputs."""
+def _devices_of(context: Any) -> int:
+    """Return among how many devices XLA divides a program by itself."""
     count = getattr(context, "num_devices", None)
     mesh = getattr(context, "mesh", None)
     if mesh is not None:
         automatic = {*mesh.axis_names} - {*context.manual_axes}
-        count = max((mesh.shape[name] for name in automatic), default=1)
-    if count is not None and count > 1:
-        got = f"arrays of {count} devices in one call"
-        expected = "the arrays of one device: call it in jax.shard_map"
-        raise ArgumentError(op, "sharding", got=got, expected=expected)
+        count = math.prod(mesh.shape[name] for name in automatic)
+    return count or 1
 
 
 def _refuse_batches(args: Any, dims: Any, *, call: str, **_: Any) -> NoReturn:

@@ -41,6 +41,14 @@ def results_of(case):
 
 def call_in_jit(case, told=()):
     """The results of a call of compiled code, by name."""
+    run, given = as_jitted(case, told)
+    found = run(given)
+    found = found if isinstance(found, tuple) else (found,)
+    return dict(zip(results_of(case), map(np.asarray, found), strict=True))
+
+
+def as_jitted(case, told=()):
+    """A call that is to be compiled, and the arrays that it takes."""
     import jax
 
     import fi_ffi.jax
@@ -59,9 +67,7 @@ def call_in_jit(case, told=()):
     }
     scalars = {name: value for name, value in case.scalars.items() if value is not None}
     function = functools.partial(fi_ffi.jax.call, row.name, **scalars, **more)
-    found = jax.jit(lambda arrays: function(**arrays))(given)
-    found = found if isinstance(found, tuple) else (found,)
-    return dict(zip(results_of(case), map(np.asarray, found), strict=True))
+    return jax.jit(lambda arrays: function(**arrays)), given
 
 
 def given(case, batch, rows=None):

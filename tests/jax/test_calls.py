@@ -101,6 +101,15 @@ TRACED = {
     "no size": (lambda x, w: ops.segment_packbits(np.ones(9, bool), ENDS, ENDS), "`y`.*num_bytes"),
     "an unknown dtype": (lambda x, w: ops.rmsnorm(x, w, out=np.complex64), "`out`.*complex64"),
     "no dtype at all": (lambda x, w: ops.rmsnorm(x, w, out="halves"), "`out`.*halves"),
+    "complex": (lambda x, w: ops.rmsnorm(x.astype(np.complex64), w), r"`input`: got complex64\[37"),
+    "a name": (
+        lambda x, w: ops.rmsnorm(x, w, epsilon=1e-5),
+        r"`args`: got .*'epsilon', exp.*, eps",
+    ),
+    "one too few": (
+        lambda x, w: ops.rmsnorm(x),
+        r"`args`: got .*'weight', expected .input, weight",
+    ),
     "no op": (lambda x, w: ops.call("rmsnorms", x, w), "`op`: got rmsnorms"),
 }
 
@@ -167,26 +176,6 @@ def test_other_shapes_and_empty_ones(rows):
     for count in (0, 1, 37):
         assert norm(x[:count], weight).shape == (count, 64)
         assert count == 0 or near(norm(x[:count], weight), normed(x[:count], weight))
-
-
-def test_shards(rows):
-    """A program over two devices is refused: XLA would gather its inputs. In shard_map each device
-    has its rows."""
-    x, weight = np.concatenate([rows[0], rows[0][:3]]), rows[1]
-    mesh = jax.make_mesh((2,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
-    by_rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("rows"))
-    placed = jax.device_put(x, by_rows)
-    with pytest.raises(fi_ffi.ArgumentError, match="arrays of 2 devices.*jax.shard_map"):
-        jax.jit(fi_ffi.jax.rmsnorm)(placed, weight)
-    spec = jax.sharding.PartitionSpec("rows")
-    each = jax.shard_map(
-        lambda x: fi_ffi.jax.rmsnorm(x, weight), mesh=mesh, in_specs=spec, out_specs=spec,
-        check_vma=False,
-    )  # fmt: skip
-    found = jax.jit(each)(placed)
-    assert len(found.addressable_shards) == 2 and near(found, normed(x, weight))
-    second = jax.device_put(x, jax.devices()[1])
-    assert near(jax.jit(fi_ffi.jax.rmsnorm)(second, weight), normed(x, weight))
 
 
 def test_threads(rows):
