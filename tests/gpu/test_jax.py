@@ -27,6 +27,7 @@ from tests.helpers.in_jit import (
     Found,
     call_in_jit,
     check_in_jit,
+    check_lengths_as_arrays,
     given,
     in_jit,
 )
@@ -211,6 +212,13 @@ def test_plans_that_are_recorded(name, place, jax, counted, rng):
         fi_ffi.ArgumentError, match="`workspace`: got one whose plan runs in a comp"
     ):
         case.plan(batch, workspace=plan.workspace, **graph_options(service))
+
+
+def test_lengths_that_are_arrays(place, counted, rng):
+    machine, device = place
+    check_lengths_as_arrays(Service(GRAPHS["decode"], machine, rng), device, RUNS)
+    print(f"5 steps of {RUNS} runs called Python {len(counted)} times")
+    assert RUNS <= len(counted) <= 5 * RUNS
 
 
 def test_the_example(jax):

@@ -110,3 +110,36 @@ def check_in_jit(run, case, batch, rows=None, device=None):
     for each in found:
         each[batch.rows :] = np.nan  # rows of no request are as they were
     return case.check(batch, Result(*map(Found, found), *[None] * (not case.spec.lse)))
+
+
+def check_lengths_as_arrays(service, device=None, runs=1):
+    """Decode several batches by one program and a plan of any lengths, which takes them as arrays;
+    each step has so many runs.  Returns the plan."""
+    import jax
+
+    import fi_ffi
+    import fi_ffi.jax
+
+    case, machine = service.case, service.case.machine
+    plan = fi_ffi.BatchDecodePlan(
+        service.spec.batch, None, None, **service.spec.options(), device=machine.device,
+        stream=machine.stream,
+    )  # fmt: skip
+    step = jax.jit(
+        lambda arrays, lengths: [
+            fi_ffi.jax.run(plan, *arrays, lse=True, **lengths) for _ in range(runs)
+        ]
+    )
+    for _ in range(5):
+        batch = service.batch()
+        pages = np.zeros(case.room, np.int32)
+        pages[: len(batch.indices)] = batch.indices
+        lengths = {
+            "paged_kv_indptr": batch.kv_indptr,
+            "paged_kv_indices": pages,
+            "paged_kv_last_page_len": batch.last_page_len,
+        }
+        for o, lse in step(*jax.device_put((given(case, batch), lengths), device)):
+            case.check(batch, Result(Found(o), Found(lse)))
+    assert step._cache_size() == 1
+    return plan

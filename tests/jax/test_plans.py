@@ -18,7 +18,7 @@ from fi_ffi.jax.plans import is_recordable
 from tests.attention.cases import Service, graph_options, make
 from tests.attention.machines import Cpu
 from tests.attention.tables import SERVED
-from tests.helpers.in_jit import check_in_jit, given, in_jit
+from tests.helpers.in_jit import check_in_jit, check_lengths_as_arrays, given, in_jit
 
 # What jax raises for a call that fails: at once, or where its result is waited for.
 FAILURES = (ValueError, jax.errors.JaxRuntimeError)
@@ -39,6 +39,10 @@ def test_planned_again_between_calls(spec, graph, rng):
         service.case.replan(plan, batch)
     if graph:
         assert run._cache_size() == 1
+
+
+def test_lengths_that_are_arrays(rng):
+    assert is_recordable(check_lengths_as_arrays(Service(SERVED["decode"], Cpu(), rng), runs=2))
 
 
 def test_keys_that_lie_one_after_the_other(rng):
