@@ -29,11 +29,9 @@ from fi_ffi.errors import ArgumentError, ArgumentTypeError
 from fi_ffi.jax import plans
 from fi_ffi.jax.primitive import bind, prepare, static
 from fi_ffi.jax.results import Result, is_given, is_result, results_of, signature_of
-from fi_ffi.jax.xla import DTYPES, CallText, Handlers
+from fi_ffi.jax.xla import DTYPES, CallText
 from fi_ffi.ops.call.row import IntArray, Row, Tensor, TensorArray
 from fi_ffi.ops.functions import OPS
-
-_handlers = Handlers(plans.find)
 
 
 def _told(op: str, name: str, value: Any) -> Result | str | None:
@@ -131,7 +129,7 @@ def run(plan: Any, /, *args: Any, out: Any = None, lse: bool = False, **options:
 def _bound(
     text: CallText, arrays: dict[str, Any], results: dict[str, Result], is_recorded: bool
 ) -> Any:
-    prepare(_handlers)
+    prepare()
     made = bind(text, [*arrays.values()], results, is_recorded)
     return made[0] if len(made) == 1 else tuple(made)
 

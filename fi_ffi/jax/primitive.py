@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import functools
 import math
+import os
 from typing import Any, NoReturn
 
 import jax
@@ -12,7 +13,7 @@ from jax._src import dispatch
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from fi_ffi.errors import ArgumentError, ArgumentTypeError
+from fi_ffi.errors import ArgumentError, ArgumentTypeError, LoaderError
 from fi_ffi.jax import plans, shards
 from fi_ffi.jax.results import Result
 from fi_ffi.jax.xla import TARGETS, CallText, Handlers, exchanged_last
@@ -153,18 +154,34 @@ def static(op: str, name: str, value: Any) -> Any:
     return value.item() if hasattr(value, "item") and not getattr(value, "shape", ()) else value
 
 
+handlers = Handlers(plans.find)
+
+
+def prepare() -> None:
+    """Register the handlers where they are not yet; refuse what would not return."""
+    if _registered_in() != os.getpid():
+        raise LoaderError(
+            "fi_ffi.jax can compile nothing in this process: it was forked from one that had used "
+            "jax, whose threads do not survive that; start processes by multiprocessing's spawn"
+        )
+
+
 @functools.cache
-def prepare(handlers: Handlers) -> None:
-    """Register the handlers, and how the operation is lowered, for this process's platforms."""
+def _registered_in() -> int:
+    """Register the handlers, and how the operation is lowered, for a process's platforms; return
+    the process's id."""
     for ours, theirs in {"cpu": "cpu", "cuda": "CUDA"}.items():
         handlers.register(theirs)
         mlir.register_lowering(_call, _lowered, platform=ours, cacheable=False)
     # A call that comes once the interpreter has ended would wait for it for ever.
-    atexit.register(_finish, handlers)
+    atexit.register(_finish, os.getpid())
+    return os.getpid()
 
 
-def _finish(handlers: Handlers) -> None:
+def _finish(process: int) -> None:
     """Wait for what is queued: for all arrays, and for calls whose results nobody has."""
+    if os.getpid() != process:  # a forked child has nothing queued, and would wait for ever
+        return
     jax.block_until_ready(jax.live_arrays())
     for device in jax.local_devices():  # a program waits for those that its thread began before
         jax.block_until_ready(jax.jit(lambda x: x + 1)(jax.device_put(0, device)))

@@ -53,9 +53,9 @@ def counted(jax, monkeypatch):
     import fi_ffi.jax
 
     found = []
-    find = fi_ffi.jax._handlers._find
+    find = fi_ffi.jax.primitive.handlers._find
     monkeypatch.setattr(
-        fi_ffi.jax._handlers, "_find", lambda name: found.append(name) or find(name)
+        fi_ffi.jax.primitive.handlers, "_find", lambda name: found.append(name) or find(name)
     )
     return found
 
