@@ -28,13 +28,13 @@ def measure(name: str, steps: int) -> None:
     import fi_ffi.jax
 
     calls = [0]
-    find = fi_ffi.jax._handlers._find
+    find = fi_ffi.jax.primitive.handlers._find
 
     def counting(function: str):
         calls[0] += 1
         return find(function)
 
-    fi_ffi.jax._handlers._find = counting
+    fi_ffi.jax.primitive.handlers._find = counting
 
     def own(x, weight):
         wide = x.astype(jnp.float32)

@@ -19,45 +19,19 @@ they are seen in the call.
 from __future__ import annotations
 
 import functools
-import inspect
-import secrets
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from fi_ffi.abi.tensor import DTYPES
 from fi_ffi.errors import ArgumentError, ArgumentTypeError
+from fi_ffi.jax import plans
 from fi_ffi.jax.primitive import bind, prepare, static
 from fi_ffi.jax.results import Result, is_given, is_result, results_of, signature_of
-from fi_ffi.jax.xla import CallText, Handlers
+from fi_ffi.jax.xla import DTYPES, CallText
 from fi_ffi.ops.call.row import IntArray, Row, Tensor, TensorArray
 from fi_ffi.ops.functions import OPS
-
-_PLAN = "plan "  # a plan's name in a call's text begins so
-# No other process has these names, if it finds a compiled program on disk.
-_plans: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
-_names: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
-
-
-def _find(function: str) -> Callable[..., Any]:
-    if not function.startswith(_PLAN):
-        return OPS[function]
-    plan = _plans.get(function)
-    if plan is None:
-        expected = "a plan that lives as long as what was compiled with it"
-        raise ArgumentError("run", "plan", got="a plan that is gone", expected=expected)
-    return _run_of(plan)
-
-
-def _run_of(plan: Any) -> Callable[..., Any]:
-    found: Callable[..., Any] = plan.run if hasattr(plan, "run") else plan.paged_run
-    return found
-
-
-_handlers = Handlers(_find)
 
 
 def _told(op: str, name: str, value: Any) -> Result | str | None:
@@ -69,10 +43,19 @@ def _told(op: str, name: str, value: Any) -> Result | str | None:
         dtype = str(jnp.dtype(value.dtype if is_whole else value))
     except TypeError:
         dtype = f"{value!r:.60}"
-    if dtype not in DTYPES:
+    if dtype not in DTYPES.values():
         expected = "a dtype that fi_ffi has, or a jax.ShapeDtypeStruct with one"
         raise ArgumentTypeError(op, name, got=dtype, expected=expected)
     return Result(tuple(value.shape), dtype) if is_whole else dtype
+
+
+def _array(op: str, name: str, value: Any) -> Any:
+    """Return what a caller passes as an array of jax's; refuse a dtype that no kernel has."""
+    array = jnp.asarray(value)
+    if str(array.dtype) not in DTYPES.values():
+        got = f"{array.dtype}[{', '.join(map(str, array.shape))}]"
+        raise ArgumentTypeError(op, name, got=got, expected="a dtype that fi_ffi has")
+    return array
 
 
 def _of(array: Any) -> Result:
@@ -82,7 +65,11 @@ def _of(array: Any) -> Result:
 def call(op: str, /, *args: Any, **kwargs: Any) -> Any:
     """Call an op by its name: see `fi_ffi.jax`."""
     row = _row(op)
-    bound = signature_of(row).bind(*args, **kwargs)
+    signature = signature_of(row)
+    try:
+        bound = signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise ArgumentTypeError(op, "args", got=str(error), expected=str(signature)) from None
     bound.apply_defaults()
     arrays: dict[str, Any] = {}
     scalars: dict[str, Any] = {}
@@ -91,7 +78,7 @@ def call(op: str, /, *args: Any, **kwargs: Any) -> Any:
         if value is None or not is_given(arg):
             continue
         if isinstance(arg, Tensor):
-            arrays[arg.name] = jnp.asarray(value)
+            arrays[arg.name] = _array(op, arg.name, value)
         else:
             scalars[arg.name] = static(op, arg.name, value)
     told = {
@@ -114,22 +101,21 @@ def run(plan: Any, /, *args: Any, out: Any = None, lse: bool = False, **options:
     The plan may be planned again for other lengths between calls of what was compiled. With
     `enable_cuda_graph` XLA may record the run. The plan must live as long as what was compiled.
     """
-    op = type(plan).__name__
-    name = _names.setdefault(plan, _PLAN + secrets.token_hex(8))
-    _plans[name] = plan
-    names = [*inspect.signature(_run_of(plan)).parameters]
-    names = names[: names.index("o")]
+    op, name = plans.title(plan), plans.name_of(plan)
+    names, known = plans.names_of_run(plan)
     if len(args) != len(names):
         got = f"{len(args)} arrays"
         raise ArgumentTypeError(op, "args", got=got, expected=f"{len(names)}: {', '.join(names)}")
-    arrays = {name: jnp.asarray(value) for name, value in zip(names, args, strict=True)}
+    arrays = {name: _array(op, name, value) for name, value in zip(names, args, strict=True)}
     scalars: dict[str, Any] = {}
     for key, value in options.items():
+        if key not in known:
+            raise ArgumentTypeError(op, "options", got=key, expected=f"of {', '.join(known)}")
         if getattr(value, "shape", ()):
-            arrays[key] = jnp.asarray(value)
-        else:
+            arrays[key] = _array(op, key, value)
+        elif value is not None:
             scalars[key] = static(op, key, value)
-    q, values = args[0], args[-1] if len(args) == 3 else args[2]
+    q, values = (arrays[names[i]] for i in (0, 2))
     told = _told(op, "out", out)
     if not isinstance(told, Result):
         told = Result((*q.shape[:-1], values.shape[-1]), told or str(q.dtype))
@@ -137,13 +123,13 @@ def run(plan: Any, /, *args: Any, out: Any = None, lse: bool = False, **options:
     if lse:
         results["lse"] = Result(tuple(q.shape[:-1]), "float32")
     text = CallText(name, tuple(arrays), tuple(results), scalars)
-    return _bound(text, arrays, results, bool(getattr(plan, "enable_cuda_graph", False)))
+    return _bound(text, arrays, results, plans.is_recordable(plan))
 
 
 def _bound(
     text: CallText, arrays: dict[str, Any], results: dict[str, Result], is_recorded: bool
 ) -> Any:
-    prepare(_handlers)
+    prepare()
     made = bind(text, [*arrays.values()], results, is_recorded)
     return made[0] if len(made) == 1 else tuple(made)
 

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import atexit
 import functools
+import math
+import os
 from typing import Any, NoReturn
 
 import jax
+from jax._src import dispatch
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from fi_ffi.errors import ArgumentError, ArgumentTypeError
+from fi_ffi.errors import ArgumentError, ArgumentTypeError, LoaderError
+from fi_ffi.jax import plans, shards
 from fi_ffi.jax.results import Result
 from fi_ffi.jax.xla import TARGETS, CallText, Handlers, exchanged_last
 
 _call = Primitive("fi_ffi")
 _call.multiple_results = True
+# Without it jax lowers a program before it knows the devices, which it asks for to divide a call.
+dispatch.prim_requires_devices_during_lowering.add(_call)
 
 
 def bind(
@@ -35,8 +41,16 @@ def bind(
     return made
 
 
-def _abstract(*_: Any, results: tuple[Result, ...], **__: Any) -> list[Any]:
-    return [jax.core.ShapedArray(shape, jax.numpy.dtype(dtype)) for shape, dtype in results]
+def _abstract(*given: Any, call: str, results: tuple[Result, ...], **_: Any) -> list[Any]:
+    """Return the types of results; where types say how arrays are divided, by rows as the call's
+    arguments are."""
+    are_split = shards.are_split(CallText.read(call.encode()))
+    rows = [of.sharding for of, has_rows in zip(given, are_split, strict=False) if has_rows]
+    divided = next((each for each in rows if each.spec and each.spec[0] is not None), None)
+    typed = {} if divided is None else {"sharding": shards.by_rows(divided)}
+    return [
+        jax.core.ShapedArray(shape, jax.numpy.dtype(dtype), **typed) for shape, dtype in results
+    ]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -45,24 +59,52 @@ def _compiled(**params: Any) -> Any:
 
 
 def _run(*arrays: Any, **params: Any) -> Any:
-    return _compiled(**params)(*arrays)
+    # What is recorded keeps its plan, and these programs stay.
+    return _compiled(**params | {"target": TARGETS[False]})(*arrays)
 
 
 def _name(call: str) -> str:
-    return CallText.read(call.encode()).function
+    return plans.shown(CallText.read(call.encode()).function)
 
 
 def _lowered(ctx: Any, *operands: Any, call: str, results: Any, aliases: Any, target: str) -> Any:
-    del results
     text = CallText.read(call.encode())
-    _refuse_shards(text.function, ctx.module_context.axis_context)
+    count = _devices_of(ctx.module_context.axis_context)
+    if count > 1:
+        again = functools.partial(_call.bind, call=call, aliases=aliases, target=target)
+        made = shards.lowered(ctx, operands, text, again, results)
+        if made is None:
+            got = f"arrays of {count} devices in one call"
+            expected = "the arrays of one device: call it in jax.shard_map"
+            raise ArgumentError(_name(call), "sharding", got=got, expected=expected)
+        return made
     layouts = [
         _layout(len(aval.shape), name in text.transposed)
         for name, aval in zip(text.arguments, ctx.avals_in, strict=True)
     ]
-    rule = jax.ffi.ffi_lowering(
-        target, operand_layouts=layouts, operand_output_aliases=dict(aliases)
-    )
+    lower = functools.partial(_lowered_call, target=target, aliases=dict(aliases), call=call)
+    if not plans.is_plan(text.function):
+        return lower(ctx, operands, layouts)
+    if target == TARGETS[True]:
+        plans.keep(text.function, ctx.module_context)
+    # Runs of a plan share its workspace. The result of the one before is an operand, which the
+    # handler does not read: so XLA runs one after the other.
+    latest = ctx.module_context.cached_primitive_lowerings.setdefault(_call, {})
+    place = text.function, mlir.ir.InsertionPoint.current.block
+    given = ctx
+    if place in latest:
+        value, aval = latest[place]
+        operands, layouts = (*operands, value), [*layouts, _layout(len(aval.shape), False)]
+        given = ctx.replace(avals_in=[*ctx.avals_in, aval])
+    made = lower(given, operands, layouts)
+    latest[place] = made[0], ctx.avals_out[0]
+    return made
+
+
+def _lowered_call(
+    ctx: Any, operands: Any, layouts: Any, target: str, aliases: dict[int, int], call: str
+) -> Any:
+    rule = jax.ffi.ffi_lowering(target, operand_layouts=layouts, operand_output_aliases=aliases)
     return rule(ctx, *operands, call=call)
 
 
@@ -72,17 +114,14 @@ def _layout(rank: int, is_transposed: bool) -> tuple[int, ...]:
     return (exchanged_last(axes) if is_transposed else axes)[::-1]
 
 
-def _refuse_shards(op: str, context: Any) -> None:
-    """Refuse a program that XLA divides among devices by itself: it would gather whole inputs."""
+def _devices_of(context: Any) -> int:
+    """Return among how many devices XLA divides a program by itself."""
     count = getattr(context, "num_devices", None)
     mesh = getattr(context, "mesh", None)
     if mesh is not None:
         automatic = {*mesh.axis_names} - {*context.manual_axes}
-        count = max((mesh.shape[name] for name in automatic), default=1)
-    if count is not None and count > 1:
-        got = f"arrays of {count} devices in one call"
-        expected = "the arrays of one device: call it in jax.shard_map"
-        raise ArgumentError(op, "sharding", got=got, expected=expected)
+        count = math.prod(mesh.shape[name] for name in automatic)
+    return count or 1
 
 
 def _refuse_batches(args: Any, dims: Any, *, call: str, **_: Any) -> NoReturn:
@@ -115,18 +154,34 @@ def static(op: str, name: str, value: Any) -> Any:
     return value.item() if hasattr(value, "item") and not getattr(value, "shape", ()) else value
 
 
+handlers = Handlers(plans.find)
+
+
+def prepare() -> None:
+    """Register the handlers where they are not yet; refuse what would not return."""
+    if _registered_in() != os.getpid():
+        raise LoaderError(
+            "fi_ffi.jax can compile nothing in this process: it was forked from one that had used "
+            "jax, whose threads do not survive that; start processes by multiprocessing's spawn"
+        )
+
+
 @functools.cache
-def prepare(handlers: Handlers) -> None:
-    """Register the handlers, and how the operation is lowered, for this process's platforms."""
+def _registered_in() -> int:
+    """Register the handlers, and how the operation is lowered, for a process's platforms; return
+    the process's id."""
     for ours, theirs in {"cpu": "cpu", "cuda": "CUDA"}.items():
         handlers.register(theirs)
-        mlir.register_lowering(_call, _lowered, platform=ours)
+        mlir.register_lowering(_call, _lowered, platform=ours, cacheable=False)
     # A call that comes once the interpreter has ended would wait for it for ever.
-    atexit.register(_finish, handlers)
+    atexit.register(_finish, os.getpid())
+    return os.getpid()
 
 
-def _finish(handlers: Handlers) -> None:
+def _finish(process: int) -> None:
     """Wait for what is queued: for all arrays, and for calls whose results nobody has."""
+    if os.getpid() != process:  # a forked child has nothing queued, and would wait for ever
+        return
     jax.block_until_ready(jax.live_arrays())
     for device in jax.local_devices():  # a program waits for those that its thread began before
         jax.block_until_ready(jax.jit(lambda x: x + 1)(jax.device_put(0, device)))

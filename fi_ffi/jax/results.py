@@ -13,7 +13,7 @@ from fi_ffi.ops.call.row import Arg, KvLayout, Row, Rule, Scalar, Tensor, Text
 
 REQUIRED = inspect.Parameter.empty
 # Conditions that tell a size by others; one that has only a limit is as large as that.
-_EQUAL = re.compile(r"(?P<left>\w+) == (?P<value>(?:(?! or | and ).)+)")
+EQUAL = re.compile(r"(?P<left>\w+) == (?P<value>(?:(?! or | and ).)+)")
 _LIMITED = re.compile(r"(?:\w+ or )?(?P<left>\w+) <= (?P<value>[a-z_]\w*)")
 
 
@@ -108,7 +108,7 @@ def _sizes(row: Row, given: Mapping[str, Result], scalars: Mapping[str, Any]) ->
     for scalar in row.args:
         if isinstance(scalar, Scalar) and type(scalars.get(scalar.name)) is int:
             sizes.setdefault(scalar.size_of or scalar.name, scalars[scalar.name])
-    for pattern in (_EQUAL, _LIMITED):
+    for pattern in (EQUAL, _LIMITED):
         for rule in row.requires:
             _add_told(pattern, rule, sizes, scalars)
     return sizes
@@ -123,7 +123,7 @@ def _add_told(
     if sides is None:
         return
     pairs = [(sides["left"], sides["value"])]
-    if pattern is _EQUAL and re.fullmatch(r"\w+", sides["value"]):
+    if pattern is EQUAL and re.fullmatch(r"\w+", sides["value"]):
         pairs.append((sides["value"], sides["left"]))
     known = {**scalars, **sizes}
     for name, value in pairs:

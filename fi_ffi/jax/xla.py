@@ -208,6 +208,11 @@ class Handlers:
             try:
                 jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(address), platform=platform)
             except Exception as error:
+                if "Duplicate" in str(error):
+                    raise AbiError(
+                        "jax has the handlers of an earlier import of fi_ffi.jax, which a process "
+                        "can import once; importlib.reload is fine"
+                    ) from error
                 raise self._refusal or error from None
             if self._refusal is not None:
                 raise self._refusal

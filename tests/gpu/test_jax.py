@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
+from cuda.bindings import runtime
 
+from fi_ffi.cli.cuda import check
 from fi_ffi.ops.functions import OPS
 
-from tests.attention.cases import Result, Service
+from tests.attention.cases import Result, Service, graph_options
 from tests.attention.tables import GRAPHS, SERVED
 from tests.gpu.test_every_op import needs
+from tests.helpers import kernels
 from tests.helpers.cases import default_dtypes, make_case
-from tests.helpers.in_jit import PADDED, PARTS, TOLD, Found, call_in_jit, given
+from tests.helpers.in_jit import (
+    PADDED,
+    PARTS,
+    TOLD,
+    Found,
+    call_in_jit,
+    check_in_jit,
+    check_lengths_as_arrays,
+    given,
+    in_jit,
+)
 from tests.helpers.inputs import inputs_of
 
+EXAMPLE = Path(__file__).parents[2] / "examples" / "interop" / "jax_in_jit.py"
 NAMES = sorted(OPS.keys() - PARTS - PADDED.keys())
 
 
@@ -33,9 +53,9 @@ def counted(jax, monkeypatch):
     import fi_ffi.jax
 
     found = []
-    find = fi_ffi.jax._handlers._find
+    find = fi_ffi.jax.primitive.handlers._find
     monkeypatch.setattr(
-        fi_ffi.jax._handlers, "_find", lambda name: found.append(name) or find(name)
+        fi_ffi.jax.primitive.handlers, "_find", lambda name: found.append(name) or find(name)
     )
     return found
 
@@ -81,48 +101,133 @@ def test_steps_that_are_recorded(index, jax, counted, rng):
     assert 8 <= len(counted) <= 160
 
 
-def test_shards(jax, rng):
+@pytest.mark.parametrize("by", ["shard_map", "XLA"])
+def test_shards(by, jax, counted, rng):
+    """Each GPU has its rows: in shard_map, and where XLA divides the program."""
     import fi_ffi.jax
 
     needs(OPS["rmsnorm"])
     if len(jax.devices()) < 2:
         pytest.skip("needs two GPUs")
-    x = rng.standard_normal((40, 512)).astype(np.float16)
     weight = np.ones(512, np.float16)
     mesh = jax.make_mesh((2,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec("rows")
-    placed = jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))
-    each = jax.shard_map(
-        lambda x: fi_ffi.jax.rmsnorm(x, weight), mesh=mesh, in_specs=spec, out_specs=spec,
-        check_vma=False,
-    )  # fmt: skip
-    found = np.asarray(jax.jit(each)(placed), float)
-    wanted = x / np.sqrt((x.astype(float) ** 2).mean(-1, keepdims=True) + 1e-6)
-    assert np.abs(found - wanted).max() <= 4e-3 * np.abs(wanted).max()
+
+    def norms(x):
+        for _ in range(8):
+            x = fi_ffi.jax.rmsnorm(x * 1.5 + 0.25, weight)
+        return x
+
+    each = norms
+    if by == "shard_map":
+        each = jax.shard_map(norms, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    step = jax.jit(each)
+    for _ in range(10):
+        x = rng.standard_normal((40, 512)).astype(np.float16)
+        placed = jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))
+        found = step(placed)
+        assert [shard.data.shape for shard in found.addressable_shards] == [(20, 512)] * 2
+        wanted = x.astype(float)
+        for _ in range(8):
+            wanted = (wanted * 1.5 + 0.25).astype(np.float16).astype(float)
+            wanted /= np.sqrt((wanted**2).mean(-1, keepdims=True) + 1e-6)
+            wanted = wanted.astype(np.float16).astype(float)
+        error = np.abs(np.asarray(found, float) - wanted).max()
+        assert error <= 2e-2 * np.abs(wanted).max()
+    text = step.lower(placed).compile().as_text()
+    assert "all-gather" not in text and "all-to-all" not in text
+    print(f"10 steps of 8 norms on two GPUs called Python {len(counted)} times")
 
 
-@pytest.mark.parametrize("graph", [False, True], ids=["plain", "graph"])
+@pytest.fixture(params=[0, 1])
+def place(request, jax, machine):
+    """The machine on either GPU, and jax's device."""
+    if len(jax.devices()) <= request.param:
+        pytest.skip("needs two GPUs")
+    check(runtime.cudaSetDevice(request.param))
+    if request.param:
+        flags = runtime.cudaStreamNonBlocking
+        machine.stream = int(check(runtime.cudaStreamCreateWithFlags(flags)))
+        machine.device = f"cuda:{request.param}"
+    yield machine, jax.devices()[request.param]
+    check(runtime.cudaSetDevice(0))
+
+
 @pytest.mark.parametrize("name", SERVED)
-def test_plans(name, graph, jax, machine, rng):
-    """Planned again between calls of one program; for graphs, XLA may have recorded the run."""
+def test_plans(name, place, jax, rng):
+    """Planned again between calls of one program."""
+    machine, device = place
+    service = Service(SERVED[name], machine, rng)
+    batch = service.batch()
+    plan = service.case.plan(batch)
+    run = in_jit(plan, service.case, batch)
+    for _ in range(4):
+        check_in_jit(run, service.case, batch, device=device)
+        batch = service.batch()
+        service.case.replan(plan, batch)
+
+
+RUNS = 6  # XLA records five and more
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_plans_that_are_recorded(name, place, jax, counted, rng):
+    """Six runs a step, each with queries of its own, planned again for other lengths between steps,
+    with fresh arrays and with the same.  Nothing but the step's results is waited for."""
     import fi_ffi.jax
 
-    spec = (GRAPHS if graph else SERVED)[name]
-    service = Service(spec, machine, rng)
+    machine, device = place
+    service = Service(GRAPHS[name], machine, rng)
     case, batch = service.case, service.batch()
-    more = {"enable_cuda_graph": True} if graph else {}
-    if graph and spec.family in ("batch_attention", "batch_mla"):
-        pytest.skip("has no such option")
-    plan = case.plan(batch, **more)
-    options = case.run_options(batch)
-    run = jax.jit(lambda *tensors: fi_ffi.jax.run(plan, *tensors, lse=spec.lse, **options))
-    for _ in range(4):
-        tensors = [jax.numpy.asarray(array) for array in given(case, batch)]
-        found = jax.block_until_ready(run(*tensors))
-        o, lse = found if spec.lse else (found, None)
-        case.check(batch, Result(Found(o), None if lse is None else Found(lse)))
-        if graph:
-            continue
+    plan = case.plan(batch, **graph_options(service))
+    lse, options = case.spec.lse, case.run_options(batch)
+
+    @jax.jit
+    def step(queries, *rest):
+        return [fi_ffi.jax.run(plan, *each, *rest, lse=lse, **options) for each in queries]
+
+    count = len([name for name in case.tensors if name.startswith("q")])
+    kept = None
+    for number in range(10):
+        if kept is None or number % 2:
+            arrays = given(case, batch, case.rows)
+            parts = [rng.permutation(case.rows) for _ in range(RUNS)]
+            queries = [[array[part] for array in arrays[:count]] for part in parts]
+            kept = jax.device_put((queries, *arrays[count:]), device)
+        found = jax.block_until_ready(step(*kept))
+        whole = {name: case.tensors[name] for name in case.tensors if name.startswith("q")}
+        for one, each in zip(queries, found, strict=True):
+            case.tensors |= dict(zip(whole, one, strict=True))
+            results = [np.array(part) for part in (each if lse else (each,))]
+            for result in results:
+                result[batch.rows :] = np.nan  # rows of no request are as they were
+            case.check(batch, Result(*map(Found, results), *[None] * (not lse)))
+        case.tensors |= whole
         batch = service.batch()
         case.replan(plan, batch)
-        machine.synchronize()
+    print(f"10 steps of {RUNS} runs called Python {len(counted)} times")
+    assert RUNS <= len(counted) < 10 * RUNS
+    assert step._cache_size() == 1
+    with pytest.raises(
+        fi_ffi.ArgumentError, match="`workspace`: got one whose plan runs in a comp"
+    ):
+        case.plan(batch, workspace=plan.workspace, **graph_options(service))
+
+
+def test_lengths_that_are_arrays(place, counted, rng):
+    machine, device = place
+    check_lengths_as_arrays(Service(GRAPHS["decode"], machine, rng), device, RUNS)
+    print(f"5 steps of {RUNS} runs called Python {len(counted)} times")
+    assert RUNS <= len(counted) <= 5 * RUNS
+
+
+def test_the_example(jax):
+    """As a reader would run it."""
+    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    command = [sys.executable, str(EXAMPLE), "--steps", "60"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    kernels.skip_if_missing(done.stderr)
+    assert done.returncode == 0, done.stdout + done.stderr
+    print(done.stdout)
+    decided = re.search(r"(\d+) of 180 tokens are decided", done.stdout)
+    assert decided is not None and int(decided[1]) > 100, done.stdout

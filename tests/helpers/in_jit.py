@@ -8,6 +8,8 @@ import numpy as np
 
 from fi_ffi.ops.functions import OPS
 
+from tests.attention.cases import Result
+
 # Gates and shifts are parts of one tensor there, which XLA does not pass.
 PARTS = {name for name, op in OPS.items() if any(arg.parts > 1 for arg in op.row.tensors)}
 
@@ -39,6 +41,14 @@ def results_of(case):
 
 def call_in_jit(case, told=()):
     """The results of a call of compiled code, by name."""
+    run, given = as_jitted(case, told)
+    found = run(given)
+    found = found if isinstance(found, tuple) else (found,)
+    return dict(zip(results_of(case), map(np.asarray, found), strict=True))
+
+
+def as_jitted(case, told=()):
+    """A call that is to be compiled, and the arrays that it takes."""
     import jax
 
     import fi_ffi.jax
@@ -57,13 +67,13 @@ def call_in_jit(case, told=()):
     }
     scalars = {name: value for name, value in case.scalars.items() if value is not None}
     function = functools.partial(fi_ffi.jax.call, row.name, **scalars, **more)
-    found = jax.jit(lambda arrays: function(**arrays))(given)
-    found = found if isinstance(found, tuple) else (found,)
-    return dict(zip(results_of(case), map(np.asarray, found), strict=True))
+    return jax.jit(lambda arrays: function(**arrays)), given
 
 
-def given(case, batch):
-    queries = [case.tensors[name][: batch.rows] for name in ("q", "q_pe") if name in case.tensors]
+def given(case, batch, rows=None):
+    """The arrays of a run: the batch's queries, or so many, and the caches."""
+    rows = batch.rows if rows is None else rows
+    queries = [case.tensors[name][:rows] for name in ("q", "q_pe") if name in case.tensors]
     return [*queries, *(case.tensors[name] for name in case.caches())]
 
 
@@ -78,3 +88,58 @@ class Found:
 
     def intact(self):
         return True
+
+
+def in_jit(plan, case, batch):
+    """A plan's run, to be compiled; with the options of a batch."""
+    import jax
+
+    import fi_ffi.jax
+
+    options, lse = case.run_options(batch), case.spec.lse
+    return jax.jit(lambda *tensors: fi_ffi.jax.run(plan, *tensors, lse=lse, **options))
+
+
+def check_in_jit(run, case, batch, rows=None, device=None):
+    """Run a batch by arrays of their own, and so many queries where a program is for any batch."""
+    import jax
+
+    tensors = [jax.device_put(np.array(array), device) for array in given(case, batch, rows)]
+    found = jax.block_until_ready(run(*tensors))
+    found = [np.array(each) for each in (found if case.spec.lse else (found,))]
+    for each in found:
+        each[batch.rows :] = np.nan  # rows of no request are as they were
+    return case.check(batch, Result(*map(Found, found), *[None] * (not case.spec.lse)))
+
+
+def check_lengths_as_arrays(service, device=None, runs=1):
+    """Decode several batches by one program and a plan of any lengths, which takes them as arrays;
+    each step has so many runs.  Returns the plan."""
+    import jax
+
+    import fi_ffi
+    import fi_ffi.jax
+
+    case, machine = service.case, service.case.machine
+    plan = fi_ffi.BatchDecodePlan(
+        service.spec.batch, None, None, **service.spec.options(), device=machine.device,
+        stream=machine.stream,
+    )  # fmt: skip
+    step = jax.jit(
+        lambda arrays, lengths: [
+            fi_ffi.jax.run(plan, *arrays, lse=True, **lengths) for _ in range(runs)
+        ]
+    )
+    for _ in range(5):
+        batch = service.batch()
+        pages = np.zeros(case.room, np.int32)
+        pages[: len(batch.indices)] = batch.indices
+        lengths = {
+            "paged_kv_indptr": batch.kv_indptr,
+            "paged_kv_indices": pages,
+            "paged_kv_last_page_len": batch.last_page_len,
+        }
+        for o, lse in step(*jax.device_put((given(case, batch), lengths), device)):
+            case.check(batch, Result(Found(o), Found(lse)))
+    assert step._cache_size() == 1
+    return plan

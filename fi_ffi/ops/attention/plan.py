@@ -251,6 +251,10 @@ class Plan:
         if is_cuda and cuda.is_capturing(handle):
             raise self._refuse("stream", "one that is capturing a graph", "plan before the capture")
         workspace = self._workspace(need.float_bytes, placed.end)
+        replayed = workspace._replayed and workspace._replayed()
+        if replayed not in (None, self):
+            got = "one whose plan runs in a compiled program, which does not ask for it again"
+            raise self._refuse("workspace", got, "a workspace for each plan")
         with workspace._lock, cuda.current(self.device), hooks.running(self):
             stage = workspace._stages.take(workspace.int_bytes)
             count = placed.kernel_bytes
@@ -270,6 +274,8 @@ class Plan:
                 self._check_launch(launch, stage.desc, batch)
             send(workspace.int_buffer, stage.desc, start, placed.end, handle)
             workspace._stages.record(stage, handle)
+            if is_cuda and replayed is not None:
+                cuda.synchronize(self.device)
             workspace._generation += 1
             self._generation, self._info = workspace._generation, info
         self._runs.follow(workspace, placed, batch, info)

@@ -39,7 +39,7 @@ _PLANNED = {
 }
 _SCALES = ("sm_scale", "q_scale", "k_scale", "v_scale")
 _POSITIONS = ("rope_scale", "rope_theta", "alibi_slopes")
-_RUN_OPTIONS = (*_SCALES, *_POSITIONS, "enable_pdl", *_PLANNED)
+RUN_OPTIONS = (*_SCALES, *_POSITIONS, "enable_pdl", *_PLANNED)
 
 
 class BatchPrefillPlan(Plan):
@@ -338,7 +338,7 @@ class BatchPrefillPlan(Plan):
 
     def _apply(self, values: Values, options: Mapping[str, Any]) -> None:
         """Set the options of a run."""
-        check_keywords("BatchPrefillPlan.paged_run", _RUN_OPTIONS, options)
+        check_keywords("BatchPrefillPlan.paged_run", RUN_OPTIONS, options)
         chosen = self.options
         values.scales(chosen.head_dim_qk, *map(options.get, _SCALES))
         values.positions(chosen.pos_encoding_mode, *map(options.get, _POSITIONS))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from typing import Any, NoReturn
 
 from fi_ffi.abi.interop import as_desc
@@ -69,6 +70,9 @@ class Workspace:
         # The handle of the plan's stream, if it means the same stream on all threads: runs on it
         # come after the plan's copies as they are, and skip the lookup.
         self._stream: int | None = None
+        # The plan whose runs another library replays. It tells nobody on which stream and when, so
+        # a plan waits for the device before its copies and after them.
+        self._replayed: weakref.ref[Any] | None = None
 
     def __repr__(self) -> str:
         sizes = f"float_bytes={self.float_bytes}, int_bytes={self.int_bytes}"
@@ -120,6 +124,8 @@ class Workspace:
 
     def _take(self, stream: int) -> None:
         """Make `stream` wait for all work that used this workspace on other streams."""
+        if self._replayed is not None:
+            cuda.synchronize(self.device)
         key = stream_key(self.device.index, stream)
         if self._copied_on is not None and self._copied_on[1] != key:
             before, _ = self._copied_on
