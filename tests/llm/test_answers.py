@@ -18,6 +18,7 @@ import pytest
 import requests
 from engine import Sampling
 from engine.engine import Request
+from engine.words import Words
 from server import Limits, api
 from server.answers import Answer, Chat, Completion
 from server.chat import OPEN, SHUT
@@ -28,6 +29,7 @@ from tiny import byte_tokenizer, make_tiny
 from tests.llm.test_serve import Served, events
 
 TOKENIZER = byte_tokenizer()
+WORDS = Words(TOKENIZER)
 
 
 def ids(text: str) -> list[int]:
@@ -46,7 +48,7 @@ def told(text: Text, written: str, finished: str | None = "length") -> list[Any]
 
 
 def test_the_first_of_several_stops_ends_a_text_that_comes_at_once():
-    text = Text(TOKENIZER, [";", ","])
+    text = Text(WORDS, [";", ","])
     piece = text.add(ids("one, two; three"), None, None)
     assert (piece.text, piece.finished) == ("one", "stop")
 
@@ -61,7 +63,7 @@ def test_the_first_of_several_stops_ends_a_text_that_comes_at_once():
 )  # fmt: skip
 def test_nothing_of_a_tool_call_is_told_as_text(written, open_text, whole):
     """Neither of what may be the beginning of one, until it is known to be none."""
-    text = Text(TOKENIZER, (), OPEN)
+    text = Text(WORDS, (), OPEN)
     assert "".join(piece.text for piece in told(text, written)) == open_text
     assert (text.held_from is None) == whole
     assert text.text == written
@@ -69,7 +71,7 @@ def test_nothing_of_a_tool_call_is_told_as_text(written, open_text, whole):
 
 def test_log_probabilities_are_of_the_text_that_is_told():
     """Those of a token that may begin a stop string wait, and where it does are not told."""
-    text, pieces = Text(TOKENIZER, ["cd"], tops=1, offset=5), []
+    text, pieces = Text(WORDS, ["cd"], tops=1, offset=5), []
     for piece in told(text, "abcxcde"):
         assert [x.token for x in piece.logprobs] == ids(piece.text)
         pieces.append(piece)
@@ -80,9 +82,9 @@ def test_log_probabilities_are_of_the_text_that_is_told():
 
 def test_characters_of_several_tokens():
     """Each is told when it is whole, and what is none at the end as what stands for it."""
-    pieces = told(Text(TOKENIZER), "é€")
+    pieces = told(Text(WORDS), "é€")
     assert [piece.text for piece in pieces] == ["", "é", "", "", "€"]
-    text = Text(TOKENIZER)
+    text = Text(WORDS)
     pieces = [text.add([token], None, None) for token in ids("a€")[:-1]]
     assert "".join(piece.text for piece in pieces) == "a"
     assert text.add([], None, "length").text == "\ufffd"
@@ -111,10 +113,10 @@ def serve_with(tmp_path: Path, where: str, rng: Any) -> Iterator[Any]:
     made = []
 
     def start(**more: Any) -> Served:
-        sizes = {"num_hidden_layers": 1, "vocab_size": 257 + len(WORDS)}
+        sizes = {"num_hidden_layers": 1, "vocab_size": 257 + len(ADDED)}
         path = make_tiny(tmp_path / "model", "llama", rng, **sizes)
         tokenizer = byte_tokenizer()
-        tokenizer.add_tokens(WORDS)
+        tokenizer.add_tokens(ADDED)
         tokenizer.save(str(path / "tokenizer.json"))
         made.append(Served(path, where, **more))
         return made[-1]
@@ -148,7 +150,7 @@ def answered(kind: type[Answer], text: str, **more: Any) -> tuple[Any, list[Any]
         for request in requests:
             request.tokens += ids(text)
             request.finished, request.reused = "length", 2
-        return kind(Drawn(), TOKENIZER, "tiny", SimpleNamespace(**body | more), requests)
+        return kind(Drawn(), WORDS, "tiny", SimpleNamespace(**body | more), requests)
 
     async def told() -> tuple[Any, list[str]]:
         return await made().whole(), [event async for event in made().events()]
@@ -207,7 +209,7 @@ def test_what_answers_are_called(kind, names, with_usage):
         assert roles[:2] == ["assistant"] * 2 and not any(roles[2:])
 
 
-WORDS = [OPEN, SHUT, '{"name": "', '", "arguments": {', "keep"]
+ADDED = [OPEN, SHUT, '{"name": "', '", "arguments": {', "keep"]
 
 
 def call(name: str, **arguments: Any) -> str:

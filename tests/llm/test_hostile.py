@@ -21,12 +21,13 @@ import requests
 import serve
 from engine import Config, Request, Sampling, load
 from engine.config import Rope
+from engine.words import Words
 from server import Link
 from server.chat import Template, calls_of
 from server.metrics import Metrics
 from server.schema import CompletionBody, Refused, parsed
 from server.service import Service
-from server.text import Text, token_bytes
+from server.text import Text
 from starlette.responses import JSONResponse
 from tiny import make_tiny
 from tokenizers import Tokenizer
@@ -248,9 +249,10 @@ def test_calls_with_half_a_character():
 def test_bytes_that_are_no_text(tmp_path):
     """Continuation bytes without end, or ends that are ignored, cost what text does."""
     tokenizer = Tokenizer.from_file(str(make_tiny(tmp_path / "m") / "tokenizer.json"))
-    by_bytes = {token_bytes(tokenizer, token): token for token in range(256)}
+    words = Words(tokenizer)
+    by_bytes = {words.bytes(token): token for token in range(256)}
     for byte, said in ((by_bytes[b"\x80"], "\ufffd"), (256, "")):
-        text, told, start = Text(tokenizer, ["a" * 128 + "b" * 128] * 16), "", time.monotonic()
+        text, told, start = Text(words, ["a" * 128 + "b" * 128] * 16), "", time.monotonic()
         for _ in range(20_000):
             told += text.add([byte], None, None).text
         assert time.monotonic() - start < 20

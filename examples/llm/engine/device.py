@@ -122,6 +122,7 @@ class Cpu(Device):
     def __init__(self, dtype):
         super().__init__()
         self.memory = []
+        self.wide = {}  # by address: a weight in float32, in which numpy multiplies
 
     def empty(self, shape, dtype):
         x = fi_ffi.TensorDesc(0, shape, dtype, device="cpu")
@@ -146,7 +147,9 @@ class Cpu(Device):
         others.
         """
         x, out = self._normed(*x) if isinstance(x, Norm) else np.asarray(x), np.asarray(out)
-        product = x.astype(np.float32)[:, None] @ np.asarray(weight).astype(np.float32).T
+        if weight.ptr not in self.wide:
+            self.wide[weight.ptr] = np.asarray(weight).astype(np.float32)
+        product = x.astype(np.float32)[:, None] @ self.wide[weight.ptr].T
         out[...] = product[:, 0] + (out.astype(np.float32) if adds else 0)
 
     def is_few(self, x, weight):
@@ -177,6 +180,7 @@ class Cpu(Device):
 
     def close(self, is_lost=False):
         self.memory.clear()
+        self.wide.clear()
 
 
 class Gpu(Device):

@@ -5,31 +5,33 @@ import json
 import time
 import uuid
 
+from engine.words import Decoder
+
 from .chat import OPEN, calls_of
 from .schema import Refused
 from .service import Listener
-from .text import Logprob, Piece, Text, token_bytes
+from .text import Logprob, Piece, Text
 
 
 class Answer:
     """What both kinds of completion have.
 
     Args:
-        service, tokenizer, name: of the server; `name` is the model's.
+        service, words, name: of the server; `name` is the model's.
         body: what the client asked for.
         requests: the engine's, one for each choice, in the order of the choices.
     """
 
     kind, chunk_kind, prefix = "text_completion", "text_completion", "cmpl"
 
-    def __init__(self, service, tokenizer, name, body, requests):
-        self.service, self.tokenizer, self.name, self.body = service, tokenizer, name, body
+    def __init__(self, service, words, name, body, requests):
+        self.service, self.words, self.name, self.body = service, words, name, body
         self.requests = requests
         self.id, self.created = f"{self.prefix}-{uuid.uuid4().hex}", int(time.time())
         self.texts = [self._text(index) for index in range(len(requests))]
 
-    def _text(self, index):
-        return Text(self.tokenizer, self.body.stops, tops=self.body.logprobs)
+    def _text(self, index, **more):
+        return Text(self.words, self.body.stops, prompt=self.requests[index].prompt, **more)
 
     async def pieces(self):
         """(choice, Piece) as they come; the last of each choice has its `finished`."""
@@ -108,9 +110,6 @@ class Answer:
     def beginnings(self):
         return ()
 
-    def name_of(self, token):
-        return token_bytes(self.tokenizer, token).decode(errors="replace")
-
 
 encoded = json.JSONEncoder(separators=(",", ":")).encode
 
@@ -123,32 +122,36 @@ class Completion(Answer):
     """Of /v1/completions."""
 
     def _text(self, index):
-        self.echoes = {}
-        return Text(self.tokenizer, self.body.stops, tops=self.body.logprobs,
-                    offset=len(self.echo(index)))  # fmt: skip
+        return super()._text(index, tops=self.body.logprobs, offset=len(self.echo(index)))
 
     @property
     def is_echo_alone(self):
         return self.body.max_tokens == 0
 
+    def prompt(self, index):
+        """As the client has given it."""
+        return self.body.prompts[index // (self.body.n or 1)]
+
     def echo(self, index):
         """The prompt as text, where it is asked for."""
         if not self.body.echo:
             return ""
-        prompt = self.body.prompts[index // (self.body.n or 1)]
-        if isinstance(prompt, str):
+        if isinstance(prompt := self.prompt(index), str):
             return prompt
-        return self.tokenizer.decode(self.requests[index].prompt, skip_special_tokens=False)
+        decoder = Decoder(self.words, skips=False)
+        return "".join(map(decoder.step, self.requests[index].prompt))
 
     def echoed_logprobs(self, index):
         """Of the prompt's tokens, the first of which follows nothing."""
         request, offset = self.requests[index], 0
+        # A text has no special tokens, which the tokenizer has put around it.
+        decoder = Decoder(self.words, skips=isinstance(self.prompt(index), str))
         following = [None, *request.prompt_logprobs]
         for token, logprob in zip(request.prompt, following, strict=False):
             value, ids, values = logprob or (None, [], [])
             tops = self.body.logprobs
             yield Logprob(token, value, ids[:tops], values[:tops], offset)
-            offset += len(self.name_of(token))
+            offset += len(decoder.step(token))
 
     def _echoed(self, index, piece, is_first):
         """A piece with the prompt before it."""
@@ -175,7 +178,7 @@ class Completion(Answer):
         if self.body.logprobs is not None:
             told = piece.logprobs
             logprobs = {
-                "tokens": [self.name_of(x.token) for x in told],
+                "tokens": [self.words.name(x.token) for x in told],
                 "token_logprobs": [x.value for x in told],
                 "top_logprobs": [self._tops(x) for x in told],
                 "text_offset": [x.offset for x in told],
@@ -187,10 +190,13 @@ class Completion(Answer):
         """By name, the chosen token among them; nothing of the first of a prompt."""
         if told.value is None:
             return None
-        tops = {self.name_of(told.token): told.value}
-        for token, value in zip(told.tokens, told.values, strict=True):
-            tops.setdefault(self.name_of(token), value)
-        return tops
+        names = {told.token: self.words.name(told.token)}
+        for token in told.tokens:
+            name = self.words.name(token)
+            if token not in names:  # another may have the same
+                names[token] = f"token_id:{token}" if name in names.values() else name
+        values = dict(zip(told.tokens, told.values, strict=True)) | {told.token: told.value}
+        return {name: values[token] for token, name in names.items()}
 
     def changes(self, index, piece):
         yield self.choice(index, piece)
@@ -205,7 +211,7 @@ class Chat(Answer):
         body = self.body
         held = "" if body.forced else OPEN if body.tools and body.tool_choice != "none" else None
         tops = (body.top_logprobs or 0) if body.logprobs else None
-        text = Text(self.tokenizer, body.stops, held, tops)
+        text = super()._text(index, held=held, tops=tops)
         if held == "":  # all of it is a call
             text.held_from, text.is_held = 0, True
         return text
@@ -215,7 +221,7 @@ class Chat(Answer):
             return None
 
         def of(token, value):
-            said = token_bytes(self.tokenizer, token)
+            said = self.words.bytes(token)
             return {"token": said.decode(errors="replace"), "logprob": value, "bytes": [*said]}
 
         content = [

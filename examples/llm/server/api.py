@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.words import Words
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -53,7 +54,7 @@ class Api:
         self.metrics, self.created = Metrics(), int(time.time())
         self.service = Service(link, self.metrics, limits.max_queue, on_failure)
         self.held, self.reading, self.is_ending = 0, set(), False
-        self.pool = ThreadPoolExecutor(2, "tokenize")
+        self.words, self.pool = Words(tokenizer), ThreadPoolExecutor(2, "tokenize")
         self.longest = max(map(len, tokenizer.get_vocab(with_added_tokens=True)))
 
     async def body(self, http):
@@ -232,7 +233,7 @@ class Api:
         if self.is_ending:
             raise Refused("the server is ending", 503)
         name = body.model or self.names[0]
-        answer = answer(self.service, self.tokenizer, name, body, requests)
+        answer = answer(self.service, self.words, name, body, requests)
         told = {"X-Ignored": ", ".join(body.ignored)} if body.ignored else {}
         if body.stream:
             return StreamingResponse(answer.events(), media_type="text/event-stream",

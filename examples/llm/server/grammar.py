@@ -12,6 +12,8 @@ import multiprocessing
 import resource
 from pathlib import Path
 
+from engine.words import Words
+
 import fi_ffi
 
 from .schema import MOST_SCHEMA, Refused
@@ -162,12 +164,9 @@ class Grammar:
 
 def vocabulary(tokenizer, vocab):
     """Which kind xgrammar calls it, and the tokens in order; special ones have no text."""
-    decoder = json.loads(tokenizer.to_str()).get("decoder") or {}
-    parts = {part["type"] for part in decoder.get("decoders", [decoder]) if part}
-    kind = 2 if "ByteLevel" in parts else 1 if "ByteFallback" in parts else 0
-    words = [""] * vocab
-    special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-    for word, token in tokenizer.get_vocab(with_added_tokens=True).items():
-        if token < vocab and token not in special:
-            words[token] = word
-    return kind, words
+    of, names = Words(tokenizer), [""] * vocab
+    kind = 2 if "ByteLevel" in of.decoders else 1 if "ByteFallback" in of.decoders else 0
+    for name, token in tokenizer.get_vocab(with_added_tokens=True).items():
+        if token < vocab and token not in of.special:
+            names[token] = name
+    return kind, names
