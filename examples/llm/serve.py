@@ -41,7 +41,8 @@ def arguments(words=None):
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--api-key", help="what clients have to send as a bearer's token")
-    parser.add_argument("--num-pages", type=int, default=1024, help="of the cache, 16 tokens each")
+    parser.add_argument("--num-pages", type=int,
+                        help="of the cache, 16 tokens each (default: what fits)")  # fmt: skip
     parser.add_argument("--max-batch", type=int, default=64, help="requests that are run at once")
     parser.add_argument("--max-step", type=int, default=512, help="tokens of a step at most")
     parser.add_argument("--max-queue", type=int, default=Limits.max_queue,

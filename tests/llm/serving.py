@@ -78,7 +78,6 @@ def check_empty(engine: Engine) -> None:
     pages = engine.pages
     assert not engine.running
     assert not engine.waiting
-    assert pages.promised == 0
     assert sorted([*pages.free, *pages.idle]) == [*range(1, pages.total + 1)]
     assert not any(pages.users)
     assert sorted(engine.slots) == [*range(engine.runner.job.max_batch)]

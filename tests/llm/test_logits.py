@@ -46,7 +46,7 @@ def test_long_decoding(serve, kind):
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "llama", "qwen3_next"])
-@pytest.mark.parametrize("page_size", [8, 64])
+@pytest.mark.parametrize("page_size", [8, 32])
 def test_pieces_and_longer_requests(serve, kind, page_size, where, monkeypatch):
     """Few and short ones decode in pieces; then one is longer, and then there are more."""
     monkeypatch.setattr(engine.steps, "PIECE", 8)

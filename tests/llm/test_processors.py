@@ -75,7 +75,7 @@ def test_draws_are_of_adjusted_logits(serve):
     serving = serve("llama", num_hidden_layers=1)
     engine = serving.engine(max_batch=50)
     some = {"temperature": 0.8, "repetition_penalty": 1.4, "logit_bias": {5: 6.0, 9: 5.0}}
-    prompt, count = serving.prompt(6), 1500
+    prompt, count = serving.prompt(2), 1500
     requests = [
         engine.submit(prompt, Sampling(**some, seed=seed, max_tokens=1, ignore_eos=True))
         for seed in range(count)

@@ -20,6 +20,9 @@ from .weights import Blocks
 
 POLLING_S = 5e-5  # between looks at a stream that may never end
 FEW_BYTES = 16 << 10  # that a kernel copies; more take a copy engine
+CPU_PAGES = 1024  # of the cache, where nobody says how many
+# Of a GPU's memory what stays free of the cache: for steps, plans, graphs and the CUDA context.
+KEPT, KEPT_PART = 2 << 30, 0.1
 ENDING_S = 5.0  # how long it may take to end after a rank was lost
 # How arguments of kernels are passed.
 FORMATS = {fi_ffi.TensorDesc: "Q", int: "i4x", np.int64: "q", np.uint64: "Q", np.float32: "f4x"}
@@ -131,6 +134,10 @@ class Cpu(Device):
 
     pinned = empty
 
+    def fitting(self, size):
+        """How many pages of so many bytes there is memory for."""
+        return CPU_PAGES
+
     def zero(self, x):
         np.asarray(x)[...] = 0
 
@@ -225,6 +232,12 @@ class Gpu(Device):
         """Page-locked host memory, which copies read and write while the program goes on."""
         x = fi_ffi.TensorDesc(0, shape, dtype, device="cpu")
         return self._allocated(x, self.cuda.cudaMallocHost, self.cuda.cudaFreeHost)
+
+    def fitting(self, size):
+        """How many pages of so many bytes there is memory for."""
+        self.wait(self.mark())
+        free, total = check(self.cuda.cudaMemGetInfo())
+        return int(max(free - max(KEPT, KEPT_PART * total), 0) // size)
 
     def _allocated(self, x, allocate, free):
         ptr = check(allocate(max(x.span_bytes, 1)))
