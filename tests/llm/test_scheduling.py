@@ -221,10 +221,10 @@ def test_texts_with_and_without_preemption(serve, kind, where):
     some = {"seed": 5, "temperature": 1.2, "top_k": 60, "presence_penalty": 1.0, "logprobs": 2,
             "repetition_penalty": 1.3, "frequency_penalty": 0.3, "ignore_eos": True}  # fmt: skip
     asks = [
-        Sampling(**some, max_tokens=40), greedy(45), Sampling(seed=3, max_tokens=50, min_tokens=50),
+        greedy(45), Sampling(seed=3, max_tokens=50, min_tokens=50), Sampling(**some, max_tokens=40),
         Sampling(**some, max_tokens=30, min_tokens=20, prompt_logprobs=True),
     ]  # fmt: skip
-    prompts = [serving.prompt(n) for n in (20, 33, 7, 40)]
+    prompts = [serving.prompt(n) for n in (33, 7, 20, 40)]
     got = []
     for pages in (64, 10):
         engine = serving.engine(num_pages=pages, max_batch=4, max_tokens=24)

@@ -50,10 +50,10 @@ def test_a_request_too_large_for_what_is_left_waits(serve):
 
 def test_a_request_that_waits_holds_none_of_the_pages_with_its_beginning(serve):
     engine = serve("llama").engine(num_pages=11, page_size=16)
-    large = engine.submit([1] * 145, greedy(9))  # all of 10 pages
+    large = engine.submit([1] * 118, greedy(9))  # 8 of 10 pages
     for _ in range(3):
         engine.step()
-    second = engine.submit([1] * 40, greedy(27))  # 3, two of which are there
+    second = engine.submit([1] * 40 + [2] * 40, greedy(27))  # 5, two of which are there
     for _ in range(4):
         engine.step()
         assert second.slot is None and large.slot is not None

@@ -272,12 +272,10 @@ class Engine(Requests):
 
     def _arrived(self, step):
         (tokens, logprobs), changed = self.steps.tokens(step), []
-        size, self.full = self.page_size, []
         for request, end in step.filled:
-            if request.slot is not None:
-                request.filled = end
-                if end // size > request.remembered // size:
-                    self.full.append(request)
+            request.filled = end
+        size = self.page_size
+        self.full = [r for r, end in step.filled if end // size > r.remembered // size]
         for request, token in zip(step.sampled, tokens, strict=True):
             logprob = next(logprobs)
             if request.finished is not None:  # it ended while this was under way
