@@ -277,7 +277,7 @@ def test_bodies_are_read_no_more_than_fit_at_once(serve_with):
             data = iter(body) if isinstance(body, list) else body
             assert requests.post(url, data=data, timeout=20).status_code == status
     with socket.create_connection(("127.0.0.1", int(served.address.rpartition(":")[2]))) as held:
-        head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 1999\r\n\r\n"
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1999\r\n\r\n"
         held.sendall(head + b"x" * 1900)
         wait_for(url, b"x" * 1900, 429)
     wait_for(url, b"x" * 1900, 400)
@@ -296,7 +296,7 @@ def test_no_more_schemas_wait_than_may(serve_with, monkeypatch):
     monkeypatch.setattr(api, "MOST_SCHEMAS", 2)
     may_go = threading.Event()
 
-    def slow(schema: Any, param: str) -> Written:
+    def slow(*given: Any) -> Written:
         assert may_go.wait(30)
         return Written(served.tokenizer, "{}")
 

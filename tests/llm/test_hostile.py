@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import threading
@@ -272,7 +273,7 @@ def connected(server: ServerProcess) -> socket.socket:
 def half_a_body(server: ServerProcess) -> socket.socket:
     held = connected(server)
     held.sendall(
-        b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n"
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n"
         b'Content-Type: application/json\r\n\r\n{"prompt": "'
     )
     return held
@@ -291,7 +292,7 @@ def test_connections_on_which_nothing_happens(target):
     before = len(os.listdir(f"/proc/{target.child.pid}/fd"))
     held = [connected(target) for _ in range(300)]
     slow, deaf = [connected(target) for _ in range(3)], connected(target)
-    deaf.sendall(b"GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n" * 2000)
+    deaf.sendall(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n" * 2000)
     end = time.monotonic() + 60
     for connection in slow:
         connection.sendall(b"POST /v1/completions HTTP/1.1\r\n")
@@ -321,6 +322,88 @@ def test_clients_that_go_while_they_send(target):
         half_a_body(target).close()
     is_well(target)
     assert "Traceback" not in target.output()
+
+
+def test_an_engine_that_stands_still(target):
+    """Its pipe fills up, and the server answers nevertheless; then it goes on."""
+    (process,) = target.ranks()
+    body: dict[str, Any] = {"prompt": [[65] * 900] * 16, "max_tokens": 1}
+    os.kill(process, signal.SIGSTOP)
+    try:
+        with ThreadPoolExecutor(12) as pool:
+            asked = [pool.submit(target.post, **body) for _ in range(12)]
+            for _ in range(20):
+                health = requests.get(f"{target.address}/health", timeout=5)
+                assert health.status_code == 200
+                time.sleep(0.05)
+            assert not any(one.done() for one in asked)
+            os.kill(process, signal.SIGCONT)
+            assert [one.result().status_code for one in asked] == [200] * 12
+    finally:
+        os.kill(process, signal.SIGCONT)
+    is_well(target)
+
+
+def test_a_name_of_another_site(target):
+    """A page of a site whose name leads to the loopback may not ask, as its own or any other."""
+    body = {"prompt": "a", "max_tokens": 1}
+    port = target.address.rpartition(":")[2]
+    for host, status in (
+        ("evil.example", 403), (f"evil.example:{port}", 403), ("127.0.0.1.evil.example", 403),
+        ("", 403), (f"localhost:{port}", 200), ("LOCALHOST", 200), (f"[::1]:{port}", 200),
+    ):  # fmt: skip
+        headers = {"Host": host}
+        if status == 403:
+            headers["Origin"] = f"http://{host}"
+        answer = requests.post(f"{target.url}/completions", json=body, headers=headers, timeout=20)
+        assert answer.status_code == status, host
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [([], {"localhost", "127.0.0.1", "::1"}), (["--host", "localhost"], {"localhost"}),
+     (["--host", "::1", "--allowed-host", "a.example", "b"], {"::1", "a.example", "b"}),
+     (["--host", "127.3.2.1"], {"127.3.2.1"}), (["--host", "0.0.0.0"], None)],
+    ids=str,
+)  # fmt: skip
+def test_what_a_server_is_called(flags, names):
+    """On the loopback; elsewhere it may have any name."""
+    found = serve.names_of(serve.arguments(flags))
+    assert found is None if names is None else names <= found
+
+
+def test_a_port_that_is_taken(tmp_path, monkeypatch, capsys):
+    """It is noticed before a model is loaded."""
+    monkeypatch.setattr(serve, "built", lambda given: pytest.fail("a model is loaded"))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        monkeypatch.setattr("sys.argv", ["serve.py", "--port", str(port)])
+        with pytest.raises(SystemExit, match="serve.py: .*in use"):
+            serve.main()
+    given = serve.arguments(["--port", str(port)])
+    with serve.kept(given), socket.socket() as other:  # and nobody else gets it
+        with pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", port))
+        with serve.kept(given):  # but for this server, which listens then
+            pass
+
+
+def test_more_connections_than_descriptors(target):
+    """The log has a line of it, and the server goes on when there are some again."""
+    process, count = target.child.pid, len(os.listdir(f"/proc/{target.child.pid}/fd"))
+    before, limits = len(target.output()), resource.prlimit(process, resource.RLIMIT_NOFILE)
+    resource.prlimit(process, resource.RLIMIT_NOFILE, (count + 5, limits[1]))
+    held = [connected(target) for _ in range(30)]
+    time.sleep(1.5)
+    for connection in held:
+        connection.close()
+    resource.prlimit(process, resource.RLIMIT_NOFILE, limits)
+    is_well(target)
+    told = target.output()[before:]
+    assert told.count("connections wait: [Errno 24]") == 1
+    assert "Traceback" not in told and "out of system resource" not in told
 
 
 @pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
@@ -429,7 +512,7 @@ async def client(server: ServerProcess, n: int, rng: np.random.Generator) -> boo
             break
         except OSError:  # too many at once for the backlog
             await asyncio.sleep(0.2)
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n"
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
     writer.write(head.encode() + b"Connection: close\r\n\r\n" + body)
     try:
         if leaves:
