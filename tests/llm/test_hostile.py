@@ -9,6 +9,7 @@ import re
 import resource
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -704,6 +705,27 @@ def test_templates_that_fail(tmp_path, source):
     (tmp_path / "chat_template.jinja").write_text(source)
     with pytest.raises(Refused, match="chat template: it cannot be rendered"):
         Template(tmp_path)([{"role": "user", "content": "a"}], None, {})
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+     "{% for i in range(99999) %}{{ range(99999) | sum }}{% endfor %}",
+     "{% macro twice(n) %}{% if n %}{{ twice(n - 1) }}{{ twice(n - 1) }}{% endif %}{% endmacro %}"
+     "{{ twice(99) }}", "{{ 10 ** (10 ** 8) }}"],
+    ids=["loops", "sums", "macros", "power"],
+)  # fmt: skip
+def test_templates_without_an_end(tmp_path, monkeypatch, source):
+    """They end, with an error that says so."""
+    monkeypatch.setattr("server.chat.SECONDS", 0.2)
+    (tmp_path / "chat_template.jinja").write_text(source)
+    start, profile = time.monotonic(), sys.getprofile()
+    with pytest.raises(Refused, match=r"rendered within 0.2 s|a power is 64"):
+        Template(tmp_path)([], None, {})
+    assert time.monotonic() - start < 3
+    assert sys.getprofile() is profile
+    (tmp_path / "chat_template.jinja").write_text("{{ 2 ** 10 }}")
+    assert Template(tmp_path)([], None, {}) == "1024"
 
 
 def test_a_long_name_of_a_field_is_cut():
