@@ -10,7 +10,7 @@ from engine.words import Decoder
 from .chat import OPEN, calls_of
 from .schema import Refused
 from .service import Listener
-from .text import Logprob, Piece, Text
+from .text import THINK, THOUGHT, Logprob, Piece, Text
 
 
 class Answer:
@@ -52,7 +52,7 @@ class Answer:
                 piece = self.texts[index].add(tokens, logprobs, finished)
                 if piece.finished:
                     self.service.cancel(open_.pop(index), piece.finished)
-                if piece.text or piece.logprobs or piece.finished:
+                if piece.text or piece.thought or piece.logprobs or piece.finished:
                     yield index, piece
         finally:
             for listener in open_.values():
@@ -77,6 +77,7 @@ class Answer:
         told = [Piece("") for _ in self.requests]
         async for index, piece in self.pieces():
             told[index].text += piece.text
+            told[index].thought += piece.thought
             told[index].logprobs += piece.logprobs
             told[index].finished = piece.finished
         choices = [self.choice(index, piece) for index, piece in enumerate(told)]
@@ -211,10 +212,19 @@ class Chat(Answer):
         body = self.body
         held = "" if body.forced else OPEN if body.tools and body.tool_choice != "none" else None
         tops = (body.top_logprobs or 0) if body.logprobs else None
-        text = super()._text(index, held=held, tops=tops)
+        text = super()._text(index, held=held, tops=tops, thinks=self._thinks(index))
         if held == "":  # all of it is a call
             text.held_from, text.is_held = 0, True
         return text
+
+    def _thinks(self, index):
+        """As `Text` has it; what follows a schema does not think."""
+        form = self.body.response_format
+        if self.body.forced or (form and form.type != "text") or not self.words.has(THOUGHT):
+            return None
+        last = Decoder(self.words, skips=False)
+        end = "".join(map(last.step, self.requests[index].prompt[-len(THINK) :]))
+        return end.rstrip().endswith(THINK)
 
     def _logprobs(self, piece):
         if not self.body.logprobs:
@@ -236,7 +246,7 @@ class Chat(Answer):
         text = self.texts[index]
         if text.held_from is None:
             return "", []
-        before, calls = calls_of(text.text, bool(self.body.forced))
+        before, calls = calls_of(text.text[text.begin :], bool(self.body.forced))
         if calls and self.body.parallel_tool_calls is False:
             calls = calls[:1]
         return before[told:], calls
@@ -245,6 +255,8 @@ class Chat(Answer):
         rest, calls = self._ending(index, len(piece.text))
         content = piece.text + rest
         message = {"role": "assistant", "content": content, "refusal": None}
+        if piece.thought:
+            message["reasoning_content"] = piece.thought
         if calls:
             message |= {"content": content.strip() or None, "tool_calls": calls}
         return {"index": index, "message": message, "logprobs": self._logprobs(piece),
@@ -258,11 +270,14 @@ class Chat(Answer):
             yield self._change(index, {"role": "assistant", "content": ""})
 
     def changes(self, index, piece):
-        if piece.text or piece.logprobs:
-            yield self._change(index, {"content": piece.text}, self._logprobs(piece))
+        parts = {"reasoning_content": piece.thought} if piece.thought else {}
+        if piece.text or not parts:
+            parts["content"] = piece.text
+        if piece.text or piece.thought or piece.logprobs:
+            yield self._change(index, parts, self._logprobs(piece))
         if not piece.finished:
             return
-        rest, calls = self._ending(index, self.texts[index].told)
+        rest, calls = self._ending(index, self.texts[index].told - self.texts[index].begin)
         if rest:
             yield self._change(index, {"content": rest})
         if calls:

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 from engine.words import Decoder
 
+THINK, THOUGHT = "<think>", "</think>"  # around what a model thinks before its answer
+
 
 class Logprob(NamedTuple):
     """A token's log probability, and those of the most probable ones."""
@@ -23,6 +25,7 @@ class Piece:
     text: str
     logprobs: list = field(default_factory=list)
     finished: str | None = None
+    thought: str = ""  # before the text
 
 
 def begun(text, stop):
@@ -46,15 +49,16 @@ class Text:
         tops: how many of the most probable tokens are told beside each; None for no logprobs.
         offset: where the text begins, of what was told before it.
         prompt: tokens that the text follows.
+        thinks: whether it begins within a thought, or may begin with one; None for neither.
     """
 
-    def __init__(self, words, stops=(), held=None, tops=None, offset=0, prompt=()):
+    def __init__(self, words, stops=(), held=None, tops=None, offset=0, prompt=(), thinks=None):
         self.stops, self.held, self.tops = stops, held, tops
         self.decoder = Decoder(words, prompt)
         self.text, self.told, self.offset, self.tokens, self.waiting = "", 0, offset, [], []
         self.longest = max(map(len, (*stops, held or "")), default=0)
         self.held_from, self.is_held = None, False
-        self.finished = None
+        self.finished, self.thinks, self.begin = None, thinks, 0  # `begin`: after a thought
 
     def add(self, tokens, logprobs, finished):
         """The next piece, of tokens that have come, and of why no more will."""
@@ -70,13 +74,14 @@ class Text:
         self.tokens += tokens
         if finished:
             self.text += self.decoder.rest()
-        begin = max(seen - self.longest, 0)
+        begin = max(seen - self.longest, self.begin)
         ends = [at for stop in self.stops if (at := self.text.find(stop, begin)) >= 0]
         if ends:
             self.text, finished = self.text[: min(ends)], "stop"
         self.finished = finished
-        end = self._end(begin)
-        piece = Piece(self.text[self.told : end], [], finished)
+        thought = "" if self.thinks is None else self._think()
+        end = self._end(max(begin, self.begin)) if self.thinks is None else self.told
+        piece = Piece(self.text[self.told : end], [], finished, thought)
         self.told = max(end, self.told)
         if self.tops is not None:  # of a token whose text has begun
             ready = [x for x in self.waiting if x.offset - self.offset < self.told]
@@ -85,6 +90,31 @@ class Text:
             self.waiting = self.waiting[len(ready) :]
             piece.logprobs = ready
         return piece
+
+    def _think(self):
+        """What has come of a thought; the text that is told is what follows."""
+        if not self.thinks:
+            start = self.text.lstrip()
+            if start.startswith(THINK):
+                self.thinks, self.told = True, len(self.text) - len(start) + len(THINK)
+            elif self.finished or not THINK.startswith(start):
+                self.thinks = None
+        if not self.thinks:
+            return ""
+        text, told, at = self.text, self.told, self.text.find(THOUGHT, self.told)
+        strings = (*self.stops, THOUGHT)
+        self.told = at
+        if at < 0:
+            left = 0 if self.finished else max(begun(text, string) for string in strings)
+            self.told = max(len(text) - left, told)
+            return text[told : self.told]
+        following = text[at + len(THOUGHT) :].lstrip()
+        self.begin = self.told = len(text) - len(following)
+        if following or self.finished:
+            self.thinks = None
+        else:  # spaces before the answer may go on
+            self.told = at
+        return text[told:at]
 
     def _end(self, begin):
         """How much may be told: not what may be the beginning of a stop string."""
