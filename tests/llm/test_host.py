@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import multiprocessing
 import threading
 import time
 from collections.abc import Callable
@@ -10,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import server.host
 import server.service
 from engine import Sampling, load
 from server import Link
@@ -279,3 +282,43 @@ def test_tokens_of_a_request_that_was_cancelled(hosted, monkeypatch):
     asyncio.run(both())
     until(lambda: here.service.news.slots == 2)
     check_empty(here.engine)
+
+
+def fails_at_once() -> None:
+    raise ValueError("no such model")
+
+
+def made_to_fail() -> Any:
+    """An engine whose first step fails."""
+    made = SimpleNamespace(
+        config=1, room=2, runner=SimpleNamespace(is_whole=True), waiting=[], running=[], slots=[],
+        pages=SimpleNamespace(total=1, free=[0], idle=[]), preempted=0,
+    )  # fmt: skip
+
+    def step() -> None:
+        raise RuntimeError("the device is gone")
+
+    made.step = step
+    return made, None
+
+
+def test_a_process_whose_engine_fails_ends_with_an_error(monkeypatch):
+    """At once, with what its device holds; where nothing is made, with what was raised."""
+    told: list[Any] = []
+
+    def ended() -> None:
+        told.append("ended")
+
+    monkeypatch.setattr(server.host, "end_process", ended)
+    monkeypatch.setattr(server.host, "alone", contextlib.nullcontext)
+    here, there = multiprocessing.Pipe()
+    worker = threading.Thread(target=server.host._host, args=(there, made_to_fail))
+    worker.start()
+    assert here.recv() == (1, 2)
+    assert isinstance(here.recv(), News)
+    here.send(("cancel", 1))
+    assert here.recv().words == "the device is gone"
+    worker.join(RESULT)
+    assert told == ["ended"]
+    with pytest.raises(ValueError, match="no such model"):
+        Link.apart(fails_at_once)

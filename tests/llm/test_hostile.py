@@ -636,6 +636,8 @@ def name_shard(path: Path, name: str) -> None:
      ({"rope_scaling": 5}, "rope_scaling"), ({"rope_scaling": {"type": "llama3"}}, "with factor"),
      ({"rope_scaling": {"rope_type": "yarn", "factor": 0.0}}, "factor"),
      ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "kind of layer"),
+     ({"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30"),
+     ({"qk_layernorm": True}, "qk_layernorm is True"), ({"alibi": [1]}, "alibi"),
      ({"rope_scaling": {"factor": 2.0}}, "rope_type"), ({"hidden_act": "gelu"}, "hidden_act"),
      ({"partial_rotary_factor": 1e9}, "partial_rotary_factor"),
      ({"layer_types": "full_attention"}, "layer_types"), ({"layer_types": [1]}, "layer_types"),
@@ -766,3 +768,29 @@ def test_qwen3_next_turns_a_quarter_of_a_head_by_default(tmp_path):
     raw.pop("partial_rotary_factor", None)
     (path / "config.json").write_text(json.dumps(raw))
     assert Config.read(path).rotary_dim == 16
+
+
+def test_layers_that_see_all_where_the_file_does_not_say(tmp_path):
+    """Of Qwen's 28, as transformers has it; none with a window where it is not used."""
+    path = make_tiny(tmp_path / "m", "qwen3")
+    for used, count in ((True, 28), (False, 32)):
+        lie(path, num_hidden_layers=32, use_sliding_window=used, sliding_window=9)
+        layers = Config.read(path).layers
+        assert layers == ["full_attention"] * count + ["sliding_attention"] * (32 - count)
+
+
+@pytest.mark.parametrize("seed", [-(2**63), 2**63 - 1, -(2**63) - 1, 2**63])
+def test_seeds_have_64_bits(seed):
+    body = b'{"prompt": "a", "seed": %d}' % seed
+    if abs(2 * seed + 1) < 2**64:
+        sampling = parsed(CompletionBody, body).sampling({}, 1, 0)
+        assert sampling.seed == seed
+    else:
+        with pytest.raises(Refused, match="seed"):
+            parsed(CompletionBody, body)
+
+
+def test_numbers_of_seeds_that_differ_in_sign():
+    """Seeds 7 and -7 draw by other numbers, as the page says."""
+    drawn = [Sampling(seed=seed).generator().random() for seed in (7, -7, 7)]
+    assert drawn[0] == drawn[2] != drawn[1]
