@@ -20,8 +20,8 @@ if __name__ == "__main__" and "--cpu" not in sys.argv:
     early.begin()  # beside the imports
 
 from engine import Sampling, end_process, load, watch
+from engine.words import Decoder, Words
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
 
 def arguments():
@@ -69,7 +69,8 @@ def main():
             sys.exit(f"generate.py: {wrong.args[0] if isinstance(wrong, KeyError) else wrong}")
     ended = threading.Event()
     watch(engine.runner, ended, lost)
-    streams = [DecodeStream(skip_special_tokens=True) for _ in requests]
+    words = Words(tokenizer)
+    decoders = [Decoder(words, request.prompt) for request in requests]
     told, start = [0] * len(requests), time.perf_counter()
     texts = [*given.prompts]
     if len(requests) == 1:  # as it comes; several would mix
@@ -77,7 +78,7 @@ def main():
     while engine.step() is not None:
         for i, request in enumerate(requests):
             for token in request.tokens[told[i] :]:
-                piece = streams[i].step(tokenizer, token) or ""
+                piece = decoders[i].step(token)
                 texts[i] += piece
                 if len(requests) == 1:
                     print(piece, end="", flush=True)

@@ -10,6 +10,8 @@ an error, /health says so for LINGER seconds, and then the process ends with sta
 
 import argparse
 import contextlib
+import ipaddress
+import socket
 import sys
 import tempfile
 import threading
@@ -45,8 +47,11 @@ def arguments(words=None):
     )
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--allowed-host", nargs="+", default=[],
+                        help="names besides the loopback's, where it listens there")  # fmt: skip
     parser.add_argument("--api-key", help="what clients have to send as a bearer's token")
-    parser.add_argument("--num-pages", type=int, default=1024, help="of the cache, 16 tokens each")
+    parser.add_argument("--num-pages", type=int,
+                        help="of the cache, 16 tokens each (default: what fits)")  # fmt: skip
     parser.add_argument("--max-batch", type=int, default=64, help="requests that are run at once")
     parser.add_argument("--max-step", type=int, default=512, help="tokens of a step at most")
     parser.add_argument("--max-queue", type=int, default=Limits.max_queue,
@@ -117,14 +122,39 @@ def built(given):
     return link, tokenizer, given.served_model_name or [model.resolve().name], template
 
 
+def names_of(given):
+    """What a request may call the server; None, anything, where it does not listen on the loopback:
+    there a page of another site could take a name that leads to it.
+    """
+    with contextlib.suppress(ValueError):
+        if given.host != "localhost" and not ipaddress.ip_address(given.host).is_loopback:
+            return None
+        return {"localhost", "127.0.0.1", "::1", given.host, *given.allowed_host}
+    return None
+
+
+@contextlib.contextmanager
+def kept(given):
+    """The port, from before a model is loaded until the server listens; OSError if it is taken."""
+    family, kind, _, _, address = socket.getaddrinfo(
+        given.host, given.port, type=socket.SOCK_STREAM
+    )[0]
+    with socket.socket(family, kind) as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(address)
+        yield
+
+
 def main():
     given = arguments()
     try:
-        parts = built(given)
+        with kept(given):
+            parts = built(given)
     except (OSError, ValueError, KeyError) as wrong:
         sys.exit(f"serve.py: {wrong.args[0] if isinstance(wrong, KeyError) else wrong}")
     limits = Limits(max_body=given.max_body, body_seconds=given.body_seconds,
-                    max_queue=given.max_queue, api_key=given.api_key)  # fmt: skip
+                    max_queue=given.max_queue, api_key=given.api_key,
+                    hosts=names_of(given))  # fmt: skip
     Connection.seconds = given.body_seconds
     config = uvicorn.Config(None, host=given.host, port=given.port, http=Connection, ws="none")
     server = Process(config)

@@ -210,8 +210,8 @@ class Forward:
                 out[mine] += shares[mine, e, None] * y
         return self.off(out)
 
-    def spread(self, tokens, step: float, runs: int = 3) -> np.ndarray:
-        """Of each token's logits, how far they move where every operation is off by `step`.
+    def spread(self, tokens, step: float, runs: int = 3) -> tuple[np.ndarray, np.ndarray]:
+        """The logits, and of each token's how far they move where every operation is off by `step`.
 
         The root of the mean square, the most of some runs: what no computation with such
         numbers can be asked to be better than.
@@ -221,7 +221,7 @@ class Forward:
         for _ in range(runs):
             worst = np.maximum(worst, np.sqrt(((self(tokens) - exact) ** 2).mean(1)))
         self.step = 0.0
-        return worst
+        return exact, worst
 
     def __call__(self, tokens) -> np.ndarray:
         """Logits of every token, float64 (tokens, vocabulary)."""

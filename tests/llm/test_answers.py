@@ -18,9 +18,11 @@ import pytest
 import requests
 from engine import Sampling
 from engine.engine import Request
+from engine.words import Words
 from server import Limits, api
 from server.answers import Answer, Chat, Completion
 from server.chat import OPEN, SHUT
+from server.schema import Message
 from server.service import Listener, _deliver
 from server.text import Text
 from tiny import byte_tokenizer, make_tiny
@@ -28,6 +30,7 @@ from tiny import byte_tokenizer, make_tiny
 from tests.llm.test_serve import Served, events
 
 TOKENIZER = byte_tokenizer()
+WORDS = Words(TOKENIZER)
 
 
 def ids(text: str) -> list[int]:
@@ -46,7 +49,7 @@ def told(text: Text, written: str, finished: str | None = "length") -> list[Any]
 
 
 def test_the_first_of_several_stops_ends_a_text_that_comes_at_once():
-    text = Text(TOKENIZER, [";", ","])
+    text = Text(WORDS, [";", ","])
     piece = text.add(ids("one, two; three"), None, None)
     assert (piece.text, piece.finished) == ("one", "stop")
 
@@ -61,7 +64,7 @@ def test_the_first_of_several_stops_ends_a_text_that_comes_at_once():
 )  # fmt: skip
 def test_nothing_of_a_tool_call_is_told_as_text(written, open_text, whole):
     """Neither of what may be the beginning of one, until it is known to be none."""
-    text = Text(TOKENIZER, (), OPEN)
+    text = Text(WORDS, (), OPEN)
     assert "".join(piece.text for piece in told(text, written)) == open_text
     assert (text.held_from is None) == whole
     assert text.text == written
@@ -69,7 +72,7 @@ def test_nothing_of_a_tool_call_is_told_as_text(written, open_text, whole):
 
 def test_log_probabilities_are_of_the_text_that_is_told():
     """Those of a token that may begin a stop string wait, and where it does are not told."""
-    text, pieces = Text(TOKENIZER, ["cd"], tops=1, offset=5), []
+    text, pieces = Text(WORDS, ["cd"], tops=1, offset=5), []
     for piece in told(text, "abcxcde"):
         assert [x.token for x in piece.logprobs] == ids(piece.text)
         pieces.append(piece)
@@ -80,9 +83,9 @@ def test_log_probabilities_are_of_the_text_that_is_told():
 
 def test_characters_of_several_tokens():
     """Each is told when it is whole, and what is none at the end as what stands for it."""
-    pieces = told(Text(TOKENIZER), "é€")
+    pieces = told(Text(WORDS), "é€")
     assert [piece.text for piece in pieces] == ["", "é", "", "", "€"]
-    text = Text(TOKENIZER)
+    text = Text(WORDS)
     pieces = [text.add([token], None, None) for token in ids("a€")[:-1]]
     assert "".join(piece.text for piece in pieces) == "a"
     assert text.add([], None, "length").text == "\ufffd"
@@ -111,10 +114,10 @@ def serve_with(tmp_path: Path, where: str, rng: Any) -> Iterator[Any]:
     made = []
 
     def start(**more: Any) -> Served:
-        sizes = {"num_hidden_layers": 1, "vocab_size": 257 + len(WORDS)}
+        sizes = {"num_hidden_layers": 1, "vocab_size": 257 + len(ADDED)}
         path = make_tiny(tmp_path / "model", "llama", rng, **sizes)
         tokenizer = byte_tokenizer()
-        tokenizer.add_tokens(WORDS)
+        tokenizer.add_tokens(ADDED)
         tokenizer.save(str(path / "tokenizer.json"))
         made.append(Served(path, where, **more))
         return made[-1]
@@ -135,20 +138,22 @@ class Drawn:
         assert finished
 
 
-def answered(kind: type[Answer], text: str, **more: Any) -> tuple[Any, list[Any]]:
+def answered(
+    kind: type[Answer], drawn: list[int], words: Words = WORDS, prompt: Any = (1, 2, 3), **more: Any
+) -> tuple[Any, list[Any]]:
     """An answer of two choices: in one, and the events of a stream."""
     body = {
         "stops": (), "logprobs": None, "top_logprobs": None, "n": 2, "stream_options": None,
         "forced": None, "tools": None, "tool_choice": None, "echo": False, "prompts": [[1, 2, 3]],
-        "max_tokens": 9, "parallel_tool_calls": None,
+        "max_tokens": 9, "parallel_tool_calls": None, "response_format": None,
     }  # fmt: skip
 
     def made() -> Answer:
-        requests = [Request([1, 2, 3], Sampling()) for _ in range(2)]
+        requests = [Request([*prompt], Sampling()) for _ in range(2)]
         for request in requests:
-            request.tokens += ids(text)
+            request.tokens += drawn
             request.finished, request.reused = "length", 2
-        return kind(Drawn(), TOKENIZER, "tiny", SimpleNamespace(**body | more), requests)
+        return kind(Drawn(), words, "tiny", SimpleNamespace(**body | more), requests)
 
     async def told() -> tuple[Any, list[str]]:
         return await made().whole(), [event async for event in made().events()]
@@ -157,6 +162,59 @@ def answered(kind: type[Answer], text: str, **more: Any) -> tuple[Any, list[Any]
     assert events.pop() == "data: [DONE]\n\n"
     assert all(event.startswith("data: ") and event.endswith("\n\n") for event in events)
     return whole, [json.loads(event.removeprefix("data: ")) for event in events]
+
+
+THOUGHTS = [
+    ("<think>\nHm, 1 < 2.\n</think>\n\nYes.", False, "\nHm, 1 < 2.\n", "Yes."),
+    ("Hm.</think>Yes </think>.", True, "Hm.", "Yes </think>."), ("Hm", True, "Hm", ""),
+    (" <think>Hm</thi", False, "Hm</thi", ""), ("<thin", False, "", "<thin"),
+    ("Yes <think>Hm</think>", False, "", "Yes <think>Hm</think>"), ("</think>", True, "", ""),
+    (f"<think>{OPEN}{{}} or</think> {OPEN}{{}}", False, f"{OPEN}{{}} or", ""),
+    ("<think>Hm</think>  ", False, "Hm", ""), ("<think></think>", False, "", ""),
+    ("Yes", None, "", "Yes"), ("<think>Hm</think>", None, "", "<think>Hm</think>"),
+    ("<think>a stop", False, "a ", ""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("written", "thinks", "thought", "answer"), THOUGHTS)
+def test_thoughts_are_told_as_such(written, thinks, thought, answer):
+    """Token by token and at once; tags in a thought begin no call."""
+    for pieces in (
+        told(Text(WORDS, ["stop"], OPEN, tops=1, thinks=thinks), written),
+        [Text(WORDS, ["stop"], OPEN, thinks=thinks).add(ids(written), None, "length")],
+    ):
+        assert "".join(piece.thought for piece in pieces) == thought
+        assert "".join(piece.text for piece in pieces) == answer
+
+
+def test_answers_with_thoughts():
+    """In a field of their own, with the same text in one answer and in a stream."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<think>", "</think>"])
+    words = Words(tokenizer)
+    written = f"<think>I call.</think>\n\nOf course. {call('keep', age=3)}"
+    tools = [SimpleNamespace()]
+    for begun in (False, True):
+        text = written[len("<think>") :] if begun else written
+        end = tokenizer.encode("Hi<think>\n" if begun else "Hi").ids
+        whole, chunks = answered(Chat, tokenizer.encode(text).ids, words, end, tools=tools)
+        for choice in whole["choices"]:
+            message = choice["message"]
+            assert (message["reasoning_content"], message["content"]) == ("I call.", "Of course.")
+            assert functions(message["tool_calls"]) == [("keep", {"age": 3})]
+        deltas = [one["choices"][0]["delta"] for one in chunks if one["choices"][0]["index"] == 1]
+        assert "".join(one.get("reasoning_content", "") for one in deltas) == "I call."
+        assert "".join(one.get("content", "") for one in deltas).strip() == "Of course."
+        assert [one for delta in deltas for one in delta.get("tool_calls", ())]
+    form = SimpleNamespace(type="json_object")
+    whole, _ = answered(Chat, tokenizer.encode("{}").ids, words, end, response_format=form)
+    assert whole["choices"][0]["message"]["content"] == "{}"
+    assert "reasoning_content" not in whole["choices"][0]["message"]
+
+
+def test_thoughts_go_to_the_template():
+    message = Message(role="assistant", content="Yes.", reasoning_content="Hm.")
+    assert message.for_template()["reasoning_content"] == "Hm."
 
 
 @pytest.mark.parametrize("with_usage", [False, True])
@@ -170,7 +228,7 @@ def answered(kind: type[Answer], text: str, **more: Any) -> tuple[Any, list[Any]
 def test_what_answers_are_called(kind, names, with_usage):
     """As OpenAI's clients expect: the kind and id of each object, and the tokens that were used."""
     now, options = int(time.time()), SimpleNamespace(include_usage=with_usage)
-    whole, chunks = answered(kind, "Hi", stream_options=options)
+    whole, chunks = answered(kind, ids("Hi"), stream_options=options)
     usage = {
         "prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7,
         "prompt_tokens_details": {"cached_tokens": 2},
@@ -207,7 +265,7 @@ def test_what_answers_are_called(kind, names, with_usage):
         assert roles[:2] == ["assistant"] * 2 and not any(roles[2:])
 
 
-WORDS = [OPEN, SHUT, '{"name": "', '", "arguments": {', "keep"]
+ADDED = [OPEN, SHUT, '{"name": "', '", "arguments": {', "keep"]
 
 
 def call(name: str, **arguments: Any) -> str:
@@ -275,7 +333,7 @@ def test_bodies_are_read_no_more_than_fit_at_once(serve_with):
             data = iter(body) if isinstance(body, list) else body
             assert requests.post(url, data=data, timeout=20).status_code == status
     with socket.create_connection(("127.0.0.1", int(served.address.rpartition(":")[2]))) as held:
-        head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 1999\r\n\r\n"
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1999\r\n\r\n"
         held.sendall(head + b"x" * 1900)
         wait_for(url, b"x" * 1900, 429)
     wait_for(url, b"x" * 1900, 400)
@@ -294,7 +352,7 @@ def test_no_more_schemas_wait_than_may(serve_with, monkeypatch):
     monkeypatch.setattr(api, "MOST_SCHEMAS", 2)
     may_go = threading.Event()
 
-    def slow(schema: Any, param: str) -> Written:
+    def slow(*given: Any) -> Written:
         assert may_go.wait(30)
         return Written(served.tokenizer, "{}")
 

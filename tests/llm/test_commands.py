@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import generate
 import pytest
 import requests
 from tiny import make_tiny
@@ -112,3 +113,20 @@ def test_the_server():
     finally:
         server.terminate()
         assert server.wait(20) in (0, -15)
+
+
+@pytest.mark.parametrize("flags", [[], ["--ray", "--tp", "2"]])
+def test_what_generate_loads(flags, monkeypatch):
+    """Ranks as the flags have them; the device that there is, or the CPU."""
+    asked = []
+
+    def load(model, device, **more):
+        asked.append((model, device, more))
+        raise ValueError("enough")
+
+    monkeypatch.setattr(generate, "load", load)
+    monkeypatch.setattr(sys, "argv", ["generate.py", "--model", "m", "--cpu", *flags, "Hi"])
+    with pytest.raises(SystemExit, match=r"generate\.py: enough"):
+        generate.main()
+    way, size = ("ray", 2) if flags else ("processes", 1)
+    assert asked == [("m", "cpu", {"tp": size, "way": way})]

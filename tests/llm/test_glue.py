@@ -1,19 +1,14 @@
-"""The small kernels of examples/llm: numpy's against plain loops, and CUDA's compiled."""
+"""The small kernels of examples/llm: numpy's against plain loops."""
 
 from __future__ import annotations
 
-import subprocess
 from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
 import pytest
-from cuda.pathfinder import DynamicLibNotFoundError
 from engine import glue
 from engine.sampling import PARTS
-
-from tests.helpers import compiler
-from tests.helpers.compiler import why_not_build
 
 FLOATS = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 TEXT = pytest.mark.parametrize("dtype", FLOATS)
@@ -372,30 +367,3 @@ def test_log_probabilities(vocab, top, rng, on):
         assert those[:top].tolist() == order
         assert np.abs(told[: top + 1] - row[[token, *order]]).max() < 2e-4
     assert np.isnan(values[:, top + 1 :]).all()
-
-
-# ptxas for GPUs before SM90 crashed on a kernel that was named `mask`.
-@pytest.mark.parametrize("arch", [80, 87, 89, 90, 100, 120])
-def test_nvcc_compiles_the_kernels(arch, tmp_path):
-    """NVRTC is what runs them; where only nvcc is, it says whether they are CUDA."""
-    reason = why_not_build()
-    if reason is not None:
-        pytest.skip(reason)
-
-    source = tmp_path / "glue.cu"
-    source.write_text(glue.SOURCE)
-    nvcc = compiler.nvcc()
-    for dtype in FLOATS if arch == 90 else ["bfloat16"]:
-        flags = ["-DFLOAT16"] if dtype == "float16" else []
-        flags += [f"-arch=sm_{arch}", "-o", str(tmp_path / "o")]
-        subprocess.run([nvcc, "-cubin", *flags, str(source)], check=True, timeout=120)
-        code = (tmp_path / "o").read_bytes()
-        assert all(name.encode() in code for name in glue.KERNELS)
-
-
-def test_nvrtc_compiles_the_kernels():
-    try:
-        for dtype in FLOATS:
-            assert glue.cubin(dtype, (9, 0))[:4] == b"\x7fELF"
-    except DynamicLibNotFoundError:
-        pytest.skip("NVRTC is not installed: fi-ffi[llm-gpu]")

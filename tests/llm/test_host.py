@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import multiprocessing
 import threading
 import time
 from collections.abc import Callable
@@ -10,6 +12,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import server.host
+import server.service
 from engine import Sampling, load
 from server import Link
 from server.host import Compiled, Host, News
@@ -108,14 +112,20 @@ def test_how_the_engine_is(hosted):
     check_empty(here.engine)
 
 
-def test_a_grammar_that_is_not_used_is_forgotten(hosted, monkeypatch):
-    """Of a request whose client has gone before it was submitted."""
-    hosts: list[Host] = []
+@pytest.fixture
+def hosts(monkeypatch: pytest.MonkeyPatch) -> list[Host]:
+    """Those that are made."""
+    made: list[Host] = []
     begin = Host.__init__
     monkeypatch.setattr(
-        Host, "__init__", lambda self, *given: (hosts.append(self), begin(self, *given))[0]
+        Host, "__init__", lambda self, *given: (made.append(self), begin(self, *given))[0]
     )
-    here = hosted(lambda schema, param: AnyToken())
+    return made
+
+
+def test_a_grammar_that_is_not_used_is_forgotten(hosted, hosts):
+    """Of a request whose client has gone before it was submitted."""
+    here = hosted(lambda schema, param, is_patient: AnyToken())
     requests = [here.engine.request([1, 2], greedy(3)) for _ in range(2)]
     asyncio.run(here.service.constrain(requests, {}, "schema"))
     assert {*hosts[0].compiled} == {request.number for request in requests}
@@ -128,7 +138,7 @@ def test_schemas_that_fail(hosted):
     """What is refused, what fails, and what is under way when the engine ends."""
     go = threading.Event()
 
-    def grammars(schema: Any, param: str) -> Any:
+    def grammars(schema: Any, param: str, is_patient: bool) -> Any:
         if schema == "refused":
             raise Refused(f"{param}: no", param=param)
         if schema == "slow":
@@ -154,10 +164,64 @@ def test_schemas_that_fail(hosted):
     asyncio.run(ended())
 
 
+def test_slow_schemas_let_others_go_first(hosted, hosts):
+    """Each is tried for a moment, and for longer when nobody else waits; clients that have gone
+    hold nobody up, and nothing is kept for them.
+    """
+    asked: list[Any] = []
+
+    def grammars(schema: Any, param: str, is_patient: bool) -> Any:
+        asked.append((schema, is_patient))
+        if schema == "first":
+            until(lambda: len(hosts[0].schemas.queue) == len(hosts[0].awaited) == 5)
+        if schema.startswith("slow") and not is_patient:
+            raise TimeoutError
+        if schema == "slow2":
+            raise Refused("too slow")
+        return AnyToken()
+
+    here = hosted(grammars)
+
+    async def all_of_them() -> Any:
+        async def one(schema: str) -> None:
+            requests = [here.engine.request([1], greedy(3))]
+            try:
+                await here.service.constrain(requests, schema, "schema")
+            except asyncio.CancelledError:
+                return
+            told.append(schema)
+
+        told: list[str] = []
+        names = ("first", "slow0", "slow1", "slow2", "gone", "polite")
+        waits = [asyncio.ensure_future(one(name)) for name in names]
+        await asyncio.sleep(0)
+        waits[4].cancel()
+        done = await asyncio.gather(*waits, return_exceptions=True)
+        assert isinstance(done[3], Refused)
+        return told
+
+    assert asyncio.run(all_of_them()) == ["first", "polite", "slow0", "slow1"]
+    slow = [f"slow{n}" for n in range(3)]
+    expected = [(name, False) for name in ("first", *slow, "polite")]
+    assert asked == expected + [(name, True) for name in slow]
+
+
+def test_a_schema_that_has_no_turn(hosted, monkeypatch):
+    """Its client is told, and not kept waiting."""
+    go = threading.Event()
+    monkeypatch.setattr(server.service, "SCHEMA_SECONDS", 0.2)
+    here = hosted(lambda *given: go.wait(RESULT) and AnyToken())
+    one = [here.engine.request([1], greedy(3))]
+    with pytest.raises(Refused, match="take too long") as refused:
+        asyncio.run(here.service.constrain(one, {}, "schema"))
+    assert refused.value.status == 429
+    go.set()
+
+
 def test_a_schema_whose_client_has_gone(hosted):
     """What comes of it is told to nobody, before and after the waiting has ended; others go on."""
     go = threading.Event()
-    here = hosted(lambda schema, param: go.wait(RESULT) and AnyToken())
+    here = hosted(lambda *given: go.wait(RESULT) and AnyToken())
     service = here.service
 
     async def gone() -> None:
@@ -218,3 +282,43 @@ def test_tokens_of_a_request_that_was_cancelled(hosted, monkeypatch):
     asyncio.run(both())
     until(lambda: here.service.news.slots == 2)
     check_empty(here.engine)
+
+
+def fails_at_once() -> None:
+    raise ValueError("no such model")
+
+
+def made_to_fail() -> Any:
+    """An engine whose first step fails."""
+    made = SimpleNamespace(
+        config=1, room=2, runner=SimpleNamespace(is_whole=True), waiting=[], running=[], slots=[],
+        pages=SimpleNamespace(total=1, free=[0], idle=[]), preempted=0,
+    )  # fmt: skip
+
+    def step() -> None:
+        raise RuntimeError("the device is gone")
+
+    made.step = step
+    return made, None
+
+
+def test_a_process_whose_engine_fails_ends_with_an_error(monkeypatch):
+    """At once, with what its device holds; where nothing is made, with what was raised."""
+    told: list[Any] = []
+
+    def ended() -> None:
+        told.append("ended")
+
+    monkeypatch.setattr(server.host, "end_process", ended)
+    monkeypatch.setattr(server.host, "alone", contextlib.nullcontext)
+    here, there = multiprocessing.Pipe()
+    worker = threading.Thread(target=server.host._host, args=(there, made_to_fail))
+    worker.start()
+    assert here.recv() == (1, 2)
+    assert isinstance(here.recv(), News)
+    here.send(("cancel", 1))
+    assert here.recv().words == "the device is gone"
+    worker.join(RESULT)
+    assert told == ["ended"]
+    with pytest.raises(ValueError, match="no such model"):
+        Link.apart(fails_at_once)

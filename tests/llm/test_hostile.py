@@ -6,8 +6,10 @@ import asyncio
 import json
 import os
 import re
+import resource
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -21,12 +23,13 @@ import requests
 import serve
 from engine import Config, Request, Sampling, load
 from engine.config import Rope
+from engine.words import Words
 from server import Link
 from server.chat import Template, calls_of
 from server.metrics import Metrics
 from server.schema import CompletionBody, Refused, parsed
 from server.service import Service
-from server.text import Text, token_bytes
+from server.text import Text
 from starlette.responses import JSONResponse
 from tiny import make_tiny
 from tokenizers import Tokenizer
@@ -248,9 +251,10 @@ def test_calls_with_half_a_character():
 def test_bytes_that_are_no_text(tmp_path):
     """Continuation bytes without end, or ends that are ignored, cost what text does."""
     tokenizer = Tokenizer.from_file(str(make_tiny(tmp_path / "m") / "tokenizer.json"))
-    by_bytes = {token_bytes(tokenizer, token): token for token in range(256)}
+    words = Words(tokenizer)
+    by_bytes = {words.bytes(token): token for token in range(256)}
     for byte, said in ((by_bytes[b"\x80"], "\ufffd"), (256, "")):
-        text, told, start = Text(tokenizer, ["a" * 128 + "b" * 128] * 16), "", time.monotonic()
+        text, told, start = Text(words, ["a" * 128 + "b" * 128] * 16), "", time.monotonic()
         for _ in range(20_000):
             told += text.add([byte], None, None).text
         assert time.monotonic() - start < 20
@@ -270,7 +274,7 @@ def connected(server: ServerProcess) -> socket.socket:
 def half_a_body(server: ServerProcess) -> socket.socket:
     held = connected(server)
     held.sendall(
-        b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n"
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n"
         b'Content-Type: application/json\r\n\r\n{"prompt": "'
     )
     return held
@@ -289,7 +293,7 @@ def test_connections_on_which_nothing_happens(target):
     before = len(os.listdir(f"/proc/{target.child.pid}/fd"))
     held = [connected(target) for _ in range(300)]
     slow, deaf = [connected(target) for _ in range(3)], connected(target)
-    deaf.sendall(b"GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n" * 2000)
+    deaf.sendall(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n" * 2000)
     end = time.monotonic() + 60
     for connection in slow:
         connection.sendall(b"POST /v1/completions HTTP/1.1\r\n")
@@ -319,6 +323,88 @@ def test_clients_that_go_while_they_send(target):
         half_a_body(target).close()
     is_well(target)
     assert "Traceback" not in target.output()
+
+
+def test_an_engine_that_stands_still(target):
+    """Its pipe fills up, and the server answers nevertheless; then it goes on."""
+    (process,) = target.ranks()
+    body: dict[str, Any] = {"prompt": [[65] * 900] * 16, "max_tokens": 1}
+    os.kill(process, signal.SIGSTOP)
+    try:
+        with ThreadPoolExecutor(12) as pool:
+            asked = [pool.submit(target.post, **body) for _ in range(12)]
+            for _ in range(20):
+                health = requests.get(f"{target.address}/health", timeout=5)
+                assert health.status_code == 200
+                time.sleep(0.05)
+            assert not any(one.done() for one in asked)
+            os.kill(process, signal.SIGCONT)
+            assert [one.result().status_code for one in asked] == [200] * 12
+    finally:
+        os.kill(process, signal.SIGCONT)
+    is_well(target)
+
+
+def test_a_name_of_another_site(target):
+    """A page of a site whose name leads to the loopback may not ask, as its own or any other."""
+    body = {"prompt": "a", "max_tokens": 1}
+    port = target.address.rpartition(":")[2]
+    for host, status in (
+        ("evil.example", 403), (f"evil.example:{port}", 403), ("127.0.0.1.evil.example", 403),
+        ("", 403), (f"localhost:{port}", 200), ("LOCALHOST", 200), (f"[::1]:{port}", 200),
+    ):  # fmt: skip
+        headers = {"Host": host}
+        if status == 403:
+            headers["Origin"] = f"http://{host}"
+        answer = requests.post(f"{target.url}/completions", json=body, headers=headers, timeout=20)
+        assert answer.status_code == status, host
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [([], {"localhost", "127.0.0.1", "::1"}), (["--host", "localhost"], {"localhost"}),
+     (["--host", "::1", "--allowed-host", "a.example", "b"], {"::1", "a.example", "b"}),
+     (["--host", "127.3.2.1"], {"127.3.2.1"}), (["--host", "0.0.0.0"], None)],
+    ids=str,
+)  # fmt: skip
+def test_what_a_server_is_called(flags, names):
+    """On the loopback; elsewhere it may have any name."""
+    found = serve.names_of(serve.arguments(flags))
+    assert found is None if names is None else names <= found
+
+
+def test_a_port_that_is_taken(tmp_path, monkeypatch, capsys):
+    """It is noticed before a model is loaded."""
+    monkeypatch.setattr(serve, "built", lambda given: pytest.fail("a model is loaded"))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        monkeypatch.setattr("sys.argv", ["serve.py", "--port", str(port)])
+        with pytest.raises(SystemExit, match="serve.py: .*in use"):
+            serve.main()
+    given = serve.arguments(["--port", str(port)])
+    with serve.kept(given), socket.socket() as other:  # and nobody else gets it
+        with pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", port))
+        with serve.kept(given):  # but for this server, which listens then
+            pass
+
+
+def test_more_connections_than_descriptors(target):
+    """The log has a line of it, and the server goes on when there are some again."""
+    process, count = target.child.pid, len(os.listdir(f"/proc/{target.child.pid}/fd"))
+    before, limits = len(target.output()), resource.prlimit(process, resource.RLIMIT_NOFILE)
+    resource.prlimit(process, resource.RLIMIT_NOFILE, (count + 5, limits[1]))
+    held = [connected(target) for _ in range(30)]
+    time.sleep(1.5)
+    for connection in held:
+        connection.close()
+    resource.prlimit(process, resource.RLIMIT_NOFILE, limits)
+    is_well(target)
+    told = target.output()[before:]
+    assert told.count("connections wait: [Errno 24]") == 1
+    assert "Traceback" not in told and "out of system resource" not in told
 
 
 @pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
@@ -427,7 +513,7 @@ async def client(server: ServerProcess, n: int, rng: np.random.Generator) -> boo
             break
         except OSError:  # too many at once for the backlog
             await asyncio.sleep(0.2)
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n"
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
     writer.write(head.encode() + b"Connection: close\r\n\r\n" + body)
     try:
         if leaves:
@@ -550,6 +636,8 @@ def name_shard(path: Path, name: str) -> None:
      ({"rope_scaling": 5}, "rope_scaling"), ({"rope_scaling": {"type": "llama3"}}, "with factor"),
      ({"rope_scaling": {"rope_type": "yarn", "factor": 0.0}}, "factor"),
      ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "kind of layer"),
+     ({"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30"),
+     ({"qk_layernorm": True}, "qk_layernorm is True"), ({"alibi": [1]}, "alibi"),
      ({"rope_scaling": {"factor": 2.0}}, "rope_type"), ({"hidden_act": "gelu"}, "hidden_act"),
      ({"partial_rotary_factor": 1e9}, "partial_rotary_factor"),
      ({"layer_types": "full_attention"}, "layer_types"), ({"layer_types": [1]}, "layer_types"),
@@ -621,6 +709,27 @@ def test_templates_that_fail(tmp_path, source):
         Template(tmp_path)([{"role": "user", "content": "a"}], None, {})
 
 
+@pytest.mark.parametrize(
+    "source",
+    ["{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+     "{% for i in range(99999) %}{{ range(99999) | sum }}{% endfor %}",
+     "{% macro twice(n) %}{% if n %}{{ twice(n - 1) }}{{ twice(n - 1) }}{% endif %}{% endmacro %}"
+     "{{ twice(99) }}", "{{ 10 ** (10 ** 8) }}"],
+    ids=["loops", "sums", "macros", "power"],
+)  # fmt: skip
+def test_templates_without_an_end(tmp_path, monkeypatch, source):
+    """They end, with an error that says so."""
+    monkeypatch.setattr("server.chat.SECONDS", 0.2)
+    (tmp_path / "chat_template.jinja").write_text(source)
+    start, profile = time.monotonic(), sys.getprofile()
+    with pytest.raises(Refused, match=r"rendered within 0.2 s|a power is 64"):
+        Template(tmp_path)([], None, {})
+    assert time.monotonic() - start < 3
+    assert sys.getprofile() is profile
+    (tmp_path / "chat_template.jinja").write_text("{{ 2 ** 10 }}")
+    assert Template(tmp_path)([], None, {}) == "1024"
+
+
 def test_a_long_name_of_a_field_is_cut():
     """In place and message."""
     with pytest.raises(Refused) as refused:
@@ -659,3 +768,29 @@ def test_qwen3_next_turns_a_quarter_of_a_head_by_default(tmp_path):
     raw.pop("partial_rotary_factor", None)
     (path / "config.json").write_text(json.dumps(raw))
     assert Config.read(path).rotary_dim == 16
+
+
+def test_layers_that_see_all_where_the_file_does_not_say(tmp_path):
+    """Of Qwen's 28, as transformers has it; none with a window where it is not used."""
+    path = make_tiny(tmp_path / "m", "qwen3")
+    for used, count in ((True, 28), (False, 32)):
+        lie(path, num_hidden_layers=32, use_sliding_window=used, sliding_window=9)
+        layers = Config.read(path).layers
+        assert layers == ["full_attention"] * count + ["sliding_attention"] * (32 - count)
+
+
+@pytest.mark.parametrize("seed", [-(2**63), 2**63 - 1, -(2**63) - 1, 2**63])
+def test_seeds_have_64_bits(seed):
+    body = b'{"prompt": "a", "seed": %d}' % seed
+    if abs(2 * seed + 1) < 2**64:
+        sampling = parsed(CompletionBody, body).sampling({}, 1, 0)
+        assert sampling.seed == seed
+    else:
+        with pytest.raises(Refused, match="seed"):
+            parsed(CompletionBody, body)
+
+
+def test_numbers_of_seeds_that_differ_in_sign():
+    """Seeds 7 and -7 draw by other numbers, as the page says."""
+    drawn = [Sampling(seed=seed).generator().random() for seed in (7, -7, 7)]
+    assert drawn[0] == drawn[2] != drawn[1]

@@ -46,7 +46,7 @@ def test_long_decoding(serve, kind):
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "llama", "qwen3_next"])
-@pytest.mark.parametrize("page_size", [8, 64])
+@pytest.mark.parametrize("page_size", [8, 32])
 def test_pieces_and_longer_requests(serve, kind, page_size, where, monkeypatch):
     """Few and short ones decode in pieces; then one is longer, and then there are more."""
     monkeypatch.setattr(engine.steps, "PIECE", 8)
@@ -88,8 +88,8 @@ def test_together_as_alone(serve, kind, where):
         if where == "cpu":  # a row of a product does not depend on the others
             assert one.tokens == request.tokens
             assert (np.array(serving.logits[one]) == np.array(serving.logits[request])).all()
-        # A GPU's matrix products round otherwise in other sizes: each is right, within bounds.
-        assert serving.error(one) <= 1
+        else:  # a GPU's round otherwise in other sizes: each is right, within bounds
+            assert serving.error(one) <= 1
     assert all(serving.error(request) <= 1 for request in got)
 
 
@@ -165,10 +165,10 @@ def but(**others):
 
 @pytest.mark.parametrize("heads", [4, 8])
 def test_windows_without_sinks(serve, heads):
-    """Layers from the third on see 30 keys; decoding on CUDA cores and on tensor cores."""
+    """Layers from the second on see 30 keys; decoding on CUDA cores and on tensor cores."""
     serving = serve(
         "qwen3", num_attention_heads=heads, use_sliding_window=True, sliding_window=30,
-        max_window_layers=2, layer_types=["full_attention"] * 2 + ["sliding_attention"] * 2,
+        max_window_layers=1, layer_types=["full_attention", "sliding_attention"],
         attention_bias=True,
     )  # fmt: skip
     engine = serving.engine()
@@ -243,7 +243,7 @@ FAULTS = {
 def test_a_fault_is_seen(serve, fault, monkeypatch):
     kind, owner, name, wrong = FAULTS[fault]
     monkeypatch.setattr(owner, name, wrong(getattr(owner, name)))
-    serving = serve(kind)
+    serving = serve(kind, is_deep=True)  # so that it is far from the bound
     engine = serving.engine(max_batch=1)
     requests = [engine.submit(serving.prompt(40), greedy()) for _ in range(2)]
     engine.run()

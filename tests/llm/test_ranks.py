@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +24,7 @@ import numpy as np
 import pytest
 import requests
 from engine import Config, Sampling, load, watch
-from engine.ranks import Actors, group_of, index_of
+from engine.ranks import Actors, Job, group_of, index_of
 from engine.split import DIMENSIONS, ONCE, Split, key_of, of_rank
 from engine.steps import SIZES as STEPS
 from engine.weights import Weights, shapes
@@ -320,7 +321,7 @@ class PlainRay:
             return SimpleNamespace(
                 rank=rank,
                 **{call: SimpleNamespace(remote=partial(self._call, call, rank))
-                   for call in ("run", "has_pieces", "close")},
+                   for call in ("run", "made", "close")},
             )  # fmt: skip
 
         return lambda actor: SimpleNamespace(remote=placed)
@@ -343,7 +344,7 @@ def test_what_ray_is_asked(device, gpus, is_initialized, monkeypatch):
     of every rank, packed once; and what was started here is ended."""
     ray = PlainRay(is_initialized)
     monkeypatch.setitem(sys.modules, "ray", ray)
-    job = SimpleNamespace(device=device)
+    job = Job(*[None] * 2, device, None, 16, 8, 64, False, 1)
     made = Actors(job, 3)
     settings = ray.options.pop("runtime_env")["env_vars"]
     assert ray.options == {"num_gpus": gpus}
@@ -356,8 +357,8 @@ def test_what_ray_is_asked(device, gpus, is_initialized, monkeypatch):
     assert name.startswith("llm-") and Actors(job, 1).ranks and ray.asked[-3][2][1] != name
     placed = [("placed", rank, (job, name, 3)) for rank in range(3)]
     loaded = [("run", rank, (None,)) for rank in range(3)]
-    assert ray.asked[:7] == [*placed, *loaded, ("has_pieces", 0, ())]
-    assert made.has_pieces == ("has_pieces", 0)
+    assert ray.asked[:7] == [*placed, *loaded, ("made", 0, ())]
+    assert (made.has_pieces, made.job) == ("made", replace(job, num_pages=0))
     ray.asked.clear()
 
     assert [made.queue(["one"]), made.queue({"two": 2})] == [1, 2]

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from engine import Config, Request, Sampling, load
+from engine.device import Cpu
 from engine.pages import Pages
 from engine.sampling import columns_of, keep, uniform
 from engine.weights import Weights, of_layer
@@ -52,7 +53,7 @@ def test_a_request_that_waits_holds_none_of_the_pages_with_its_beginning(serve):
     large = engine.submit([1] * 118, greedy(9))  # 8 of 10 pages
     for _ in range(3):
         engine.step()
-    second = engine.submit([1] * 40, greedy(27))  # 5, two of which are there
+    second = engine.submit([1] * 40 + [2] * 40, greedy(27))  # 5, two of which are there
     for _ in range(4):
         engine.step()
         assert second.slot is None and large.slot is not None
@@ -99,9 +100,10 @@ def test_the_same_prompt_twice_at_once_has_one_set_of_pages(serve):
     engine = serving.engine(max_batch=2)
     prompt = serving.prompt(40)
     requests = [engine.submit(prompt, greedy(n)) for n in (30, 34)]
-    for _ in range(12):
+    for _ in range(16):
         engine.step()
     one, two = (request.pages for request in requests)
+    assert [request.reused for request in requests] == [0, 32]
     assert one[:3] == two[:3]
     assert one[3] != two[3]
     engine.run()
@@ -223,7 +225,7 @@ def test_the_end_of_text(serve):
 def shares(serving, sampling, count=4000):
     """How often each token is drawn from the same logits, and the logits."""
     engine = serving.engine(max_batch=50)
-    prompt = serving.prompt(5)
+    prompt = serving.prompt(1)
     drawn = Counter()
     for seed in range(count):
         request = engine.submit(prompt, Sampling(**sampling, seed=seed, max_tokens=1))
@@ -377,26 +379,23 @@ def test_pages_by_themselves(rng):
     pages, held = Pages(40, 4), []
     for _ in range(3000):
         if held and rng.random() < 0.5:
-            tokens, mine, promised = held.pop(rng.integers(len(held)))
+            tokens, mine = held.pop(rng.integers(len(held)))
             for page, start in zip(mine, range(0, len(tokens), 4), strict=False):
-                sharing = [other for other, theirs, _ in held if page in theirs]
+                sharing = [other for other, theirs in held if page in theirs]
                 assert all(other[: start + 4] == tokens[: start + 4] for other in sharing)
-            pages.promised -= promised
             pages.give_back(mine)
             continue
         tokens = rng.integers(0, 2, rng.integers(1, 30)).tolist()
         found = pages.find(tokens)
         assert len(found) * 4 < len(tokens)
         need = -(-len(tokens) // 4) - len(found)
-        if not pages.promise(need):
+        if need > pages.available:
             pages.give_back(found)
             continue
-        taken = int(rng.integers(0, need + 1))
-        mine = found + pages.take(taken)
-        pages.remember(mine, tokens, len(found) * 4, min(len(mine) * 4, len(tokens)))
-        held.append((tokens, mine, need - taken))
-    for _, mine, promised in held:
-        pages.promised -= promised
+        mine = found + pages.take(int(rng.integers(0, need + 1)))
+        pages.remember(mine, len(found), tokens[len(found) * 4 : len(mine) * 4])
+        held.append((tokens, mine))
+    for _, mine in held:
         pages.give_back(mine)
     assert sorted([*pages.free, *pages.idle]) == [*range(1, 40)]
     assert not any(pages.users)
@@ -413,3 +412,28 @@ def test_parameters_of_a_slot():
     columns = columns_of(2, 257)
     keep(columns, 0, Sampling(temperature=0, top_k=9999), 257)
     assert [column[0] for column in columns.values()] == [1, 257, 4, 0, 0, 0, 1]
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3_next"])
+def test_as_many_pages_as_there_is_memory_for(serve, kind, monkeypatch):
+    """By the bytes that they take, on each rank; no more than requests can have; 1,024 on a CPU."""
+    serving, asked, rooms = serve(kind), [], [90, 70]
+    small = {"num_pages": None, "max_batch": 2}
+    assert serving.engine(**small).pages.total == 2 * 2048 // 16
+    assert serving.engine(**small | {"max_batch": 64}).pages.total == 1023
+
+    def fitting(self, size):
+        asked.append(size)
+        return rooms.pop()
+
+    monkeypatch.setattr(Cpu, "fitting", fitting)
+    engine = serving.engine(**small, tp=2, way="threads")
+    assert engine.pages.total == 69
+    whole = engine.model
+    caches = [cache for pair in whole.caches if pair for cache in pair]
+    size = sum(2 * int(np.prod(cache.shape)) for cache in caches)
+    assert asked == [size // 70] * 2
+    assert len(texts(engine, [serving.prompt(30)], greedy(5))[0]) == 5
+    rooms += [1]
+    with pytest.raises(ValueError, match="no memory is left"):
+        serving.engine(**small)

@@ -134,8 +134,9 @@ def test_any_object(asks):
 @pytest.mark.parametrize(
     ("schema", "words"),
     [({"type": "nothing"}, "not a JSON schema"), ({"$ref": "#/nowhere"}, "not a JSON schema"),
-     ({"enum": ["x" * 70_000]}, "bytes at most")],
-    ids=["type", "ref", "long"],
+     ({"enum": ["x" * 70_000]}, "bytes at most"), ({"$ref": "#"}, "no text fits"),
+     ({"allOf": [{"$ref": "#"}]}, "no text fits")],
+    ids=["type", "ref", "long", "itself", "all of itself"],
 )  # fmt: skip
 def test_schemas_that_are_none(asks, schema, words):
     form = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
@@ -171,4 +172,7 @@ def test_a_schema_that_compiles_for_minutes(asks):
         assert not refused.done(), "texts waited for the schema"
         refused.result()
     assert time.monotonic() - start < 60
+    start = time.monotonic()
+    refuse()  # it is known
+    assert time.monotonic() - start < 4
     assert ask({"const": False}) == "false"

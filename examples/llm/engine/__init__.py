@@ -13,14 +13,15 @@ __all__ = [
 ]  # fmt: skip
 
 
-def load(path, device=None, num_pages=1024, page_size=16, max_batch=64, max_tokens=512,
+def load(path, device=None, num_pages=None, page_size=16, max_batch=64, max_tokens=512,
          use_graphs=True, tp=1, way="processes", gpus=None):  # fmt: skip
     """An engine for the checkpoint in a folder (the hub's layout).
 
     Args:
         path: a folder with config.json and safetensors.
         device: "cuda:0", or "cpu" for the reference kernels; what there is by default.
-        num_pages, page_size: the cache: `num_pages` times `page_size` tokens.
+        num_pages, page_size: the cache: `num_pages` times `page_size` tokens; by default as many
+            pages as the GPU has memory for, and 1,024 on the CPU.
         max_batch: requests at a time.
         max_tokens: the most in one step; longer prompts take several.
         use_graphs: record decoding as CUDA graphs.

@@ -41,6 +41,14 @@ def named(name, *others, **default):
     return Field(validation_alias=AliasChoices(name, *others), **default)
 
 
+# What models have that are near to these and compute something else, where it is not one of these.
+OTHERS = (
+    "alibi", "attention_chunk_size", "attention_multiplier", "attn_logit_softcapping",
+    "clip_qkv", "embedding_multiplier", "final_logit_softcapping", "logit_scale",
+    "logits_scaling", "no_rope_layers", "parallel_attn", "position_embedding_type", "qk_layernorm",
+    "residual_multiplier", "rope_interleaved", "shared_expert_intermediate_size", "use_qk_norm",
+)  # fmt: skip
+NEUTRAL = None, False, 0, 1, 1.0, [], "rope"
 Size, Count = within(1, LARGEST), within(0, LARGEST)
 Factor, Gain = within(1e-3, 1e6), within(0.0, 1e6)
 
@@ -235,6 +243,15 @@ class Config(Checked):
             known = " or ".join(KINDS)
             raise ValueError(f"config.json: model_type is {of!r:.100}; here it is {known}")
         return checked(KINDS[of], raw | {"generation": drawn}, "config.json")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_no_other(cls, raw):
+        for name in OTHERS:
+            value = raw.get(name)
+            if value is True or value not in NEUTRAL:
+                raise ValueError(f"{name} is {value!r:.100}, which nothing here computes")
+        return raw
 
     @model_validator(mode="before")
     @classmethod

@@ -21,6 +21,9 @@ from .weights import Blocks, Parts
 
 POLLING_S = 5e-5  # between looks at a stream that may never end
 FEW_BYTES = 16 << 10  # that a kernel copies; more take a copy engine
+CPU_PAGES = 1024  # of the cache, where nobody says how many
+# Of a GPU's memory what stays free of the cache: for steps, plans, graphs and the CUDA context.
+KEPT, KEPT_PART = 2 << 30, 0.1
 ENDING_S = 5.0  # how long it may take to end after a rank was lost
 # How arguments of kernels are passed.
 FORMATS = {fi_ffi.TensorDesc: "Q", int: "i4x", np.int64: "q", np.uint64: "Q", np.float32: "f4x"}
@@ -123,6 +126,7 @@ class Cpu(Device):
     def __init__(self, dtype):
         super().__init__()
         self.memory = []
+        self.wide = {}  # by address: a weight in float32, in which numpy multiplies
 
     def empty(self, shape, dtype):
         x = fi_ffi.TensorDesc(0, shape, dtype, device="cpu")
@@ -130,6 +134,10 @@ class Cpu(Device):
         return x.at((self.memory[-1].ctypes.data + 63) & ~63)
 
     pinned = empty
+
+    def fitting(self, size):
+        """How many pages of so many bytes there is memory for."""
+        return CPU_PAGES
 
     def zero(self, x):
         np.asarray(x)[...] = 0
@@ -150,7 +158,9 @@ class Cpu(Device):
         others.
         """
         x, out = self._normed(*x) if isinstance(x, Norm) else np.asarray(x), np.asarray(out)
-        product = x.astype(np.float32)[:, None] @ np.asarray(weight).astype(np.float32).T
+        if weight.ptr not in self.wide:
+            self.wide[weight.ptr] = np.asarray(weight).astype(np.float32)
+        product = x.astype(np.float32)[:, None] @ self.wide[weight.ptr].T
         out[...] = product[:, 0] + (out.astype(np.float32) if adds else 0)
 
     def is_few(self, x, weight):
@@ -181,6 +191,7 @@ class Cpu(Device):
 
     def close(self, is_lost=False):
         self.memory.clear()
+        self.wide.clear()
 
 
 class Gpu(Device):
@@ -232,6 +243,12 @@ class Gpu(Device):
         """Page-locked host memory, which copies read and write while the program goes on."""
         x = fi_ffi.TensorDesc(0, shape, dtype, device="cpu")
         return self._allocated(x, self.cuda.cudaMallocHost, self.cuda.cudaFreeHost)
+
+    def fitting(self, size):
+        """How many pages of so many bytes there is memory for."""
+        self.wait(self.mark())
+        free, total = check(self.cuda.cudaMemGetInfo())
+        return int(max(free - max(KEPT, KEPT_PART * total), 0) // size)
 
     def _allocated(self, x, allocate, free):
         ptr = check(allocate(max(x.span_bytes, 1)))

@@ -15,6 +15,9 @@ from .pages import Pages
 from .sampling import MOST_BIASES, Sampling
 from .steps import Steps
 
+PASSED = 32  # later requests that may go before one for which there are not enough pages
+LOOKED_AT = 64  # waiting requests, at each step
+
 
 @dataclass(eq=False)
 class Request:
@@ -28,13 +31,17 @@ class Request:
     reused: int = 0  # tokens of the prompt that were in the cache already
     slot: int | None = None
     pages: list = field(default_factory=list)
-    promised: int = 0  # pages set apart that are not yet in `pages`
+    passed: int = 0  # requests that went before it
+    wanted: int = 0  # pages that were too few when it was last looked at
+    preempted: int = 0  # times that it lost its pages
+    echoed: int = 0  # tokens of the prompt whose followers' log probabilities are asked for
     computed: int = 0  # tokens whose keys and values are in the cache, or will be
     filled: int = 0  # those that are in it
     remembered: int = 0  # those whose pages are known to prompts to come
     drawn: int = 0  # tokens drawn, with those that the host has not seen
     numbers: object = None
-    prompt_ids: object = None  # the prompt as int32
+    known: object = None  # int32: the prompt; after it lost its pages with the tokens so far
+    prompt_key: bytes = b""  # the same prompts have the same
     bias: object = None  # tokens and what is added to their logits, as arrays
     grammar: object = None  # `fill` a row of a mask, `accept` a token
     logprobs: list = field(default_factory=list)  # (value, tokens, their values) of each token
@@ -44,6 +51,16 @@ class Request:
     def length(self):
         """Tokens that are computed before the next is drawn."""
         return len(self.prompt) + self.drawn
+
+    @property
+    def is_new(self):
+        """Whether the next of its tokens that is computed is known to the host."""
+        return self.computed < len(self.known)
+
+    def text(self, start, end):
+        """Tokens of its prompt and of what came of it."""
+        count = len(self.prompt)
+        return self.prompt[start:end] + self.tokens[max(start - count, 0) : max(end - count, 0)]
 
     @property
     def is_adjusted(self):
@@ -79,7 +96,8 @@ class Requests:
             )
         request.bias = np.array([*bias], np.int32), np.array([*bias.values()], np.float32)
         request.numbers = request.sampling.generator()
-        request.prompt_ids = np.array(request.prompt, np.int32)
+        request.known = np.array(request.prompt, np.int32)
+        request.prompt_key = request.known.tobytes()
         return request
 
 
@@ -101,6 +119,7 @@ class Engine(Requests):
         self.steps = Steps(runner)
         self.waiting, self.running, self.queued = deque(), [], None
         self.full = []  # requests that have filled a page since the last step
+        self.preempted = 0  # times that any request lost its pages
         self.slots = [*range(job.max_batch)][::-1]
 
     def submit(self, prompt, sampling=None):
@@ -120,7 +139,7 @@ class Engine(Requests):
         Returns the requests that have got a token or have ended; None when nothing is left.
         """
         for request in self.full:  # while the GPU goes on with the step that is queued
-            if request.finished is None:
+            if request.finished is None and request.slot is not None:
                 self._remember(request)
         self._admit()
         work = self._schedule()
@@ -147,48 +166,109 @@ class Engine(Requests):
             self.cancel(request)
 
     def _admit(self):
-        """Requests in order, while there are slots and all the pages that each may come to need."""
-        while self.waiting and self.slots:
-            request = self.waiting[0]
-            # All logits of a prompt are computed where they are asked for.
-            found = [] if request.sampling.prompt_logprobs else self.pages.find(request.prompt)
-            # The last token drawn is never computed.
-            total = len(request.prompt) + request.sampling.max_tokens - 1
-            need = -(-total // self.page_size) - len(found)
-            if not self.pages.promise(need):
-                self.pages.give_back(found)
+        """Requests by and large in order, while there are slots, and pages for what is known.
+
+        Later ones go before one that does not fit, so many times at most.  The same prompts wait
+        for the first of them, and find its pages.
+        """
+        if not self.waiting or not self.slots:
+            return
+        coming, blocked = {r.prompt_key for r in self.running if self._leads(r)}, []
+        for request in [*itertools.islice(self.waiting, LOOKED_AT)]:
+            if request.prompt_key in coming and not request.sampling.prompt_logprobs:
+                continue
+            if self._place(request):
+                self.waiting.remove(request)
+                for other in blocked:
+                    other.passed += 1
+                if not self.slots or any(other.passed >= PASSED for other in blocked):
+                    return
+                if self._leads(request):
+                    coming.add(request.prompt_key)
+            elif request.passed >= PASSED:
                 return
-            self.running.append(self.waiting.popleft())
-            request.pages, request.promised, request.slot = found, need, self.slots.pop()
-            request.computed = request.reused = len(found) * self.page_size
-            request.filled = request.remembered = request.reused
-            self.steps.admit(request)
+            else:
+                blocked.append(request)
+
+    def _leads(self, request):
+        """Whether pages of its prompt will be known that are not yet."""
+        full = (len(request.prompt) - 1) // self.page_size * self.page_size
+        return self.pages.reuse and request.remembered < full
+
+    def _place(self, request):
+        """Give it a slot and pages for what is known of it; whether there are enough.
+
+        Each that runs may need one more before any ends.
+        """
+        pages, spare = self.pages, len(self.running)
+        before = pages.available
+        # To look for pages takes its time, of a long prompt milliseconds.
+        if self.running and request.wanted + spare > before:
+            return False
+        known = request.text(0, len(request.prompt) + len(request.tokens))
+        # All logits of a prompt are computed where they are asked for.
+        found = [] if request.sampling.prompt_logprobs else pages.find(known)
+        need = -(-len(known) // self.page_size) - len(found)
+        if need + spare > pages.available:
+            request.wanted = need + before - pages.available
+            pages.give_back(found)
+            return False
+        request.pages, request.slot = found + pages.take(need), self.slots.pop()
+        request.known = np.array(known, np.int32)
+        request.computed = request.filled = request.remembered = len(found) * self.page_size
+        if not request.preempted:
+            request.reused = request.computed
+        self.running.append(request)
+        self.steps.admit(request)
+        return True
 
     def _schedule(self):
         """(request, tokens) of the next step: one token where it decodes, the rest for prompts."""
-        room, work = self.max_tokens, []
+        room, work = self.max_tokens, {}
         echoed = len(self.slots)  # rows of logits that no draw needs
         # Who decodes comes first: a long prompt delays nobody by more than a step of its own.
-        for request in sorted(self.running, key=lambda r: r.drawn == 0):
+        for request in sorted(self.running, key=lambda r: r.is_new):
+            if request.slot is None:  # it has made way
+                continue
             if request.grammar and request.drawn > len(request.tokens):
                 continue  # which token may follow is known when the last one has arrived
             count = min(request.length - request.computed, room)
             if request.sampling.prompt_logprobs and not request.drawn:
                 count = min(count, echoed + 1)
                 echoed -= max(count - 1, 0)
-            if count and request.drawn < request.sampling.max_tokens:
-                self._grow(request, request.computed + count)
-                work.append((request, count))
+            is_due = count and request.drawn < request.sampling.max_tokens
+            if is_due and self._grow(request, request.computed + count, work):
+                work[request] = count
                 room -= count
-        return work
+        return [*work.items()]
 
-    def _grow(self, request, tokens):
+    def _grow(self, request, tokens, work):
+        """Give it pages for so many tokens; False where it has made way itself.
+
+        Where there are too few the youngest request loses its own: the oldest always goes on.
+        """
         have = len(request.pages)
         more = -(-tokens // self.page_size) - have
+        while more > self.pages.available:
+            youngest = max(self.running, key=lambda r: r.number)
+            work.pop(youngest, None)
+            self._preempt(youngest)
+            if youngest is request:
+                return False
         if more > 0:
             request.pages += self.pages.take(more)
-            request.promised -= more
             self.steps.place(request, have)
+        return True
+
+    def _preempt(self, request):
+        """Let it wait, as the next; what was computed of it is computed again, and nothing drawn
+        again.
+        """
+        self._release(request)
+        request.pages, request.slot, request.wanted = [], None, 0
+        request.preempted += 1
+        self.preempted += 1
+        self.waiting.appendleft(request)
 
     def _arrived(self, step):
         (tokens, logprobs), changed = self.steps.tokens(step), []
@@ -219,20 +299,24 @@ class Engine(Requests):
 
     def _remember(self, request):
         """Its full pages, for prompts to come that begin alike."""
-        start, end = request.remembered, request.filled
-        self.pages.remember(request.pages, request.prompt + request.tokens, start, end)
-        self.steps.place(request, start // self.page_size)
-        request.remembered = end
+        first = request.remembered // self.page_size
+        tokens = request.text(first * self.page_size, request.filled)
+        self.pages.remember(request.pages, first, tokens)
+        self.steps.place(request, first)
+        request.remembered = request.filled
 
     def _finish(self, request, why):
         request.finished = why
         if request.slot is None:
             self.waiting.remove(request)
-            return
+        else:
+            self._release(request)
+
+    def _release(self, request):
+        """Its slot and pages are free for the next step."""
         self._remember(request)
         self.running.remove(request)
         self.slots.append(request.slot)
-        self.pages.promised -= request.promised
         self.pages.give_back(request.pages)
 
     def close(self):

@@ -55,12 +55,15 @@ class Model:
         for i in range(len(config.layers)):
             layer = of_layer(weights, config, i)
             self.layers.append({name: device.put(array) for name, array in layer.items()})
-        positions = min(config.max_positions, job.num_pages * job.page_size)
-        self.cos_sin = device.put(config.cos_sin_cache(positions))
+        if config.is_hybrid:
+            self._make_states()
         page = (2, job.page_size, config.kv_heads, config.head_dim)
+        self.num_pages = job.num_pages or self._fitting(page)
+        positions = min(config.max_positions, self.num_pages * job.page_size)
+        self.cos_sin = device.put(config.cos_sin_cache(positions))
         self.caches = [
             None if kind == LINEAR
-            else fi_ffi.split_paged_kv_cache(self._zeros((job.num_pages, *page), config.dtype))
+            else fi_ffi.split_paged_kv_cache(self._zeros((self.num_pages, *page), config.dtype))
             for kind in config.layers
         ]  # fmt: skip
         # The last token drawn for each slot; one slot more is what pads batches.
@@ -70,10 +73,22 @@ class Model:
         self.rms = fi_ffi.rmsnorm
         if config.is_next:
             self.add_norm, self.rms = fi_ffi.gemma_fused_add_rmsnorm, fi_ffi.gemma_rmsnorm
-        if config.is_hybrid:
-            self._make_states()
         if config.experts:
             self.experts = self._make_experts()
+
+    def _fitting(self, page):
+        """Pages that the rest of the memory has room for, on each rank, and no more than requests
+        in all slots could have.
+        """
+        config, device = self.config, self.device
+        size = 2 * math.prod(page) * (len(config.layers) - config.layers.count(LINEAR))
+        pages = min(device.fitting(size), self.slots * -(-config.max_positions // page[1]) + 1)
+        if self.group:
+            mine = device.put(np.array([[pages]], np.float32))
+            pages = int(device.get(self.gathered("every rank's pages", mine)).min())
+        if pages < 2:
+            raise ValueError("no memory is left for pages of the cache")
+        return pages
 
     def _zeros(self, shape, dtype):
         x = self.device.empty(shape, dtype)

@@ -19,18 +19,14 @@ class Pages:
         self.known = {}  # (the page before, tokens) -> page
         self.key_of = {}  # page -> its key in `known`
         self.idle = OrderedDict()  # known pages without users, longest idle first
-        self.promised = 0
 
-    def promise(self, count):
-        """Set `count` pages apart for a request to take later; False where there are too few."""
-        if count > len(self.free) + len(self.idle) - self.promised:
-            return False
-        self.promised += count
-        return True
+    @property
+    def available(self):
+        """How many `take` could give."""
+        return len(self.free) + len(self.idle)
 
     def take(self, count):
-        """Pages out of those promised."""
-        self.promised -= count
+        """That many pages, of which there have to be so many."""
         taken = [self.free.pop() for _ in range(min(count, len(self.free)))]
         while len(taken) < count:  # None follows these: what follows has never been idle longer.
             page, _ = self.idle.popitem(last=False)
@@ -53,15 +49,16 @@ class Pages:
             self.idle.pop(page, None)
         return found
 
-    def remember(self, pages, tokens, start, end):
-        """The pages that tokens `start` to `end` have filled, for prompts to come.
+    def remember(self, pages, first, tokens):
+        """The pages from the first on that tokens have filled, for prompts to come.
 
         Where another request has filled one with the same tokens, `pages` gets that one
         instead: a known page always follows one that its own users hold.
         """
         size = self.page_size
-        for i in range(start // size, end // size if self.reuse else 0):
-            key = (pages[i - 1] if i else None, tuple(tokens[i * size : (i + 1) * size]))
+        for start in range(0, len(tokens) // size * size if self.reuse else 0, size):
+            i = first + start // size
+            key = (pages[i - 1] if i else None, tuple(tokens[start : start + size]))
             same = self.known.setdefault(key, pages[i])
             if same == pages[i]:
                 self.key_of[same] = key

@@ -15,7 +15,7 @@ import sys
 import threading
 import traceback
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .device import Cpu, Gpu, gpus
@@ -31,7 +31,7 @@ class Job:
     config: object  # of the whole model
     weights: object  # gives them by name
     device: str  # "cpu", or "cuda:N" of rank 0
-    num_pages: int
+    num_pages: int | None  # None: as many as there is memory for
     page_size: int
     max_batch: int
     max_tokens: int
@@ -60,7 +60,7 @@ def runner_of(job, ranks=None, followers=(), index=None):
         device.settle()
     if ranks:
         ranks.barrier()  # a kernel waits for the others, but not for as long as they may load
-    return Runner(model, job, followers)
+    return Runner(model, replace(job, num_pages=model.num_pages), followers)
 
 
 def group_of(job, ranks, device):
@@ -183,8 +183,9 @@ class Rank:
         given = ray.get_runtime_context().get_accelerator_ids()["GPU"]
         self.runner = runner_of(job, ranks, index=index_of(given[0]) if given else None)
 
-    def has_pieces(self):
-        return self.runner.has_pieces
+    def made(self):
+        """What the scheduler needs to know of a rank."""
+        return self.runner.has_pieces, self.runner.job.num_pages
 
     def run(self, packed):
         return self.runner.run(packed and pickle.loads(packed))
@@ -220,7 +221,8 @@ class Actors:
         self.ranks = [actor.remote(job, name, rank, size) for rank in range(size)]
         self._run(None)
         ray.get(self.answers)  # all have loaded, or one says why not
-        self.has_pieces = ray.get(self.ranks[0].has_pieces.remote())
+        self.has_pieces, num_pages = ray.get(self.ranks[0].made.remote())
+        self.job = replace(job, num_pages=num_pages)
 
     def _run(self, packed):
         self.answers = [rank.run.remote(packed) for rank in self.ranks]

@@ -29,7 +29,7 @@ class Sampling:
     """Parameters of a request; the defaults draw from all tokens.
 
     temperature 0 takes the most probable; top_k 0, top_p 1 and min_p 0 leave out none.
-    The same seed gives the same text, whatever else is in the batch.
+    The same seed draws by the same numbers, whatever else is in the batch.
     Logits are changed in this order: repetition_penalty divides those of tokens that were in the
     prompt or the text (multiplies them below 0), presence_penalty is taken off once of those in
     the text, frequency_penalty as often as they are in it, logit_bias (by token) is added.
@@ -175,13 +175,14 @@ class Sampler:
         self.device.give(model.latest, tokens, given["sampled"])
         return tokens
 
-    def count_anew(self, slot, prompt):
+    def count_anew(self, slot, prompt, drawn):
         """The counts of a slot whose new request has penalties."""
         if self.counts is None:
             self.counts = self.device.empty((self.model.slots + 1, self.vocab), "int32")
             self.device.zero(self.counts)
         row = np.zeros((1, self.vocab), np.int32)
         row[0, prompt] = IN_PROMPT
+        np.add.at(row[0], drawn, 2)
         self.device.write(self.counts.rows(slot, slot + 1), row)
 
     def _adjust(self, logits, given, is_penalised):

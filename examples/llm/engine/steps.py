@@ -34,7 +34,7 @@ class Order:
     sampled: int  # requests that get a token
     is_filtered: tuple  # whether any of them has a top_k, a top_p
     cleared: list  # slots that other requests had before
-    counted: list  # (slot, prompt) of new requests with penalties
+    counted: list  # (slot, prompt, tokens so far) of new requests with penalties
     is_penalised: bool
     tops: int | None  # how many of the most probable tokens are told beside each; None: nothing
 
@@ -61,10 +61,13 @@ def _planned(plan, kind, *given, **more):
 
 
 def echo(request, count):
-    """The tokens of its prompt that follow the next `count` ones, where these are told."""
+    """The tokens of its prompt that follow the next `count` ones, where these are to be told, and
+    which of the ones the first of them follows.
+    """
     if not request.sampling.prompt_logprobs:
-        return []
-    return request.prompt[request.computed + 1 : request.computed + count + 1]
+        return [], 0
+    start = max(request.computed, request.echoed)
+    return request.prompt[start + 1 : request.computed + count + 1], start - request.computed
 
 
 class Steps:
@@ -82,14 +85,15 @@ class Steps:
         self.eos = np.array([token for token in self.config.eos if token < vocab], np.int32)
         self.sizes = [n for n in SIZES if n < self.slots] + [self.slots]
         # By slot, the last one for padding: its pages are the scrap page, its length is 1.
-        self.table = np.full((self.slots + 1, job.num_pages), SCRAP, np.int32)
+        longest = -(-self.config.max_positions // job.page_size)
+        self.table = np.full((self.slots + 1, min(job.num_pages, longest)), SCRAP, np.int32)
         self.columns, self.fixed = columns_of(self.slots + 1, vocab), {}
 
     def admit(self, request):
         """Make its slot ready."""
         self.cleared.append(request.slot)
         if request.sampling.has_penalties:
-            self.counted.append((request.slot, request.prompt_ids))
+            self.counted.append((request.slot, [*request.prompt], [*request.tokens]))
         keep(self.columns, request.slot, request.sampling, self.config.vocab)
         self.place(request)
 
@@ -99,10 +103,10 @@ class Steps:
 
     def queue(self, work):
         """(request, tokens) of each, the tokens of the prompt or the one drawn last."""
-        is_decode = all(count == 1 and request.drawn for request, count in work)
+        is_decode = not any(request.is_new for request, _ in work)
         size = next(n for n in self.sizes if n >= len(work)) if is_decode else 0
         sampled = [r for r, count in work if r.computed + count == r.length]
-        echoed = [(r, echo(r, count)) for r, count in work if r.sampling.prompt_logprobs]
+        echoed = [(r, echo(r, count)[0]) for r, count in work if r.sampling.prompt_logprobs]
         host, more = self._decode(work, size) if size else self._host(work, sampled)
         more |= adjustments(sampled, self.config.vocab, self.eos)
         given = [r.sampling for r in sampled]
@@ -118,6 +122,7 @@ class Steps:
         arriving = self.runner.queue(order)
         for request, count in work:
             request.computed += count
+            request.echoed = max(request.echoed, request.computed)
         for request in sampled:
             request.drawn += 1
         filled = [(request, request.computed) for request, _ in work]
@@ -188,12 +193,14 @@ class Steps:
         starts = np.concatenate([[0], ends])
         requests, positions = fi_ffi.batch_indices_positions(starts, computed + counts)
         tokens = np.concatenate([
-            r.prompt_ids[r.computed : r.computed + count] if r.computed < len(r.prompt)
-            else [~r.slot]
+            r.known[r.computed : r.computed + count] if r.is_new else [~r.slot]
             for r, count in work
         ])  # fmt: skip
         told = [echo(r, count) for r, count in work]  # by other rows of logits than draws
-        others = [start + np.arange(len(t)) for start, t in zip(starts, told, strict=False)]
+        others = [
+            start + first + np.arange(len(tokens))
+            for start, (tokens, first) in zip(starts, told, strict=False)
+        ]
         pages = -(-(computed + counts) // self.page_size)
         held = np.arange(pages.max()) < pages[:, None]
         host = {
@@ -201,7 +208,7 @@ class Steps:
             "positions": positions,
             "requests": requests,
             "last": np.concatenate([ends[is_sampled] - 1, *others]),
-            "following": [token for tokens in told for token in tokens],
+            "following": [token for tokens, _ in told for token in tokens],
             "slots": slots,
             "sampled": slots[is_sampled],
             "kv_indptr": np.concatenate([[0], np.cumsum(pages)]),
@@ -263,8 +270,8 @@ class Runner:
         with self.device.scope():
             for slot in order.cleared:
                 self.model.clear(slot)
-            for slot, prompt in order.counted if self.model.rank == 0 else ():
-                self.sampler.count_anew(slot, prompt)
+            for counted in order.counted if self.model.rank == 0 else ():
+                self.sampler.count_anew(*counted)
             given = self._upload(order)
             draws, told = order.is_plain and not self.on_logits, None
             logits, tokens = self._forward(given, order, draws)

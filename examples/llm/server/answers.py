@@ -5,31 +5,33 @@ import json
 import time
 import uuid
 
+from engine.words import Decoder
+
 from .chat import OPEN, calls_of
 from .schema import Refused
 from .service import Listener
-from .text import Logprob, Piece, Text, token_bytes
+from .text import THINK, THOUGHT, Logprob, Piece, Text
 
 
 class Answer:
     """What both kinds of completion have.
 
     Args:
-        service, tokenizer, name: of the server; `name` is the model's.
+        service, words, name: of the server; `name` is the model's.
         body: what the client asked for.
         requests: the engine's, one for each choice, in the order of the choices.
     """
 
     kind, chunk_kind, prefix = "text_completion", "text_completion", "cmpl"
 
-    def __init__(self, service, tokenizer, name, body, requests):
-        self.service, self.tokenizer, self.name, self.body = service, tokenizer, name, body
+    def __init__(self, service, words, name, body, requests):
+        self.service, self.words, self.name, self.body = service, words, name, body
         self.requests = requests
         self.id, self.created = f"{self.prefix}-{uuid.uuid4().hex}", int(time.time())
         self.texts = [self._text(index) for index in range(len(requests))]
 
-    def _text(self, index):
-        return Text(self.tokenizer, self.body.stops, tops=self.body.logprobs)
+    def _text(self, index, **more):
+        return Text(self.words, self.body.stops, prompt=self.requests[index].prompt, **more)
 
     async def pieces(self):
         """(choice, Piece) as they come; the last of each choice has its `finished`."""
@@ -50,7 +52,7 @@ class Answer:
                 piece = self.texts[index].add(tokens, logprobs, finished)
                 if piece.finished:
                     self.service.cancel(open_.pop(index), piece.finished)
-                if piece.text or piece.logprobs or piece.finished:
+                if piece.text or piece.thought or piece.logprobs or piece.finished:
                     yield index, piece
         finally:
             for listener in open_.values():
@@ -75,6 +77,7 @@ class Answer:
         told = [Piece("") for _ in self.requests]
         async for index, piece in self.pieces():
             told[index].text += piece.text
+            told[index].thought += piece.thought
             told[index].logprobs += piece.logprobs
             told[index].finished = piece.finished
         choices = [self.choice(index, piece) for index, piece in enumerate(told)]
@@ -108,9 +111,6 @@ class Answer:
     def beginnings(self):
         return ()
 
-    def name_of(self, token):
-        return token_bytes(self.tokenizer, token).decode(errors="replace")
-
 
 encoded = json.JSONEncoder(separators=(",", ":")).encode
 
@@ -123,32 +123,36 @@ class Completion(Answer):
     """Of /v1/completions."""
 
     def _text(self, index):
-        self.echoes = {}
-        return Text(self.tokenizer, self.body.stops, tops=self.body.logprobs,
-                    offset=len(self.echo(index)))  # fmt: skip
+        return super()._text(index, tops=self.body.logprobs, offset=len(self.echo(index)))
 
     @property
     def is_echo_alone(self):
         return self.body.max_tokens == 0
 
+    def prompt(self, index):
+        """As the client has given it."""
+        return self.body.prompts[index // (self.body.n or 1)]
+
     def echo(self, index):
         """The prompt as text, where it is asked for."""
         if not self.body.echo:
             return ""
-        prompt = self.body.prompts[index // (self.body.n or 1)]
-        if isinstance(prompt, str):
+        if isinstance(prompt := self.prompt(index), str):
             return prompt
-        return self.tokenizer.decode(self.requests[index].prompt, skip_special_tokens=False)
+        decoder = Decoder(self.words, skips=False)
+        return "".join(map(decoder.step, self.requests[index].prompt))
 
     def echoed_logprobs(self, index):
         """Of the prompt's tokens, the first of which follows nothing."""
         request, offset = self.requests[index], 0
+        # A text has no special tokens, which the tokenizer has put around it.
+        decoder = Decoder(self.words, skips=isinstance(self.prompt(index), str))
         following = [None, *request.prompt_logprobs]
         for token, logprob in zip(request.prompt, following, strict=False):
             value, ids, values = logprob or (None, [], [])
             tops = self.body.logprobs
             yield Logprob(token, value, ids[:tops], values[:tops], offset)
-            offset += len(self.name_of(token))
+            offset += len(decoder.step(token))
 
     def _echoed(self, index, piece, is_first):
         """A piece with the prompt before it."""
@@ -175,7 +179,7 @@ class Completion(Answer):
         if self.body.logprobs is not None:
             told = piece.logprobs
             logprobs = {
-                "tokens": [self.name_of(x.token) for x in told],
+                "tokens": [self.words.name(x.token) for x in told],
                 "token_logprobs": [x.value for x in told],
                 "top_logprobs": [self._tops(x) for x in told],
                 "text_offset": [x.offset for x in told],
@@ -187,10 +191,13 @@ class Completion(Answer):
         """By name, the chosen token among them; nothing of the first of a prompt."""
         if told.value is None:
             return None
-        tops = {self.name_of(told.token): told.value}
-        for token, value in zip(told.tokens, told.values, strict=True):
-            tops.setdefault(self.name_of(token), value)
-        return tops
+        names = {told.token: self.words.name(told.token)}
+        for token in told.tokens:
+            name = self.words.name(token)
+            if token not in names:  # another may have the same
+                names[token] = f"token_id:{token}" if name in names.values() else name
+        values = dict(zip(told.tokens, told.values, strict=True)) | {told.token: told.value}
+        return {name: values[token] for token, name in names.items()}
 
     def changes(self, index, piece):
         yield self.choice(index, piece)
@@ -205,17 +212,26 @@ class Chat(Answer):
         body = self.body
         held = "" if body.forced else OPEN if body.tools and body.tool_choice != "none" else None
         tops = (body.top_logprobs or 0) if body.logprobs else None
-        text = Text(self.tokenizer, body.stops, held, tops)
+        text = super()._text(index, held=held, tops=tops, thinks=self._thinks(index))
         if held == "":  # all of it is a call
             text.held_from, text.is_held = 0, True
         return text
+
+    def _thinks(self, index):
+        """As `Text` has it; what follows a schema does not think."""
+        form = self.body.response_format
+        if self.body.forced or (form and form.type != "text") or not self.words.has(THOUGHT):
+            return None
+        last = Decoder(self.words, skips=False)
+        end = "".join(map(last.step, self.requests[index].prompt[-len(THINK) :]))
+        return end.rstrip().endswith(THINK)
 
     def _logprobs(self, piece):
         if not self.body.logprobs:
             return None
 
         def of(token, value):
-            said = token_bytes(self.tokenizer, token)
+            said = self.words.bytes(token)
             return {"token": said.decode(errors="replace"), "logprob": value, "bytes": [*said]}
 
         content = [
@@ -230,7 +246,7 @@ class Chat(Answer):
         text = self.texts[index]
         if text.held_from is None:
             return "", []
-        before, calls = calls_of(text.text, bool(self.body.forced))
+        before, calls = calls_of(text.text[text.begin :], bool(self.body.forced))
         if calls and self.body.parallel_tool_calls is False:
             calls = calls[:1]
         return before[told:], calls
@@ -239,6 +255,8 @@ class Chat(Answer):
         rest, calls = self._ending(index, len(piece.text))
         content = piece.text + rest
         message = {"role": "assistant", "content": content, "refusal": None}
+        if piece.thought:
+            message["reasoning_content"] = piece.thought
         if calls:
             message |= {"content": content.strip() or None, "tool_calls": calls}
         return {"index": index, "message": message, "logprobs": self._logprobs(piece),
@@ -252,11 +270,14 @@ class Chat(Answer):
             yield self._change(index, {"role": "assistant", "content": ""})
 
     def changes(self, index, piece):
-        if piece.text or piece.logprobs:
-            yield self._change(index, {"content": piece.text}, self._logprobs(piece))
+        parts = {"reasoning_content": piece.thought} if piece.thought else {}
+        if piece.text or not parts:
+            parts["content"] = piece.text
+        if piece.text or piece.thought or piece.logprobs:
+            yield self._change(index, parts, self._logprobs(piece))
         if not piece.finished:
             return
-        rest, calls = self._ending(index, self.texts[index].told)
+        rest, calls = self._ending(index, self.texts[index].told - self.texts[index].begin)
         if rest:
             yield self._change(index, {"content": rest})
         if calls:

@@ -2,12 +2,16 @@
 
 import asyncio
 import contextlib
+import errno
 import hmac
+import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
+from engine.words import Words
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -42,6 +46,7 @@ class Limits:
     body_seconds: float = 30  # in which a body has to be there
     max_queue: int = 256  # requests of the engine that wait for a slot
     api_key: str | None = None
+    hosts: set | None = None  # names of this server that a request may have; None: any
 
 
 class Api:
@@ -53,7 +58,7 @@ class Api:
         self.metrics, self.created = Metrics(), int(time.time())
         self.service = Service(link, self.metrics, limits.max_queue, on_failure)
         self.held, self.reading, self.is_ending = 0, set(), False
-        self.pool = ThreadPoolExecutor(2, "tokenize")
+        self.words, self.pool = Words(tokenizer), ThreadPoolExecutor(2, "tokenize")
         self.longest = max(map(len, tokenizer.get_vocab(with_added_tokens=True)))
 
     async def body(self, http):
@@ -232,7 +237,7 @@ class Api:
         if self.is_ending:
             raise Refused("the server is ending", 503)
         name = body.model or self.names[0]
-        answer = answer(self.service, self.tokenizer, name, body, requests)
+        answer = answer(self.service, self.words, name, body, requests)
         told = {"X-Ignored": ", ".join(body.ignored)} if body.ignored else {}
         if body.stream:
             return StreamingResponse(answer.events(), media_type="text/event-stream",
@@ -273,6 +278,10 @@ class Api:
         """A handler for this server's own page and for programs; it asks for the key, if any."""
 
         async def checked(http):
+            # A page whose name leads to this machine would be its own server's.
+            hosts, name = self.limits.hosts, urlsplit(f"//{http.headers.get('host')}").hostname
+            if hosts is not None and name not in hosts:
+                raise Refused("this server has other names: see --allowed-host", 403)
             # A browser sends a page's origin along; a page of another site may not use the GPU.
             origin = http.headers.get("origin")
             if origin is not None and origin.partition("://")[2] != http.headers.get("host"):
@@ -327,6 +336,21 @@ async def own_error(http, error):
     return JSONResponse(Refused("the server has failed", 500).body, 500)
 
 
+class Seldom:
+    """A loop's handler of errors: that there are no descriptors left it tells once a minute, where
+    asyncio has a line for each of thousands of tries.
+    """
+
+    told = -60.0
+
+    def __call__(self, loop, context):
+        if getattr(context.get("exception"), "errno", None) not in (errno.EMFILE, errno.ENFILE):
+            loop.default_exception_handler(context)
+        elif time.monotonic() >= self.told + 60:
+            self.told = time.monotonic()
+            logging.getLogger("uvicorn.error").error("connections wait: %s", context["exception"])
+
+
 def application(link, tokenizer, names, template=None, limits=None, on_failure=None):
     """The ASGI application; the engine is its own from then on.
 
@@ -340,6 +364,7 @@ def application(link, tokenizer, names, template=None, limits=None, on_failure=N
 
     @contextlib.asynccontextmanager
     async def lifespan(app):
+        asyncio.get_running_loop().set_exception_handler(Seldom())
         yield
         api.pool.shutdown(wait=False, cancel_futures=True)
         api.service.close()

@@ -3,6 +3,8 @@
 import datetime
 import json
 import re
+import sys
+import time
 import uuid
 from pathlib import Path
 
@@ -15,6 +17,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from .schema import Refused
 
 OPEN, SHUT = "<tool_call>", "</tool_call>"
+SECONDS = 5  # in which a template has to be rendered
+MOST_POWER = 64  # of `**`, which no time limit stops
 SPACE = re.compile(r"\s*")
 SHUT_AFTER = re.compile(rf"\s*{SHUT}")
 
@@ -58,7 +62,8 @@ class Template:
         template = self.for_tools if tools else self.template
         always = {"messages": messages, "tools": tools, "documents": None}
         try:
-            text = template.render(self.words | more | always | {"add_generation_prompt": True})
+            given = self.words | more | always | {"add_generation_prompt": True}
+            text = _in_time(template.render, given)
             text.encode()  # half a character of a call's arguments cannot be
             return text
         except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError,
@@ -66,6 +71,36 @@ class Template:
             # Only the template's own words, by `raise_exception`, are meant for clients.
             words = bad.message if type(bad) is jinja2.TemplateError else "it cannot be rendered"
             raise Refused(f"the checkpoint's chat template: {words}", param="messages") from None
+
+
+def _in_time(render, given):
+    """What a template makes of these; an error where it goes on for too long.
+
+    Python looks at the time with each call, and each iteration of a loop has one: sandboxed loops
+    over numbers have 100,000 at most.
+    """
+    until = time.monotonic() + SECONDS
+
+    def look(*_):
+        if time.monotonic() > until:
+            sys.setprofile(None)
+            raise jinja2.TemplateError(f"it has to be rendered within {SECONDS} s")
+
+    before = sys.getprofile()
+    sys.setprofile(look)
+    try:
+        return render(given)
+    finally:
+        sys.setprofile(before)
+
+
+class Sandbox(ImmutableSandboxedEnvironment):
+    intercepted_binops = frozenset(["**"])
+
+    def call_binop(self, context, operator, left, right):
+        if abs(right) > MOST_POWER:
+            raise jinja2.TemplateError(f"a power is {MOST_POWER} at most")
+        return super().call_binop(context, operator, left, right)
 
 
 class Generation(Extension):
@@ -79,7 +114,7 @@ class Generation(Extension):
 
 
 def _environment():
-    environment = ImmutableSandboxedEnvironment(
+    environment = Sandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
     )
 

@@ -5,12 +5,15 @@ Python package, and torch with it, are not imported.
 """
 
 import contextlib
-import functools
 import importlib.metadata
 import json
 import multiprocessing
 import resource
+import time
 from pathlib import Path
+
+import numpy as np
+from engine.words import Words
 
 import fi_ffi
 
@@ -18,6 +21,8 @@ from .schema import MOST_SCHEMA, Refused
 
 LIBRARY = "xgrammar/libxgrammar_bindings.so"
 CACHE = 64 << 20  # bytes of compiled grammars that are kept
+QUICK = 0.5  # seconds in which a schema has to compile while others wait
+KEPT, KEPT_SECONDS = 256, 600  # schemas of which is known what they are; refusals for so long
 MEMORY = 8 << 30  # bytes of addresses that a process which tries schemas may have
 
 
@@ -70,17 +75,17 @@ class Trial:
     A pattern of 20,000 optional letters compiles for minutes, and nothing stops xgrammar.
     """
 
-    def __init__(self, parts, seconds):
-        self.parts, self.seconds = parts, seconds
-        self._start()
+    def __init__(self, parts):
+        self.parts = parts
+        self.is_ready, (self.pipe, self.child), self.spare = False, self._started(), None
 
-    def __call__(self, *schema):
+    def __call__(self, seconds, *schema):
         """Whether a schema compiles; TimeoutError where it is not known in time."""
         try:
             if not self.is_ready:
                 self.is_ready = self.pipe.recv()
             self.pipe.send(schema)
-            if self.pipe.poll(self.seconds):
+            if self.pipe.poll(seconds):
                 return self.pipe.recv()
         except (OSError, EOFError):  # the schema has ended the process
             self._again()
@@ -88,18 +93,21 @@ class Trial:
         self._again()
         raise TimeoutError
 
-    def _start(self):
+    def _started(self):
         spawn = multiprocessing.get_context("spawn")  # a fork would have this process's CUDA
-        self.is_ready, (self.pipe, other) = False, spawn.Pipe()
-        self.child = spawn.Process(target=_try_schemas, args=(other, *self.parts), daemon=True)
-        self.child.start()
+        pipe, other = spawn.Pipe()
+        child = spawn.Process(target=_try_schemas, args=(other, *self.parts), daemon=True)
+        child.start()
         other.close()
+        return pipe, child
 
     def _again(self):
+        """Go on with another process, and begin one that is there when this one is lost."""
         self.child.kill()
         self.child.join()
         self.pipe.close()
-        self._start()
+        self.is_ready, (self.pipe, self.child) = False, self.spare or self._started()
+        self.spare = self._started()
 
 
 class Grammars:
@@ -110,25 +118,36 @@ class Grammars:
 
     def __init__(self, path, tokenizer, vocab, eos, seconds=5.0):
         self.compiler, self.seconds, self.has_end = None, seconds, bool(eos)
+        self.bits = 1, -(-vocab // 32)  # the shape of a mask
         if path is None:
             return
         parts = (str(path), *vocabulary(tokenizer, vocab), vocab, [*eos])
         self.compiler, self.matcher = compiler(*parts), _type("GrammarMatcher")
-        # Refusals are not kept: another time the machine may be less busy.
-        self.try_out = functools.lru_cache(256)(self._try_out)
-        self.trial = Trial(parts, seconds)
+        self.trial, self.known = Trial(parts), {}  # by schema: why it is refused, and until when
 
-    def _try_out(self, text, is_strict, param):
+    def _try_out(self, text, is_strict, is_patient):
+        """Why a schema is refused, or None; TimeoutError where it needs more patience."""
+        wrong, until = self.known.get(text, (None, 0))
+        if time.monotonic() < until:
+            return wrong
         try:
-            if self.trial(text, is_strict):
-                return
+            compiles = self.trial(self.seconds if is_patient else QUICK, text, is_strict)
+            wrong = None if compiles else "not a JSON schema that can be served"
         except TimeoutError:
-            words = f"a schema has to compile within {self.seconds:g} s"
-            raise Refused(f"{param}: {words}", param=param) from None
-        raise Refused(f"{param}: not a JSON schema that can be served", param=param)
+            if not is_patient:
+                raise
+            wrong = f"a schema has to compile within {self.seconds:g} s"
+        if len(self.known) >= KEPT:
+            del self.known[next(iter(self.known))]
+        # Another time the machine may be less busy.
+        self.known[text] = wrong, time.monotonic() + (KEPT_SECONDS if wrong else float("inf"))
+        return wrong
 
-    def __call__(self, schema, param):
-        """A grammar's state for one request; `schema` is None for any JSON object."""
+    def __call__(self, schema, param, is_patient=True):
+        """A grammar's state for one request; `schema` is None for any JSON object.
+
+        TimeoutError where it takes long, and this is not patient.
+        """
         if self.compiler is None:
             raise Refused(
                 f"{param}: this server has no xgrammar, which it takes for that", param=param
@@ -141,10 +160,17 @@ class Grammars:
         )
         if len(text) > MOST_SCHEMA:
             raise Refused(f"{param}: a schema has {MOST_SCHEMA} bytes at most", param=param)
-        self.try_out(text, is_strict, param)
-        return Grammar(
-            self.matcher(compiled(self.compiler, text, is_strict), None, False, -1, None)
+        if wrong := self._try_out(text, is_strict, is_patient):
+            raise Refused(f"{param}: {wrong}", param=param)
+        made = compiled(self.compiler, text, is_strict)
+        grammar, bits = (
+            Grammar(self.matcher(made, None, False, -1, None)),
+            np.zeros(self.bits, "i4"),
         )
+        grammar.fill(bits, 0)
+        if not bits.any():  # such as one that refers to itself alone
+            raise Refused(f"{param}: no text fits the schema", param=param)
+        return grammar
 
 
 class Grammar:
@@ -162,12 +188,9 @@ class Grammar:
 
 def vocabulary(tokenizer, vocab):
     """Which kind xgrammar calls it, and the tokens in order; special ones have no text."""
-    decoder = json.loads(tokenizer.to_str()).get("decoder") or {}
-    parts = {part["type"] for part in decoder.get("decoders", [decoder]) if part}
-    kind = 2 if "ByteLevel" in parts else 1 if "ByteFallback" in parts else 0
-    words = [""] * vocab
-    special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-    for word, token in tokenizer.get_vocab(with_added_tokens=True).items():
-        if token < vocab and token not in special:
-            words[token] = word
-    return kind, words
+    of, names = Words(tokenizer), [""] * vocab
+    kind = 2 if "ByteLevel" in of.decoders else 1 if "ByteFallback" in of.decoders else 0
+    for name, token in tokenizer.get_vocab(with_added_tokens=True).items():
+        if token < vocab and token not in of.special:
+            names[token] = name
+    return kind, names

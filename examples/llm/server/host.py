@@ -5,12 +5,13 @@ It runs in a process of its own, so that what clients are told delays no step; o
 
 import atexit
 import contextlib
+import itertools
 import multiprocessing
 import threading
 import time
 import traceback
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from queue import PriorityQueue
 
 from engine import Requests, alone, end_process, watch
 
@@ -71,14 +72,16 @@ class Host:
 
     Args:
         grammars: a `grammar.Grammars`, which is called on a thread of its own, so that nobody waits
-            for a schema that takes its time.
+            for a schema that takes its time: those that others wait for come before it.
     """
 
     def __init__(self, engine, pipe, grammars=None):
         self.engine, self.pipe, self.grammars = engine, pipe, grammars
         self.told, self.compiled, self.submitted = {}, {}, 0
         self.sending, self.ended = threading.Lock(), threading.Event()
-        self.compiling = ThreadPoolExecutor(1, "compile")
+        # Of schemas: (whether it has been tried, its turn, what it is); and requests that wait.
+        self.schemas, self.turns, self.awaited = PriorityQueue(), itertools.count(), set()
+        threading.Thread(target=self._compile, name="compile", daemon=True).start()
 
     def run(self):
         """Until the order to close, or the pipe's other end is closed; False after an error."""
@@ -95,7 +98,7 @@ class Host:
             return True
         finally:
             self.ended.set()
-            self.compiling.shutdown(wait=False, cancel_futures=True)
+            self.schemas.put((False, -1, None))
             self.pipe.close()
 
     def _lost(self):
@@ -151,6 +154,7 @@ class Host:
 
     def cancel(self, number):
         """End a request, of which nothing is told any more."""
+        self.awaited.discard(number)
         self.compiled.pop(number, None)
         if told := self.told.pop(number, None):
             self.engine.cancel(told.request)
@@ -164,19 +168,31 @@ class Host:
 
     def constrain(self, numbers, schema, param):
         """Make a grammar for each of these requests, which are submitted after that."""
-        self.compiling.submit(self._compile, numbers, schema, param)
+        self.awaited.update(numbers)
+        self.schemas.put((False, next(self.turns), (numbers, schema, param)))
 
-    def _compile(self, numbers, schema, param):
-        try:
-            for number in numbers:
-                self.compiled[number] = self.grammars(schema, param)
-        except Refused as refused:
+    def _compile(self):
+        while True:
+            is_patient, _, job = self.schemas.get()
+            if job is None:
+                return
+            numbers, *given = job
+            wanted, refused = [n for n in numbers if n in self.awaited], None
+            try:
+                for number in wanted:
+                    grammar = self.grammars(*given, is_patient)
+                    if number in self.awaited:
+                        self.compiled[number] = grammar
+            except TimeoutError:  # when nobody else waits there is more time for it
+                self.schemas.put((True, next(self.turns), job))
+                continue
+            except Refused as wrong:
+                refused = wrong
+            except Exception:
+                traceback.print_exc()
+                refused = Refused("the server has failed", 500)
+            self.awaited.difference_update(numbers)
             self._send(Compiled(numbers[0], refused))
-        except Exception:
-            traceback.print_exc()
-            self._send(Compiled(numbers[0], Refused("the server has failed", 500)))
-        else:
-            self._send(Compiled(numbers[0], None))
 
 
 class Link:

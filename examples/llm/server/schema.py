@@ -231,6 +231,7 @@ class Message(Strict):
     tool_calls: list[Call] | None = None
     tool_call_id: str | None = None
     refusal: str | None = None
+    reasoning_content: str | None = None
 
     def for_template(self):
         """As templates of checkpoints read it: text, and arguments as objects."""

@@ -5,11 +5,13 @@ import contextlib
 import threading
 import time
 import weakref
-from collections import deque
 from concurrent.futures import Future, InvalidStateError
+from queue import SimpleQueue
 
 from .host import Compiled, Failure
 from .schema import Refused
+
+SCHEMA_SECONDS = 60  # in which a schema has its turn and compiles
 
 
 class Listener:
@@ -51,15 +53,16 @@ class Service:
         self.link, self.metrics, self.max_queue = link, metrics, max_queue
         self.on_failure, self.failure = on_failure, None
         self.is_closed, self.has_ended = False, False
-        self.sending, self.ending = threading.Lock(), threading.Lock()
+        self.ending = threading.Lock()
         self.listeners = {}  # by the number of a request
         self.submitted, self.coming = 0, weakref.WeakSet()  # those with room, not submitted yet
-        # What waits for a schema, by the number of its first request; and numbers of requests that
-        # are gone and may never have been submitted.
-        self.compiling, self.forgotten = {}, deque()
+        self.compiling = {}  # what waits for a schema, by the number of its first request
         self.news = link.pipe.recv()
         self.thread = threading.Thread(target=self._listen, name="news", daemon=True)
         self.thread.start()
+        # A pipe is full where the engine stands still, for which no loop may wait.
+        self.orders = SimpleQueue()
+        threading.Thread(target=self._send, name="orders", daemon=True).start()
 
     @property
     def is_serving(self):
@@ -109,20 +112,24 @@ class Service:
         """Have these requests, before they are submitted, follow a schema; Refused for none."""
         numbers, done = [request.number for request in requests], Future()
         self.compiling[numbers[0]] = done
-        for request in requests:
-            weakref.finalize(request, self.forgotten.append, request.number)
+        for request in requests:  # it may be gone before it was ever submitted
+            weakref.finalize(request, self._order, "cancel", request.number)
         try:
             self._check_serving()
             self._order("constrain", numbers, schema, param)
-            await asyncio.wrap_future(done)
+            await asyncio.wait_for(asyncio.wrap_future(done), SCHEMA_SECONDS)
+        except asyncio.TimeoutError:
+            raise Refused("others' schemas take too long: try again later", 429) from None
         finally:
             del self.compiling[numbers[0]]
 
     def _order(self, *order):
-        with self.sending, contextlib.suppress(OSError):  # it has ended, as `_listen` finds
-            while self.forgotten:
-                self.link.pipe.send(("cancel", self.forgotten.popleft()))
-            self.link.pipe.send(order)
+        self.orders.put(order)
+
+    def _send(self):
+        with contextlib.suppress(OSError):  # it has ended, as `_listen` finds
+            for order in iter(self.orders.get, None):
+                self.link.pipe.send(order)
 
     def _listen(self):
         try:
@@ -168,6 +175,7 @@ class Service:
             if self.has_ended:
                 return
             self.has_ended, self.failure = True, failure
+            self.orders.put(None)
         listeners = [*self.listeners.values()]
         for listener in listeners:
             listener.request.finished = listener.request.finished or "error"

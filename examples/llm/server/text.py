@@ -3,7 +3,9 @@
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from tokenizers.decoders import DecodeStream
+from engine.words import Decoder
+
+THINK, THOUGHT = "<think>", "</think>"  # around what a model thinks before its answer
 
 
 class Logprob(NamedTuple):
@@ -23,9 +25,7 @@ class Piece:
     text: str
     logprobs: list = field(default_factory=list)
     finished: str | None = None
-
-
-MOST_SILENT = 64  # tokens without a whole character among them after which none is waited for
+    thought: str = ""  # before the text
 
 
 def begun(text, stop):
@@ -42,21 +42,23 @@ class Text:
     """Of one request.
 
     Args:
+        words: of the tokenizer.
         stops: strings before the first of which the text ends.
         held: a string from which on nothing is told if an object of JSON follows; all of it is in
             `text` in the end.
         tops: how many of the most probable tokens are told beside each; None for no logprobs.
         offset: where the text begins, of what was told before it.
+        prompt: tokens that the text follows.
+        thinks: whether it begins within a thought, or may begin with one; None for neither.
     """
 
-    def __init__(self, tokenizer, stops=(), held=None, tops=None, offset=0):
-        self.tokenizer, self.stops, self.held, self.tops = tokenizer, stops, held, tops
-        self.stream = DecodeStream(skip_special_tokens=True)
+    def __init__(self, words, stops=(), held=None, tops=None, offset=0, prompt=(), thinks=None):
+        self.stops, self.held, self.tops = stops, held, tops
+        self.decoder = Decoder(words, prompt)
         self.text, self.told, self.offset, self.tokens, self.waiting = "", 0, offset, [], []
-        self.silent = []  # tokens since the last that `stream` gave text of
         self.longest = max(map(len, (*stops, held or "")), default=0)
         self.held_from, self.is_held = None, False
-        self.finished = None
+        self.finished, self.thinks, self.begin = None, thinks, 0  # `begin`: after a thought
 
     def add(self, tokens, logprobs, finished):
         """The next piece, of tokens that have come, and of why no more will."""
@@ -68,17 +70,18 @@ class Text:
                 self.waiting.append(
                     Logprob(token, value, ids, values, self.offset + len(self.text))
                 )
-            self.text += self._step(token)
+            self.text += self.decoder.step(token)
         self.tokens += tokens
         if finished:
-            self.text += self._rest()
-        begin = max(seen - self.longest, 0)
+            self.text += self.decoder.rest()
+        begin = max(seen - self.longest, self.begin)
         ends = [at for stop in self.stops if (at := self.text.find(stop, begin)) >= 0]
         if ends:
             self.text, finished = self.text[: min(ends)], "stop"
         self.finished = finished
-        end = self._end(begin)
-        piece = Piece(self.text[self.told : end], [], finished)
+        thought = "" if self.thinks is None else self._think()
+        end = self._end(max(begin, self.begin)) if self.thinks is None else self.told
+        piece = Piece(self.text[self.told : end], [], finished, thought)
         self.told = max(end, self.told)
         if self.tops is not None:  # of a token whose text has begun
             ready = [x for x in self.waiting if x.offset - self.offset < self.told]
@@ -88,16 +91,30 @@ class Text:
             piece.logprobs = ready
         return piece
 
-    def _step(self, token):
-        """The text that has become whole with a token."""
-        text = self.stream.step(self.tokenizer, token)
-        self.silent = [] if text else [*self.silent, token]
-        if len(self.silent) < MOST_SILENT:
-            return text or ""
-        # Each step decodes all of them again.
-        text, self.silent = self.tokenizer.decode(self.silent), []
-        self.stream = DecodeStream(skip_special_tokens=True)
-        return text
+    def _think(self):
+        """What has come of a thought; the text that is told is what follows."""
+        if not self.thinks:
+            start = self.text.lstrip()
+            if start.startswith(THINK):
+                self.thinks, self.told = True, len(self.text) - len(start) + len(THINK)
+            elif self.finished or not THINK.startswith(start):
+                self.thinks = None
+        if not self.thinks:
+            return ""
+        text, told, at = self.text, self.told, self.text.find(THOUGHT, self.told)
+        strings = (*self.stops, THOUGHT)
+        self.told = at
+        if at < 0:
+            left = 0 if self.finished else max(begun(text, string) for string in strings)
+            self.told = max(len(text) - left, told)
+            return text[told : self.told]
+        following = text[at + len(THOUGHT) :].lstrip()
+        self.begin = self.told = len(text) - len(following)
+        if following or self.finished:
+            self.thinks = None
+        else:  # spaces before the answer may go on
+            self.told = at
+        return text[told:at]
 
     def _end(self, begin):
         """How much may be told: not what may be the beginning of a stop string."""
@@ -121,30 +138,3 @@ class Text:
                 break
             at = self.text.find(self.held, at + len(self.held))
         self.held_from = at if at >= 0 else None
-
-    def _rest(self):
-        """What was held back at the end: bytes that are no whole character."""
-        whole = self.tokenizer.decode(self.tokens)
-        return whole[len(self.text) :] if whole.startswith(self.text) else ""
-
-
-def byte_of_letter():
-    """The bytes that the letters of byte-level tokenizers stand for."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in plain]
-    return {chr(byte): byte for byte in plain} | {
-        chr(256 + n): byte for n, byte in enumerate(others)
-    }
-
-
-BYTES = byte_of_letter()
-
-
-def token_bytes(tokenizer, token):
-    """What a token adds to a text; a token may be a part of a character."""
-    name = tokenizer.id_to_token(token)
-    if name is None:  # rows of the embedding that the tokenizer does not use
-        return b""
-    if all(letter in BYTES for letter in name):
-        return bytes(BYTES[letter] for letter in name)
-    return tokenizer.decode([token], skip_special_tokens=False).encode()
