@@ -140,10 +140,12 @@ def test_shards(by, jax, counted, rng):
 
 
 @pytest.fixture(params=[0, 1])
-def place(request, jax, machine):
+def place(request, jax):
     """The machine on either GPU, and jax's device."""
     if len(jax.devices()) <= request.param:
         pytest.skip("needs two GPUs")
+    check(runtime.cudaSetDevice(0))  # of whose stream the machine is; jax has left any
+    machine = request.getfixturevalue("machine")
     check(runtime.cudaSetDevice(request.param))
     if request.param:
         flags = runtime.cudaStreamNonBlocking
@@ -206,8 +208,13 @@ def test_plans_that_are_recorded(name, place, jax, counted, rng):
         batch = service.batch()
         case.replan(plan, batch)
     print(f"10 steps of {RUNS} runs called Python {len(counted)} times")
-    assert RUNS <= len(counted) < 10 * RUNS
-    assert step._cache_size() == 1
+    assert RUNS <= len(counted) <= 10 * RUNS
+    # XLA gives results memory that is free: where that is the same, it replays what it recorded.
+    del found, results
+    for _ in range(4):
+        counted.clear()
+        jax.block_until_ready(step(*kept))
+    assert not counted and step._cache_size() == 1
     with pytest.raises(
         fi_ffi.ArgumentError, match="`workspace`: got one whose plan runs in a comp"
     ):
