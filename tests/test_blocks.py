@@ -163,6 +163,32 @@ assert len(x) == 2
 """
 
 
+OLD = """
+```python
+import fi_ffi
+from fi_ffi.errors import ArgumentError
+
+raise ArgumentError("op", "backend", got="'auto'", expected=RELEASES)
+```
+"""
+
+
+@pytest.mark.parametrize("releases", ["not in 0.6.13", "not in 0.6.1"])
+def test_what_the_release_in_force_lacks_is_skipped(releases, tmp_path):
+    """On a GPU, where the kernels are of one release; another refusal is a fault of the page."""
+    page = tmp_path / "page.md"
+    page.write_text(OLD.replace("RELEASES", repr(f"a backend that has it: >=0.6.18, {releases}")))
+    options = {"FI_FFI_RELEASE": "0.6.13", "FI_FFI_CACHE_DIR": str(tmp_path / "cache")}
+    if releases.endswith("13"):
+        assert "skipped: op: argument `backend`" in run_page(page, tmp_path, "--gpu", **options)
+        (tmp_path / "without").mkdir()
+        tmp_path, flags = tmp_path / "without", []
+    else:
+        flags = ["--gpu"]
+    with pytest.raises(AssertionError, match="ArgumentError"):
+        run_page(page, tmp_path, *flags, **options)
+
+
 def test_after_a_missing_module_a_page_is_skipped(tmp_path):
     """On a GPU: its later blocks go on with what the skipped one would have left."""
     page = tmp_path / "page.md"

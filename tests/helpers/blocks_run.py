@@ -14,6 +14,7 @@ import doctest
 import inspect
 import io
 import json
+import re
 import subprocess
 import sys
 import traceback
@@ -95,11 +96,15 @@ class Page:
         return "run"
 
     def _why_missing(self, error: Exception) -> str:
-        """The module that the kernels at hand have not, and how to get it."""
-        from fi_ffi.errors import LoaderError
+        """What the kernels at hand have not, or the release in force: a module, or an option."""
+        from fi_ffi.errors import ArgumentError, LoaderError
+        from fi_ffi.ops.call.releases import release_in_force
 
         from tests.helpers import kernels
 
+        if self.has_gpu and isinstance(error, ArgumentError):
+            lacks = rf"not in {re.escape(release_in_force())}(?![.\d])"
+            return str(error) if re.search(lacks, str(error)) else ""
         is_told = self.has_gpu and isinstance(error, LoaderError)
         return kernels.why_missing(error) if is_told else ""
 
