@@ -4,7 +4,8 @@
 
 A step is eight norms, each behind a fused multiply-add. `recorded` is with XLA's command buffers as
 they are by default; `not recorded` is without (XLA_FLAGS=--xla_gpu_enable_command_buffer=), in a
-process of its own. `jax's own` is the same step in jax.numpy. Buffers repeat where each step takes
+process of its own. `jax's own` is the same step in jax.numpy, `jax-tvm-ffi` the same kernel by that
+package, compiled code, where it is installed. Buffers repeat where each step takes
 the same array, and change where it takes the result of the one before. Medians of five rounds, by
 turns.
 """
@@ -58,13 +59,15 @@ def measure(name: str, steps: int) -> None:
         "jax's own": stepped(own),
         "jax.pure_callback, which does nothing": stepped(pure),
     }
+    if peer := of_peer():
+        sides["jax-tvm-ffi"] = stepped(peer)
     x, weight = jnp.ones((64, 4096), jnp.bfloat16), jnp.ones(4096, jnp.bfloat16)
     times = {(side, kind): [] for side in sides for kind in ("repeat", "change")}
     python = dict.fromkeys(times, 0)
     for number in range(6):
         for side, step in sides.items():
             for kind in ("repeat", "change"):
-                count = steps // 10 if "pure" in side else steps
+                count = max(steps // 10, 1) if "pure" in side else steps
                 y, before = jax.block_until_ready(step(x, weight)), calls[0]
                 start = time.perf_counter()
                 for _ in range(count):
@@ -76,6 +79,34 @@ def measure(name: str, steps: int) -> None:
     for (side, kind), found in times.items():
         each, count = statistics.median(found), python[side, kind]
         print(f"{name:13} {side:38} {kind:7} {each:9.1f} us a step, Python {count:.2f}")
+
+
+def of_peer():
+    """The norm by jax-tvm-ffi, of the file that fi_ffi calls; None where it cannot be."""
+    try:
+        import jax_tvm_ffi
+        import tvm_ffi
+    except ImportError:
+        return None
+    import jax
+
+    from fi_ffi.loader import search
+
+    if jax.default_backend() != "gpu":
+        return None
+    _, file, _ = search.find_module("norm")
+    norm = tvm_ffi.load_module(str(file.path))
+    spec = ["rets", "args", "attrs.eps", "attrs.enable_pdl"]
+    name = "peer.rmsnorm"
+    jax_tvm_ffi.register_ffi_target(
+        name, norm["rmsnorm"], spec, platform="gpu", allow_cuda_graph=True
+    )
+
+    def call(x, weight):
+        kind = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        return jax.ffi.ffi_call(name, kind)(x, weight, eps=1e-6, enable_pdl=False)
+
+    return call
 
 
 def main() -> None:
