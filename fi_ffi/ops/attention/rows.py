@@ -16,8 +16,7 @@ from typing import Any
 
 from fi_ffi.ops.call.releases import OLDEST, forms_of
 from fi_ffi.ops.call.row import Arg, KvLayout, PlanInfo, Row, Scalar, Tensor, Vector
-from fi_ffi.ops.table import indices
-from fi_ffi.ops.table.indices import index, pages, starts
+from fi_ffi.ops.table.indices import MASKS, PREFIXES, index, last_pages, on_host, pages, starts
 
 F16 = ("float16", "bfloat16")
 FP8 = ("float8_e4m3fn", "float8_e5m2")
@@ -112,8 +111,7 @@ _SHARED: tuple[Arg, ...] = (
     index("kv_len", "b", "tokens in each request", "0 <= kv_len"),
     starts("paged_kv_indptr", "b+1", "start of each request's pages", "num_indices"),
     pages("paged_kv_indices", "the pages"),
-    indices.last_pages("paged_kv_last_page_len", "b", "tokens in each request's last page",
-                       "paged_kv_indptr"),
+    last_pages("paged_kv_last_page_len", "b", "paged_kv_indptr"),
     pages("kv_indices", "the pages"),
     number("mask_mode_code", "0 none, 1 causal, 2 custom, 3 multi-item scoring", int),
     KvLayout(),
@@ -138,10 +136,10 @@ _SHARED: tuple[Arg, ...] = (
     # What modules.py adds, by kernel.
     _maybe("maybe_custom_mask", "mask_bytes", "uint8", "the packed mask"),
     _maybe("maybe_mask_indptr", "b+1", "int32", "start of each request's mask",
-           index=indices.MASKS),
+           index=MASKS),
     _maybe("maybe_alibi_slopes", "num_qo_heads", "float32", "ALiBi's slopes"),
     _maybe("maybe_prefix_len_ptr", "b", "uint32", "tokens in each request's prefix",
-           index=indices.PREFIXES),
+           index=PREFIXES),
     _maybe("maybe_token_pos_in_items_ptr", "num_positions", "uint16",
            "each token's position in its item", no_index="only compared"),
     _maybe("maybe_max_item_len_ptr", "b", "uint16", "tokens in each request's longest item",
@@ -244,9 +242,7 @@ def add_plan(family: str, variant: str, names: str, **more: Any) -> Row:
     """Add the row of a planner: workspaces, then host arrays and numbers."""
     args = list(arguments(f"{WORKSPACES} page_locked_int_workspace_buffer"))
     for arg in arguments(names):
-        if isinstance(arg, Tensor):  # without the end of what runs alone have
-            arg = replace(arg, host=True, index=arg.index[:2])
-        args.append(arg)
+        args.append(on_host(arg) if isinstance(arg, Tensor) else arg)
     fields: dict[str, Any] = {"dtypes": {}, "vector": Vector(()), "result": "Array<int>"}
     return add_row(f"{family}.plan", variant, "Schedule a batch.", tuple(args), **fields, **more)
 

@@ -315,9 +315,7 @@ _BATCH_POD_PREFILL = _half(
     starts("qo_indptr", "b_p+1", "where each prefill's queries start", "nnz_p"),
     starts("paged_kv_indptr", "b_p+1", "where each prefill's pages start", "num_indices_p"),
     pages("paged_kv_indices", "the prefills' pages", "_p"),
-    last_pages(
-        "paged_kv_last_page_len", "b_p", "tokens in each prefill's last page", "paged_kv_indptr"
-    ),
+    last_pages("paged_kv_last_page_len", "b_p", "paged_kv_indptr"),
     *_masks("p", "not read"),
 )
 _COUNTERS = replace(

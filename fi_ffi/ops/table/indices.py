@@ -6,6 +6,7 @@ The names with parentheses in their conditions are what a run's plan says of its
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from fi_ffi.ops.call.row import Tensor
@@ -27,9 +28,15 @@ def pages(name: str, doc: str, half: str = "") -> Tensor:
     return index(name, f"num_indices{half}", doc, place)
 
 
-def last_pages(name: str, axes: str, doc: str, indptr: str) -> Tensor:
-    """Describe how many tokens each request's last page has, of which `indptr` says if it is."""
-    return index(name, axes, doc, f"1 <= {name} <= page_size where steps({indptr}) > 0")
+def last_pages(name: str, axes: str, indptr: str) -> Tensor:
+    """Describe how many tokens each request's last page has, if it has any by `indptr`."""
+    place = f"1 <= {name} <= page_size where steps({indptr}) > 0"
+    return index(name, axes, "tokens in each request's last page", place)
+
+
+def on_host(arg: Tensor) -> Tensor:
+    """Return a run's array as its planner reads it, which has no end of what runs alone have."""
+    return replace(arg, host=True, index=arg.index[:2])
 
 
 # Of each request in a run: the bytes of its custom mask lie in the mask, and the positions after
