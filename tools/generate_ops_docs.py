@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -46,7 +46,7 @@ named here: [reference.md](reference.md) has their arguments, and those of `gdn_
 - **`stream=`** is an argument of every call. On `device="cpu"` a call runs the reference kernel.
 - **Indices**: the kernels read and write wherever an index says. On `device="cpu"` an index that
   names no place is an `ArgumentError`; what is not checked on a GPU is below each table, where
-  `steps` are the differences of neighbours.
+  `steps` are the differences of neighbours, and functions say what a run's plan knows.
 - **Releases**: the page shows the arguments of FlashInfer {release}. An op takes those of the
   kernels in use.
 - **SMs** are the architectures that FlashInfer {release} compiles the module for.
@@ -147,6 +147,15 @@ def _attention() -> Iterator[str]:
             str(len(first.args)), _dtypes(first) or "int32", _attention_sms(first),
         )  # fmt: skip
         yield f"| {' | '.join(map(_escaped, cells))} |"
+    yield from _unchecked(FORMS)
+
+
+def _unchecked(rows: Iterable[Row]) -> Iterator[str]:
+    """What is not checked of tensors on a GPU, once for all entries."""
+    tensors = (arg for row in rows for arg in row.tensors if not arg.host)
+    places = dict.fromkeys(f"`{text}`" for arg in tensors for text in arg.index)
+    if places:
+        yield f"\nNot checked on a GPU: {_escaped(', '.join(places))}."
     yield ""
 
 
@@ -164,7 +173,8 @@ def _packages() -> Iterator[str]:
         yield "\nThey call these entries:\n"
         yield "| entry | module | of | FlashInfer | arguments | dtypes | SMs |"
         yield "|---|---|---|---|---|---|---|"
-        for _, name, forms in group:
+        entries = [(name, forms) for _, name, forms in group]
+        for name, forms in entries:
             first = forms[0]
             # One of each module: those of other GPUs have sources and arguments of their own.
             of_modules = {form.source: form for form in reversed(forms)}.values()
@@ -176,7 +186,7 @@ def _packages() -> Iterator[str]:
             module, source, count, sms = (", ".join(each) for each in zip(*ways, strict=True))
             cells = f"`{name}`", module, source, span_of(forms), count, _dtypes(first), sms
             yield f"| {' | '.join(map(_escaped, cells))} |"
-        yield ""
+        yield from _unchecked(form for _, forms in entries for form in forms)
 
 
 def _moe() -> Iterator[str]:

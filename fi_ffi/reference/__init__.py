@@ -25,7 +25,7 @@ from fi_ffi.abi import library
 from fi_ffi.abi.function import Entry, register
 from fi_ffi.abi.signature import Signature
 from fi_ffi.abi.tensor import TensorDesc
-from fi_ffi.errors import KernelNotFoundError
+from fi_ffi.errors import ArgumentError, KernelNotFoundError
 from fi_ffi.families import FAMILIES
 from fi_ffi.loader import generation, tvm_ffi
 from fi_ffi.loader.distributions import is_in
@@ -33,7 +33,7 @@ from fi_ffi.ops.call.releases import release_in_force
 from fi_ffi.ops.call.row import Row
 from fi_ffi.reference.arrays import as_array, bits, over_arrays, store_changed
 from fi_ffi.reference.formula import Formula, Move, as_inputs
-from fi_ffi.reference.indices import judge, judged
+from fi_ffi.reference.indices import Facts, judge, judged
 
 # What a module was compiled for, if its kernels depend on it: names and values.
 Compiled = tuple[tuple[str, object], ...]
@@ -112,14 +112,29 @@ def entry(
         words = (module, kernel, *(f"{word}_{value}" for word, value in compiled))
         name = ".".join(("fi_ffi.reference", *words))
         # No lock: a `__del__` on this thread may ask too. One of two alike serves all.
-        made = register(name, signature, over_arrays(judged(function, judged_by)))
+        facts = _facts(module, kernel) if has_indices else None
+        made = register(name, signature, over_arrays(judged(function, judged_by, facts)))
         found = _entries.setdefault(key, made)
     return found
 
 
 def judge_descs(row: Row, descs: Mapping[str, TensorDesc], **sizes: int) -> None:
     """Refuse indices outside their tensors, in tensors of the CPU; see `indices.judge`."""
-    judge(row, {name: as_array(desc) for name, desc in descs.items()}, **sizes)
+    try:
+        judge(row, {name: as_array(desc) for name, desc in descs.items()}, None, **sizes)
+    except ArgumentError as error:
+        raise ArgumentError(
+            row.name, error.argument, got=error.got, expected=error.expected
+        ) from None
+
+
+def _facts(module: str, kernel: str) -> Facts | None:
+    """Return what the conditions of a family's rows name, if it is one of attention."""
+    if module in _NAMES:
+        return None
+    planned = library.import_whole("fi_ffi.reference.attention.planned")
+    found: Facts | None = planned.facts_of(module, kernel)
+    return found
 
 
 @generation.cached

@@ -16,7 +16,6 @@ import numpy as np
 
 from fi_ffi.reference.arrays import Array, store_changed
 from fi_ffi.reference.formula import SLACK, Exact, Formula, Inputs, as_inputs
-from fi_ffi.reference.indices import check_slot
 
 # Tokens of a piece.
 _PIECE = 256
@@ -306,9 +305,6 @@ def _decode(a: Inputs, padding: str, is_zero: bool = False) -> dict[str, tuple[A
     stays = a["disable_state_update"] or (buffer is not None and padding == "null slot")
     for i in range(b):
         slots = _slots_of(a, i, padding)
-        for slot, written in ((slots.source, False), (slots.target, True)):
-            if slot is not None:
-                check_slot("gdn_decode", _indices_of(a, written), i, slot, len(before))
         if slots.source is None:
             if is_zero:
                 out[i] = 0
@@ -408,9 +404,7 @@ def _kda(a: Inputs) -> Exact:
     is_cleared = "num_accepted_tokens" in a
     if is_cleared:
         out[int(a["cu_seqlens"][-1]) :] = 0
-    for i, (source, tokens, targets) in enumerate(_requests_of(a, len(q))):
-        highest = max(source, *targets, 0)
-        check_slot("recurrent_kda", "ssm_state_indices", i, highest, len(before))
+    for source, tokens, targets in _requests_of(a, len(q)):
         state = _Value(before[source], 0.0)
         for token, target in zip(tokens, targets, strict=True):
             if target < 0:

@@ -6,14 +6,17 @@ meaning of its own, such as a padding of -1, a condition leaves out.
 
 A condition is `LOW <= PLACES < HIGH`, or one half of it, for each element; `<=` and `<` may be
 either. Its parts are Python expressions of the row's sizes, scalars and tensors; `steps` are the
-differences of neighbours. After `where`, an expression says which elements the kernel reads: all
-tensors with the axes of those in it, lookups aside, are reduced to them.
+differences of neighbours, `columns` the numbers of a table's columns, and `clip` is numpy's. Other
+functions are facts of a run's plan (`fi_ffi.reference.attention.planned`). After `where`, an
+expression says which elements the kernel reads: all tensors with the axes of those in it, lookups
+aside, are reduced to them.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +28,9 @@ from fi_ffi.errors import ArgumentError
 from fi_ffi.ops.call.notation import parse_axis, parse_expression
 from fi_ffi.ops.call.row import KV_LAYOUTS, KvLayout, Row, Tensor
 from fi_ffi.reference.arrays import Array
+
+# Finds what conditions name beside arguments and sizes, from these by name.
+Facts = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 _HOLDS = {"<=": np.less_equal, "<": np.less}
 _LOW = {"<=": "{} or more", "<": "more than {}"}
@@ -92,7 +98,7 @@ class Places:
                 **{
                     arg.name: known[arg.name][read]
                     for arg in row.tensors
-                    if arg.axes in axes and known.get(arg.name) is not None
+                    if arg.axes in axes and np.shape(known.get(arg.name, ())) == read.shape
                 },
             }
         places = np.asarray(_value(self.places, kept))
@@ -102,8 +108,8 @@ class Places:
             if not right.all():
                 at = np.unravel_index(int(np.argmin(right)), right.shape)
                 limit = int(np.broadcast_to(other, places.shape)[at])
-                told = self._told(int(places[at]), at if read is None else np.flatnonzero(read)[at])
-                raise refusal(row.name, self.argument, told, bound.expected(limit))
+                told = self._told(int(places[at]), at if read is None else np.argwhere(read)[at])
+                raise refusal(self.argument, told, bound.expected(limit))
 
     def _told(self, place: int, at: Any) -> str:
         """Return the words for a wrong place, which an element has."""
@@ -112,33 +118,30 @@ class Places:
         return f"{of}{place}{f' in element {where}' if where else ''}"
 
 
-def refusal(op: str, argument: str, got: str, expected: str) -> ArgumentError:
-    """Return the error for a place that there is not, which a call raises with its own name."""
-    error = ArgumentError(op, argument, got=got, expected=expected)
+def refusal(argument: str, got: str, expected: str) -> ArgumentError:
+    """Return the error for a place that there is not, which a call raises with its own names."""
+    error = ArgumentError("", argument, got=got, expected=expected)
     error.is_of_kernel = True
     return error
 
 
-def check_slot(op: str, argument: str, request: int, slot: int, count: int) -> None:
+def check_slot(argument: str, request: int, slot: int, count: int) -> None:
     """Refuse a request's slot of states, if there are fewer; for rows whose indices mean more than
     a condition can say."""
     if not 0 <= slot < count:
         expected = f"0 or more, and less than {count}"
-        raise refusal(op, argument, f"{slot} for request {request}", expected)
+        raise refusal(argument, f"{slot} for request {request}", expected)
 
 
-def check_pages(argument: str, pages: Array, start: int, count: int) -> None:
-    """Refuse pages of a request, which begin at an element, that a cache with fewer does not have:
-    where a request ends, the plan says."""
-    wrong = (pages < 0) | (pages >= count)
-    if wrong.any():
-        at = int(np.argmax(wrong))
-        expected = f"0 or more, and less than {count}, the cache's pages"
-        raise refusal("", argument, f"{int(pages[at])} in element {start + at}", expected)
+def _columns(table: Array) -> Array:
+    return np.broadcast_to(np.arange(table.shape[-1]), table.shape)
+
+
+_FUNCTIONS = {"steps": np.diff, "columns": _columns, "clip": np.clip}
 
 
 def _value(text: str, known: Mapping[str, Any]) -> Any:
-    return eval(text, {"__builtins__": {}, "steps": np.diff}, dict(known))
+    return eval(text, {"__builtins__": {}, **_FUNCTIONS}, dict(known))
 
 
 def _axes_of(arg: Tensor, where: str) -> str:
@@ -149,26 +152,30 @@ def _axes_of(arg: Tensor, where: str) -> str:
     return arg.axes if is_meant else ""
 
 
-def judged(kernel: Callable[..., Any], row: Row | None) -> Callable[..., Any]:
+def judged(
+    kernel: Callable[..., Any], row: Row | None, facts: Facts | None = None
+) -> Callable[..., Any]:
     """Wrap a kernel on arrays so that it refuses indices outside their tensors."""
     if row is None:
         return kernel
 
     @functools.wraps(kernel)
     def call(*values: Any) -> Any:
-        judge(row, {arg.name: value for arg, value in zip(row.args, values, strict=True)})
+        judge(row, {arg.name: value for arg, value in zip(row.args, values, strict=True)}, facts)
         return kernel(*values)
 
     return call
 
 
-def judge(row: Row, given: Mapping[str, Any], **sizes: int) -> None:
+def judge(row: Row, given: Mapping[str, Any], facts: Facts | None = None, **sizes: int) -> None:
     """Refuse indices outside their tensors in a call's arrays and scalars.
 
-    `sizes` are those that no tensor of the row has.
+    `sizes` are those that no tensor of the row has; `facts` finds what else the conditions name.
     """
     conditions = _conditions(row)
     known = {**sizes_of(row, given), **sizes, **given}
+    if facts is not None:
+        known |= facts(known)
     for name in {name for each in conditions for name in parse_expression(each.text)[1]}:
         if isinstance(known.get(name), np.ndarray):
             known[name] = known[name].astype(np.int64)
@@ -186,6 +193,7 @@ def _conditions(row: Row) -> list[Places]:
 def sizes_of(row: Row, given: Mapping[str, Any]) -> dict[str, int]:
     """Return the sizes of a call's axes, from its arrays."""
     sizes: dict[str, int] = {}
+    merged: list[tuple[Sequence[str], int]] = []
     layout = "NHD"
     if isinstance(row.kv_layout, KvLayout) and not row.kv_layout.strided:
         codes = {code: word for word, code in KV_LAYOUTS.items()}
@@ -194,15 +202,22 @@ def sizes_of(row: Row, given: Mapping[str, Any]) -> dict[str, int]:
         array = given.get(arg.name)
         if array is None:
             continue
-        for text, size in zip(_entry_axes(arg, layout), array.shape, strict=True):
-            axis = parse_axis(text) if text else None
-            if axis is not None and len(axis.terms) == 1 and axis.over == 1:
+        for texts, size in zip(_entry_axes(arg, layout), array.shape, strict=True):
+            axis = parse_axis(texts[0])
+            if len(texts) > 1:
+                merged.append((texts, size))
+            elif len(axis.terms) == 1 and axis.over == 1:
                 ((name, times),) = axis.terms
                 sizes[name] = (size - axis.more) // times
+    for texts, size in merged:
+        unknown = [text for text in texts if text.isidentifier() and text not in sizes]
+        known = math.prod(parse_axis(text).size(sizes) for text in texts if text not in unknown)
+        if len(unknown) == 1 and known:
+            sizes[unknown[0]] = size // known
     return sizes
 
 
-def _entry_axes(arg: Tensor, layout: str) -> Sequence[str]:
-    """Return the axes that an entry gets, "" for one that is several."""
+def _entry_axes(arg: Tensor, layout: str) -> Sequence[Sequence[str]]:
+    """Return the axes that an entry gets, each as those that it merges."""
     axes = arg.axes_in(layout)
-    return [axes[of[0]] if len(of) == 1 else "" for of in arg.view] if arg.view else axes
+    return [[axes[i] for i in of] for of in arg.view] if arg.view else [[axis] for axis in axes]

@@ -14,8 +14,6 @@ from fi_ffi.reference.arrays import Array
 from fi_ffi.reference.formula import SLACK, Exact, Expected, Formula, Inputs, OneOfMany
 from fi_ffi.reference.indices import check_slot, refusal
 
-_OP = "selective_state_update"
-
 
 def seq_chunk_cumsum(a: Inputs) -> Exact:
     starts = a["chunk_indices"].astype(np.int64) * a["chunk_size"]
@@ -62,9 +60,8 @@ def _requests(a: Inputs) -> Iterator[_MambaRequest]:
         kept = slot != pad
         # Unless the algorithm is chosen, the kernels for several tokens serve padded calls.
         if not kept and is_one and "state_scale" in a and a["algorithm"]:
-            raise refusal(
-                _OP, "state_batch_indices", f"{slot} for request {i}", "a slot, whose scale is read"
-            )
+            got = f"{slot} for request {i}"
+            raise refusal("state_batch_indices", got, "a slot, whose scale is read")
         if kept and "intermediate_states_buffer" in a:
             of = a.get("intermediate_state_indices")
             entry = slot if of is None else int(of[i])
@@ -72,7 +69,7 @@ def _requests(a: Inputs) -> Iterator[_MambaRequest]:
             room = len(a["intermediate_states_buffer"])
             if "intermediate_state_scales" in a:
                 room = min(room, len(_tokens(a)))
-            check_slot(_OP, name, i, entry, room)
+            check_slot(name, i, entry, room)
             targets = [entry * a["cache_steps"] + step for step in range(len(tokens))]
         elif kept and "dst_state_batch_indices" in a:
             places = [_column(a["dst_state_batch_indices"], i, step) for step in range(len(tokens))]
@@ -88,12 +85,12 @@ def _check_slots(a: Inputs, i: int, source: int | None, targets: list[int | None
     """Refuse slots out of range, where a GPU would read and write past the states."""
     argument, count = "state_batch_indices", len(a["state"])
     if source is not None:
-        check_slot(_OP, argument, i, source, count)
+        check_slot(argument, i, source, count)
     if "intermediate_states_buffer" not in a:
         argument = f"dst_{argument}" if f"dst_{argument}" in a else argument
         for slot in targets:
             if slot is not None:
-                check_slot(_OP, argument, i, slot, count)
+                check_slot(argument, i, slot, count)
 
 
 # Errors of float32: of `__expf`; of `__logf`, absolute near 0; of a sum of products; of a sigmoid.

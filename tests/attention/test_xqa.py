@@ -69,12 +69,36 @@ def test_pages_that_the_cache_lacks(page, rng):
     """No request's results are written, also not those of requests before it."""
     batch = Batch(SPECS["plain"], rng)
     table, output = batch.arrays["page_table"].copy(), np.full_like(batch.arrays["q"], np.nan)
-    table[-1, 0] = page
+    table[-1, 0], last = page, len(table) - 1
     fi_ffi.xqa(**batch.arrays)  # scratch memory stays
-    with pytest.raises(fi_ffi.ArgumentError, match=f"got {page} in element 0, ") as caught:
+    with pytest.raises(fi_ffi.ArgumentError, match=f"got {page} in element {last}, 0, ") as caught:
         fi_ffi.xqa(**{**batch.arrays, "page_table": table, "output": output})
     assert (caught.value.op, caught.value.argument) == ("xqa", "page_table")
     assert np.isnan(output.astype(np.float32)).all()
+
+
+@pytest.mark.parametrize("queries", [1, 4])
+def test_lengths_that_the_pages_lack(queries, rng):
+    """From a key for each query to as many as the pages hold; other entries of the table are not
+    read."""
+    batch = Batch(Spec(queries=queries, lengths=(4, 17, 300)), rng)
+    table, lengths = batch.arrays["page_table"].copy(), batch.arrays["seq_lens"]
+    table[np.arange(table.shape[1]) * 16 >= lengths] = 2**31 - 1
+    outputs = [np.full_like(batch.arrays["q"], np.nan) for _ in range(2)]
+    for output, pages in zip(outputs, (batch.arrays["page_table"], table), strict=True):
+        fi_ffi.xqa(**{**batch.arrays, "page_table": pages, "output": output})
+    assert np.isfinite(outputs[0].astype(np.float32)).all()
+    assert outputs[0].tobytes() == outputs[1].tobytes()
+    most = table.shape[1] * 16
+    for length, words in ((queries - 1, f"{queries} or more"), (most + 1, f"= {most} or less")):
+        wrong = np.full_like(lengths, 17)
+        wrong[2] = length
+        with pytest.raises(fi_ffi.ArgumentError, match=f"{words}$") as caught:
+            fi_ffi.xqa(**{**batch.arrays, "seq_lens": wrong})
+        assert (caught.value.argument, caught.value.got) == (
+            "seq_lens",
+            f"{length} in element 2, 0",
+        )
 
 
 def test_fp8_outputs_are_scaled(rng):

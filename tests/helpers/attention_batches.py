@@ -30,7 +30,7 @@ def call(row: Row, compiled: tuple[tuple[str, object], ...] = (), **given: Any) 
         value = given.pop(arg.name, default)
         values.append(as_desc(value) if isinstance(value, np.ndarray) else value)
     assert not given, f"{row.name} has no {list(given)}"
-    return reference.entry(row.module, row.signature, row.reference, compiled)(*values)
+    return reference.entry(row.module, row.signature, row.reference, compiled, row=row)(*values)
 
 
 def starts(lengths: list[int]) -> np.ndarray:

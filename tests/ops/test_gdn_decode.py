@@ -404,12 +404,26 @@ def test_refusals_of_some_kinds(rng):
     wrong(several, "intermediate_states_buffer", intermediate_states_buffer=narrow)
 
 
-def test_what_a_gpu_would_read_past_the_states(rng):
-    call = DecodeCall(rng, slots=5)
-    call.arrays["initial_state_indices"][1] = 5
-    words = "gdn_decode: argument `initial_state_indices`: got 5 for request 1, .* less than 5"
+@pytest.mark.parametrize("t", [1, 3])
+@pytest.mark.parametrize("state_dtype", ["bfloat16", "float32"])
+def test_what_a_gpu_would_read_past_the_states(state_dtype, t, rng):
+    call = DecodeCall(rng, slots=5, t=t, state_dtype=state_dtype)
+    initial = call.arrays["initial_state_indices"]
+    initial[1] = 5
+    words = "gdn_decode: argument `initial_state_indices`: got 5 in element 1, .* slots = 5$"
     with pytest.raises(fi_ffi.ArgumentError, match=words):
         fi_ffi.gdn_decode(**call.arrays, **call.options)
+    # Of no request nothing is written, wherever: but of bfloat16 states slot 0 is.
+    call.arrays["output_state_indices"] = written = np.array([3, 10**6, 4], initial.dtype)
+    initial[:] = 0, -1, 1
+    if state_dtype == "float32":
+        fi_ffi.gdn_decode(**call.arrays, **call.options)
+        initial[1] = 2
+    words = "`output_state_indices`: got 1000000 in element 1, .* slots = 5$"
+    with pytest.raises(fi_ffi.ArgumentError, match=words):
+        fi_ffi.gdn_decode(**call.arrays, **call.options)
+    written[1] = 0
+    fi_ffi.gdn_decode(**call.arrays, **call.options)
 
 
 def test_supports():

@@ -4,13 +4,19 @@ there. Which integers are indices, the rows say.
 
 from __future__ import annotations
 
+import importlib
+import itertools
+import pkgutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 
 import fi_ffi
+from fi_ffi import ops
 from fi_ffi.abi.tensor import DTYPES
 from fi_ffi.cli.cases import Case, case_of
 from fi_ffi.ops.call.docs import docstring
@@ -18,7 +24,14 @@ from fi_ffi.ops.call.notation import parse_expression
 from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.call.row import Row, Tensor
 from fi_ffi.ops.functions import OPS
-from fi_ffi.ops.table import ROWS
+from fi_ffi.ops.matmul import rows as of_matmul
+from fi_ffi.ops.moe import lora
+from fi_ffi.ops.moe import rows as fused
+from fi_ffi.ops.moe.interface import INTERFACES
+from fi_ffi.ops.moe.modes import MODES
+from fi_ffi.ops.plans import rows as of_attention
+from fi_ffi.ops.states import gdn, kda, mamba
+from fi_ffi.ops.table import ROWS, comm
 
 from tests.attention.cases import Service
 from tests.attention.machines import Cpu
@@ -35,20 +48,77 @@ def dtypes_of(row: Row, arg: Tensor) -> tuple[str, ...]:
 
 
 def integers(row: Row) -> list[Tensor]:
-    """The row's tensors of integers that a kernel reads, other than bytes."""
+    """The row's tensors of integers that a kernel reads, other than bytes. Dtypes of a row that
+    calls fill in may be any."""
     return [
         arg
         for arg in row.tensors
         if arg.reads
         and any(
-            np.dtype(DTYPES[name].numpy).kind in "iu"
+            name not in DTYPES or np.dtype(DTYPES[name].numpy).kind in "iu"
             for name in dtypes_of(row, arg)
-            if name not in BYTES and DTYPES[name].lanes == 1
+            if name not in BYTES and (name not in DTYPES or DTYPES[name].lanes == 1)
         )
     ]
 
 
+def rows_in(value: Any, seen: set[int]) -> Iterator[Row]:
+    """The rows that a value holds, in the package's objects and their containers."""
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, Row):
+        yield value
+        return
+    parts: Iterable[Any] = ()
+    if isinstance(value, Mapping):
+        parts = (*value, *value.values())
+    elif isinstance(value, (tuple, list, set, frozenset)):
+        parts = value
+    elif type(value).__module__.startswith("fi_ffi."):
+        slots = (name for of in type(value).__mro__ for name in getattr(of, "__slots__", ()))
+        parts = [getattr(value, name, None) for name in slots]
+        parts += getattr(value, "__dict__", {}).values()
+    for part in parts:
+        yield from rows_in(part, seen)
+
+
+def modules() -> list[ModuleType]:
+    """The modules that have rows, or functions which make them."""
+    return [
+        importlib.import_module(found.name)
+        for found in pkgutil.walk_packages(ops.__path__, "fi_ffi.ops.")
+    ]
+
+
+# Rows that depend on a call, by the function that makes them.
+MADE: dict[Callable[..., Row], list[Row]] = {
+    gdn.row_of: [
+        gdn.row_of(gdn.GdnKernel(2, 4, t, state_dtype=dtype, state_layout=layout, **more))
+        for t, dtype, layout in itertools.product((1, 3), ("bfloat16", "float32"), gdn.LAYOUTS)
+        for more in ({}, {"is_indexed": False}, {"is_same_pool": False})
+        if dtype == "float32" or layout == "VK"
+    ],
+    kda.row_of: [
+        kda.row_of(kda.KdaKernel(size, is_packed=is_packed, t=t, h=2, hv=4))
+        for size, is_packed, t in itertools.product(kda.SIZES, (False, True), (1, 3))
+    ],
+    mamba.row_of: [
+        mamba.row_of(kind, read, written, states)
+        for kind, read, written in itertools.product(("one", "steps", "sequences"), (1, 2), (1, 2))
+        for states in ("", mamba.INT16, mamba.RANDOM)
+    ],
+    fused.row_of: [
+        fused.row_of(interface, method, mode, ("bfloat16", "uint8", "bfloat16"), True, (0,))
+        for interface, mode in itertools.product(INTERFACES, MODES)
+        for method in ("run_moe", "run_gemm_profile")
+    ],
+}
+
+OWN = {id(row): row for module in modules() for row in rows_in(vars(module), set())}
+OTHERS = [row for row in [*OWN.values(), *itertools.chain(*MADE.values())] if row not in ROWS]
 EVERY = [(row, arg) for row in ROWS for arg in integers(row)]
+EVERYWHERE = [*EVERY, *((row, arg) for row in OTHERS for arg in integers(row))]
 INDICES = [(row, arg) for row, arg in EVERY if arg.index]
 
 
@@ -56,11 +126,28 @@ def ids(found: list[tuple[Row, Tensor]]) -> list[str]:
     return [f"{row.name} {row.releases} {arg.name}" for row, arg in found]
 
 
-def test_the_table_says_of_every_integer_what_it_is():
-    assert len(EVERY) > 100 and len(INDICES) > 50
-    for row, arg in EVERY:
-        told = f"{row.name} {row.releases}: {arg.name}"
-        assert bool(arg.index) != bool(arg.no_index), told
+def test_the_rows_are_all_there_are():
+    """Found in the modules, and made by every function that makes rows for a call."""
+    makers = {
+        value
+        for module in modules()
+        for name, value in vars(module).items()
+        if name == "row_of" and value.__module__ == module.__name__
+    }
+    assert makers == MADE.keys()
+    assert {*ROWS, *of_attention.ROWS, *of_matmul.ROWS, *lora.ROWS, *comm.OPS} <= {*OWN.values()}
+    assert {row.variant for row in MADE[gdn.row_of]} == {
+        "", "_float32", "_float32_tokens", "_float32_keys",
+    }  # fmt: skip
+
+
+def test_the_rows_say_of_every_integer_what_it_is():
+    assert len(EVERY) > 100 and len(INDICES) > 50 and len(EVERYWHERE) > 2 * len(EVERY)
+    said = {f"{row.name}{row.variant} {row.releases}: {arg.name}":
+            bool(arg.index) != bool(arg.no_index) for row, arg in EVERYWHERE}  # fmt: skip
+    assert not [told for told, is_right in said.items() if not is_right]
+    for row, arg in EVERYWHERE:
+        told = f"{row.name}{row.variant} {row.releases}: {arg.name}"
         # Each condition is about the argument, and is on the page of the op.
         for text in arg.index:
             assert arg.name in parse_expression(text)[1], told
@@ -71,9 +158,10 @@ def test_the_table_says_of_every_integer_what_it_is():
 
 def test_sizes_in_conditions_are_those_of_the_row():
     """A name that is no size, scalar or tensor would only be noticed in a call."""
-    for row, arg in INDICES:
+    for row, arg in EVERYWHERE:
         known = {arg.name for arg in row.args}
         known |= {name for tensor in row.tensors for name in tensor.axis_variables}
+        known |= {"experts", "adapters"} if row is lora.CHECKS else set()  # of lists of weights
         for text in arg.index:
             assert {*parse_expression(text)[1]} - {"where"} <= known, f"{row.name}: {text}"
 
@@ -100,6 +188,10 @@ def size_of(case: Case, name: str) -> int | None:
     return None
 
 
+# Whose runs call the list of pages by its longer name.
+PAGED = ("batch_prefill", "batch_decode")
+
+
 @pytest.mark.parametrize("spec", SERVED.values(), ids=SERVED)
 def test_pages_that_a_cache_lacks(spec, rng):
     """It is named, and no request has results, also none of those before it."""
@@ -113,7 +205,8 @@ def test_pages_that_a_cache_lacks(spec, rng):
         with pytest.raises(fi_ffi.ArgumentError, match=f"got {page} in element {at}, ") as caught:
             case.run(case.plan(with_wrong), with_wrong, out)
         error = caught.value
-        assert (error.op, error.argument) == (case.plan_class.__name__, "paged_kv_indices")
+        name = "paged_kv_indices" if spec.family in PAGED else "kv_indices"
+        assert (error.op, error.argument) == (case.plan_class.__name__, name)
         assert np.isnan(out.o.get().astype(np.float32)).all()
         assert out.lse is None or np.isnan(out.lse.get()).all()
     case.check(batch, case.run(case.plan(batch), batch, case.outputs(batch.rows)))

@@ -392,8 +392,22 @@ def test_refusals_of_packed_tokens(rng):
 def test_what_a_gpu_would_read_past_the_states(t, form, rng):
     call = Call(rng, t=t, form=form)
     call.arrays["ssm_state_indices"].flat[0] = len(call.arrays["initial_state"])
-    words = "recurrent_kda: argument `ssm_state_indices`: got .* for request 0"
+    words = "recurrent_kda: argument `ssm_state_indices`: got .* in element 0(, 0)?, .* less than"
     with pytest.raises(fi_ffi.ArgumentError, match=words):
+        fi_ffi.recurrent_kda(**call.arrays, **call.options)
+
+
+def test_slots_that_a_call_does_not_read(rng):
+    """Those after a request's tokens, but for the one that it starts from."""
+    call = Call(rng, t=3, form="starts", is_accepted=True)
+    starts, slots = call.arrays["cu_seqlens"], call.arrays["ssm_state_indices"]
+    far, last = 10**6, len(starts) - 2
+    starts[-1] = starts[last] + 1
+    call.arrays["num_accepted_tokens"][last] = 2
+    slots[last, 2] = far
+    fi_ffi.recurrent_kda(**call.arrays, **call.options)
+    slots[last, 1] = far
+    with pytest.raises(fi_ffi.ArgumentError, match=f"got {far} in element {last}, 1, .* less than"):
         fi_ffi.recurrent_kda(**call.arrays, **call.options)
 
 

@@ -62,15 +62,18 @@ def test_a_small_workspace(name, rng):
         ({"batch_size": 6}, "qo_indptr has 6 elements for 6 requests"),
         (
             {"qo_indptr": np.array([0, 3, 2, 5, 6, 13], np.int32)},
-            "qo_indptr should .* not decrease",
+            r"`qo_indptr`: got steps\(qo_indptr\) = -1 in element 1, expected 0 or more",
         ),
-        ({"kv_indptr": np.array([-1, 3, 3, 5, 6, 13], np.int32)}, "kv_indptr should start at 0"),
-        ({"kv_len_arr": np.array([1, 1, -1, 1, 1], np.int32)}, "should be non-negative"),
+        (
+            {"kv_indptr": np.array([-1, 3, 3, 5, 6, 13], np.int32)},
+            "`kv_indptr`: got -1 in element 0",
+        ),
+        ({"kv_len_arr": np.array([1, 1, -1, 1, 1], np.int32)}, "`kv_len_arr`: got -1 in element 2"),
     ],
 )
 @pytest.mark.parametrize("row", [FA2[0], FA3[0]], ids=["fa2", "fa3"])
 def test_plans(row, given, words, rng):
-    with pytest.raises(KernelError, match=words):
+    with pytest.raises((KernelError, ArgumentError), match=words):
         Batch(rng).plan(row, True, **given)
 
 
@@ -90,7 +93,7 @@ def test_other_lengths_than_planned(which, name, rng):
     array = {"paged_kv_indptr": batch.page_indptr}.get(name, getattr(batch, name, None)).copy()
     room = np.append(array, [0, 0]).astype(np.int32)
     batch.run(FA2[which], info, sm_scale=SCALE, **{name: room})
-    array[2] += 1
+    array[4] += 1
     with pytest.raises(KernelError, match=f"{name} is not what was planned"):
         batch.run(FA2[which], info, sm_scale=SCALE, **{name: array})
 
@@ -113,10 +116,10 @@ def test_other_lengths_than_planned(which, name, rng):
         (
             FA2[2],
             (),
-            {"paged_kv_indices": np.full(20, 99, np.int32)},
-            "argument `paged_kv_indices`: got 99 in element 0, expected 0 or more, and less than",
+            {"paged_kv_indices": np.zeros(4, np.int32)},
+            "`paged_kv_indptr`: got 5 in element 4, expected num_indices = 4 or less",
         ),
-        (FA2[2], (), {"paged_kv_indices": np.zeros(4, np.int32)}, "0 pages of 5 tokens for"),
+        (FA3[2], (), {"paged_kv_indices": np.full(20, 99, np.int32)}, "got 99 in element 0"),
         (FA3[2], (), {"q": np.zeros((12, HEADS, DIM), np.float16)}, "q has 12 rows; .* has 13"),
         (FA2[1], (), {"k": np.zeros((45, KV_HEADS, DIM), np.float16)}, "k has 45 rows; .* has 46"),
     ],
@@ -207,9 +210,6 @@ def test_pages_before_the_first(rng):
     for start, length in ((-1, 4), (-3, 6), (1, -2), (0, 17)):
         with pytest.raises(ValueError, match=f"{length} tokens"):
             gathered(cache, indices, start, length)
-    for page in (-1, 5, 2**31 - 1):
-        with pytest.raises(ValueError, match=f"got {page} in element 1, expected .* less than 5"):
-            gathered(cache, np.array([3, page], np.int32), 0, 8)
 
 
 @pytest.mark.parametrize("backend", ["fa2", "fa3"])
@@ -253,6 +253,6 @@ def test_a_plan_is_in_both_workspaces_and_nothing_else(rng):
     assert (batch.workspaces["float_workspace_buffer"] == 0xFF).all()
     # fa3 reads its lengths there and not from the run's arguments.
     batch.qo_indptr = np.zeros_like(batch.qo_indptr)
-    batch.last = np.zeros_like(batch.last)
+    batch.last = np.ones_like(batch.last)
     batch.run(FA3[2], info, sm_scale=SCALE)
     assert np.isfinite(batch.lse).all()

@@ -16,6 +16,7 @@ from typing import Any
 
 from fi_ffi.ops.call.releases import OLDEST, forms_of
 from fi_ffi.ops.call.row import Arg, KvLayout, PlanInfo, Row, Scalar, Tensor, Vector
+from fi_ffi.ops.table.indices import MASKS, PREFIXES, index, last_pages, on_host, pages, starts
 
 F16 = ("float16", "bfloat16")
 FP8 = ("float8_e4m3fn", "float8_e5m2")
@@ -64,15 +65,9 @@ def add_row(
     return forms[0]
 
 
-def index(name: str, axes: str, doc: str) -> Tensor:
-    """An array of positions or pages."""
-    return Tensor(name, axes, "int32", doc, contiguous=True)
-
-
-def _maybe(name: str, axes: str, dtype: str, doc: str, since: str = "") -> Tensor:
-    return Tensor(
-        name, axes, dtype, doc, as_object=True, optional=True, contiguous=True, since=since
-    )
+def _maybe(name: str, axes: str, dtype: str, doc: str, since: str = "", **more: Any) -> Tensor:
+    more |= {"as_object": True, "optional": True, "contiguous": True}
+    return Tensor(name, axes, dtype, doc, since=since, **more)
 
 
 def number(
@@ -109,15 +104,15 @@ _SHARED: tuple[Arg, ...] = (
            "the keys' pages", kv=True, offset_limit=FAR, stride_limit=2**32),
     Tensor("paged_v_cache", "num_pages page_size num_kv_heads head_dim_vo", "KV",
            "the values' pages", kv=True, offset_limit=FAR, stride_limit=2**32),
-    index("qo_indptr", "b+1", "start of each request's queries"),
-    index("kv_indptr", "b+1", "start of each request's keys, or of its pages"),
-    index("indptr", "b+1", "start of each request's pages"),
-    index("kv_len_arr", "b", "tokens in each request"),
-    index("kv_len", "b", "tokens in each request"),
-    index("paged_kv_indptr", "b+1", "start of each request's pages"),
-    index("paged_kv_indices", "num_indices", "the pages"),
-    index("paged_kv_last_page_len", "b", "tokens in each request's last page"),
-    index("kv_indices", "num_indices", "the pages"),
+    starts("qo_indptr", "b+1", "start of each request's queries", "nnz_qo"),
+    starts("kv_indptr", "b+1", "start of each request's keys, or of its pages", "nnz_kv"),
+    starts("indptr", "b+1", "start of each request's pages", "num_indices"),
+    index("kv_len_arr", "b", "tokens in each request", "0 <= kv_len_arr"),
+    index("kv_len", "b", "tokens in each request", "0 <= kv_len"),
+    starts("paged_kv_indptr", "b+1", "start of each request's pages", "num_indices"),
+    pages("paged_kv_indices", "the pages"),
+    last_pages("paged_kv_last_page_len", "b", "paged_kv_indptr"),
+    pages("kv_indices", "the pages"),
     number("mask_mode_code", "0 none, 1 causal, 2 custom, 3 multi-item scoring", int),
     KvLayout(),
     number("window_left", "visible tokens to the left; -1: all", int),
@@ -140,12 +135,15 @@ _SHARED: tuple[Arg, ...] = (
            since="0.6.16"),
     # What modules.py adds, by kernel.
     _maybe("maybe_custom_mask", "mask_bytes", "uint8", "the packed mask"),
-    _maybe("maybe_mask_indptr", "b+1", "int32", "start of each request's mask"),
+    _maybe("maybe_mask_indptr", "b+1", "int32", "start of each request's mask",
+           index=MASKS),
     _maybe("maybe_alibi_slopes", "num_qo_heads", "float32", "ALiBi's slopes"),
-    _maybe("maybe_prefix_len_ptr", "b", "uint32", "tokens in each request's prefix"),
+    _maybe("maybe_prefix_len_ptr", "b", "uint32", "tokens in each request's prefix",
+           index=PREFIXES),
     _maybe("maybe_token_pos_in_items_ptr", "num_positions", "uint16",
-           "each token's position in its item"),
-    _maybe("maybe_max_item_len_ptr", "b", "uint16", "tokens in each request's longest item"),
+           "each token's position in its item", no_index="only compared"),
+    _maybe("maybe_max_item_len_ptr", "b", "uint16", "tokens in each request's longest item",
+           no_index="only compared"),
     number("token_pos_in_items_len", "positions for each request", int, 0),
     _maybe("maybe_k_cache_sf", "num_k_sf", "uint8", "block scales of NVFP4 keys", "0.6.10"),
     _maybe("maybe_v_cache_sf", "num_v_sf", "uint8", "block scales of NVFP4 values", "0.6.10"),
@@ -244,7 +242,7 @@ def add_plan(family: str, variant: str, names: str, **more: Any) -> Row:
     """Add the row of a planner: workspaces, then host arrays and numbers."""
     args = list(arguments(f"{WORKSPACES} page_locked_int_workspace_buffer"))
     for arg in arguments(names):
-        args.append(replace(arg, host=True) if isinstance(arg, Tensor) else arg)
+        args.append(on_host(arg) if isinstance(arg, Tensor) else arg)
     fields: dict[str, Any] = {"dtypes": {}, "vector": Vector(()), "result": "Array<int>"}
     return add_row(f"{family}.plan", variant, "Schedule a batch.", tuple(args), **fields, **more)
 

@@ -130,9 +130,8 @@ def _error_of(frame: Frame) -> BaseException:
         return take_kernel_error(frame.entry.name)
     error = take_raised(frame.entry.name)
     if isinstance(error, ArgumentError) and not error.op:  # of a kernel that serves several ops
-        return ArgumentError(
-            frame.target.op, error.argument, got=error.got, expected=error.expected
-        )
+        refuse = frame.variant.compiled.refuse
+        return refuse.error(error.argument, error.got, error.expected)  # type: ignore[no-any-return]
     return error
 
 

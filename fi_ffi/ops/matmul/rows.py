@@ -9,12 +9,14 @@ from typing import Any
 from fi_ffi.ops.call.arguments import INT32_MAX
 from fi_ffi.ops.call.row import Arg, Row, Rule, Scalar, Tensor, Text, Vector
 from fi_ffi.ops.table.gemm import BLOCKSCALE, BMM, BMM_ARGS, F16, FP8, HANDLE
+from fi_ffi.ops.table.indices import starts
 
 E4M3 = ("float8_e4m3fn",)
 _OUT: dict[str, Any] = {"writes": True, "reads": False, "contiguous": True, "alignment": 16}
 _IN: dict[str, Any] = {"contiguous": True, "alignment": 16}
 _ANY: dict[str, Any] = {"offset_limit": 2**63, "vector": Vector(())}
 _PLAIN: dict[str, Any] = {"contiguous": True}
+_OWN = "fi_ffi's own"
 
 # bmm_fp8's query of algorithms, and calls with one of them.
 _ALGOS_DOC = "what cuBLASLt keeps of its algorithms, 64 bytes of each"
@@ -34,8 +36,8 @@ def _tables(*of_strides: str) -> tuple[Tensor, ...]:
     strides."""
     names = ("x_ptr", "w_ptr", "y_ptr", *of_strides)
     return (
-        Tensor("all_problems", "segments 3", "int32", "", **_PLAIN),
-        *(Tensor(name, "segments", "int64", "", **_PLAIN) for name in names),
+        Tensor("all_problems", "segments 3", "int32", "", no_index=_OWN, **_PLAIN),
+        *(Tensor(name, "segments", "int64", "", no_index=_OWN, **_PLAIN) for name in names),
     )
 
 
@@ -207,7 +209,7 @@ _GROUP_ARGS: tuple[Arg, ...] = (
     Tensor("SFA", "a0 a1", "float32", "", **_IN),
     Tensor("SFB", "groups b0 b1", "float32", "", **_IN),
     Tensor("D", "m n", "O", "", **_OUT),
-    Tensor("m_indptr", "groups+1", "int32", "", **_PLAIN),
+    starts("m_indptr", "groups+1", "", "m"),
     Scalar("n", int, None, "", size_of="n"),
     Scalar("k", int, None, "", size_of="k"),
     *_GRANULARITY,

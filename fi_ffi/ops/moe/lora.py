@@ -51,13 +51,16 @@ _FIELDS: dict[str, Any] = {
     "capabilities": (9, 10, 11, 12),
 }
 _X = Tensor("x", "n h", "T", **_PLAIN)
+# What callers give is judged by `CHECKS`, and the tables are fi_ffi's own.
+_JUDGED: dict[str, Any] = {"no_index": "judged before", **_PLAIN}
+_OWN: dict[str, Any] = {"no_index": "fi_ffi's own", **_PLAIN}
 _PAIRS = (
-    Tensor("sorted_token_ids", "pairs", "int64", **_PLAIN),
-    Tensor("expert_ids", "pairs", "int64", **_PLAIN),
+    Tensor("sorted_token_ids", "pairs", "int64", **_JUDGED),
+    Tensor("expert_ids", "pairs", "int64", **_JUDGED),
 )
 _WEIGHTS = Tensor("topk_weights", "pairs", "float32", **_PLAIN)
-_ADAPTERS = Tensor("lora_indices", "n", "int64", **_PLAIN)
-_TABLE = Tensor("w_ptr", "slices experts", "int64", **_PLAIN)
+_ADAPTERS = Tensor("lora_indices", "n", "int64", **_JUDGED)
+_TABLE = Tensor("w_ptr", "slices experts", "int64", **_OWN)
 _STRIDE = Scalar("lora_stride", int, None, "")
 # Pairs of no token, or of one without an adapter, are skipped.
 _USED = (
@@ -70,8 +73,8 @@ CHECKS = Row(
     args=(
         _X,
         replace(_PAIRS[0], no_index="others than tokens are skipped"),
-        replace(_PAIRS[1], index=(f"0 <= expert_ids < experts where {_USED}",)),
-        replace(_ADAPTERS, index=("lora_indices < adapters",)),
+        replace(_PAIRS[1], index=(f"0 <= expert_ids < experts where {_USED}",), no_index=""),
+        replace(_ADAPTERS, index=("lora_indices < adapters",), no_index=""),
         _WEIGHTS,
         Tensor("out", "n total", "float32", writes=True, reads=False, **_PLAIN),
     ),
@@ -107,7 +110,7 @@ EXPAND = forms_of(
             *_PAIRS,
             _WEIGHTS,
             _ADAPTERS,
-            Tensor("slice_start_loc", "slices", "int64", **_PLAIN),
+            Tensor("slice_start_loc", "slices", "int64", **_OWN),
             Scalar("first_feat_out", int, None, ""),
             _STRIDE,
             Absent("finalize", "bool", value=1, since=_LATER),

@@ -29,6 +29,7 @@ from fi_ffi.ops.moe.interface import MODULE, MODULES, SOURCE, Interface, NamedSi
 from fi_ffi.ops.moe.modes import INT4, INT4_GROUP, Blocks, Mode, ScaleShape, int4_interleave
 
 _WIDE, _WORD = 16, 4  # bytes that a kernel loads at once
+_OTHERS = "others than this rank's experts are skipped"
 # Values in an element of packed activations.
 _PACKED_INPUTS = {"uint8": 2, "int64": 16}
 
@@ -138,7 +139,7 @@ def _tensors(mode: Mode, dtypes: tuple[str, str, str], rows: str) -> tuple[Tenso
     return (
         tensor("output", "tokens hidden_size", output, writes=True, reads=False),
         tensor("input", f"tokens hidden_size{of_input}", activation),
-        tensor("token_selected_experts", "tokens top_k", "int32", _WORD),
+        tensor("token_selected_experts", "tokens top_k", "int32", _WORD, no_index=_OTHERS),
         tensor("token_final_scales", "tokens top_k", "float32", _WORD, optional=True),
         tensor("fc1_expert_weights", f"experts {rows} hidden_size{packed}", weight),
         tensor("fc1_expert_biases", f"experts {rows}", output, optional=True),
@@ -153,6 +154,7 @@ def _scale_tensor(name: str, shape: ScaleShape, rows: str) -> Tensor:
     alignment = _WORD if "float32" in shape.dtypes else _WIDE
     variable = f"S{name.removeprefix('quant_scales_')}"
     fields: dict[str, Any] = {"as_object": True, "contiguous": True, "alignment": alignment}
+    fields["no_index"] = "scales"
     return Tensor(name, axes.replace("ROWS", rows), variable, "", **fields)
 
 

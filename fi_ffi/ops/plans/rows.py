@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -26,13 +27,13 @@ from fi_ffi.ops.attention.rows import (
     add_row,
     arguments,
     in_4_bits,
-    index,
     number,
     output,
     variant_of,
 )
 from fi_ffi.ops.attention.rows import FORMS as FORMS
 from fi_ffi.ops.call.row import Arg, IntArray, PlanInfo, Row, Rule, Tensor, Vector
+from fi_ffi.ops.table.indices import last_pages, pages, starts
 
 # One request.
 
@@ -144,6 +145,9 @@ MLA_HEADS, MLA_DIM, MLA_DIM_VO = 128, 576, 512
 _MLA_BUFFERS = 2 * MLA_HEADS * (64 + 8)
 _MLA_CACHE = "num_pages 1 page_size head_dim"
 
+# The entries of a request's page list that it has keys in.
+_OF_REQUESTS = "columns(kvCachePageList) * page_size < seqLen"
+
 _XQA_ARGS: tuple[Arg, ...] = (
     number("run_sm90_fp8_mha", "in fp8, by the kernel for Hopper", bool),
     number("multiProcessorCount", "multiprocessors to use", int),
@@ -161,18 +165,20 @@ _XQA_ARGS: tuple[Arg, ...] = (
     Tensor("kSfCacheVLLM", _CACHE, "uint8", "scales of 4-bit keys", optional=True, since="0.6.7"),
     Tensor("vSfCacheVLLM", _CACHE, "uint8", "scales of 4-bit values", optional=True,
            since="0.6.7"),
-    Tensor("kvCachePageList", "b max_pages", "int32", "each request's pages", contiguous=True),
+    Tensor("kvCachePageList", "b max_pages", "int32", "each request's pages", contiguous=True,
+           index=(f"0 <= kvCachePageList < num_pages where {_OF_REQUESTS}",)),
     number("maxSeqLen", "room for keys in the pages", int),
-    Tensor("seqLen", "b 1", "LEN", "each request's keys", contiguous=True),
+    Tensor("seqLen", "b 1", "LEN", "each request's keys", contiguous=True,
+           index=("qSeqLen <= seqLen <= max_pages * page_size",)),
     number("batchSize", "requests", int),
     number("kvCacheScale", "of keys and values"),
     Tensor("kvScaleTensor", "1", "float32", "the same, on the device", **_ONE),
     number("qSeqLen", "queries in each request", int),
     Tensor("qCuSeqLens", "b+1", "uint32", "start of each request's queries", since="0.6.16",
-           **_ONE),
-    Tensor("mask", "b q_seq_len mask_words", "uint16", "bits", **_ONE),
+           no_index="not given: all have as many queries", **_ONE),
+    Tensor("mask", "b q_seq_len mask_words", "uint16", "bits", no_index="bits", **_ONE),
     Tensor("semaphores", "num_semaphores", "uint32", "0, and so afterwards", writes=True,
-           contiguous=True, bytes_for=semaphore_bytes, zeroed=True),
+           contiguous=True, bytes_for=semaphore_bytes, zeroed=True, no_index="counters"),
     Tensor("scratch", "scratch_size", "uint8", "partial results", writes=True, reads=False,
            contiguous=True, alignment=128, bytes_per_multiprocessor=SCRATCH_BYTES),
     SHARED["enable_pdl"],
@@ -224,6 +230,7 @@ _XQA_MLA_ARGS = arguments(
         q={"doc": "the queries, absorbed"},
         kCacheVLLM={"axes": _MLA_CACHE, "dtype": "Q"},
         vCacheVLLM={"axes": _MLA_CACHE, "dtype": "Q"},
+        seqLen={"index": ("1 <= seqLen <= max_pages * page_size",)},
         semaphores={"bytes_for": lambda sizes: 4 * sizes["b"]},
         scratch=_SCRATCH,
     ),
@@ -243,7 +250,16 @@ _PAGED += f"maybe_mask_indptr {_OPTIONS}"
 def _half(part: str, names: str, *own: Arg) -> tuple[Arg, ...]:
     """Arguments of the prefill (p) or of the decode (d)."""
     args = arguments(names, _LAYOUT, _SLOPES, *own)
-    return tuple(replace(arg, name=f"{arg.name}_{part}") for arg in args)
+    renamed = re.compile(rf"\b({'|'.join([arg.name for arg in args] + ['listed'])})\b")
+    found: list[Arg] = []
+    for arg in args:
+        name = f"{arg.name}_{part}"
+        if isinstance(arg, Tensor):
+            places = tuple(renamed.sub(rf"\1_{part}", text) for text in arg.index)
+            found.append(replace(arg, name=name, index=places))
+        else:
+            found.append(replace(arg, name=name))
+    return tuple(found)
 
 
 def _outputs(queries: str, axes: str, doc: str) -> Iterator[Tensor]:
@@ -263,7 +279,8 @@ def _paged(cache: str) -> Iterator[Tensor]:
 def _masks(part: str, doc: str) -> Iterator[Tensor]:
     """The masks that neither half over pages reads."""
     yield Tensor("maybe_custom_mask", f"{part}_mask_bytes", "uint8", doc, **_ONE)
-    yield Tensor("maybe_mask_indptr", f"{part}_mask_indptr", "int32", doc, **_ONE)
+    indptr = f"{part}_mask_indptr"
+    yield Tensor("maybe_mask_indptr", indptr, "int32", doc, no_index="not read", **_ONE)
 
 
 _POD_PREFILL = _half(
@@ -280,7 +297,7 @@ _POD_DECODE = _half(
     _PAGED,
     *_outputs("a query of each request", "b", "their outputs"),
     *_paged(_CACHE),
-    index("qo_indptr", "b+1", "where each request's query is"),
+    starts("qo_indptr", "b+1", "where each request's query is", "b"),
     *_masks("d", "unused"),
     PlanInfo(),
 )
@@ -295,10 +312,10 @@ _BATCH_POD_PREFILL = _half(
     IntArray("plan_info_vec"),
     *_outputs("the prefills' queries", "nnz_p", "their outputs"),
     *_paged("num_pages_p page_size num_kv_heads head_dim"),
-    index("qo_indptr", "b_p+1", "where each prefill's queries start"),
-    index("paged_kv_indptr", "b_p+1", "where each prefill's pages start"),
-    index("paged_kv_indices", "num_indices_p", "the prefills' pages"),
-    index("paged_kv_last_page_len", "b_p", "tokens in each prefill's last page"),
+    starts("qo_indptr", "b_p+1", "where each prefill's queries start", "nnz_p"),
+    starts("paged_kv_indptr", "b_p+1", "where each prefill's pages start", "num_indices_p"),
+    pages("paged_kv_indices", "the prefills' pages", "_p"),
+    last_pages("paged_kv_last_page_len", "b_p", "paged_kv_indptr"),
     *_masks("p", "not read"),
 )
 _COUNTERS = replace(

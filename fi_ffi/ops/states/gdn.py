@@ -206,6 +206,7 @@ _CONSTANTS = (
     Scalar("use_qk_l2norm", bool, None, ""),
     Scalar("disable_state_update", bool, None, ""),
 )
+_ALL = "fi_ffi's own: the requests' numbers"
 _SOURCES = {
     "bfloat16": "gdn_decode_bf16_state",
     "bfloat16_tokens": "gdn_decode_bf16_state",
@@ -270,11 +271,14 @@ def _arguments(kernel: GdnKernel, is_native: bool) -> dict[str, Arg]:
         "b": Tensor("b", f"b {t} HV", "GB", "", in_vectors=False),
         "output": Tensor("output", f"b {t} HV 128", "bfloat16", "", writes=True, reads=False, **at),
     }
-    for name in ("initial_state_indices", "output_state_indices"):
+    # Below 0 is no slot, or slot 0.
+    read = "" if is_bf16 else " where initial_state_indices >= 0"
+    for name, where in (("initial_state_indices", ""), ("output_state_indices", read)):
         if kind == "float32" and not has_slots:
             args[name] = Absent(name, dtype="int32")
         else:
-            args[name] = Tensor(name, "b", "I", **flat)
+            places = {"index": (f"{name} < slots{where}",)} if has_slots else {"no_index": _ALL}
+            args[name] = Tensor(name, "b", "I", **places, **flat)
     name, dtype = "intermediate_states_buffer", kernel.state_dtype
     shape = (1, 1, 1, _SIZE) if is_bf16 else (0, _SIZE, _SIZE)
     args["each"] = Absent(name, dtype=dtype, shape=shape)

@@ -131,10 +131,18 @@ def _arguments(kernel: KdaKernel, width: int) -> dict[str, Arg]:
     of_state: dict[str, Any] = {"dtype": "bfloat16", "doc": "", "packed": 3}
     state = f"{slots} HV {size} D"
 
-    def required(name: str, axes: str, dtype: str, is_required: bool, *index: str) -> Arg:
+    def required(
+        name: str, axes: str, dtype: str, is_required: bool, *index: str, **more: Any
+    ) -> Arg:
         if not is_required:
             return Absent(name, dtype=dtype)
-        return Tensor(name, axes, dtype, **flat, index=index)
+        return Tensor(name, axes, dtype, **flat, index=index, **more)
+
+    # The slots of a request's tokens, and of the state that it starts with.
+    column, place = "columns(ssm_state_indices)", "ssm_state_indices < slots"
+    if grouped:
+        place += f" where ({column} < steps(cu_seqlens)[:, None]) | "
+        place += f"({column} == clip(num_accepted_tokens - 1, 0, {kernel.t - 1})[:, None])"
 
     args = (
         Tensor("q", f"{tokens} H {size}", **half),
@@ -148,8 +156,8 @@ def _arguments(kernel: KdaKernel, width: int) -> dict[str, Arg]:
         required("A_log", "H", "float32", kernel.use_gate_in_kernel),
         required("dt_bias", f"{size}*H", "float32", kernel.use_gate_in_kernel and kernel.has_bias),
         required("cu_seqlens", "n+1", "int32", is_packed, "0 <= cu_seqlens <= tokens"),
-        required("ssm_state_indices", f"n {kernel.t}" if grouped else "n", "int32", is_packed),
-        required("num_accepted_tokens", "n", "int32", grouped),
+        required("ssm_state_indices", f"n {kernel.t}" * grouped or "n", "int32", is_packed, place),
+        required("num_accepted_tokens", "n", "int32", grouped, no_index="clamped"),
         *(Scalar(name, float, None, "") for name in ("scale", "eps", "lower_bound")),
     )
     return {arg.name: arg for arg in args}

@@ -132,15 +132,20 @@ def _arguments(kind: str, read: int, written: int, states: str) -> tuple[Arg, ..
     writes = " ".join(("targets", "depth")[:written])
     of_token: dict[str, Any] = {"packed": 2, "offset_limit": 2**63}
     out: dict[str, Any] = {**of_token, "writes": True, "reads": False, "contiguous": kind == "one"}
-    of_state: dict[str, Any] = {"writes": True, "offset_limit": 2**63}
+    numbers: dict[str, Any] = {"writes": True, "no_index": "numbers, if they are of int16"}
+    of_state: dict[str, Any] = {"offset_limit": 2**63, **numbers}
     maybe: dict[str, Any] = {"doc": "", "optional": True}
-    kept: dict[str, Any] = {**maybe, "writes": True, "contiguous": True}
+    kept: dict[str, Any] = {"contiguous": True, **maybe, **numbers}
+    # Which slot a call reads depends on more than a condition can say: see `check_slot`.
+    slot: dict[str, Any] = {"dtype": "I", "no_index": "judged as each request is", **maybe}
     # The number of sequences is on no other tensor.
-    starts: dict[str, Any] = {"optional": True, "entry_optional": True}
+    starts: dict[str, Any] = {"optional": True, "entry_optional": True, "no_index": "not given"}
     if kind == "sequences":
         index = ("0 <= cu_seqlens <= tokens", "steps(cu_seqlens) <= cache_steps")
-        starts |= {"optional": False, "index": index}
-    accepted = ("num_accepted_tokens[:b] <= width",) if read == 2 else ()
+        starts |= {"optional": False, "index": index, "no_index": ""}
+    accepted: dict[str, Any] = {"no_index": "of requests with one slot each"}
+    if read == 2:
+        accepted = {"index": ("num_accepted_tokens[:b] <= width",)}
     scale: Arg = Absent("state_scale", "Optional<DLTensor*>")
     scales: Arg = Absent("intermediate_state_scales", "Optional<DLTensor*>")
     seed: Arg = Absent("rand_seed", "Optional<DLTensor*>")
@@ -149,7 +154,7 @@ def _arguments(kind: str, read: int, written: int, states: str) -> tuple[Arg, ..
         scale = Tensor("state_scale", "slots nheads dim", "float32", "", **of_scale)
         scales = Tensor("intermediate_state_scales", "b steps nheads dim", "float32", **kept)
     elif states == RANDOM:
-        seed = Tensor("rand_seed", "1", "int64", "", entry_optional=True)
+        seed = Tensor("rand_seed", "1", "int64", "", entry_optional=True, no_index="a seed")
     return (
         Tensor("state", "slots nheads dim dstate", "S", "", packed=3, **of_state),
         Tensor("x", of_heads, "T", "", **of_token),
@@ -161,19 +166,19 @@ def _arguments(kind: str, read: int, written: int, states: str) -> tuple[Arg, ..
         Tensor("z", of_heads, "T", **maybe, **of_token),
         Tensor("dt_bias", "nheads dim", "W", broadcast=1, **maybe),
         Scalar("dt_softplus", bool, False, ""),
-        Tensor("state_batch_indices", reads, "I", **maybe),
-        Tensor("dst_state_batch_indices", writes, "I", **maybe),
+        Tensor("state_batch_indices", reads, **slot),
+        Tensor("dst_state_batch_indices", writes, **slot),
         Scalar("pad_slot_id", int, -1, "", low=-INT32_MAX - 1, high=INT32_MAX),
         scale,
         Tensor("out", of_heads, "T", "", **out),
         Scalar("disable_state_update", bool, False, ""),
         Tensor("intermediate_states_buffer", "entries steps nheads dim dstate", "S", **kept),
-        Tensor("intermediate_state_indices", "b", "I", contiguous=True, **maybe),
+        Tensor("intermediate_state_indices", "b", contiguous=True, **slot),
         scales,
         seed,
         Scalar("cache_steps", int, 0, "", low=0, high=INT32_MAX),
         Tensor("cu_seqlens", "b+1", "L", "", contiguous=True, **starts),
-        Tensor("num_accepted_tokens", "accepted", "N", contiguous=True, index=accepted, **maybe),
+        Tensor("num_accepted_tokens", "accepted", "N", contiguous=True, **accepted, **maybe),
         Scalar("algorithm", int, 0, ""),
     )
 

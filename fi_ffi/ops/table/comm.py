@@ -56,6 +56,7 @@ _WORKSPACE = Tensor(
     "int64",
     "addresses of all ranks' buffers, flags and Lamport buffers, then of this rank's five numbers",
     contiguous=True,
+    no_index="addresses",
 )
 _PDL_DOC = "programmatic dependent launch: start while the previous kernel finishes"
 _PDL = Scalar("launch_with_pdl", bool, False, _PDL_DOC)
@@ -137,7 +138,14 @@ def _given_with(name: str, *patterns: int) -> Rule:
 
 def _scale_out(dtype: str, doc: str) -> Tensor:
     return Tensor(
-        "scale_out", "scales", dtype, doc, writes=True, contiguous=True, entry_optional=True
+        "scale_out",
+        "scales",
+        dtype,
+        doc,
+        writes=True,
+        contiguous=True,
+        entry_optional=True,
+        no_index="written",
     )
 
 
@@ -391,7 +399,8 @@ OPS: tuple[Row, ...] = (
                        "results of this rank's experts", **_IN),
                 _RESIDUAL_IN, replace(_GAMMA, name="norm_weight"),
                 Tensor("expanded_idx_to_permuted_idx", "token_num top_k", "int32",
-                       "row of `allreduce_in` for each token's experts, or -1", contiguous=True),
+                       "row of `allreduce_in` for each token's experts, or -1", contiguous=True,
+                       index=("-1 <= expanded_idx_to_permuted_idx < permuted",)),
                 replace(_NORM_OUT, until="0.6.8"), replace(_RESIDUAL_OUT, until="0.6.8"),
                 _required(replace(_NORM_OUT, since="0.6.8")),
                 _optional(replace(_RESIDUAL_OUT, since="0.6.8")),

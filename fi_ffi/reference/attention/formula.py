@@ -14,7 +14,6 @@ from typing import NamedTuple
 import numpy as np
 
 from fi_ffi.reference.arrays import Array
-from fi_ffi.reference.indices import check_pages
 
 _NHD, _HND = ("NHD", 0), ("HND", 1)  # FlashInfer's layouts: names and codes
 
@@ -141,18 +140,12 @@ def tokens_first(x: Array, layout: str | int) -> Array:
     return x.swapaxes(-3, -2) if layout in _HND else x
 
 
-def gathered(
-    cache: Array, indices: Array, start: int, length: int, name: str = "paged_kv_indices"
-) -> Array:
-    """Return `length` tokens of a cache's pages, which begin at `indices[start]`.
-
-    `name` is that of the argument with the pages.
-    """
+def gathered(cache: Array, indices: Array, start: int, length: int) -> Array:
+    """Return `length` tokens of a cache's pages, which begin at `indices[start]`."""
     page_size = cache.shape[1]
     if start < 0 or length < 0:
         raise ValueError(f"{length} tokens of pages that begin at {start}")
     pages = indices[start : start + -(-length // page_size)]
-    check_pages(name, pages, start, len(cache))
     if len(pages) * page_size < length:
         raise ValueError(f"{len(pages)} pages of {page_size} tokens for {length} tokens")
     return cache[pages].reshape(-1, *cache.shape[2:])[:length]

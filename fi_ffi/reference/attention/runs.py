@@ -422,10 +422,8 @@ def xqa_wrapper(
     writes = Writes()
     for request in range(batch_size):
         length = int(seq_lens[request, 0])
-        if length < q_seq_len:
-            raise ValueError(f"request {request} has {length} keys for {q_seq_len} queries")
         seen = None if mask is None else _of_drafts(mask[request], length)
-        where: tuple[Any, ...] = page_table[request], 0, length, "page_table"
+        where = page_table[request], 0, length
         keys, values = gathered(k_cache, *where), gathered(v_cache, *where)
         scale = of_kv * (rcp_out_scale if output.itemsize == 1 else 1.0)
         left = window - 1 if compiled.use_sliding_window else -1
@@ -465,9 +463,7 @@ def xqa_wrapper_mla(
     writes = Writes()
     for request in range(batch_size):
         length = int(seq_lens[request, 0])
-        if length < 1:
-            raise ValueError(f"request {request} has no keys")
-        where: tuple[Any, ...] = page_table[request], 0, length, "page_table"
+        where = page_table[request], 0, length
         keys, values = gathered(k_cache, *where), gathered(v_cache, *where)
         found = exact(q[request], keys, values, options)
         writes.append(partial(store, output[request], found.out))
