@@ -33,6 +33,7 @@ from tests.llm import (
     test_logits,
     test_processors,
     test_ranks,
+    test_scheduling,
     test_serve,
     test_serving,
     test_structured,
@@ -45,7 +46,8 @@ from tests.llm.test_processors import log_softmax
 serve, served = conftest.serve, test_serve.served
 servers, server, client = test_client.servers, test_client.server, test_client.client
 attacked, target, own = test_hostile.attacked, test_hostile.target, test_hostile.own
-hosted = test_host.hosted
+hosted, hosts = test_host.hosted, test_host.hosts
+test_texts_with_and_without_preemption = test_scheduling.test_texts_with_and_without_preemption
 structured, asks = test_structured.structured, test_structured.asks
 
 # Those that are of the host alone.
@@ -53,7 +55,7 @@ _HOST = (
     "test_pages_by_themselves", "test_begun", "test_wrong_parameters", "_compiles_the_kernels",
     "_make_up_the_whole", "_that_ranks_share", "_share_of_bytes", "_rows_of_the_file",
     "_does_not_divide", "_ranks_than_gpus", "_that_ray_gives",
-    "test_wrong_numbers", "test_checkpoints_that_lie",
+    "test_wrong_numbers", "test_checkpoints_that_lie", "_as_there_is_memory_for",
 )  # fmt: skip
 for _module in (
     test_client, test_glue, test_host, test_hostile, test_logits, test_processors, test_ranks,
@@ -581,3 +583,16 @@ def test_heads_that_share_a_key_head(serve, heads, where):
     engine.run()
     assert engine.runner.graphs
     assert all(serving.error(request) <= 1 for request in requests)
+
+
+def test_pages_fill_the_memory_that_is_left(serve, where):
+    """Up to as many as requests in all slots can have, which of a tiny model is less."""
+    serving = serve("llama")
+    engine = serving.engine(num_pages=None, max_batch=2)
+    assert engine.pages.total == 2 * 2048 // engine.page_size
+    device = engine.model.device
+    free, total = device.cuda.cudaMemGetInfo()[1:]
+    assert 0 <= device.fitting(1 << 20) << 20 < free <= total
+    request = engine.submit(serving.prompt(40), Sampling(temperature=0, max_tokens=20))
+    engine.run()
+    assert serving.error(request) <= 1

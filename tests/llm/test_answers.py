@@ -173,6 +173,7 @@ THOUGHTS = [
     ("<think>Hm</think>  ", False, "Hm", ""), ("<think></think>", False, "", ""),
     ("Yes", None, "", "Yes"), ("<think>Hm</think>", None, "", "<think>Hm</think>"),
     ("<think>a stop", False, "a ", ""),
+    (f"<think>{OPEN}{{}}</think>Yes", False, f"{OPEN}{{}}", "Yes"),
 ]  # fmt: skip
 
 

@@ -40,7 +40,7 @@ def test_long_decoding(serve, kind):
     """Over pages' ends, and far from the prompt."""
     serving = serve(kind)
     engine = serving.engine(page_size=16)
-    request = engine.submit(serving.prompt(13), Sampling(max_tokens=70, ignore_eos=True))
+    request = engine.submit(serving.prompt(13), Sampling(max_tokens=40, ignore_eos=True))
     engine.run()
     assert serving.error(request) <= 1
 
@@ -81,8 +81,8 @@ def test_together_as_alone(serve, kind, where):
     together = serving.engine(max_tokens=512)  # where prompts are not cut
     got = [together.submit(prompt, greedy()) for prompt in prompts]
     together.run()
+    alone = serving.engine(max_tokens=512)
     for prompt, request in zip(prompts, got, strict=True):
-        alone = serving.engine(max_tokens=512)
         one = alone.submit(prompt, greedy())
         alone.run()
         if where == "cpu":  # a row of a product does not depend on the others
@@ -100,7 +100,7 @@ def test_neighbours_do_not_matter(serve, kind, where):
     prompt = serving.prompt(20)
     mine = Sampling(temperature=1.5, top_k=100, top_p=0.95, min_p=0.001, seed=11, max_tokens=12,
                     ignore_eos=True)  # fmt: skip
-    other = Sampling(temperature=0.7, seed=5, max_tokens=30, ignore_eos=True)
+    other = Sampling(temperature=0.7, seed=5, max_tokens=14, ignore_eos=True)
     first = texts(serving.engine(), [prompt, serving.prompt(20)], mine, other)[0]
     engine = serving.engine()
     moved = texts(engine, [serving.prompt(20), prompt], other, mine)[1]

@@ -53,10 +53,10 @@ def test_the_greatest_is_taken_of_adjusted_logits(serve, kind):
     prompts = [serving.prompt(n) for n in (5, 40, 3, 17, 70, 9, 21)]
     for _ in range(2):  # the second time in slots whose counts are others'
         requests = [
-            engine.submit(prompt, Sampling(**NONE, **some, max_tokens=24))
+            engine.submit(prompt, Sampling(**NONE, **some, max_tokens=14))
             for prompt, some in zip(prompts, SOME, strict=True)
         ]
-        plain = engine.submit(prompts[0], Sampling(**NONE, max_tokens=24))
+        plain = engine.submit(prompts[0], Sampling(**NONE, max_tokens=14))
         engine.run()
         changed = 0
         for request in [*requests, plain]:

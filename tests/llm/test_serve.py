@@ -74,7 +74,7 @@ class Served:
 
 @pytest.fixture
 def served(tmp_path: Path, where: str, rng: Any) -> Iterator[Served]:
-    served = Served(make_tiny(tmp_path / "model", "llama", rng), where)
+    served = Served(make_tiny(tmp_path / "model", "llama", rng, num_hidden_layers=2), where)
     yield served
     served.end()
 
@@ -233,7 +233,7 @@ def test_a_page_of_another_site(served):
 
 
 def test_what_the_checkpoint_gives_for_those_who_do_not_say(tmp_path, where, rng):
-    path = make_tiny(tmp_path / "model", "llama", rng)
+    path = make_tiny(tmp_path / "model", "llama", rng, num_hidden_layers=2)
     (path / "generation_config.json").write_text('{"top_k": 1, "top_p": null, "do_sample": true}')
     served = Served(path, where)
     try:

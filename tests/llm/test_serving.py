@@ -182,7 +182,7 @@ def test_cancelled(serve, kind):
         engine.cancel(request)
     check_empty(engine)
     # Their slots and pages serve others, while what was queued still runs.
-    after = [engine.submit(serving.prompt(n), greedy(20)) for n in (30, 3)]
+    after = [engine.submit(serving.prompt(n), greedy(9)) for n in (30, 3)]
     engine.run()
     assert all(serving.error(request) <= 1 for request in after)
     assert all(len(request.tokens) < 20 for request in running)

@@ -32,6 +32,14 @@ TOOLS = [
         "type": "object", "properties": {"hours": {"type": "integer", "minimum": 1, "maximum": 12}},
         "required": ["hours"], "additionalProperties": False}}},
 ]  # fmt: skip
+# Schemas compile within less time than is usual.
+HASTY = """
+import serve
+from server.grammar import Grammars
+Grammars.__init__.__defaults__ = (1.5,)
+if __name__ == "__main__":
+    serve.main()
+"""
 HELLO = [{"role": "user", "content": "A pet?"}]
 
 
@@ -56,7 +64,7 @@ def asks(structured: dict[str, ServerProcess], where: str) -> Any:
     """The client, of a server that has xgrammar."""
     if where not in structured:
         folder = str(grammars.package())
-        structured[where] = ServerProcess(where, "--xgrammar", folder)
+        structured[where] = ServerProcess(where, "--xgrammar", folder, program=HASTY)
     url = structured[where].url
     return openai.OpenAI(base_url=url, api_key="-", max_retries=0, timeout=120)
 
@@ -159,7 +167,7 @@ def test_a_schema_that_compiles_for_minutes(asks):
         return answer.choices[0].text
 
     def refuse():
-        with pytest.raises(openai.BadRequestError, match="has to compile within 5 s"):
+        with pytest.raises(openai.BadRequestError, match="has to compile within 1.5 s"):
             ask({"type": "string", "pattern": "a?" * 20_000})
 
     assert ask({"const": True}) == "true"  # the process that tries schemas has started
@@ -174,5 +182,5 @@ def test_a_schema_that_compiles_for_minutes(asks):
     assert time.monotonic() - start < 60
     start = time.monotonic()
     refuse()  # it is known
-    assert time.monotonic() - start < 4
+    assert time.monotonic() - start < 1
     assert ask({"const": False}) == "false"

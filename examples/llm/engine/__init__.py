@@ -1,5 +1,6 @@
 """A small inference engine on fi_ffi: Llama 3, Qwen3, and a hybrid like Qwen3-Next."""
 
+from . import threads  # noqa: F401  (before numpy)
 from .config import Config
 from .device import default
 from .engine import Engine, Request, Requests

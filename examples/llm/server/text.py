@@ -74,7 +74,7 @@ class Text:
         self.tokens += tokens
         if finished:
             self.text += self.decoder.rest()
-        begin = max(seen - self.longest, self.begin)
+        begin = max(seen - self.longest, 0)
         ends = [at for stop in self.stops if (at := self.text.find(stop, begin)) >= 0]
         if ends:
             self.text, finished = self.text[: min(ends)], "stop"
