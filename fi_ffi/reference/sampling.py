@@ -185,8 +185,7 @@ def _with_one_number(a: Inputs) -> Array:
         at = rows == row
         # A number of 1 means the last token with any probability.
         tokens[at] = np.searchsorted(sums, numbers[at] * sums[-1], side="left")
-    last: Array = np.minimum(tokens, logits.shape[1] - 1)
-    return last
+    return tokens
 
 
 def _words(a: Inputs, name: str, outputs: Array) -> Any:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +14,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from fi_ffi.cli import fetch as command
 from fi_ffi.cli import main
+from fi_ffi.cli.fetch import REFUSED
+from fi_ffi.errors import KernelNotFoundError
 from fi_ffi.loader import machine, runtime
 from fi_ffi.loader.fetch import wheels_lock
 
@@ -176,3 +180,22 @@ def test_modules_and_entries(name, sm, works, words, built_wheel, monkeypatch):
 def test_a_name_that_stands_for_nothing(name, words):
     result = ask(name, "--sm", "90")
     assert result.exit_code == 2 and words in result.output
+
+
+def test_an_op_that_no_gpu_has(monkeypatch):
+    """Its reason is told, not an empty list of modules."""
+    answers = {80: matrix_answer(REFUSED, "needs SM90"), 90: matrix_answer("works", "")}
+    line = types.SimpleNamespace(ask=lambda query: answers[query.sm])
+    monkeypatch.setattr(command.Query, "of", lambda sm, release: types.SimpleNamespace(sm=sm))
+    one = types.SimpleNamespace(lines=[line])
+    assert command._of_op(one, "0.6.13", [80, 90]) == ["norm"]
+    with pytest.raises(KernelNotFoundError, match="needs SM90"):
+        command._of_op(one, "0.6.13", [80])
+
+
+def matrix_answer(status, told):
+    class Answer(types.SimpleNamespace):
+        def __str__(self) -> str:
+            return told
+
+    return Answer(status=status, module="norm")

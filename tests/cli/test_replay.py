@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,10 @@ from click.testing import CliRunner, Result
 
 import fi_ffi
 from fi_ffi import reference
-from fi_ffi.abi.tensor import parse_device
+from fi_ffi.abi.tensor import DTYPES, parse_device
 from fi_ffi.cli import main
 from fi_ffi.cli.replay import Placed as Replaced
-from fi_ffi.cli.replay import load
+from fi_ffi.cli.replay import _eps, load
 from fi_ffi.ops.functions import OPS
 from fi_ffi.reference import norm as kernels
 from fi_ffi.watch import safetensors, tensor_bytes, watching
@@ -550,3 +551,13 @@ def test_placed_arrays_are_as_aligned_as_they_were(folder):
         desc = again.desc(name)
         assert desc.ptr % 256 == address % 256 and desc.ptr != address
         assert desc.layout == made.descs[name].layout
+
+
+@pytest.mark.parametrize(("of_result", "eps"), [("bfloat16", 2.0**-7), ("float32", 2.0**-10)])
+def test_steps_are_those_of_the_coarsest_dtype(of_result, eps):
+    """Of what is read and of the result itself, which a call may not read."""
+    dtypes = {"x": ("float16", True), "out": (of_result, False), "other": ("float8_e4m3fn", False),
+              "ids": ("int32", True)}  # fmt: skip
+    tensors = {name: types.SimpleNamespace(dtype=DTYPES[dtype], reads=reads, is_scratch=False)
+               for name, (dtype, reads) in dtypes.items()}  # fmt: skip
+    assert _eps(tensors, "out") == eps

@@ -19,7 +19,7 @@ import fi_ffi
 from fi_ffi import comm
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.tensor import parse_device
-from fi_ffi.comm import hang
+from fi_ffi.comm import hang, presence
 from fi_ffi.comm.hang import Monitor, SideStreamCopies, run_with_deadline
 from fi_ffi.comm.memory import place_of
 from fi_ffi.comm.presence import Process, has_ended
@@ -282,6 +282,16 @@ def test_a_process_that_has_ended():
             time.sleep(0.01)
         assert has_ended(place)
     assert has_ended(place) and not has_ended(place._replace(machine="another"))
+
+
+@pytest.mark.parametrize(("flags", "has"), [(0x4, True), (0x40400C, True), (0x400003, False)])
+def test_a_process_that_ends_by_its_flags(flags, has, monkeypatch):
+    """PF_EXITING of Linux's sched.h is 4; 1 and 2 are a virtual processor's and an idle task's."""
+    mine = place_of(CPU)
+    status = ["0"] * 40
+    status[6], status[19] = str(flags), str(mine.process.started)
+    monkeypatch.setattr(presence, "_status", lambda pid: status)
+    assert has_ended(mine) is has
 
 
 def test_a_process_whose_number_another_has_by_now():

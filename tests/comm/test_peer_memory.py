@@ -12,6 +12,7 @@ import pytest
 from fi_ffi import comm
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.tensor import parse_device
+from fi_ffi.comm import memory
 from fi_ffi.comm.memory import PeerMemory, _pieces
 from fi_ffi.comm.presence import Place, this_machine, this_process
 from fi_ffi.errors import KernelError
@@ -129,3 +130,21 @@ def test_pools_that_fail_leave_nothing(step, runtime):
     for error in ranks.run("threads", 2, body):
         assert isinstance(error, KernelError), error
         assert step in str(error) and f"CUDA error {OUT_OF_MEMORY}" in str(error)
+
+
+@pytest.mark.parametrize(("seen", "expected"), [
+    ([0, 1], (True, True)), ([0, None], (True, False)), ([None, None], (True, False)),
+    ([0, 0], (True, True)), ([0, 2], (False, False)), ([1, 3], (True, False)),
+])  # fmt: skip
+def test_what_gpus_reach(seen, expected, monkeypatch):
+    """GPU 2 is out of reach, and GPU 3 is reached over PCIe; None is not visible."""
+    asked = []
+
+    def attribute(which: int, mine: int, other: int) -> bool:
+        asked.append((mine, other))
+        return 2 not in (mine, other) if which == memory._ACCESS_SUPPORTED else max(mine, other) < 2
+
+    monkeypatch.setattr(memory, "_index_of", lambda place: place)
+    monkeypatch.setattr(memory, "_attribute", attribute)
+    assert memory.peer_topology(seen) == expected
+    assert all(None not in pair and pair[0] != pair[1] for pair in asked)

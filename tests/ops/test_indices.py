@@ -361,6 +361,19 @@ def test_a_token_of_no_request_is_left_out(rng):
             assert f"{value} in element {at}" in refused(wrong, arg).got
 
 
+def test_places_are_computed_in_64_bits():
+    """2^30 * 4 is 0 in the tensor's own int32."""
+    seq_idx, offsets = np.array([0, 0, 0, 0, 1, 1], np.int32), np.zeros(2, np.int32)
+    chunks, out = np.array([0, 2**30], np.int32), np.full(3, 77, np.int32)
+    sizes = {"chunk_size": 4, "num_logical_chunks": 2, "num_seqs": 2}
+    right = np.array([0, 1], np.int32)
+    fi_ffi.seq_chunk_cumsum(seq_idx, right, offsets, out, **sizes)  # scratch memory stays
+    out[:] = 77
+    with pytest.raises(fi_ffi.ArgumentError, match=f" = {2**32} in element 1"):
+        fi_ffi.seq_chunk_cumsum(seq_idx, chunks, offsets, out, **sizes)
+    assert out.tolist() == [77] * 3
+
+
 def test_the_last_piece_starts_in_its_chunk():
     seq_idx = np.array([0, 0, 0, 1, 1, 1], np.int32)
     chunks, offsets = np.array([0, 0, 1], np.int32), np.array([0, 3, 0], np.int32)

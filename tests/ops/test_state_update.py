@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import fi_ffi
+from fi_ffi.ops.states import mamba
 from fi_ffi.ops.states.mamba import ALGORITHMS
 
 from tests.helpers.calls import refused
@@ -599,3 +600,9 @@ def test_supports():
     with pytest.raises(TypeError, match="unexpected"):
         fi_ffi.selective_state_update.supports(90, heads=3)
     assert set(ALGORITHMS) >= {"auto", "simple"} and PAD == -1
+
+
+@pytest.mark.parametrize(("major", "arch"), [(8, ""), (9, "sm90"), (10, "sm100"), (12, "sm100")])
+def test_modules_of_each_generation(major, arch):
+    """FlashInfer has a generator for each, and one for all before."""
+    assert mamba._arch(major) == arch

@@ -157,6 +157,8 @@ class Event:
         flags = 0 if timing else _NO_TIMING
         check(runtime.cudaEventCreateWithFlags(handle, flags), "cudaEventCreate")
         self._handle = handle[0]
+        # Not `ffi.gc` with the C function alone: a forked child must not call it, nor may it run
+        # after the interpreter has begun to end, when CUDA may have ended before.
         weakref.finalize(self, unless_cut_off, runtime.cudaEventDestroy, self._handle)
 
     def record(self, stream: int) -> None:
