@@ -66,7 +66,7 @@ def test_the_greatest_is_taken_of_adjusted_logits(serve, kind):
                 # A tie within a rounding of float32 may go either way.
                 assert x[token] >= x.max() - 1e-5 * np.abs(x).max()
                 changed += token != rows[i].argmax()
-        assert changed > 10
+        assert changed > 3
         check_empty(engine)
 
 
