@@ -207,6 +207,7 @@ def _service(module: str, name: str = "") -> Callable[[], Any]:
 
 
 support.judge.fill(_service("fi_ffi.capability.answer", "judge_asked"))
+support.docstring.fill(_service("fi_ffi.catalogue.docs", "docstring"))
 services.adviser.fill(_service("fi_ffi.catalogue.advice"))
 services.published.fill(_service("fi_ffi.loader.fetch.pinned_wheels", "published"))
 services.device_code.fill(_service("fi_ffi.loader.fetch.cubins", "serve"))

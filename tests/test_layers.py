@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from fi_ffi.ops.functions import OPS
 from tools import layers
 
 from tests.helpers.children import ROOT, done
@@ -145,6 +146,7 @@ CALLS = """
         fi_ffi.rmsnorm.supports(sm=90)
     except fi_ffi.LoaderError as error:
         print(error)
+    print(fi_ffi.rmsnorm.__doc__)
 """
 ON_CPU = """
     import numpy as np
@@ -162,6 +164,7 @@ def calls_in(folder: Path, machine: str, **environment: str) -> None:
     status, out, err = run_in(folder, code, **environment)
     assert status == 0, err
     assert "the judge is missing" in out and "fi_ffi.capability" in out
+    assert out.splitlines()[-1] == OPS["rmsnorm"].row.doc
 
 
 def test_the_core_runs_alone(core: Path) -> None:

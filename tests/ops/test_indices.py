@@ -12,8 +12,8 @@ import pytest
 
 import fi_ffi
 from fi_ffi.abi.tensor import DTYPES
+from fi_ffi.catalogue.docs import docstring
 from fi_ffi.cli.cases import Case, case_of
-from fi_ffi.ops.call.docs import docstring
 from fi_ffi.ops.call.notation import parse_expression
 from fi_ffi.ops.call.op import Op
 from fi_ffi.ops.call.row import Row, Tensor

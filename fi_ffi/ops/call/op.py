@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Any
 from fi_ffi.loader import generation
 from fi_ffi.ops.call.checks import parameters
 from fi_ffi.ops.call.compiled import CompiledRow
-from fi_ffi.ops.call.docs import docstring
 from fi_ffi.ops.call.prepared import Prepared, prepare_call
 from fi_ffi.ops.call.releases import fits, release_in_force
 from fi_ffi.ops.call.row import Row
-from fi_ffi.ops.call.support import Support, supports
+from fi_ffi.ops.call.support import Support, docstring, supports
 
 if TYPE_CHECKING:
     import inspect
@@ -50,7 +49,7 @@ class Op:
 
     @property
     def __doc__(self) -> str:  # type: ignore[override]
-        return docstring(self.row)
+        return docstring.get()(self.row)
 
     @property
     def __signature__(self) -> inspect.Signature:

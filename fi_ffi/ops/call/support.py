@@ -1,6 +1,6 @@
-"""`supports`: what it answers, and the slot of whoever answers.
+"""`supports`: what it answers, and the slots of whoever answers for an op, in words too.
 
-`fi_ffi` fills it with `fi_ffi.capability`. Nothing below imports it.
+`fi_ffi` fills them with `fi_ffi.capability` and `fi_ffi.catalogue`. Nothing below imports these.
 """
 
 from __future__ import annotations
@@ -68,6 +68,9 @@ def no_judge(op: str, asked: Mapping[str, Any], rows: Sequence[Row]) -> Support:
 # Answers for an op, a function or a plan by its name; `rows` are an op's forms, and empty for all
 # others.
 judge: Slot[Callable[[str, Mapping[str, Any], Sequence[Row]], Support]] = Slot(no_judge)
+
+# Writes an op's docstring; without the catalogue it is the row's sentence alone.
+docstring: Slot[Callable[[Row], str]] = Slot(lambda row: row.doc)
 
 
 def supports(op: str, rows: Sequence[Row] = (), /, **asked: Any) -> Support:
