@@ -225,7 +225,9 @@ class BoundRuns:
         axes |= {least for _, least in not_less}
         of_batch = [axis for axis in _BATCH_AXES if axis in axes]
         own = [axis for axis in facts if axis in axes]
+        changing = *of_batch, *(axis for axis, _ in bounds if axis != "num_pages")
         axes_of = {"known": (*of_batch, *own), "not_less": not_less, "first": names.first}
+        axes_of["changing"] = changing
         bound = self._binder.bind(row, module, kinds, others, **axes_of)
         bound.batch_sizes = attrgetter(*(_BATCH_AXES[axis] for axis in of_batch))
         bound.own_sizes = tuple(facts[axis] for axis in own)

@@ -24,7 +24,7 @@ from fi_ffi.ops.attention.rows import FORMS
 from fi_ffi.ops.attention.run import Packing, launch_run
 from fi_ffi.ops.attention.schedule import Captured, Planner, allocate, place, send
 from fi_ffi.ops.attention.sizes import Need
-from fi_ffi.ops.attention.values import Values
+from fi_ffi.ops.attention.values import Values, without_options
 from fi_ffi.ops.attention.workspace import Workspace
 from fi_ffi.ops.call import cuda, hooks
 from fi_ffi.ops.call.arguments import Refusal
@@ -157,7 +157,8 @@ class Plan:
     def _facts(self) -> dict[str, Any]:
         """Return the bound arguments and the sizes of axes that no batch changes, by the rows'
         names."""
-        return {**vars(self.options), **vars(self._geometry)}
+        chosen = self.options
+        return {**without_options(chosen), **vars(chosen), **vars(self._geometry)}
 
     def _read(self, arrays: Sequence[object]) -> Batch:
         """Read and check a batch's arrays."""

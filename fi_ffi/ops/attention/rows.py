@@ -207,15 +207,15 @@ PAGES = "paged_kv_indptr paged_kv_indices paged_kv_last_page_len"
 FA2_SCALARS = "logits_soft_cap sm_scale rope_rcp_scale rope_rcp_theta"
 PAIR = ("paged_k_cache", "paged_v_cache")
 _RUN = f"{WORKSPACES} plan_info_vec"
-_MULTI_ITEM = "maybe_prefix_len_ptr maybe_token_pos_in_items_ptr maybe_max_item_len_ptr"
+MULTI_ITEM = "maybe_prefix_len_ptr maybe_token_pos_in_items_ptr maybe_max_item_len_ptr"
 OF_FP8 = "maybe_scale_q maybe_scale_k maybe_scale_v sm_scale "
 OF_FP8 += "scale_q_scalar scale_k_scalar scale_v_scalar"
 BLOCK_SCALES = "maybe_k_cache_sf maybe_v_cache_sf"
 # What modules.py adds to a batch's prefill, by kernel.
 _OF_BATCH = {
-    "fa2": f"maybe_custom_mask maybe_mask_indptr maybe_alibi_slopes {_MULTI_ITEM} "
+    "fa2": f"maybe_custom_mask maybe_mask_indptr maybe_alibi_slopes {MULTI_ITEM} "
     f"{BLOCK_SCALES} {FA2_SCALARS} token_pos_in_items_len",
-    "fa3": f"{_MULTI_ITEM} maybe_scale_v logits_soft_cap sm_scale scale_v_scalar "
+    "fa3": f"{MULTI_ITEM} maybe_scale_v logits_soft_cap sm_scale scale_v_scalar "
     "token_pos_in_items_len",
     "fa3_fp8": OF_FP8,
 }

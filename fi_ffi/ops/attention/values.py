@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from fi_ffi.abi.interop import TensorLike, as_desc
 from fi_ffi.abi.tensor import Device
 from fi_ffi.errors import ArgumentError, ArgumentTypeError
-from fi_ffi.ops.attention.rows import FP4, SHARED
+from fi_ffi.ops.attention.rows import BLOCK_SCALES, FP4, FP8, MULTI_ITEM, SHARED
 from fi_ffi.ops.call import values as values_
 from fi_ffi.ops.call.arguments import Refusal, check_number, shown
 from fi_ffi.ops.call.compiled import CompiledRow
@@ -25,6 +25,15 @@ CALLER_NAMES = {
 }
 # Values that an entry gets for options that were left out.
 _NEUTRAL = {arg.name: arg.default for arg in SHARED.values() if isinstance(arg, Scalar)}
+# Arguments that runs pass only if an option of their plan is one of these values.
+_WITH_OPTIONS: Sequence[tuple[str, Collection[object], str]] = (
+    ("pos_encoding_mode", ("ALIBI",), "maybe_alibi_slopes"),
+    ("pos_encoding_mode", ("ROPE_LLAMA",), "rope_rcp_scale rope_rcp_theta"),
+    ("use_custom_mask", (True,), "maybe_custom_mask"),
+    ("use_multi_item_scoring", (True,), f"{MULTI_ITEM} token_pos_in_items_len"),
+    ("kv_data_type", FP4, BLOCK_SCALES),
+    ("kv_data_type", FP8, "ckv_scale kpe_scale maybe_ckv_scale_arr"),
+)
 _OF_KIND = {"": "", "fp8": " with fp8 queries", "fp4": " with keys of 4 bits"}
 
 
@@ -34,6 +43,16 @@ def compiled_row(
     """Compile a row for a module of these dtypes: see `fi_ffi.ops.call.values`."""
     types = {name: FP4 if dtype in FP4 else (dtype,) for name, dtype in dtypes.items()}
     return values_.compiled_row(row, module, types, op, *device, **{"names": CALLER_NAMES, **how})
+
+
+def without_options(options: object) -> dict[str, object]:
+    """Return the arguments that no run of a plan with these options passes, as entries get them."""
+    return {
+        name: _NEUTRAL.get(name)
+        for option, values, names in _WITH_OPTIONS
+        if getattr(options, option, None) not in values
+        for name in names.split()
+    }
 
 
 class Values(values_.Values):

@@ -53,13 +53,14 @@ class CompileOptions:
 
     `bound` are arguments that are already in the frame (a plan's own), with their kinds, or None
     for a missing tensor; `known` are axes whose sizes the plan has fixed. Errors name `op`, and
-    arguments by `names`.
+    arguments by `names`. Each batch of a plan changes the sizes of the axes in `changing`.
     """
 
     row: Row
     op: str = ""
     names: Mapping[str, str] = field(default_factory=dict)
     known: tuple[str, ...] = ()
+    changing: tuple[str, ...] = ()
     bound: Mapping[str, TensorKind | None] = field(default_factory=dict)
     # Parameters of `pack` that come before the others.
     first: tuple[str, ...] = ()
@@ -413,10 +414,12 @@ class Checks:
             step, item = self.steps[arg.name], self.itemsizes[arg.name]
             lines.append(f"{arg.name}__span = {self._span(arg)}")
             wrong = self._wrong_strides(arg, step)
+            limit = arg.offset_limit or self.row.offset_limit
+            reach = [f"{arg.name}__span > {limit}"] if arg.axis_names and limit < _FAR else []
             present = f"{arg.name} is not None and " if arg.optional else ""
-            if wrong:
+            for those in filter(None, (wrong, reach)):
                 refusal = f"refuse.strides({arg.name!r}, {arg.name}, {step})"
-                lines.append(f"if {present}({' or '.join(wrong)}): {refusal}")
+                lines.append(f"if {present}({' or '.join(those)}): {refusal}")
             if item != "1":  # convert to bytes
                 lines.append(f"{arg.name}__span *= {item}")
         if is_scratch:
@@ -455,9 +458,6 @@ class Checks:
             if arg.stride_limit < _FAR:
                 wrong.append(f"{stride} >= {arg.stride_limit}")
             inner = f"{dims[k]} * {inner}" if arg.contiguous else f"{dims[k]} * {stride}"
-        limit = arg.offset_limit or self.row.offset_limit
-        if limit < _FAR:
-            wrong.append(f"{name}__span > {limit}")
         if arg.kv and rank > 2 and (arg.contiguous or arg.writes):
             wrong.append("not is_nhd")
         return wrong

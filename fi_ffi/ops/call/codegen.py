@@ -9,16 +9,19 @@ from __future__ import annotations
 import itertools
 import operator
 import re
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from fi_ffi.abi.library import TypeIndex
 from fi_ffi.ops.call.arguments import INT64_MAX
 from fi_ffi.ops.call.checks import Checks, parameters
-from fi_ffi.ops.call.notation import parse_expression
+from fi_ffi.ops.call.notation import parse_axis, parse_expression
 from fi_ffi.ops.call.row import Absent, Arg, IntArray, Scalar, Tensor, Text
 
 # Local variables that checks of shapes and strides set.
 _LOCALS = re.compile(r"\b(?:size__\w+|\w+__[ds]\d+|\w+__span|mask__\d+|step__\d+)\b")
+_NAME = re.compile(r"\b[A-Za-z_]\w*")
+_SET = re.compile(r"(?:^|: ) *((?:\w+, )*\w+),? = (.+)", re.MULTILINE)  # an assignment
 Source = tuple[str, list[str]]  # a function's header, and its lines
 # What is compiled from a row: methods of `Writer`, and of `CompiledRow`.
 FUNCTIONS = ("call", "pack", "check", "arguments", "update")
@@ -125,23 +128,51 @@ class Writer(Checks):
         """
         text = "\n".join(after)
         scratch = tuple(f"{arg.name}__" for _, arg in self.tensors if arg.is_scratch)
-        kept = sorted(name for name in {*_LOCALS.findall(text)} if not name.startswith(scratch))
-        layouts = []
-        for _, arg in self.tensors:
-            if arg.is_scratch:
-                continue
-            for of in (f"{arg.name}.shape", f"{arg.name}.strides"):
-                layouts.append(f"None if {arg.name} is None else {of}" if arg.optional else of)
-        if self.options.known:
-            layouts.append("bound_row.sizes")
-        names = ", ".join(kept)
+        kept = {name for name in _LOCALS.findall(text) if not name.startswith(scratch)}
+        layouts = self._layouts() + "bound_row.sizes, " * bool(self.options.known)
+        if self.options.changing:
+            checks = self._of_batch(checks, kept)
+        names = _listed(sorted(kept))
         return [
-            f"layouts = ({''.join(f'{part}, ' for part in layouts)})",
+            f"layouts = ({layouts})",
             f"memo = variant.{self.memo}",
             "if memo[0] != layouts:",
             *(f"    {line}" for line in checks),
             f"    memo = variant.{self.memo} = (layouts, {names})",
-            f"_, {names}{',' * (not kept)} = memo" if kept else "pass",
+            f"_, {names} = memo",
+        ]
+
+    def _layouts(self, growing: Collection[str] = ()) -> str:
+        """Return the source of the tensors' shapes and strides, without the first sizes of some."""
+        layouts = []
+        for _, arg in self.tensors:
+            rest = f"[{'variant.is_nhd' if arg.kv else 1}:]" * (arg.name in growing)
+            for of in (f"{arg.name}.shape{rest}", f"{arg.name}.strides"):
+                if not arg.is_scratch:
+                    layouts.append(f"None if {arg.name} is None else {of}" if arg.optional else of)
+        return _listed(layouts)
+
+    def _of_batch(self, checks: Sequence[str], kept: set[str]) -> list[str]:
+        """Leave out what another batch changes nothing of, if that is as in the call before.
+
+        The rest are the statements that depend on the sizes of the axes `changing`.
+        """
+        axes = {*self.options.changing}
+        first = {arg.name: arg.axis_names[0] for _, arg in self.tensors if arg.axis_names}
+        growing = [name for name, text in first.items() if axes & {*parse_axis(text).names}]
+        changing = {f"size__{axis}" for axis in axes} | {f"{name}__d0" for name in growing}
+        changing |= {self.dims[name][0] for name in growing}
+        again, same = _depending(checks, changing)
+        names = _listed(sorted(same & (_names("\n".join(again)) | kept)))
+        return [
+            f"planned = ({self._layouts(growing)}bound_row.own_sizes)",
+            "memo = variant.memo_of_plan",
+            "if memo[0] != planned:",
+            *(f"    {line}" for line in checks),
+            f"    variant.memo_of_plan = (planned, {names})",
+            "else:",
+            f"    _, {names} = memo",
+            *(f"    {line}" for line in again),
         ]
 
     def _writes(self) -> list[str]:
@@ -255,3 +286,36 @@ class Writer(Checks):
 def _by_name(args: Sequence[Arg]) -> str:
     """Return the source of a dict of arguments."""
     return f"{{{', '.join(f'{arg.name!r}: {arg.name}' for arg in args)}}}"
+
+
+def _listed(names: Iterable[str]) -> str:
+    """Return the source of a tuple's items."""
+    return "".join(f"{name}, " for name in names)
+
+
+def _names(text: str) -> set[str]:
+    return {*_NAME.findall(text)}
+
+
+def _depending(lines: Sequence[str], changing: set[str]) -> tuple[list[str], set[str]]:
+    """Return the statements in which a name of `changing` occurs, or one that is computed from
+    these, and the names that the other statements set."""
+    statements: list[list[str]] = []
+    for line in lines:
+        if line.startswith((" ", "el")):
+            statements[-1].append(line)
+        else:
+            statements.append([line])
+    texts = ["\n".join(statement) for statement in statements]
+    found = [[(_names(of), _names(value)) for of, value in _SET.findall(text)] for text in texts]
+    # What is set twice is not known by its name.
+    times = Counter(name for sets in found for name in set().union(*(of for of, _ in sets)))
+    changing |= {name for name, count in times.items() if count > 1}
+    again, same = list[str](), set[str]()
+    for statement, text, sets in zip(statements, texts, found, strict=True):
+        if changing.isdisjoint(_names(text)):
+            same.update(*(of for of, _ in sets))
+            continue
+        again += statement
+        changing.update(*(of for of, value in sets if changing & value))
+    return again, same

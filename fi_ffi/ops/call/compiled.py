@@ -90,6 +90,8 @@ class Variant:
                 self._values.append((place(i), arg.value))
         # The layouts of the last call that passed, and what was computed from them.
         self.memo: tuple[Any, ...] = (None,)
+        # For a plan's runs, the same of all that no batch changes.
+        self.memo_of_plan: tuple[Any, ...] = (None,)
         self.memo_of_pack: tuple[Any, ...] = (None,)
         self.memo_of_check: tuple[Any, ...] = (None,)
         # Found at the first call.
