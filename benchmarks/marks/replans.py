@@ -16,9 +16,12 @@ from marks.turns import Call
 
 REPLANS = {
     kind: f"{kind} replan, another batch (CPU: no copy)"
-    for kind in ("decode", "ragged", "paged", "MLA")
+    for kind in ("decode", "ragged", "ragged fa3", "paged", "MLA")
 }
-FIRST_RUN = "decode replan and the first run (CPU: no copy, no stream)"
+FIRST_RUNS = {
+    kind: f"{kind} replan and the first run (CPU: no copy, no stream)"
+    for kind in ("decode", "ragged", "ragged fa3")
+}
 _REPLAN = "args, arrays, _ = next(batches); plan.replan(*args, **arrays)"
 _WITH_RUN = "args, arrays, tensors = next(batches); plan.replan(*args, **arrays); run(*tensors)"
 # Tokens of each request of the batches, and how many of them are queries.
@@ -42,7 +45,8 @@ class Plan:
 
     def __init__(self, kind: str) -> None:
         rng = np.random.default_rng()
-        self.kind = kind
+        self.kind, _, backend = kind.partition(" ")
+        kind = self.kind
         if kind == "MLA":
             shapes = [(_ROWS, _HEADS, _CKV), (_ROWS, _HEADS, _KPE)]
             shapes += [(_PAGES, _PAGE, _CKV), (_PAGES, _PAGE, _KPE)]
@@ -55,7 +59,8 @@ class Plan:
         self.batches = [self._batch(i) for i in range(len(_BATCHES))]
         args, arrays, _ = self.batches[0]
         heads = {"num_qo_heads": _HEADS, "num_kv_heads": _KV_HEADS}
-        prefill = heads | {"head_dim_qk": _DIM, "causal": True, "backend": "fa2"}
+        prefill = heads | {"head_dim_qk": _DIM, "causal": True}
+        prefill["backend"] = backend or "fa2"
         make, options = {
             "decode": (fi_ffi.BatchDecodePlan, heads | {"head_dim": _DIM, "page_size": _PAGE}),
             "ragged": (fi_ffi.BatchPrefillPlan, prefill),
@@ -147,6 +152,6 @@ def _call(name: str, kind: str, statement: str) -> Call:
 
 
 def calls() -> list[Call]:
-    """Each kind's replan, and decode's with the first run after it."""
+    """Each kind's replan, and that of some with the first run after it."""
     made = [_call(name, kind, _REPLAN) for kind, name in REPLANS.items()]
-    return [*made, _call(FIRST_RUN, "decode", _WITH_RUN)]
+    return [*made, *(_call(name, kind, _WITH_RUN) for kind, name in FIRST_RUNS.items())]

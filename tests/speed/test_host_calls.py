@@ -33,7 +33,7 @@ NAMES = [
     "typed call, 2 TensorDescs made, other lengths", ways.NUMPY_REPEATED,
     "typed call, numpy arrays (CPU), other lengths", "one TensorDesc made", "TensorDesc.rows",
     "TensorDesc.at", ways.PLAN_TYPED,
-    "plan.run, prepared (CPU: no stream)", *replans.REPLANS.values(), replans.FIRST_RUN,
+    "plan.run, prepared (CPU: no stream)", *replans.REPLANS.values(), *replans.FIRST_RUNS.values(),
 ]  # fmt: skip
 OTHERS = {ways.REPEATED: NAMES[7], ways.NUMPY_REPEATED: NAMES[9]}
 PROGRAM = host_calls.__file__
