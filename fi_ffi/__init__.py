@@ -211,6 +211,7 @@ support.docstring.fill(_service("fi_ffi.catalogue.docs", "docstring"))
 services.adviser.fill(_service("fi_ffi.catalogue.advice"))
 services.published.fill(_service("fi_ffi.loader.fetch.pinned_wheels", "published"))
 services.device_code.fill(_service("fi_ffi.loader.fetch.cubins", "serve"))
+_optional("fi_ffi.export")  # by which other libraries read a TensorDesc
 
 
 def use_kernels(location: str | os.PathLike[str]) -> None:

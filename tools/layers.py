@@ -38,6 +38,7 @@ LAYERS = (
     Layer("ops/table", ("fi_ffi.ops.table",), True),
     Layer("ops/attention", ("fi_ffi.ops.attention",), True),
     Layer("ops", ("fi_ffi.ops",), True),
+    Layer("export", ("fi_ffi.export",)),
     Layer("on_host", ("fi_ffi.ops.on_host", "fi_ffi.ops.philox")),
     Layer("loader/fetch", ("fi_ffi.loader.fetch",)),
     Layer("module names", ("fi_ffi.module_names",)),

@@ -243,7 +243,7 @@ class TensorDesc(_Fields):
     """
 
     __slots__ = ()
-    # Set by `fi_ffi.abi.export`, so that other libraries can read the tensor.
+    # Set by `fi_ffi.export`, so that other libraries can read the tensor.
     __array_interface__: dict[str, Any]
     __cuda_array_interface__: dict[str, Any]
     __array__: Callable[..., numpy.ndarray[Any, Any]]

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar, overload
 
 from fi_ffi.abi import library
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.abi.export import Exported
 from fi_ffi.abi.function import Entry, library_function, probe
 from fi_ffi.abi.library import TypeIndex
 from fi_ffi.abi.objects import (
@@ -32,6 +31,7 @@ from fi_ffi.abi.streams import current_handle, current_scope, stream_handle
 from fi_ffi.abi.tensor import Device, DType, TensorDesc, parse_device
 from fi_ffi.abi.values import pack_arguments
 from fi_ffi.errors import AbiError, ArgumentError, ArgumentTypeError, KernelNotFoundError, printed
+from fi_ffi.export import Exported
 from fi_ffi.modules.packing import call, ints_of, pack, packer_of
 from fi_ffi.modules.reflection import Field, Method, TypeInfo, get_field, set_field, type_info
 from fi_ffi.ops.call import cuda, hooks

@@ -9,15 +9,14 @@ from __future__ import annotations
 import numbers
 from typing import TYPE_CHECKING, Any
 
-from fi_ffi.abi.interop import TensorLike, as_desc
+from fi_ffi.abi.interop import TensorLike, as_desc, check_unmasked
 from fi_ffi.abi.tensor import TensorDesc, frozen, parse_device, tensor_kind
-from fi_ffi.errors import ArgumentError, ArgumentTypeError
+from fi_ffi.errors import ArgumentError, ArgumentTypeError, let_through
 from fi_ffi.ops.call.arguments import (
     INT32_MAX,
     INT64_MAX,
     check_flag,
     check_int,
-    host_array,
     shown,
 )
 from fi_ffi.ops.call.memory import scratch_bytes
@@ -176,6 +175,22 @@ def packed_indptr(indptr: numpy.typing.ArrayLike) -> Indices:
 
     lengths = np.diff(check_indptr("packed_indptr", "indptr", indptr))
     return np.concatenate([[0], np.cumsum(-(-lengths // 8))]).astype(np.int32)
+
+
+def host_array(
+    op: str, argument: str, value: object, expected: str
+) -> numpy.ndarray[Any, numpy.dtype[Any]]:
+    """Read any array that numpy reads; refuse anything else, and arrays with a mask."""
+    import numpy as np
+
+    check_unmasked(value, op, argument)
+    try:
+        array: numpy.ndarray[Any, numpy.dtype[Any]] = np.asarray(value)
+    except Exception as error:  # any error of the exporter, such as a GPU array's
+        let_through(error)
+        got = f"a {type(value).__qualname__} that refused: {error}"
+        raise ArgumentTypeError(op, argument, got=got, expected=expected) from error
+    return array
 
 
 def check_int_array(op: str, argument: str, value: object) -> Integers:

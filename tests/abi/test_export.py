@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import fi_ffi
-from fi_ffi.abi import export
+from fi_ffi import export
 from fi_ffi.abi.dlpack import open_capsule
 from fi_ffi.abi.interop import as_desc
 from fi_ffi.abi.tensor import DTYPES, TensorDesc, make_desc, parse_device

@@ -5,13 +5,8 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any
 
-from fi_ffi.abi.interop import check_unmasked
-from fi_ffi.errors import ArgumentError, ArgumentTypeError, let_through, printed
-
-if TYPE_CHECKING:
-    import numpy
+from fi_ffi.errors import ArgumentError, ArgumentTypeError, printed
 
 INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
 
@@ -63,22 +58,6 @@ def check_number(op: str, argument: str, value: object, above: float = -math.inf
         least = "" if above == -math.inf else f" above {above:g}"
         raise ArgumentError(op, argument, got=value, expected=f"a finite number{least}")
     return plain
-
-
-def host_array(
-    op: str, argument: str, value: object, expected: str
-) -> numpy.ndarray[Any, numpy.dtype[Any]]:
-    """Read any array that numpy reads; refuse anything else, and arrays with a mask."""
-    import numpy as np
-
-    check_unmasked(value, op, argument)
-    try:
-        array: numpy.ndarray[Any, numpy.dtype[Any]] = np.asarray(value)
-    except Exception as error:  # any error of the exporter, such as a GPU array's
-        let_through(error)
-        got = f"a {type(value).__qualname__} that refused: {error}"
-        raise ArgumentTypeError(op, argument, got=got, expected=expected) from error
-    return array
 
 
 def check_flag(op: str, argument: str, value: object) -> bool:

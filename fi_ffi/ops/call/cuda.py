@@ -11,7 +11,6 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from fi_ffi.abi import export
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.allocator import HOST, Allocator, MemoryPool
 from fi_ffi.abi.library import address_of
@@ -190,15 +189,12 @@ class Event:
         check(code, "cudaStreamWaitEvent")
 
 
-def _order(device: Device, before: int, after: int) -> None:
+def order(device: Device, before: int, after: int) -> None:
     """Make a stream's further work wait for what is queued on another stream."""
     with current(device):
         done = Event()
         done.record(before)
         done.make_wait(after)
-
-
-export.order = _order
 
 
 class Memory:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fi_ffi.errors import ArgumentError, ArgumentTypeError
-from fi_ffi.ops.call.arguments import check_int, host_array
+from fi_ffi.ops.call.arguments import check_int
+from fi_ffi.ops.on_host import host_array
 
 if TYPE_CHECKING:
     import numpy

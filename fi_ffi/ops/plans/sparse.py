@@ -14,7 +14,8 @@ from fi_ffi.abi.tensor import TensorDesc, make_desc
 from fi_ffi.ops.attention.arrays import Batch, Indptr, host_ints
 from fi_ffi.ops.attention.options import check_keywords
 from fi_ffi.ops.attention.prefill import BatchPrefillPlan
-from fi_ffi.ops.call.arguments import INT32_MAX, Refusal, check_int, host_array
+from fi_ffi.ops.call.arguments import INT32_MAX, Refusal, check_int
+from fi_ffi.ops.on_host import host_array
 from fi_ffi.ops.plans.arguments import NotOf, SparseKeywords, check_heads, described
 from fi_ffi.ops.plans.masks import pack_custom_mask
 

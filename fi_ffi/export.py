@@ -11,14 +11,14 @@ the array that the capsule belongs to.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.dlpack import open_capsule, write_dl_tensor
 from fi_ffi.abi.streams import current_scope
-from fi_ffi.abi.tensor import Device, DType, TensorDesc
+from fi_ffi.abi.tensor import DType, TensorDesc
 from fi_ffi.errors import ArgumentError, ArgumentTypeError, printed
+from fi_ffi.ops.call.cuda import order
 
 if TYPE_CHECKING:
     import numpy
@@ -29,10 +29,6 @@ _GPU = ("cuda", "cuda_managed")
 _LETTERS = {0: "i", 1: "u", 2: "f", 6: "b"}
 _LEGACY = 1  # cudaStreamLegacy; the protocols read 0 as "no stream"
 _NO_ORDER = -1
-
-# Makes the work of the third argument's stream wait for the second's. Set once the CUDA runtime is
-# loaded.
-order: Callable[[Device, int, int], None] | None = None
 
 
 class ExportError(ArgumentError, BufferError):
@@ -110,7 +106,7 @@ class Exported:
         if stream is not None and (not is_int or stream < _NO_ORDER):
             expected = "a stream's handle, None, or -1"
             raise ArgumentTypeError(what, "stream", got=printed(stream), expected=expected)
-        if desc.device.is_cuda and stream != _NO_ORDER and source is not None and order is not None:
+        if desc.device.is_cuda and stream != _NO_ORDER and source is not None:
             target, before = stream or _LEGACY, source or _LEGACY
             if target != before:
                 order(desc.device, before, target)
