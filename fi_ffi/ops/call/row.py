@@ -462,6 +462,12 @@ class Row:
         return f"GPUs of compute capability {able}{why}"
 
     @property
+    def is_in_python(self) -> bool:
+        """Whether the kernel is written in Python (CuTe DSL), so that nothing in csrc exports
+        it."""
+        return self.source.startswith("flashinfer/")
+
+    @property
     def reference(self) -> str:
         """The name of the reference kernel."""
         return self.symbol + self.variant
