@@ -23,6 +23,8 @@ from engine import Sampling, end_process, load, watch
 from engine.words import Decoder, Words
 from tokenizers import Tokenizer
 
+PAGES = 1024  # of the cache, 16 tokens each
+
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -59,7 +61,7 @@ def main():
             asked = {name: value for name in ("temperature", "top_k", "top_p", "min_p")
                      if (value := getattr(given, name)) is not None}  # fmt: skip
             Sampling(**asked)  # before a model is loaded for nothing
-            engine = load(model, "cpu" if given.cpu else None, tp=given.tp, way=way)
+            engine = load(model, "cpu" if given.cpu else None, PAGES, tp=given.tp, way=way)
             sampling = Sampling(seed=given.seed, max_tokens=given.max_tokens,
                                 **engine.config.sampling | asked)  # fmt: skip
             tokenizer = Tokenizer.from_file(str(Path(model) / "tokenizer.json"))

@@ -32,6 +32,8 @@ class ServerProcess:
 
     def __init__(self, where: str, *flags: str, program: str | None = None) -> None:
         cpu = ["--cpu"] if where == "cpu" else []
+        if "--num-pages" not in flags:  # by default one server takes a GPU's memory
+            flags = (*flags, "--num-pages", "1024")
         self.folder = tempfile.TemporaryDirectory()
         file = SERVE
         if program is not None:

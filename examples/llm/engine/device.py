@@ -147,8 +147,8 @@ class Cpu(Device):
 
     write = copy
 
-    def settle(self):
-        pass
+    def loading(self):
+        return contextlib.nullcontext()
 
     def get(self, x):
         return np.array(x)
@@ -210,9 +210,7 @@ class Gpu(Device):
         self.memory = []  # what frees it, and its address
         about = check(runtime.cudaGetDeviceProperties(index))
         self.multiprocessors = about.multiProcessorCount
-        self.loader = Loader(self)
-        # What takes long, while weights are read.
-        self.code = self.loader.soon(glue.cubin, dtype, (about.major, about.minor))
+        self.loader, self.of_kernels = None, (dtype, (about.major, about.minor))
         # Kernels that may begin while the one before ends (programmatic dependent launch).
         self.has_pdl = about.major >= 9
         early, which = driver.CUlaunchAttribute(), driver.CUlaunchAttributeID
@@ -233,7 +231,7 @@ class Gpu(Device):
     @functools.cached_property
     def kernels(self):
         """Those of glue.py, by name."""
-        return glue.loaded(self.code.result())
+        return glue.loaded(glue.cubin(*self.of_kernels))
 
     def empty(self, shape, dtype):
         x = fi_ffi.TensorDesc(0, shape, dtype, device=self.name)
@@ -277,7 +275,7 @@ class Gpu(Device):
             self.copy_bytes(target.ptr, source.ptr, size)
 
     def write(self, x, host):
-        """Copy host memory, large parts of which are there after `settle` only."""
+        """Copy host memory; while weights are loaded, large parts are there at the end only."""
         at = x.ptr
         for part in host.parts if isinstance(host, Parts) else (host,):
             part = np.ascontiguousarray(part)
@@ -288,12 +286,19 @@ class Gpu(Device):
                 self.wait(self.mark())
             at += part.nbytes
 
-    def settle(self):
-        """Wait for what was put; from then on `put` waits itself."""
-        self.loader.finish()
-        self.products.import_soon(self.loader)
-        self.loader.close()
-        self.loader = None
+    @contextlib.contextmanager
+    def loading(self):
+        """A block in which `put` does not wait: what it has put is there at the end."""
+        self.loader = Loader(self)
+        code = self.loader.soon(glue.cubin, *self.of_kernels)
+        try:
+            yield
+            self.loader.finish()
+            self.kernels = glue.loaded(code.result())
+            self.products.import_soon(self.loader)
+        finally:
+            self.loader.close()
+            self.loader = None
 
     def get(self, x):
         host = np.empty(x.shape, x.dtype.numpy)

@@ -56,8 +56,8 @@ def runner_of(job, ranks=None, followers=(), index=None):
             group = group_of(job, ranks, device)
             weights = Split(weights, config, ranks.rank, ranks.size)
             config = of_rank(config, ranks.size)
-        model = Model(device, config, weights, job, group)
-        device.settle()
+        with device.loading():
+            model = Model(device, config, weights, job, group)
     if ranks:
         ranks.barrier()  # a kernel waits for the others, but not for as long as they may load
     return Runner(model, replace(job, num_pages=model.num_pages), followers)
