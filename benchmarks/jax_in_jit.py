@@ -146,34 +146,6 @@ def measure(name: str, steps: int) -> None:
         print(f"{name:13} {side:38} {kind:7} {each:9.1f} us a step, Python {count:.2f}")
 
 
-def of_peer():
-    """The norm by jax-tvm-ffi, of the file that fi_ffi calls; None where it cannot be."""
-    try:
-        import jax_tvm_ffi
-        import tvm_ffi
-    except ImportError:
-        return None
-    import jax
-
-    from fi_ffi.loader import search
-
-    if jax.default_backend() != "gpu":
-        return None
-    _, file, _ = search.find_module("norm")
-    norm = tvm_ffi.load_module(str(file.path))
-    spec = ["rets", "args", "attrs.eps", "attrs.enable_pdl"]
-    name = "peer.rmsnorm"
-    jax_tvm_ffi.register_ffi_target(
-        name, norm["rmsnorm"], spec, platform="gpu", allow_cuda_graph=True
-    )
-
-    def call(x, weight):
-        kind = jax.ShapeDtypeStruct(x.shape, x.dtype)
-        return jax.ffi.ffi_call(name, kind)(x, weight, eps=1e-6, enable_pdl=False)
-
-    return call
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=200)

@@ -161,7 +161,7 @@ def test_the_current_device_is_what_xla_leaves(jax):
 
 
 @pytest.fixture(params=[0, 1])
-def place(request, jax):
+def place(request, jax, machine):
     """The machine on either GPU, and jax's device."""
     if len(jax.devices()) <= request.param:
         pytest.skip("needs two GPUs")
