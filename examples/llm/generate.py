@@ -61,7 +61,8 @@ def main():
             asked = {name: value for name in ("temperature", "top_k", "top_p", "min_p")
                      if (value := getattr(given, name)) is not None}  # fmt: skip
             Sampling(**asked)  # before a model is loaded for nothing
-            engine = load(model, "cpu" if given.cpu else None, PAGES, tp=given.tp, way=way)
+            engine = load(model, "cpu" if given.cpu else None, num_pages=PAGES, tp=given.tp,
+                          way=way)  # fmt: skip
             sampling = Sampling(seed=given.seed, max_tokens=given.max_tokens,
                                 **engine.config.sampling | asked)  # fmt: skip
             tokenizer = Tokenizer.from_file(str(Path(model) / "tokenizer.json"))

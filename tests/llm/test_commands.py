@@ -143,4 +143,4 @@ def test_what_generate_loads(flags, monkeypatch):
     with pytest.raises(SystemExit, match=r"generate\.py: enough"):
         generate.main()
     way, size = ("ray", 2) if flags else ("processes", 1)
-    assert asked == [("m", "cpu", {"tp": size, "way": way})]
+    assert asked == [("m", "cpu", {"num_pages": generate.PAGES, "tp": size, "way": way})]
