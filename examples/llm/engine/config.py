@@ -15,6 +15,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
 LARGEST = 2**24  # of any size
+BLOCK = 256  # positions
 MOST_LAYERS, MOST_EXPERTS, MOST_HEAD_DIM = 2**10, 2**10, 256
 TOP = 20  # the most tokens that are told beside the one drawn
 # Of the parameters of a request; of whole numbers where the limits are.
@@ -54,7 +55,7 @@ Factor, Gain = within(1e-3, 1e6), within(0.0, 1e6)
 
 
 class Checked(BaseModel):
-    model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False, defer_build=True)
 
 
 POINTER = b"version https://git-lfs.github.com/spec/"
@@ -158,9 +159,13 @@ class Rope(Checked):
             frequencies = self._llama3(frequencies)
         if self.rope_type == "yarn":
             frequencies, larger = self._yarn(frequencies, dim, most)
-        angles = np.arange(positions)[:, None] * frequencies
-        both = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
-        return (larger * both).astype(np.float32)
+        # A position is a block and a place in it, whose turns are multiplied.
+        places = larger * np.exp(1j * np.arange(BLOCK)[:, None] * frequencies)
+        out = np.empty((positions, dim), np.float32)
+        for start in range(0, positions, BLOCK):
+            turns = np.exp(1j * start * frequencies) * places[: positions - start]
+            out[start : start + BLOCK] = np.concatenate([turns.real, turns.imag], axis=1)
+        return out
 
     def _yarn(self, frequencies, dim, most):
         """Slow ones are `factor` times slower, with a ramp; and how much larger all is then."""

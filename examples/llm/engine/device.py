@@ -295,7 +295,6 @@ class Gpu(Device):
             yield
             self.loader.finish()
             self.kernels = glue.loaded(code.result())
-            self.products.import_soon(self.loader)
         finally:
             self.loader.close()
             self.loader = None

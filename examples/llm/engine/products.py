@@ -260,10 +260,6 @@ class Products:
         self.room = 2 * WARPS * gpu.multiprocessors  # warps of the kernel that run at once
         self.after, self.last = {}, 0  # by address: the weight that is read next
 
-    def import_soon(self, loader):
-        """The first steps may do without it: they have few rows."""
-        loader.soon(importlib.import_module, "nvmath.bindings.cublas")
-
     @functools.cached_property
     def cublas(self):
         """The library, and with it the handle."""
