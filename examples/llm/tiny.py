@@ -61,8 +61,22 @@ KINDS = {
     },
     "gpt_oss": GPT_OSS,
     "gpt_oss_mxfp4": GPT_OSS | {"quantization_config": {"quant_method": "mxfp4"}},
+    "qwen2": {"torch_dtype": "float16", "num_attention_heads": 2, "num_key_value_heads": 1},
+    "mistral": {"torch_dtype": "float16", "head_dim": 64, "sliding_window": 20},
+    "mixtral": {
+        "torch_dtype": "bfloat16", "head_dim": 128, "num_local_experts": 8,
+        "num_experts_per_tok": 2, "intermediate_size": 96, "sliding_window": None,
+    },
+    "gemma3_text": {
+        "torch_dtype": "bfloat16", "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": 200, "sliding_window": 20, "sliding_window_pattern": 2,
+        "rope_local_base_freq": 1000.0, "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        "tie_word_embeddings": True,
+    },
     "qwen3_next": {
         "torch_dtype": "float16", "head_dim": 256, "partial_rotary_factor": 0.25,
+        "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 96,
+        "shared_expert_intermediate_size": 96, "norm_topk_prob": True,
         "full_attention_interval": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
         "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4,
     },
@@ -76,7 +90,7 @@ CHAT_TEMPLATE = """\
 {%- if add_generation_prompt %}assistant: {% endif %}"""
 
 
-def random_weight(name, shape, is_next, rng):
+def random_weight(name, shape, adds_one, rng):
     """Numbers of a size such that what goes through a layer stays of its size."""
     if name.endswith("A_log"):
         return np.log(rng.uniform(1, 16, shape))
@@ -87,15 +101,17 @@ def random_weight(name, shape, is_next, rng):
     if name.endswith("bias"):
         return rng.uniform(-0.1, 0.1, shape)
     if len(shape) == 1:
-        adds_one = is_next and "linear_attn" not in name
-        return rng.standard_normal(shape) * 0.1 + (0 if adds_one else 1)
+        is_whole = adds_one and "linear_attn" not in name
+        return rng.standard_normal(shape) * 0.1 + (0 if is_whole else 1)
     if "embed" in name:  # small, lest a tied one answers each token with itself
         return rng.standard_normal(shape) * 0.2
+    if name.endswith("gate.weight") and shape[0] == 1:  # of the expert of all tokens
+        return rng.standard_normal(shape) / shape[1] ** 0.5
     inner = shape[1] if "experts" in name else np.prod(shape[1:])
     return rng.standard_normal(shape) / inner**0.5 * (4 if "lm_head" in name else 1)
 
 
-def decided(name, weight, count, rng):
+def decided(name, weight, count, adds_one, rng):
     """A weight changed so that no rounding makes a router choose other experts.
 
     The first `count` places of an embedding are an order of the experts, far apart; layers
@@ -104,13 +120,15 @@ def decided(name, weight, count, rng):
     if "embed" in name:
         orders = np.tile(np.linspace(-2, 2, count), (len(weight), 1))
         weight[:, :count] = rng.permuted(orders, axis=1)
-    elif name.endswith(("o_proj.weight", "o_proj.bias", "down_proj.weight")):
+    elif name.endswith(
+        ("o_proj.weight", "o_proj.bias", "out_proj.weight", "down_proj.weight", "w2.weight")
+    ):
         weight[:count] *= 0.02
     elif name.endswith(("down_proj", "down_proj_bias")):
         weight[..., :count] *= 0.02
     elif "post_attention" in name:
-        weight[:count] = 1
-    elif name.endswith(("mlp.gate.weight", "mlp.router.weight")):
+        weight[:count] = 0 if adds_one else 1
+    elif name.endswith(("mlp.gate.weight", "moe.gate.weight", "mlp.router.weight")):
         weight = np.eye(*weight.shape)[rng.permutation(count)]
     return weight
 
@@ -156,9 +174,9 @@ def make_tiny(path, kind="qwen3", rng=None, **changes):
     dtype = ml_dtypes.bfloat16 if config.dtype == "bfloat16" else np.float16
     tensors = {}
     for name, shape in shapes(config):
-        weight = random_weight(name, shape, config.is_next, rng)
+        weight = random_weight(name, shape, config.adds_one, rng)
         if config.experts:
-            weight = decided(name, weight, config.experts, rng)
+            weight = decided(name, weight, config.experts, config.adds_one, rng)
         if quantised and name.endswith(("gate_up_proj", "down_proj")):
             tensors |= in_mxfp4(name, weight)
         elif quantised.get("quant_method") == "fp8" and name.endswith("_proj.weight"):

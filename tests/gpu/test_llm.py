@@ -252,7 +252,7 @@ def _threads(name, args):
         return (threads, len(args[7])), 128
     if name == "merged":
         return (128 * args[0].shape[1], len(args[0])), 128
-    if name == "biased":
+    if name in ("biased", "scaled"):
         return (args[2], len(args[0])), 256
     if name == "penalise":
         return (args[6], len(args[0])), 256

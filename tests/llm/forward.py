@@ -16,6 +16,7 @@ KINDS = {
     "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F32": np.float32,
     "U8": np.uint8, "F8_E4M3": ml_dtypes.float8_e4m3fn,
 }  # fmt: skip
+MIXTRAL = "block_sparse_moe"
 # Half a step of fp8, by which what is multiplied with weights of fp8 is rounded.
 FP8 = 2.0**-4
 
@@ -65,6 +66,7 @@ class Forward:
     def __init__(self, path: Path) -> None:
         self.raw, self.weights, self.in_fp8 = read(path)
         self.is_next = self.raw["model_type"] == "qwen3_next"
+        self.is_gemma = self.raw["model_type"] == "gemma3_text"
         self.step, self.rng = 0.0, np.random.default_rng()
 
     def off(self, x, step=None):
@@ -80,18 +82,21 @@ class Forward:
 
     def norm(self, x, name, adds_one=None):
         weight = self.weights[name + ".weight"]
-        adds_one = self.is_next if adds_one is None else adds_one
+        adds_one = self.is_next or self.is_gemma if adds_one is None else adds_one
         x = x / np.sqrt((x * x).mean(-1, keepdims=True) + self.raw["rms_norm_eps"])
         return self.off(x * (1 + weight if adds_one else weight))
 
-    def rotate(self, x):
-        """x: (tokens, heads, dim), turned as complex numbers."""
+    def rotate(self, x, base=None):
+        """x: (tokens, heads, dim), turned as complex numbers; by `base` or as the file says."""
         raw, dim = self.raw, x.shape[-1]
         dim = int(dim * raw.get("partial_rotary_factor", 1))
-        speed = np.array([raw["rope_theta"] ** (-2 * i / dim) for i in range(dim // 2)])
-        scaling = raw.get("rope_scaling")
+        theta = base or raw["rope_theta"]
+        speed = np.array([theta ** (-2 * i / dim) for i in range(dim // 2)])
+        scaling = None if base else raw.get("rope_scaling")
         larger = 1.0
-        if scaling and scaling["rope_type"] == "yarn":
+        if scaling and scaling["rope_type"] == "linear":
+            speed = speed / scaling["factor"]
+        elif scaling and scaling["rope_type"] == "yarn":
             larger = 0.1 * np.log(scaling["factor"]) + 1
             old, base = scaling["original_max_position_embeddings"], np.log(raw["rope_theta"])
             fast, slow = (
@@ -121,7 +126,8 @@ class Forward:
 
     def attention(self, x, at, window=None):
         raw, n = self.raw, len(x)
-        heads, kv, dim = raw["num_attention_heads"], raw["num_key_value_heads"], raw["head_dim"]
+        heads, kv = raw["num_attention_heads"], raw["num_key_value_heads"]
+        dim = raw.get("head_dim") or raw["hidden_size"] // heads
         q = self.plus(self.times(x, at + "q_proj.weight"), at + "q_proj.bias").reshape(n, heads, -1)
         gate = None
         if self.is_next:
@@ -131,9 +137,11 @@ class Forward:
         k, v = k.reshape(n, kv, dim), v.reshape(n, kv, dim)
         if at + "q_norm.weight" in self.weights:
             q, k = self.norm(q, at + "q_norm"), self.norm(k, at + "k_norm")
-        q, k = self.rotate(q), self.rotate(k)
+        base = raw["rope_local_base_freq"] if self.is_gemma and window else None
+        q, k = self.rotate(q, base), self.rotate(k, base)
         of = np.arange(heads) * kv // heads  # whose keys and values a head has
-        scores = q.transpose(1, 0, 2) @ k.transpose(1, 2, 0)[of] / dim**0.5
+        scores = q.transpose(1, 0, 2) @ k.transpose(1, 2, 0)[of]
+        scores /= raw.get("query_pre_attn_scalar", dim) ** 0.5
         later = np.arange(n) - np.arange(n)[:, None]
         scores[:, (later > 0) | (later <= -(window or n))] = -np.inf
         if at + "sinks" in self.weights:
@@ -174,9 +182,13 @@ class Forward:
         out = self.off(out * silu(z.reshape(n, vh, d)))
         return self.off(out.reshape(n, -1) @ w[at + "out_proj.weight"].T)
 
-    def mlp(self, x, at):
-        gate, up = (self.times(x, f"{at}{name}_proj.weight") for name in ("gate", "up"))
-        return self.times(self.off(silu(gate) * up), at + "down_proj.weight")
+    def mlp(self, x, at, names=("gate_proj", "up_proj", "down_proj")):
+        gate, up = (self.times(x, f"{at}{name}.weight") for name in names[:2])
+        if self.is_gemma:
+            inner = gate / 2 * (1 + np.tanh((2 / np.pi) ** 0.5 * (gate + 0.044715 * gate**3)))
+        else:
+            inner = silu(gate)
+        return self.times(self.off(inner * up), f"{at}{names[2]}.weight")
 
     def expert(self, x, at, e):
         """One of gpt-oss: gate and up take turns in a row, both limited, and up has 1 more."""
@@ -192,11 +204,12 @@ class Forward:
         scores = self.times(x, router + ".weight")
         shares = softmax(scores + self.weights[router + ".bias"] if is_oss else scores)
         out, chosen = np.zeros_like(x), np.zeros(shares.shape, bool)
+        names = [("w1", "w3", "w2")] if "moe" in at else []
         for t, row in enumerate(shares):
             best = sorted(range(len(row)), key=lambda e: -row[e])
             chosen[t, best[: self.raw["num_experts_per_tok"]]] = True
         shares = np.where(chosen, shares, 0)
-        if is_oss or self.raw["norm_topk_prob"]:
+        if is_oss or self.raw.get("norm_topk_prob", True):
             shares /= shares.sum(1, keepdims=True)
         for e in range(shares.shape[1]):
             mine = chosen[:, e]
@@ -205,9 +218,12 @@ class Forward:
                 y = (
                     self.expert(y, f"{at}experts.", e)
                     if is_oss
-                    else self.mlp(y, f"{at}experts.{e}.")
+                    else self.mlp(y, f"{at}experts.{e}.", *names)
                 )
                 out[mine] += shares[mine, e, None] * y
+        if at + "shared_expert_gate.weight" in self.weights:
+            gate = self.times(x, at + "shared_expert_gate.weight")
+            out += self.mlp(x, at + "shared_expert.") / (1 + np.exp(-gate))
         return self.off(out)
 
     def spread(self, tokens, step: float, runs: int = 3) -> tuple[np.ndarray, np.ndarray]:
@@ -227,6 +243,8 @@ class Forward:
         """Logits of every token, float64 (tokens, vocabulary)."""
         w, raw = self.weights, self.raw
         x = w["model.embed_tokens.weight"][np.asarray(tokens)]
+        if self.is_gemma:
+            x = self.off(x * float(ml_dtypes.bfloat16(raw["hidden_size"] ** 0.5)))
         for i in range(raw["num_hidden_layers"]):
             at = f"model.layers.{i}."
             y = self.norm(x, at + "input_layernorm")
@@ -234,12 +252,23 @@ class Forward:
                 x = x + self.delta(y, at + "linear_attn.")
             else:
                 is_sliding = raw.get("layer_types", {i: ""})[i] == "sliding_attention"
+                is_sliding |= raw["model_type"] == "mistral"
+                is_sliding |= bool((i + 1) % raw.get("sliding_window_pattern", 1))
                 window = raw["sliding_window"] if is_sliding else None
-                x = x + self.attention(y, at + "self_attn.", window)
+                y = self.attention(y, at + "self_attn.", window)
+                if self.is_gemma:
+                    y = self.norm(y, at + "post_attention_layernorm")
+                x = x + y
             x = self.off(x)
-            y = self.norm(x, at + "post_attention_layernorm")
-            routers = [f"{at}mlp.{name}.weight" for name in ("gate", "router")]
+            before = "pre_feedforward" if self.is_gemma else "post_attention"
+            y = self.norm(x, f"{at}{before}_layernorm")
+            routers = [
+                f"{at}{name}.weight" for name in ("mlp.gate", "mlp.router", MIXTRAL + ".gate")
+            ]
             mlp = self.mixture if any(name in w for name in routers) else self.mlp
-            x = self.off(x + mlp(y, at + "mlp."))
+            y = mlp(y, at + ("mlp." if routers[-1] not in w else MIXTRAL + "."))
+            if self.is_gemma:
+                y = self.norm(y, at + "post_feedforward_layernorm")
+            x = self.off(x + y)
         head = "model.embed_tokens.weight" if raw.get("tie_word_embeddings") else "lm_head.weight"
         return self.norm(x, "model.norm") @ w[head].T

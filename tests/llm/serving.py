@@ -14,6 +14,8 @@ from tests.llm.forward import Forward
 
 KINDS = ("llama", "qwen3", "qwen3_next", "llama_fp8", "qwen3_fp8", "qwen3_moe",
          "qwen3_moe_fp8", "gpt_oss", "gpt_oss_mxfp4")  # fmt: skip
+# Kinds that are made of parts of these and a few of their own.
+MORE = ("qwen2", "mistral", "mixtral", "gemma3_text")
 # Half a step of each dtype, by which the operations of a model round.
 ROUNDING = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
 # Layers that suffice: two, or of a hybrid two with states and one without.

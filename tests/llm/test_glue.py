@@ -131,6 +131,15 @@ def test_biases(dtype, rng, on):
 
 
 @TEXT
+def test_scales(dtype, rng, on):
+    """By a number that is rounded first: as sqrt(hidden) is of embeddings."""
+    x = rng.standard_normal((9, 520)).astype(FLOATS[dtype])
+    factor, before = np.float32(rng.uniform(1, 90)), x.astype(np.float64)
+    on.run("scaled", [x, factor, 520])
+    close(x, before * float(FLOATS[dtype](factor)), dtype)
+
+
+@TEXT
 @pytest.mark.parametrize("is_normed", [0, 1])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim", "rotary"),
@@ -221,15 +230,22 @@ def test_attention_of_pieces(dtype, dim, pieces, rng, on):
     assert (np.abs(out - expected) <= step * np.abs(expected) + 1e-5).all()
 
 
-@pytest.mark.parametrize("is_normed", [0, 1])
+@pytest.mark.parametrize(("is_normed", "shared"), [(0, 0), (1, 0), (1, 1)])
 @pytest.mark.parametrize(("count", "top_k"), [(1, 1), (8, 3), (60, 60), (128, 8), (1024, 5)])
-def test_routes(count, top_k, is_normed, rng, on):
-    """Of few different logits, so that some are equal; of those the first come first."""
-    logits = (rng.integers(-20, 20, (7, count)) / 4).astype(np.float32)
+def test_routes(count, top_k, is_normed, shared, rng, on):
+    """Of few different logits, so that some are equal; of those the first come first.  The expert
+    of all tokens comes last.
+    """
+    logits = (rng.integers(-20, 20, (7, count + shared)) / 4).astype(np.float32)
     bias = (rng.integers(-4, 4, count) / 4).astype(np.float32)
-    experts, shares = np.full((7, top_k), -1, np.int32), np.full((7, top_k), np.nan, np.float32)
-    on.run("route", [experts, shares, logits, bias, count, top_k, is_normed])
-    for i, row in enumerate((logits + bias).astype(np.float64)):
+    shape = 7, top_k + shared
+    experts, shares = np.full(shape, -1, np.int32), np.full(shape, np.nan, np.float32)
+    on.run("route", [experts, shares, logits, bias, count, top_k, is_normed, shared])
+    if shared:
+        assert (experts[:, top_k] == count).all()
+        assert np.abs(shares[:, top_k] - 1 / (1 + np.exp(-logits[:, count]))).max() < 1e-5
+    experts, shares = experts[:, :top_k], shares[:, :top_k]
+    for i, row in enumerate((logits[:, :count] + bias).astype(np.float64)):
         best = sorted(range(count), key=lambda e, row=row: (-row[e], e))[:top_k]
         assert experts[i].tolist() == best
         whole = np.exp(row[best] if is_normed else row).sum()

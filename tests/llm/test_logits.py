@@ -13,13 +13,13 @@ from engine import Sampling
 
 import fi_ffi
 
-from tests.llm.serving import KINDS, check_empty, greedy, texts
+from tests.llm.serving import KINDS, MORE, check_empty, greedy, texts
 
 LENGTHS = (1, 5, 40, 17, 100)
 by_kind = pytest.mark.parametrize("kind", KINDS)
 
 
-@by_kind
+@pytest.mark.parametrize("kind", [*KINDS, *MORE])
 @pytest.mark.parametrize("max_tokens", [512, 33], ids=["whole", "cut"])
 def test_prompts_and_decoding(serve, kind, max_tokens):
     """Each request's prompt, whole or in pieces, and six tokens after it."""
@@ -183,12 +183,24 @@ def changed(model, **fields):
     return model.model_copy(update=fields)
 
 
+def without_last(real):
+    """The last of the experts gives zeros."""
+
+    def arranged(self, layer, i):
+        found = np.array(layer["fc2"])
+        found[-1] = 0
+        return real(self, layer, i) | {"fc2": found}
+
+    return arranged
+
+
+GEMMA = engine.KINDS["gemma3_text"]
 FAULTS = {
     # Keys and values change places; queries have the norm of keys; another theta; Llama 3's slower
     # frequencies are left as they were; a state is not cleared; a gate is left out.
     "pages": (
         "llama", engine.model.Model, "place",
-        lambda real: lambda self, *given: real(self, *given[:-1], given[-1][::-1]),
+        lambda real: lambda self, *given: real(self, *given[:-2], given[-2][::-1], given[-1]),
     ),
     "norm": (
         "qwen3", engine.model.Model, "place",
@@ -207,10 +219,8 @@ FAULTS = {
     "fp8 scale": ("llama_fp8", engine.weights, "one", turning),
     # The gate's rows come first; experts' weights do not add up to 1.
     "moe halves": (
-        "qwen3_moe", engine.weights, "experts",
-        lambda real: lambda config: real(config) | {
-            "fc1": dict([*real(config)["fc1"].items()][::-1])
-        },
+        "qwen3_moe", engine.kinds.mixtral.Sparse, "sparse",
+        lambda real: lambda self: real(self) | {"fc1": dict([*real(self)["fc1"].items()][::-1])},
     ),
     "moe shares": (
         "qwen3_moe", engine.config.Config, "read",
@@ -222,7 +232,7 @@ FAULTS = {
         "gpt_oss", engine.config.Config, "windows",
         lambda real: property(lambda self: dict.fromkeys(self.layers, -1)),
     ),
-    "gpt_oss sinks": ("gpt_oss", engine.weights, "_gpt_oss", but(sinks=-30)),
+    "gpt_oss sinks": ("gpt_oss", engine.KINDS["gpt_oss"], "arranged", but(sinks=-30)),
     "gpt_oss yarn": (
         "gpt_oss", engine.config.Rope, "_yarn",
         lambda real: lambda self, given, *rest: (given, 1.0),
@@ -230,12 +240,23 @@ FAULTS = {
     "gpt_oss biases": (
         "gpt_oss", engine.model.Model, "biased", lambda real: lambda self, x, layer, name: x
     ),
-    "gpt_oss limit": ("gpt_oss", engine.weights, "_gpt_oss", but(swiglu_limit=7)),
+    "gpt_oss limit": ("gpt_oss", engine.KINDS["gpt_oss"], "arranged", but(swiglu_limit=7)),
     "gpt_oss halves": (
         "gpt_oss_mxfp4", engine.weights, "mxfp4",
         lambda real: lambda blocks, scales: real(blocks << 4 | blocks >> 4, scales),
     ),
     "gate": ("qwen3_next", engine.model.Model, "gate", lambda real: lambda *args: None),
+    # The expert of all tokens has no say.  Of Gemma embeddings are small, scores have the usual
+    # factor, layers in a window turn as others do, halves of a layer have no norm, GELU is SiLU.
+    "shared": ("qwen3_next", engine.KINDS["qwen3_next"], "arranged", without_last),
+    "gemma embeddings": ("gemma3_text", GEMMA, "embedding_scale", lambda real: None),
+    "gemma scores": ("gemma3_text", GEMMA, "sm_scale", lambda real: None),
+    "gemma rope": ("gemma3_text", GEMMA, "rope_of", lambda real: lambda self, kind: self.rope),
+    "gemma norms": (
+        "gemma3_text", engine.model.Model, "join",
+        lambda real: lambda self, *given: real(self, *given[:4]),
+    ),
+    "gemma gelu": ("gemma3_text", GEMMA, "is_silu", lambda real: True),
 }  # fmt: skip
 
 

@@ -36,13 +36,18 @@ from fi_ffi.abi.streams import current_scope
 from fi_ffi.errors import ArgumentError, HangError, LoaderError
 
 from tests.llm.process import ServerProcess, children
-from tests.llm.serving import KINDS, Serving, check_empty, greedy, texts
+from tests.llm.serving import KINDS, MORE, Serving, check_empty, greedy, texts
 from tests.llm.test_processors import adjusted, log_softmax
 
 LENGTHS = (1, 40, 17)
 # Sizes of which each of four ranks has some, and in fp8 whole blocks.
 SIZES = {
-    "qwen3_next": {"linear_num_key_heads": 4, "linear_num_value_heads": 8},
+    "qwen3_next": {
+        "linear_num_key_heads": 4, "linear_num_value_heads": 8,
+        "moe_intermediate_size": 256, "shared_expert_intermediate_size": 256,
+    },
+    "qwen2": {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 256},
+    "mixtral": {"intermediate_size": 256},
     "llama_fp8": {"head_dim": 128, "intermediate_size": 512},
     "qwen3_fp8": {"intermediate_size": 512},
     "qwen3_moe": {"moe_intermediate_size": 256},
@@ -52,7 +57,7 @@ SIZES = {
 }  # fmt: skip
 by_kind = pytest.mark.parametrize("kind", KINDS)
 # Each kind with two ranks; with four, where two share a key head, one of each make.
-SPLIT = [(kind, 2) for kind in KINDS]
+SPLIT = [(kind, 2) for kind in (*KINDS, *MORE)]
 SPLIT += [(kind, 4) for kind in ("llama", "qwen3_fp8", "qwen3_next", "gpt_oss")]
 by_size = pytest.mark.parametrize("size", [2, 4])
 
@@ -405,13 +410,16 @@ def test_the_gpu_that_ray_gives(monkeypatch):
         assert index_of(given) == 1
 
 
-@by_kind
+@pytest.mark.parametrize("kind", [*KINDS, *MORE])
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_parts_make_up_the_whole(kind, size, tmp_path, rng):
     """Side by side, each rank's part is the weight, and they are as long as each other."""
     heads = {"num_attention_heads": 2 * size, "num_key_value_heads": size,
              "intermediate_size": 128 * size, "moe_intermediate_size": 128 * size}  # fmt: skip
-    heads |= dict.fromkeys(SIZES["qwen3_next"], 2 * size) | {"head_dim": 128}
+    linear = dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 2 * size)
+    heads |= linear | {"head_dim": 128}
+    if kind == "qwen3_next":
+        heads["shared_expert_intermediate_size"] = 128 * size
     config = Config.read(make_tiny(tmp_path, kind, rng, **heads))
     weights, split_over = Weights(tmp_path), 0
     parts = [Split(weights, config, rank, size) for rank in range(size)]
@@ -564,9 +572,9 @@ def test_ranks_that_cannot_fuse(monkeypatch):
 def without_sums(real: Any) -> Any:
     """`Model.join` on one rank's addend."""
 
-    def join(self: Any, x: Any, residual: Any, weight: Any, following: Any = None) -> Any:
+    def join(self: Any, x: Any, residual: Any, weight: Any, *more: Any) -> Any:
         if x is None:
-            return real(self, x, residual, weight, following)
+            return real(self, x, residual, weight, *more)
         self.add_norm(x, residual, weight, self.config.eps)
         return x
 

@@ -311,10 +311,11 @@ def test_requests_that_can_never_be_run(serve):
      ({"attention_bias": True}, "attention_bias"),
      ({"quantization_config": {"bits": 4}}, "quantization_config"),
      ({"quantization_config": {"quant_method": "fp8"}}, "with bfloat16"),
-     ({"num_experts": 8}, "num_experts"), ({"head_dim": 512}, "256 at most"),
+     ({"shared_expert_intermediate_size": 128}, "shared_expert_intermediate_size differs"),
+     ({"head_dim": 512}, "256 at most"),
      ({"partial_rotary_factor": 0.3}, "RoPE is of 76 numbers"),
      ({"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 9,
-       "moe_intermediate_size": 96}, "num_experts_per_tok is 9, of 8 experts"),
+       "shared_expert_intermediate_size": None}, "num_experts_per_tok is 9, of 8 experts"),
      ({"linear_key_head_dim": 64}, "linear_key_head_dim is 64: Input should be 128")],
 )  # fmt: skip
 def test_models_that_are_not_here(serve, change, words):

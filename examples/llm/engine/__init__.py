@@ -1,16 +1,17 @@
-"""A small inference engine on fi_ffi: Llama 3, Qwen3, and a hybrid like Qwen3-Next."""
+"""A small inference engine on fi_ffi."""
 
 from . import threads  # noqa: F401  (before numpy)
 from .config import Config
 from .device import default
 from .engine import Engine, Request, Requests
+from .kinds import KINDS
 from .ranks import Job, alone, end_process, start, watch
 from .sampling import Sampling
 from .weights import Weights, verify
 
 __all__ = [
-    "Config", "Engine", "Request", "Requests", "Sampling", "Weights", "alone", "end_process",
-    "load", "load_model", "verify", "watch",
+    "KINDS", "Config", "Engine", "Request", "Requests", "Sampling", "Weights", "alone",
+    "end_process", "load", "load_model", "verify", "watch",
 ]  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """What a model is, from its config.json and generation_config.json in the hub's layout.
 
-A class for each kind of model is the schema of its config.json: what this engine has no code for
-is refused by the name that it has there.
+A class for each kind of model, in `kinds`, is the schema of its config.json: what this engine has
+no code for is refused by the name that it has there.
 """
 
 import json
@@ -122,12 +122,15 @@ class Rope(Checked):
     """How heads are turned by their position."""
 
     NEEDED: ClassVar = {
+        "linear": ("factor",),
         "yarn": ("factor",),
         "llama3": ("factor", "low_freq_factor", "high_freq_factor",
                    "original_max_position_embeddings"),
     }  # fmt: skip
 
-    rope_type: Literal["default", "llama3", "yarn"] = named("rope_type", "type", default="default")
+    rope_type: Literal["default", "linear", "llama3", "yarn"] = named(
+        "rope_type", "type", default="default"
+    )
     rope_theta: within(1.0, 1e12) = 10000.0
     partial_rotary_factor: within(0.0, 1.0) = 1.0
     factor: Factor | None = None
@@ -155,6 +158,8 @@ class Rope(Checked):
         model for `most` positions.
         """
         frequencies, larger = self.rope_theta ** -(np.arange(0, dim, 2) / dim), 1.0
+        if self.rope_type == "linear":
+            frequencies = frequencies / self.factor
         if self.rope_type == "llama3":
             frequencies = self._llama3(frequencies)
         if self.rope_type == "yarn":
@@ -202,15 +207,25 @@ class Quantised(Checked):
     weight_block_size: list[int] | None = None
 
 
+KINDS = {}  # by model_type: the classes of `kinds`
+HEAD_NORMS = "q_norm", "k_norm"
+
+
 class Config(Checked):
     """What all kinds of model have; `read` gives one of `KINDS`."""
 
     # What kinds differ in.
     qk_norm: ClassVar = False
-    is_next: ClassVar = False  # Qwen3-Next: norms by 1 + weight, a gate on attention's output
+    adds_one: ClassVar = False  # norms are by 1 + weight
+    has_gate: ClassVar = False  # on attention's output
+    has_sinks: ClassVar = False
+    has_out_bias: ClassVar = True  # with `has_biases`
+    is_silu: ClassVar = True  # else GELU
     partial: ClassVar = 1.0  # how much of a head turns, where the file does not say
-    is_gpt_oss: ClassVar = False  # sinks, and experts with biases and a limit of their own
     quantised: ClassVar = "fp8"  # the quant_method that there may be
+    embedding_scale: ClassVar = None  # what embeddings are multiplied with
+    sm_scale: ClassVar = None  # of scores; else 1 / sqrt(head_dim)
+    has_shared: ClassVar = False  # an expert of all tokens, after the others
 
     dtype: Literal["float16", "bfloat16"] = named("torch_dtype", "dtype", default="bfloat16")
     vocab: Size = named("vocab_size")
@@ -252,7 +267,9 @@ class Config(Checked):
     @model_validator(mode="before")
     @classmethod
     def _has_no_other(cls, raw):
-        for name in OTHERS:
+        aliases = (field.validation_alias for field in cls.model_fields.values())
+        own = {name for alias in aliases if alias for name in alias.choices}
+        for name in [name for name in OTHERS if name not in own]:
             value = raw.get(name)
             if value is True or value not in NEUTRAL:
                 raise ValueError(f"{name} is {value!r:.100}, which nothing here computes")
@@ -294,8 +311,12 @@ class Config(Checked):
     @cached_property
     def layers(self):
         """The kind of attention of each layer."""
+        return self.layer_types or [*map(self.kind_of, range(self.count))]
+
+    def kind_of(self, i):
+        """That of layer i, where there are no `layer_types`."""
         full = self.max_window_layers if self.use_sliding_window else self.count
-        return self.layer_types or [FULL if i < full else SLIDING for i in range(self.count)]
+        return FULL if i < full else SLIDING
 
     @property
     def window(self):
@@ -311,9 +332,9 @@ class Config(Checked):
     def rotary_dim(self):
         return int(self.head_dim * self.rope.partial_rotary_factor)
 
-    def cos_sin_cache(self, positions):
-        """`Rope.cos_sin` of this model's heads."""
-        return self.rope.cos_sin(positions, self.rotary_dim, self.max_positions)
+    def rope_of(self, kind):
+        """That of a kind of layer."""
+        return self.rope
 
     @property
     def eos(self):
@@ -333,7 +354,7 @@ class Config(Checked):
 
     def is_sparse(self, i):
         """Whether layer i is a mixture of experts."""
-        return False
+        return bool(self.experts)
 
     @property
     def key_size(self):
@@ -347,6 +368,52 @@ class Config(Checked):
     def conv_size(self):
         return 2 * self.key_size + self.value_size
 
+    # A layer's matrices and vectors by short names: the hub's tensors, one below another, with
+    # their shapes.  Of experts {} is the name.
+
+    def table(self, i):
+        """All of layer i."""
+        return self.norms() | (self.sparse() if self.is_sparse(i) else self.dense()) | self.outer(i)
+
+    def arranged(self, layer, i):
+        """Layer i by the same names, as the kernels want it."""
+        return layer
+
+    def norms(self):
+        return {
+            "input_norm": {"input_layernorm.weight": (self.hidden,)},
+            "post_norm": {"post_attention_layernorm.weight": (self.hidden,)},
+        }
+
+    def dense(self):
+        hidden, size = self.hidden, self.intermediate
+        gate, up = (f"mlp.{name}_proj.weight" for name in ("gate", "up"))
+        return {
+            "gate_up": {gate: (size, hidden), up: (size, hidden)},
+            "down": {"mlp.down_proj.weight": (hidden, size)},
+        }
+
+    def owners(self):
+        """The experts of a layer, as {} in the names of their tensors."""
+        return [f"experts.{e}" for e in range(self.experts)]
+
+    def outer(self, i):
+        """What there is around the rest of layer i."""
+        hidden, inner = self.hidden, self.heads * self.head_dim
+        kv = self.kv_heads * self.head_dim
+        sizes = {"q": inner * (1 + self.has_gate), "k": kv, "v": kv}
+        found = {
+            "qkv": {f"self_attn.{name}_proj.weight": (n, hidden) for name, n in sizes.items()},
+            "out": {"self_attn.o_proj.weight": (hidden, inner)},
+        }
+        if self.has_biases:
+            found["qkv_bias"] = {f"self_attn.{name}_proj.bias": (n,) for name, n in sizes.items()}
+        if self.has_biases and self.has_out_bias:
+            found["out_bias"] = {"self_attn.o_proj.bias": (hidden,)}
+        for name in HEAD_NORMS if self.qk_norm else ():
+            found[name] = {f"self_attn.{name}.weight": (self.head_dim,)}
+        return found
+
 
 class WithoutExperts:
     experts = top_k = expert_intermediate = 0
@@ -354,82 +421,3 @@ class WithoutExperts:
 
 class WithoutLinear:
     key_heads = value_heads = 0
-
-
-class Llama(WithoutExperts, WithoutLinear, Config):
-    pass
-
-
-class Qwen3(Llama):
-    qk_norm: ClassVar = True
-
-
-class Qwen3Moe(WithoutLinear, Config):
-    qk_norm: ClassVar = True
-
-    experts: within(1, MOST_EXPERTS) = named("num_experts")
-    top_k: Size = named("num_experts_per_tok")
-    expert_intermediate: Size = named("moe_intermediate_size")
-    # The weights of a token's experts add up to 1.
-    norm_topk: bool = named("norm_topk_prob", default=False)
-    decoder_sparse_step: Size = 1
-    mlp_only_layers: list[Count] = []
-
-    def is_sparse(self, i):
-        return (i + 1) % self.decoder_sparse_step == 0 and i not in self.mlp_only_layers
-
-
-class GptOss(WithoutLinear, Config):
-    is_gpt_oss: ClassVar = True
-    quantised: ClassVar = "mxfp4"
-    norm_topk: ClassVar = True
-
-    experts: within(1, MOST_EXPERTS) = named("num_local_experts")
-    top_k: Size = named("num_experts_per_tok")
-    expert_intermediate: Size = named("intermediate_size")
-    swiglu_limit: Gain = 7.0
-    has_biases: bool = named("attention_bias", default=True)
-    use_sliding_window: bool = True
-    sliding_window: Count = 128
-
-    def is_sparse(self, i):
-        return True
-
-    @cached_property
-    def layers(self):
-        return self.layer_types or [FULL if i % 2 else SLIDING for i in range(self.count)]
-
-
-class Qwen3Next(WithoutExperts, Config):
-    qk_norm: ClassVar = True
-    is_next: ClassVar = True
-    partial: ClassVar = 0.25
-    quantised: ClassVar = None
-
-    key_heads: Size = named("linear_num_key_heads")
-    value_heads: Size = named("linear_num_value_heads")
-    has_biases: Literal[False] = named("attention_bias", default=False)
-    layer_types: list[Literal[FULL, LINEAR]] = []
-    full_attention_interval: Size = 4
-    linear_key_head_dim: Literal[128]
-    linear_value_head_dim: Literal[128]
-    linear_conv_kernel_dim: Literal[4]
-    num_experts: Count = 0
-    mlp_only_layers: list[Count] = []
-
-    @model_validator(mode="after")
-    def _is_dense(self):
-        if self.num_experts and len(self.mlp_only_layers) < self.count:
-            raise ValueError(f"num_experts is {self.num_experts}; here it is 0: layers are dense")
-        return self
-
-    @cached_property
-    def layers(self):
-        every = self.full_attention_interval
-        return self.layer_types or [LINEAR if (i + 1) % every else FULL for i in range(self.count)]
-
-
-KINDS = {
-    "llama": Llama, "qwen3": Qwen3, "qwen3_next": Qwen3Next, "qwen3_moe": Qwen3Moe,
-    "gpt_oss": GptOss,
-}  # fmt: skip

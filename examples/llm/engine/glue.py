@@ -176,6 +176,15 @@ __global__ void gated(T* x, const T* gate, long long gate_step, int width, int i
   }
 }
 
+// x *= factor, which is rounded as x is.
+__global__ void scaled(T* x, float factor, int width) {
+  begin();
+  const float exact = load(store(factor));
+  T* row = x + blockIdx.y * (long long)width;
+  for (int c = blockIdx.x * blockDim.x + threadIdx.x; c < width; c += gridDim.x * blockDim.x)
+    row[c] = store(load(row[c]) * exact);
+}
+
 // x += bias, in each row.
 __global__ void biased(T* x, const T* bias, int width) {
   begin();
@@ -308,15 +317,17 @@ __global__ void merged(T* out, const T* parts, const float* lse, const int* star
 }
 
 // The experts with the greatest of a token's logits, the first of equal ones before, and what
-// their softmax gives them: among all, or (is_normed) among themselves.  32 threads for a token.
+// their softmax gives them: among all, or (is_normed) among themselves.  With `shared` comes one
+// more, last, by the sigmoid of its own logit.  32 threads for a token.
 __global__ void route(int* experts, float* shares, const float* logits, const float* bias,
-                      int count, int chosen, int is_normed) {
+                      int count, int chosen, int is_normed, int shared) {
   begin();
   __shared__ float left[1024];
-  const float* row = logits + blockIdx.y * (long long)count;
-  experts += blockIdx.y * (long long)chosen;
-  shares += blockIdx.y * (long long)chosen;
+  const float* row = logits + blockIdx.y * (long long)(count + shared);
+  experts += blockIdx.y * (long long)(chosen + shared);
+  shares += blockIdx.y * (long long)(chosen + shared);
   const int lane = threadIdx.x;
+  if (lane == 0 && shared) { experts[chosen] = count; shares[chosen] = sigmoid(row[count]); }
   float greatest = 0, whole = 0;
   for (int e = lane; e < count; e += 32) left[e] = row[e] + bias[e];
   for (int i = 0; i < chosen; i++) {
@@ -602,6 +613,11 @@ def gated(x, gate, gate_step, width, is_silu):
     x[...] = x.astype(np.float32) * sigmoid(g) * (g if is_silu else 1)
 
 
+def scaled(x, factor, width):
+    factor = np.asarray(factor).astype(x.dtype).astype(np.float32)
+    x[...] = x.astype(np.float32) * factor
+
+
 def biased(x, bias, width):
     x[...] = x.astype(np.float32) + bias.astype(np.float32)
 
@@ -638,12 +654,14 @@ def merged(out, parts, lse, starts, pieces, dim):
     out[...] = np.where(is_some[..., None], parts * shares[..., None], 0).sum(1)
 
 
-def route(experts, shares, logits, bias, count, chosen, is_normed):
-    x = logits + bias
-    experts[...] = np.argsort(-x, axis=1, kind="stable")[:, :chosen]
+def route(experts, shares, logits, bias, count, chosen, is_normed, shared):
+    x = logits[:, :count] + bias
+    best = np.argsort(-x, axis=1, kind="stable")[:, :chosen]
     of_all = np.exp(x - x.max(1, keepdims=True))
-    mine = np.take_along_axis(of_all, experts, 1)
-    shares[...] = mine / (mine if is_normed else of_all).sum(1, keepdims=True)
+    mine = np.take_along_axis(of_all, best, 1)
+    experts[:, :chosen], experts[:, chosen:] = best, count
+    shares[:, :chosen] = mine / (mine if is_normed else of_all).sum(1, keepdims=True)
+    shares[:, chosen:] = sigmoid(logits[:, count:])
 
 
 def draw(tokens, parts, logits, probs, temperature, top_k, top_p, uniform, min_p, vocab):
@@ -694,7 +712,7 @@ def logprobs(values, ids, logits, tokens, vocab, top):
 ON_CPU = {
     kernel.__name__: kernel
     for kernel in (
-        take, joined, give, convolve, decays, gated, biased, place, merged, route, draw,
+        take, joined, give, convolve, decays, gated, scaled, biased, place, merged, route, draw,
         penalise, count, add, allow, logprobs,
     )
 }  # fmt: skip

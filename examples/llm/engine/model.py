@@ -60,7 +60,10 @@ class Model:
         page = (2, job.page_size, config.kv_heads, config.head_dim)
         self.num_pages = job.num_pages or self._fitting(page)
         positions = min(config.max_positions, self.num_pages * job.page_size)
-        self.cos_sin = device.put(config.cos_sin_cache(positions))
+        sizes = positions, config.rotary_dim, config.max_positions
+        ropes = {kind: config.rope_of(kind) for kind in config.windows if kind != LINEAR}
+        tables = {rope: device.put(rope.cos_sin(*sizes)) for rope in set(ropes.values())}
+        self.cos_sin = {kind: tables[rope] for kind, rope in ropes.items()}
         self.caches = [
             None if kind == LINEAR
             else fi_ffi.split_paged_kv_cache(self._zeros((self.num_pages, *page), config.dtype))
@@ -71,8 +74,10 @@ class Model:
         self.pdl = {"enable_pdl": device.has_pdl}
         self.add_norm = fi_ffi.fused_add_rmsnorm
         self.rms = fi_ffi.rmsnorm
-        if config.is_next:
+        if config.adds_one:
             self.add_norm, self.rms = fi_ffi.gemma_fused_add_rmsnorm, fi_ffi.gemma_rmsnorm
+        # Whether products are not added to the residual at once.
+        self.is_apart = group is not None or "attended_norm" in self.layers[0]
         if config.experts:
             self.experts = self._make_experts()
 
@@ -170,10 +175,11 @@ class Model:
                 x = self.linear_attention(layer, x, residual, batch, linears)
                 linears += 1
             else:
-                x = self.attention(layer, x, residual, batch, cache, batch.attend[kind])
-            x = self.join(x, residual, layer["post_norm"], layer.get("gate_up"))
+                x = self.attention(layer, x, residual, batch, cache, kind)
+            own = layer.get("attended_norm")
+            x = self.join(x, residual, layer["post_norm"], layer.get("gate_up"), own)
             x = self.mlp(layer, x, residual)
-            x = self.join(x, residual, *after)
+            x = self.join(x, residual, *after, layer.get("mlp_norm"))
         if batch.last is None:
             return self.logits(x)
         if not batch.last.shape[0]:  # pieces of prompts only
@@ -188,18 +194,23 @@ class Model:
         self.device.take(out, self.embed, tokens, start, latest)
         if self.group:
             self.group.all_reduce(out, stream=self.device.stream)
+        if scale := self.config.embedding_scale:
+            width = out.shape[1]
+            self.device.launch("scaled", (width, out.shape[0]), out, np.float32(scale), width)
 
     def onto(self, residual, x, weight):
-        """residual += x @ weight.T, or the product where it is not yet whole or cannot add: `join`
-        adds that.
+        """residual += x @ weight.T, or the product where it is not yet whole, has a norm of its own
+        or cannot add: `join` adds that.
         """
-        if self.group or (isinstance(weight, Blocks) and not self.device.is_few(x, weight)):
-            return self.linear("x", x, weight, is_last=self.group is not None)
+        if self.is_apart or (isinstance(weight, Blocks) and not self.device.is_few(x, weight)):
+            return self.linear("x", x, weight, is_last=self.is_apart)
         self.device.linear(residual, x, weight, adds=True)
         return None
 
-    def join(self, x, residual, weight, following=None):
+    def join(self, x, residual, weight, following=None, own=None):
         """The norm of residual + x, which is left in `residual`; without x that of `residual`.
+
+        With a norm of its `own`, x is normed before it is added.
 
         Ranks add x up: with one kernel for decoding, where they reach each other's memory; its norm
         has no 1 + weight.  `following`, a product, norms on the way where that is quicker.
@@ -207,7 +218,7 @@ class Model:
         config, stream = self.config, self.device.stream
         if x is None:
             # Norms by 1 + weight are not the products'.
-            is_one = following is not None and not config.is_next
+            is_one = following is not None and not config.adds_one
             if is_one and self.device.can_norm(residual, following):
                 return Norm(residual, weight, config.eps)
             x = self.scratch("x", *residual.shape)
@@ -215,7 +226,7 @@ class Model:
             return x
         if self.group:
             fusion = self.group.fusion
-            if fusion and x.shape[0] <= fusion.max_tokens and not config.is_next:
+            if fusion and x.shape[0] <= fusion.max_tokens and not config.adds_one:
                 self.group.allreduce_fusion(
                     x, pattern="kARResidualRMSNorm", residual_in=residual, residual_out=residual,
                     norm_out=x, rms_gamma=weight, rms_eps=config.eps, stream=stream,
@@ -223,6 +234,8 @@ class Model:
                 )  # fmt: skip
                 return x
             self.group.all_reduce(x, stream=stream)
+        if own is not None:
+            self.rms(x, x, own, config.eps, **self.pdl)
         self.add_norm(x, residual, weight, config.eps, **self.pdl)
         return x
 
@@ -263,22 +276,25 @@ class Model:
         if "router" in layer:
             return self.mixture(layer, x)
         product = self.scratch("product", x.shape[0], self.config.intermediate)
-        if self.device.is_few(x, layer["gate_up"]):
+        if self.config.is_silu and self.device.is_few(x, layer["gate_up"]):
             self.device.linear_silu(product, x, layer["gate_up"])
         else:
             gate_up = self.linear("gate_up", x, layer["gate_up"])
-            fi_ffi.silu_and_mul(product, gate_up, **self.pdl)
+            of = fi_ffi.silu_and_mul if self.config.is_silu else fi_ffi.gelu_tanh_and_mul
+            of(product, gate_up, **self.pdl)
         return self.onto(residual, product, layer["down"])
 
     def mixture(self, layer, x):
         """Of each token the experts with the greatest logits, by their softmax."""
         config, n = self.config, x.shape[0]
         logits = self.linear("router", x, layer["router"], dtype="float32")
-        chosen = self.scratch("chosen", n, config.top_k, dtype="int32")
-        shares = self.scratch("shares", n, config.top_k, dtype="float32")
+        count = config.top_k + config.has_shared
+        chosen = self.scratch("chosen", n, count, dtype="int32")
+        shares = self.scratch("shares", n, count, dtype="float32")
         self.device.launch(
             "route", (32, n), chosen, shares, logits, layer["router_bias"],
-            config.experts, config.top_k, int(config.norm_topk), block=32,
+            config.experts, config.top_k, int(config.norm_topk), int(config.has_shared),
+            block=32,
         )  # fmt: skip
         fc1, fc2, scales = layer["fc1"], layer["fc2"], None
         if isinstance(fc1, Blocks):
@@ -297,23 +313,25 @@ class Model:
             self.device.launch("biased", (width, n), x, layer[name], width)
         return x
 
-    def attention(self, layer, x, residual, batch, cache, attend):
+    def attention(self, layer, x, residual, batch, cache, kind):
         """Of each token over its request's pages, its own key and value among them; see `onto`."""
         config, n = self.config, x.shape[0]
         heads, kv_heads, dim = config.heads, config.kv_heads, config.head_dim
         qkv = self.biased(self.linear("qkv", x, layer["qkv"], is_last=True), layer, "qkv_bias")
         starts, out = batch.starts_of_pieces, self.scratch("attended", n, heads, dim)
-        q = self.place(layer, qkv, batch, cache)
-        sink = {"sink": layer["sinks"]} if config.is_gpt_oss else {}
+        q, attend = self.place(layer, qkv, batch, cache, kind), batch.attend[kind]
+        more = self.pdl | ({"sm_scale": config.sm_scale} if config.sm_scale else {})
+        if config.has_sinks:
+            more["sink"] = layer["sinks"]
         if starts:
             part, lse = self.of_pieces("part", n, dim), self.of_pieces("lse", n, dtype="float32")
-            attend(q, *cache, part, lse, **self.pdl)
+            attend(q, *cache, part, lse, **more)
             self.device.launch("merged", (128 * heads, n), out, part, lse, starts, PIECES, dim,
                                block=128)  # fmt: skip
         else:
-            attend(q, *cache, out, **sink, **self.pdl)
+            attend(q, *cache, out, **more)
         out = view(out, n, heads * dim)
-        if config.is_next:
+        if config.has_gate:
             self.gate(out, columns(qkv, (heads + 2 * kv_heads) * dim, heads * dim), False)
         x = self.onto(residual, out, layer["out"])
         self.biased(residual if x is None else x, layer, "out_bias")
@@ -324,7 +342,7 @@ class Model:
         name, most = f"{name} of pieces", FEW * PIECES
         return self.scratch(name, n * PIECES, self.config.heads, *shape, most=most, **more)
 
-    def place(self, layer, qkv, batch, cache):
+    def place(self, layer, qkv, batch, cache, kind):
         """The norms of q and k, RoPE, and k and v to their pages, in one kernel; q."""
         config, n, starts = self.config, qkv.shape[0], batch.starts_of_pieces
         heads, kv_heads, dim = config.heads, config.kv_heads, config.head_dim
@@ -335,7 +353,7 @@ class Model:
         norms = (layer["q_norm"], layer["k_norm"]) if config.qk_norm else (np.uint64(0),) * 2
         threads = THREADS if n > PLACED else dim // 8 * (heads + 2 * kv_heads)
         self.device.launch(
-            "place", (threads, n), q, *cache, qkv, *norms, self.cos_sin,
+            "place", (threads, n), q, *cache, qkv, *norms, self.cos_sin[kind],
             batch.positions, batch.requests, batch.kv_indptr, batch.kv_indices, starts,
             np.int64(qkv.strides[0]), np.int64(cache[0].strides[0]), pieces, heads, kv_heads,
             dim, config.rotary_dim, cache[0].shape[1], np.float32(config.eps),

@@ -11,7 +11,7 @@ import numpy as np
 DIMENSIONS = {
     "embed_tokens": 0, "lm_head": 0,
     "q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1,
-    "gate_proj": 0, "up_proj": 0, "down_proj": 1,
+    "gate_proj": 0, "up_proj": 0, "down_proj": 1, "w1": 0, "w3": 0, "w2": 1,
     "in_proj_qkvz": 0, "in_proj_ba": 0, "conv1d": 0, "A_log": 0, "dt_bias": 0, "out_proj": 1,
     "q_proj.bias": 0, "k_proj.bias": 0, "v_proj.bias": 0, "sinks": 0,
     "gate_up_proj": 2, "gate_up_proj_bias": 1, "gate_up_proj_blocks": 1, "gate_up_proj_scales": 1,

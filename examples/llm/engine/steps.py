@@ -240,7 +240,7 @@ class Runner:
         self.graphs, self.placed = {}, {}
         self.kinds = [kind for kind in self.config.windows if kind != LINEAR]
         per_key_head = self.config.heads // self.config.kv_heads
-        self.is_narrow = per_key_head in GROUPS and not self.config.is_gpt_oss
+        self.is_narrow = per_key_head in GROUPS and not self.config.has_sinks
         self.of_pieces = {
             "num_qo_heads": self.config.heads, "num_kv_heads": self.config.kv_heads,
             "head_dim": self.config.head_dim, "page_size": job.page_size,
@@ -383,7 +383,7 @@ class Runner:
         that of each piece.
         """
         config = self.config
-        if config.is_gpt_oss or any(config.windows[kind] >= 0 for kind in self.kinds):
+        if config.has_sinks or any(config.windows[kind] >= 0 for kind in self.kinds):
             return False
         return self.device.is_gpu and bool(fi_ffi.BatchDecodePlan.supports(**self.of_pieces))
 
@@ -436,5 +436,5 @@ class Runner:
             if self.is_narrow:
                 return options | {"head_dim": config.head_dim}
             options["backend"] = "fa2"  # splits long requests, with a window where it is causal
-        options |= {"head_dim_qk": config.head_dim, "use_attention_sink": config.is_gpt_oss}
+        options |= {"head_dim_qk": config.head_dim, "use_attention_sink": config.has_sinks}
         return options | {"causal": not size or window >= 0}

@@ -9,10 +9,9 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from .config import LINEAR, check_pointer, read_object
+from .config import HEAD_NORMS, check_pointer, read_object
 
 BLOCK = 128
-HEAD_NORMS = "q_norm", "k_norm"
 MOST_HEADER = 16 << 20  # bytes of the header of a file
 # What safetensors calls dtypes; its reader into numpy has none for fp8.
 DTYPES = {
@@ -112,84 +111,6 @@ def mapped(path):
     return json.loads(bytes(raw[8:end])), raw[end:]
 
 
-# A layer's matrices and vectors by short names: the hub's tensors, one below another, with their
-# shapes.  Of experts {} is the number.
-
-
-def table(config, i):
-    """All of layer i."""
-    norms = {
-        "input_norm": {"input_layernorm.weight": (config.hidden,)},
-        "post_norm": {"post_attention_layernorm.weight": (config.hidden,)},
-    }
-    inner = (gpt_oss if config.is_gpt_oss else experts) if config.is_sparse(i) else dense
-    outer = linear_attention if config.layers[i] == LINEAR else attention
-    return norms | inner(config) | outer(config)
-
-
-def dense(config):
-    hidden, size = config.hidden, config.intermediate
-    return {
-        "gate_up": {"mlp.gate_proj.weight": (size, hidden), "mlp.up_proj.weight": (size, hidden)},
-        "down": {"mlp.down_proj.weight": (hidden, size)},
-    }
-
-
-def experts(config):
-    hidden, size = config.hidden, config.expert_intermediate
-    return {
-        "router": {"mlp.gate.weight": (config.experts, hidden)},
-        "fc1": {  # first what the gate is multiplied with
-            "mlp.experts.{}.up_proj.weight": (size, hidden),
-            "mlp.experts.{}.gate_proj.weight": (size, hidden),
-        },
-        "fc2": {"mlp.experts.{}.down_proj.weight": (hidden, size)},
-    }
-
-
-def gpt_oss(config):
-    """Gate and what it is multiplied with take turns in a row, and matrices are transposed."""
-    count, hidden, size = config.experts, config.hidden, config.expert_intermediate
-    return {
-        "router": {"mlp.router.weight": (count, hidden)},
-        "router_bias": {"mlp.router.bias": (count,)},
-        "fc1": {"mlp.experts.gate_up_proj": (count, hidden, 2 * size)},
-        "fc1_bias": {"mlp.experts.gate_up_proj_bias": (count, 2 * size)},
-        "fc2": {"mlp.experts.down_proj": (count, size, hidden)},
-        "fc2_bias": {"mlp.experts.down_proj_bias": (count, hidden)},
-        "sinks": {"self_attn.sinks": (config.heads,)},
-    }
-
-
-def attention(config):
-    hidden, inner = config.hidden, config.heads * config.head_dim
-    kv = config.kv_heads * config.head_dim
-    sizes = {"q": 2 * inner if config.is_next else inner, "k": kv, "v": kv}
-    found = {
-        "qkv": {f"self_attn.{name}_proj.weight": (n, hidden) for name, n in sizes.items()},
-        "out": {"self_attn.o_proj.weight": (hidden, inner)},
-    }
-    if config.has_biases:
-        found["qkv_bias"] = {f"self_attn.{name}_proj.bias": (n,) for name, n in sizes.items()}
-        found["out_bias"] = {"self_attn.o_proj.bias": (hidden,)}
-    for name in HEAD_NORMS if config.qk_norm else ():
-        found[name] = {f"self_attn.{name}.weight": (config.head_dim,)}
-    return found
-
-
-def linear_attention(config):
-    hidden, heads, values = config.hidden, config.value_heads, config.value_size
-    return {
-        "qkvz": {"linear_attn.in_proj_qkvz.weight": (config.conv_size + values, hidden)},
-        "ba": {"linear_attn.in_proj_ba.weight": (2 * heads, hidden)},
-        "conv": {"linear_attn.conv1d.weight": (config.conv_size, 1, 4)},
-        "a_log": {"linear_attn.A_log": (heads,)},
-        "dt_bias": {"linear_attn.dt_bias": (heads,)},
-        "norm": {"linear_attn.norm.weight": (128,)},
-        "out": {"linear_attn.out_proj.weight": (hidden, values)},
-    }
-
-
 def shapes(config):
     """The names and shapes of all tensors of a checkpoint."""
     yield "model.embed_tokens.weight", (config.vocab, config.hidden)
@@ -197,10 +118,10 @@ def shapes(config):
     if not config.tied:
         yield "lm_head.weight", (config.vocab, config.hidden)
     for i in range(len(config.layers)):
-        for tensors in table(config, i).values():
+        for tensors in config.table(i).values():
             for name, shape in tensors.items():
-                for expert in range(config.experts if "{}" in name else 1):
-                    yield f"model.layers.{i}.{name.format(expert)}", shape
+                for owner in config.owners() if "{}" in name else [""]:
+                    yield f"model.layers.{i}.{name.format(owner)}", shape
 
 
 def verify(config, weights):
@@ -218,20 +139,13 @@ def verify(config, weights):
 def of_layer(weights, config, i):
     """A layer's tensors by short names, what is multiplied together in one matrix."""
     layer = {}
-    for short, tensors in table(config, i).items():
+    for short, tensors in config.table(i).items():
         names = [f"model.layers.{i}.{name}" for name in tensors]
-        count = config.experts if "{}" in names[0] else 1
-        each = [joined(weights, [name.format(e) for name in names]) for e in range(count)]
-        layer[short] = together(each, is_stack=True) if "{}" in names[0] else each[0]
-    if config.is_gpt_oss or config.is_next:
-        layer = {short: whole(array) for short, array in layer.items()}
-    if config.is_gpt_oss:
-        return layer | _gpt_oss(layer, config)
-    if config.is_sparse(i):
-        layer["router_bias"] = np.zeros(config.experts, np.float32)
-    if config.layers[i] == LINEAR:
-        return layer | _by_kind(layer, config)
-    return layer | _gates_last(layer, config) if config.is_next else layer
+        is_stack = "{}" in names[0]
+        owners = config.owners() if is_stack else [""]
+        each = [joined(weights, [name.format(owner) for name in names]) for owner in owners]
+        layer[short] = together(each, is_stack=True) if is_stack else each[0]
+    return layer | config.arranged(layer, i)
 
 
 def joined(weights, names):
@@ -263,6 +177,14 @@ def whole(array):
     return Blocks(*map(whole, array)) if isinstance(array, Blocks) else np.asarray(array)
 
 
+def with_one(layer):
+    """Norms of heads that are by 1 + weight as the kernel takes them, which adds none: rounded once
+    more.
+    """
+    known = {name: whole(layer[name]) for name in HEAD_NORMS if name in layer}
+    return {name: (norm.astype(np.float32) + 1).astype(norm.dtype) for name, norm in known.items()}
+
+
 def one(weights, name):
     """A tensor.  One in fp8 has scales of its blocks, or one of all, which each block gets."""
     if f"{name}_blocks" in weights:
@@ -290,48 +212,3 @@ def mxfp4(blocks, scales):
         known = (powers * np.array(E2M1)).astype(ml_dtypes.bfloat16)
     both = np.stack([blocks & 15, blocks >> 4], axis=-1)
     return known[scales[..., None, None], both].reshape(*scales.shape[:-1], -1)
-
-
-def _gpt_oss(layer, config):
-    def up_and_gate(x):  # rows, what the gate is multiplied with first
-        return np.concatenate([x[:, 1::2], x[:, ::2]], axis=1)
-
-    every = np.ones(config.experts, np.float32)
-    return {
-        "fc1": up_and_gate(layer["fc1"].swapaxes(1, 2)),
-        "fc1_bias": up_and_gate(layer["fc1_bias"]),
-        "fc2": layer["fc2"].swapaxes(1, 2),
-        "router_bias": layer["router_bias"].astype(np.float32),
-        "sinks": layer["sinks"].astype(np.float32),
-        "swiglu_alpha": np.float32(1.702) * every,
-        "swiglu_beta": every,
-        "swiglu_limit": np.float32(config.swiglu_limit) * every,
-    }
-
-
-def _gates_last(layer, config):
-    """Each head's query comes with its gate: all gates after the values."""
-    size = config.heads * config.head_dim
-    q, kv = np.split(layer["qkv"], [2 * size])
-    q, gate = q.reshape(config.heads, 2, config.head_dim, -1).swapaxes(0, 1)
-    q, gate = (part.reshape(size, -1) for part in (q, gate))
-    layer = {"qkv": np.concatenate([q, kv, gate])} | {name: layer[name] for name in HEAD_NORMS}
-    for name in HEAD_NORMS:  # rounded once more than the layers' norms, whose kernel adds the 1
-        layer[name] = (layer[name].astype(np.float32) + 1).astype(layer[name].dtype)
-    return layer
-
-
-def _by_kind(layer, config):
-    # Rows come by key head: its q and k, then v and z of its value heads; likewise b and a.
-    each = config.value_heads // config.key_heads
-    by_head = layer["qkvz"].reshape(config.key_heads, -1, config.hidden)
-    ends = np.cumsum([128, 128, each * 128])
-    qkvz = [part.reshape(-1, config.hidden) for part in np.split(by_head, ends, axis=1)]
-    by_head = layer["ba"].reshape(config.key_heads, 2, each, config.hidden)
-    return {
-        "qkvz": np.concatenate(qkvz),
-        "ba": by_head.swapaxes(0, 1).reshape(-1, config.hidden),
-        "conv": layer["conv"].reshape(-1, 4).astype(np.float32),
-        "a_log": layer["a_log"].astype(np.float32),
-        "dt_bias": layer["dt_bias"].astype(np.float32),
-    }
