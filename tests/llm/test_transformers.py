@@ -1,0 +1,29 @@
+"""The float64 model of the tests beside Hugging Face's, where transformers and torch are installed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from tiny import make_tiny
+
+from tests.llm.forward import Forward
+from tests.llm.serving import LAYERS, MORE
+
+KINDS = ("llama", "qwen3", "qwen3_moe", "gpt_oss", "qwen3_next", *MORE)
+FEW = {"num_hidden_layers": 2}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits(kind, tmp_path, rng):
+    """Of a prompt that is longer than windows, in float32."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    path = make_tiny(tmp_path, kind, rng, **LAYERS.get(kind, FEW))
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, attn_implementation="eager"
+    )
+    tokens = rng.integers(0, 256, 60)
+    with torch.inference_mode():
+        got = model(torch.from_numpy(tokens[None])).logits[0].double().numpy()
+    expected = Forward(path)(tokens)
+    np.testing.assert_allclose(got, expected, atol=1e-4 * np.abs(expected).max(), rtol=0)
