@@ -38,13 +38,13 @@ def default_release() -> str:
 @functools.cache
 def _default_of(path: Path) -> str:
     try:
-        return str(read_kernels(path)["default"])
-    except LookupError as error:
+        return str(read_data(path)["kernels"]["default"])
+    except (LookupError, TypeError) as error:
         raise LoaderError(f"{path} is not a readable lock: {error!r}") from error
 
 
-def read_kernels(path: Path) -> dict[str, Any]:
-    """Return the table of kernels in a lock; `LoaderError` names the file and the problem."""
+def read_data(path: Path) -> dict[str, Any]:
+    """Return what a lock has; `LoaderError` names the file and the problem."""
     if sys.version_info >= (3, 11):
         import tomllib
     else:
@@ -53,6 +53,6 @@ def read_kernels(path: Path) -> dict[str, Any]:
         data = tomllib.loads(path.read_text())
         if data["schema"] != SCHEMA:
             raise ValueError(f"schema {data['schema']}, not {SCHEMA}")
-        return dict(data["kernels"])
+        return dict(data)
     except UNREADABLE as error:
         raise LoaderError(f"{path} is not a readable lock: {error!r}") from error

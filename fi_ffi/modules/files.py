@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 from fi_ffi.abi.function import probe
 from fi_ffi.abi.signature import Signature
 from fi_ffi.errors import AbiError, KernelNotFoundError
 from fi_ffi.loader import cache, runtime
-from fi_ffi.loader.kernels import ModuleFile, facts_of, hashed_file
+from fi_ffi.loader.kernels import KernelSource, ModuleFile, facts_of, hashed_file
 from fi_ffi.loader.runtime import Loaded
 
+_RECORDS = Path(__file__).with_name("published.json")
 # By path, inode, size and modification time.
 _files: dict[tuple[Path, int, int, int], Loaded] = {}
+_members: dict[tuple[Path, str], Loaded] = {}  # by path and sha256
+
+
+@functools.cache
+def _records() -> dict[str, dict[str, Any]]:
+    return json.loads(_RECORDS.read_text())  # type: ignore[no-any-return]
+
+
+def recorded(sha256: str) -> dict[str, Any] | None:
+    """Return the signatures that a published library told on a GPU, by its hash: a library that
+    needs the driver's cannot be loaded without it.
+    """
+    return _records().get(sha256)
 
 
 class KernelFile:
@@ -51,6 +68,15 @@ def load_file(path: str | os.PathLike[str]) -> Loaded:
             file = source.file()
             _files[key] = runtime.prepare_and_load(source, file, facts_of(file), None)
         return _files[key]
+
+
+def load_member(source: KernelSource, file: ModuleFile) -> Loaded:
+    """Load a library that a source has, once."""
+    key = (file.path, file.sha256)
+    with runtime.lock_of(file.path):
+        if key not in _members:
+            _members[key] = runtime.prepare_and_load(source, file, facts_of(file), None)
+        return _members[key]
 
 
 def file_signatures(path: str | os.PathLike[str]) -> dict[str, Signature | str]:

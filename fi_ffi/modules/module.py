@@ -25,7 +25,7 @@ from fi_ffi.loader import cute_runtime, kernels, machine, runtime
 from fi_ffi.loader.elf import FUNCTION_PREFIX
 from fi_ffi.loader.runtime import Loaded
 from fi_ffi.modules.entry import HandleGuard, ModuleEntry, Origin, unknown
-from fi_ffi.modules.files import load_file
+from fi_ffi.modules.files import load_file, load_member
 
 # The start of a typed function's refusal, a string in its binary.
 _REFUSAL = b"Mismatched number of arguments when calling"
@@ -56,9 +56,9 @@ class Named(Unique):
 class AtPath(Unique):
     """A library at a path."""
 
-    def __init__(self, path: Path) -> None:
-        self._loaded = load_file(path)
-        self.name = self._loaded.file.module
+    def __init__(self, loaded: Loaded) -> None:
+        self._loaded = loaded
+        self.name = loaded.file.module
         self._able: set[int] = set()
 
     def loaded(self, device: int | None) -> Loaded:
@@ -255,19 +255,35 @@ class Module(Unique):
         return "\n".join([repr(self), *(f"  {self.entry(name)!r}" for name in self.entries())])
 
 
-def module(name: str | os.PathLike[str]) -> Module:
+def module(name: str | os.PathLike[str], distribution: str | None = None) -> Module:
     """Return a module of the kernels in use by name, or any TVM-FFI library by path.
 
     A path is a `Path`, or a string with a `/` in it or `.so` at its end.  The library stays loaded.
 
-    Raises `KernelNotFoundError` with the nearest names and the command that builds the module, and
-    `LoaderError` or `ArtifactError` for a file that is not such a library.
+    Args:
+        name: the module, the path, or with a `distribution` the name of a library's file without
+            `.so`.
+        distribution: a package that is installed, which is not imported, or a wheel that
+            wheels.lock pins, of which the library is fetched if need be.
+
+    Raises `KernelNotFoundError` with the nearest names and the command that builds the module,
+    `LoaderError` or `ArtifactError` for a file that is not such a library, and `FetchError` if it
+    cannot be fetched.
     """
+    if distribution is not None:
+        if not isinstance(name, str):
+            got, expected = f"{type(name).__name__} {printed(name)}", "a library's name"
+            raise ArgumentTypeError("module", "name", got=got, expected=expected)
+        # imported late: few programs fetch
+        from fi_ffi.loader.fetch.published import library_of
+
+        return Module(AtPath(load_member(*library_of(distribution, name))))
     if isinstance(name, os.PathLike):
-        return Module(AtPath(Path(name)))
+        return Module(AtPath(load_file(Path(name))))
     if not isinstance(name, str):
         got = f"{type(name).__name__} {printed(name)}"
         raise ArgumentTypeError("module", "name", got=got, expected="a module's name, or a path")
     if not name:
         raise ArgumentError("module", "name", got="''", expected="a module's name, or a path")
-    return Module(AtPath(Path(name)) if "/" in name or name.endswith(".so") else Named(name))
+    is_path = "/" in name or name.endswith(".so")
+    return Module(AtPath(load_file(Path(name))) if is_path else Named(name))

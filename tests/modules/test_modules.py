@@ -18,7 +18,7 @@ import pytest
 import fi_ffi
 from fi_ffi.abi.signature import Signature
 from fi_ffi.loader.elf import inspect_elf
-from fi_ffi.modules.files import file_signatures
+from fi_ffi.modules.files import file_signatures, load_file
 from fi_ffi.modules.module import AtPath
 
 from tests.helpers.children import ROOT, done
@@ -280,7 +280,7 @@ STATIC = b"_ZZ16__tvm_ffi_abcdefk\0"
 def test_it_is_of_the_file_that_was_loaded(tmp_path: Path, tvm_ffi_loaded: object) -> None:
     path = tmp_path / "a.so"
     path.write_bytes(library_bytes(b"one") + STATIC)
-    found = AtPath(path)
+    found = AtPath(load_file(path))
     new = tmp_path / "new.so"
     new.write_bytes(library_bytes(b"two") + b"Mismatched number of arguments when calling")
     os.replace(new, path)
@@ -290,7 +290,7 @@ def test_it_is_of_the_file_that_was_loaded(tmp_path: Path, tvm_ffi_loaded: objec
 def test_an_interruption_while_it_is_read(tmp_path: Path, tvm_ffi_loaded: object) -> None:
     path = tmp_path / "many.so"
     path.write_bytes(library_bytes(os.urandom(8)) + STATIC * 300_000)
-    found = AtPath(path)
+    found = AtPath(load_file(path))
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt

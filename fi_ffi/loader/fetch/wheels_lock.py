@@ -10,12 +10,12 @@ import os
 import platform
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from fi_ffi.errors import LoaderError
 from fi_ffi.loader import trust
 from fi_ffi.loader.cache import cache_root
-from fi_ffi.loader.lock import ENVIRONMENT, UNREADABLE, lock_path, read_kernels
+from fi_ffi.loader.lock import ENVIRONMENT, UNREADABLE, lock_path, read_data
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,35 @@ class PinnedWheel:
 
 
 @dataclass(frozen=True)
+class PinnedDistribution:
+    """A wheel of another distribution, whose libraries may be fetched.
+
+    Without a `url`, pip says where the package index has it.
+    """
+
+    name: str
+    version: str
+    platform: str
+    file: str
+    sha256: str
+    record_sha256: str
+    size: int
+    license: str
+    provenance: str
+    url: str | None = None
+
+
+@dataclass(frozen=True)
 class Lock:
     """The contents of a lock file."""
 
     path: Path
     default_release: str
     kernels: tuple[PinnedWheel, ...]
+    distributions: tuple[PinnedDistribution, ...] = ()
+
+
+_Pin = TypeVar("_Pin", PinnedWheel, PinnedDistribution)
 
 
 def this_platform() -> str:
@@ -71,7 +94,12 @@ def lock_in_use() -> Lock:
         return lock
     trust.check_root(own.parent)
     trust.check_object(own, os.lstat(own))
-    return replace(lock, kernels=(*read_lock(own, lock).kernels, *lock.kernels))
+    mine = read_lock(own, lock)
+    return replace(
+        lock,
+        kernels=(*mine.kernels, *lock.kernels),
+        distributions=(*mine.distributions, *lock.distributions),
+    )
 
 
 @functools.cache
@@ -86,11 +114,15 @@ def read_lock(path: Path, above: Lock | None = None) -> Lock:
     A user's own lock is read with the one `above` it, whose default it does not repeat. Its entries
     have addresses.
     """
-    kernels = read_kernels(path)
+    data = read_data(path)
     try:
-        wheels = [_wheel(e | {"url": _url(kernels, e)}) for e in kernels.get("files", [])]
+        kernels = data["kernels"]
+        wheels = [
+            _pin(PinnedWheel, e | {"url": _url(kernels, e)}) for e in kernels.get("files", [])
+        ]
+        others = [_pin(PinnedDistribution, entry) for entry in data.get("distributions", [])]
         default = kernels["default"] if above is None else above.default_release
-        return Lock(path, default, tuple(wheels))
+        return Lock(path, default, tuple(wheels), tuple(others))
     except UNREADABLE as error:
         raise LoaderError(f"{path} is not a readable lock: {error!r}") from error
 
@@ -105,14 +137,14 @@ def _url(kernels: dict[str, Any], entry: dict[str, Any]) -> str:
     return url
 
 
-def _wheel(entry: dict[str, Any]) -> PinnedWheel:
+def _pin(kind: type[_Pin], entry: dict[str, Any]) -> _Pin:
     """Return an entry of the lock: `-` in keys becomes `_`, unknown keys are refused."""
     values = {key.replace("-", "_"): value for key, value in entry.items()}
-    unknown = set(values) - {field.name for field in fields(PinnedWheel)}
+    unknown = set(values) - {field.name for field in fields(kind)}
     if unknown:
         raise ValueError(f"unknown keys {sorted(unknown)} in {entry!r:.200}")
     for name in ("sha256", "record_sha256"):
         digest = values.get(name)
         if digest is not None and (len(digest) != 64 or set(digest) - set("0123456789abcdef")):
             raise ValueError(f"{name} of {values.get('file')} is no lower-case sha256")
-    return PinnedWheel(**values)
+    return kind(**values)
