@@ -1,4 +1,4 @@
-"""The float64 model of the tests beside Hugging Face's, where transformers and torch are installed."""
+"""The float64 model of the tests beside Hugging Face's, where it is installed with torch."""
 
 from __future__ import annotations
 
