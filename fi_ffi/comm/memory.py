@@ -239,10 +239,6 @@ def _allocate_for(peers: Sequence[int], count: int, device: Device) -> cuda.Memo
     )
     stream = cuda.pointer(PER_THREAD)
 
-    def free(place: Any) -> int:
-        code = place != ffi.NULL and runtime.cudaFree(place)
-        return int(code or runtime.cudaMemPoolDestroy(pool[0]))
-
     with cuda.current(device), cuda.relaxed():
         cuda.check(runtime.cudaMemPoolCreate(pool, props), f"cudaMemPoolCreate on {device}")
         try:
@@ -253,10 +249,13 @@ def _allocate_for(peers: Sequence[int], count: int, device: Device) -> cuda.Memo
             cuda.check(runtime.cudaMemsetAsync(slot[0], 0, count, stream), "cudaMemsetAsync")
             cuda.check(runtime.cudaStreamSynchronize(stream), "cudaStreamSynchronize")
         except BaseException:
-            cuda.unless_cut_off(free, slot[0])
+            if slot[0] != ffi.NULL:
+                cuda.unless_cut_off(runtime.cudaFree, slot[0])
+            cuda.unless_cut_off(runtime.cudaMemPoolDestroy, pool[0])
             raise
     desc = TensorDesc(int(ffi.cast("uintptr_t", slot[0])), (count,), "uint8", device=device)
-    return cuda.Memory(desc, cuda.unless_cut_off, free, slot[0])
+    free = functools.partial(runtime.cudaFree, slot[0])
+    return cuda.Memory(desc, free, functools.partial(runtime.cudaMemPoolDestroy, pool[0]))
 
 
 def _keep(address: int, piece: _Piece) -> int:
