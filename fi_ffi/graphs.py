@@ -215,4 +215,4 @@ class capture:  # a context manager reads as a verb
                     self.graph._replace(graph[0], held)
         finally:
             if graph[0] != ffi.NULL:
-                cuda.unless_cut_off(runtime.cudaGraphDestroy, graph[0])
+                cuda.at_end_of(graph, functools.partial(runtime.cudaGraphDestroy, graph[0]))()

@@ -103,16 +103,6 @@ class relaxed:  # a context manager
             cuda_errors.forget(runtime)
 
 
-def unless_cut_off(give_back: Callable[[Any], object], handle: Any) -> None:
-    """Release a CUDA object, except in a forked child, where it belongs to the parent."""
-    if machine.forked_after_cuda():
-        return
-    with relaxed():
-        # The GPU may be lost: ignore the error.
-        if give_back(handle):
-            cuda_errors.forget(machine.load_cudart()[0])
-
-
 class _End(weakref.ref[Any]):
     __slots__ = ("give_back",)
     give_back: Callable[[], object]
@@ -155,17 +145,6 @@ def copy_to_device(target: int, source: int, count: int, stream: int) -> None:
         pointer(target), pointer(source), count, _HOST_TO_DEVICE, pointer(stream)
     )
     check(code, "cudaMemcpyAsync")
-
-
-def copy_now(target: int, source: int, count: int, device: Device) -> None:
-    """Copy from host memory and wait for the copy, which is allowed during a capture."""
-    if not device.is_cuda:
-        ffi.memmove(pointer(target), pointer(source), count)
-        return
-    with current(device), relaxed():
-        copy_to_device(target, source, count, PER_THREAD)
-        runtime = machine.load_cudart()[0]
-        check(runtime.cudaStreamSynchronize(pointer(PER_THREAD)), "cudaStreamSynchronize")
 
 
 def synchronize(device: Device) -> None:
