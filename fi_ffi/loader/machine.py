@@ -23,7 +23,7 @@ from typing import Any, Literal, cast
 
 from fi_ffi.abi import failure, library, streams
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.errors import AbiError, ArtifactError, KernelError, LoaderError, let_through
+from fi_ffi.errors import AbiError, ArtifactError, KernelError, LoaderError
 from fi_ffi.loader import cuda_errors
 
 CUDA_MAJORS = (13, 12)  # CUDA versions of supported kernels, the preferred one first
@@ -198,7 +198,8 @@ def load_library(file: str) -> tuple[Any, str]:
         try:
             found = ffi.dlopen(path, os.RTLD_NOW | os.RTLD_GLOBAL)
         except OSError as error:
-            let_through(error)
+            if type(error) is not OSError:  # as cffi's is, unlike a signal handler's TimeoutError
+                raise
             reasons.append(str(error).partition("\n")[0])
             continue
         return found, path
@@ -270,7 +271,8 @@ def load_driver() -> Any:
     try:
         return ffi.dlopen(DRIVER)
     except OSError as error:
-        let_through(error)
+        if type(error) is not OSError:  # see `load_library`
+            raise
         return None
 
 

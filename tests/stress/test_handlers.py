@@ -56,7 +56,8 @@ def interrupted(call: Callable[[], object], code: CodeType, line: int) -> bool:
         nonlocal steps
         if frame.f_code is not code:
             return None if event == "call" else trace
-        if event == "line":
+        # Python does not forget an exception while whose handling a trace function raises.
+        if event == "line" and sys.exc_info()[1] is None:
             steps += 1
             if steps == line:
                 sys.settrace(None)
@@ -70,6 +71,7 @@ def interrupted(call: Callable[[], object], code: CodeType, line: int) -> bool:
         return True
     finally:
         sys.settrace(None)
+    assert sys.exc_info()[1] is None
     assert steps < line, f"lost before step {line} of {code.co_name}"
     return False
 
@@ -133,6 +135,11 @@ def driver(root: Path) -> None:
     machine.load_driver()
 
 
+def cuda_library(root: Path) -> None:
+    with contextlib.suppress(fi_ffi.LoaderError):
+        machine.load_library.__wrapped__("libcudart.so.12")
+
+
 def written(root: Path) -> None:
     writer = Writer(str(root / "calls.log"))
     writer.open()
@@ -159,6 +166,7 @@ def folder_as_a_file(root: Path) -> None:
 WAYS: dict[str, tuple[Callable[[Path], object], list[Any]]] = {
     "maps": (lambda _: library.mapped("libc[.]"), [library.mapped]),
     "driver": (driver, [machine.load_driver.__wrapped__]),
+    "library": (cuda_library, [machine.load_library.__wrapped__]),
     "modules": (folder_of_modules, [kernels._modules_in]),
     "cache": (in_cache, [cache.find, cache._is_good, cache.stamp_fits]),
     "seed": (lambda root: seed._is_safe(root, root / "x"), [seed._is_safe]),
