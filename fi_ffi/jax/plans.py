@@ -100,6 +100,6 @@ def keep(function: str, module: Any) -> None:
     plan = _plan_of(function)
     if plan is not None:
         module.add_keepalive(plan)
-        plan.workspace._replayed = weakref.ref(plan)
+        plan.workspace.set_replayed(plan)
         if plan.device.is_cuda:  # the copies of the plan in force may still run
             cuda.synchronize(plan.device)
