@@ -7,6 +7,7 @@ expected type (`ValueError` for a bad argument, `RuntimeError` for a failed kern
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 import types
 from typing import TYPE_CHECKING
@@ -19,8 +20,13 @@ if TYPE_CHECKING:
 class FiFfiError(Exception):
     """Base class of every error that fi_ffi raises on purpose.
 
-    docs/troubleshooting.md explains the messages.
+    docs/troubleshooting.md explains the messages. None takes the place of an exception of a signal
+    handler: if fi_ffi has caught one, making the error raises it again.
     """
+
+    def __init__(self, *args: object) -> None:
+        let_through(sys.exc_info()[1])
+        super().__init__(*args)
 
 
 class ArgumentError(FiFfiError, ValueError):
@@ -99,11 +105,12 @@ def _handler_codes() -> Iterator[tuple[types.CodeType, int]]:
 def let_through(error: BaseException | None, is_replaced: bool = False) -> None:
     """Raise an exception again if a signal handler raised it, and not what was called.
 
-    With `is_replaced`, do so for one in whose place another was raised.
+    With `is_replaced`, do so for one in whose place another was raised. One that a caller of fi_ffi
+    has caught is the caller's.
     """
     # No cycle of references may keep the memory of calls, not of this frame, nor of contexts.
     try:
-        while error is not None and not signal_of(error):
+        while error is not None and (not signal_of(error) or _is_callers(error)):
             error = error.__context__ if is_replaced else None
         if error is not None:
             before = error.__context__
@@ -113,6 +120,16 @@ def let_through(error: BaseException | None, is_replaced: bool = False) -> None:
                 error.__context__ = before
     finally:
         error = before = None
+
+
+def _is_callers(error: BaseException) -> bool:
+    """Return whether a function on the stack, not one of fi_ffi, has caught an exception."""
+    caught_in, frame = _frames_of(error).tb_frame, sys._getframe(2)
+    if caught_in.f_globals.get("__name__", "").startswith("fi_ffi"):
+        return False
+    while frame.f_back is not None and frame is not caught_in:
+        frame = frame.f_back
+    return frame is caught_in
 
 
 def printable(text: str) -> str:

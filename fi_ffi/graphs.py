@@ -32,8 +32,8 @@ class Graph:
 
     __slots__ = (
         "__weakref__",
+        "_destroy",
         "_executable",
-        "_finalizer",
         "_held",
         "_launch",
         "device",
@@ -48,7 +48,7 @@ class Graph:
         self.updates = 0
         self._executable: Any = None
         self._launch: Any = None
-        self._finalizer: Any = None
+        self._destroy: Any = None
         # Workspaces, schedules, scratch and tables that the launches use.
         self._held: list[object] = []
 
@@ -98,7 +98,7 @@ class Graph:
             return True
         cuda.forget(code, "cudaGraphExecUpdate")
         # The new graph has another topology, which CUDA cannot update in place.
-        self._finalizer()
+        self._destroy()
         self._launch = None
         return False
 
@@ -106,11 +106,10 @@ class Graph:
         runtime, executable = machine.load_cudart()[0], ffi.new("void **")
         cuda.check(runtime.cudaGraphInstantiate(executable, graph, 0), "cudaGraphInstantiate")
         self._executable = executable[0]
-        self._finalizer = weakref.finalize(
-            self, cuda.unless_cut_off, runtime.cudaGraphExecDestroy, executable[0]
-        )
+        destroy = functools.partial(runtime.cudaGraphExecDestroy, executable[0])
+        self._destroy = cuda.at_end_of(self, destroy)
         self._launch = functools.partial(runtime.cudaGraphLaunch, executable[0])
-        _graphs.add(self)
+        _graphs.add(weakref.ref(self, _graphs.discard))
 
     def _log(self, what: str, stream: int | None) -> None:
         watcher = hooks.watcher
@@ -120,7 +119,7 @@ class Graph:
 
 
 # Graphs that have been recorded.
-_graphs: weakref.WeakSet[Graph] = weakref.WeakSet()
+_graphs: set[weakref.ref[Graph]] = set()
 
 
 def _refuse_launch(stream: Any) -> int:
@@ -131,8 +130,9 @@ def _refuse_launch(stream: Any) -> int:
 def _refuse_after_fork() -> None:
     """Have the graphs of a parent that has used a GPU refuse to be launched in its child."""
     if machine.forked_after_cuda():
-        for graph in [*_graphs]:
-            graph._launch = _refuse_launch
+        for graph in [each() for each in _graphs.copy()]:
+            if graph is not None:
+                graph._launch = _refuse_launch
 
 
 os.register_at_fork(after_in_child=_refuse_after_fork)
@@ -215,4 +215,4 @@ class capture:  # a context manager reads as a verb
                     self.graph._replace(graph[0], held)
         finally:
             if graph[0] != ffi.NULL:
-                cuda.unless_cut_off(runtime.cudaGraphDestroy, graph[0])
+                cuda.at_end_of(graph, functools.partial(runtime.cudaGraphDestroy, graph[0]))()

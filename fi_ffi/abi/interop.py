@@ -95,7 +95,6 @@ def as_desc(value: object, op: str = "as_desc", argument: str = "value") -> Tens
     except (DeviceError, MemoryError):
         raise
     except Exception as error:  # the exporter failed: attribute the message to it
-        let_through(error)
         got = f"a {kind.__module__}.{kind.__qualname__} that refused: {message_of(error)}"
         raise ArgumentError(op, argument, got=got, expected="an exportable tensor") from error
     raise made

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fi_ffi.abi._cffi import ffi
-from fi_ffi.errors import AbiError, LoaderError
+from fi_ffi.errors import AbiError, LoaderError, let_through
 
 # Linux dlfcn.h; equal on x86_64 and aarch64.
 RTLD_LAZY, RTLD_NOW, RTLD_LOCAL, RTLD_GLOBAL = 0x1, 0x2, 0x0, 0x100
@@ -147,7 +147,8 @@ def mapped(pattern: str) -> list[tuple[str, ...]]:
     try:
         with open("/proc/self/maps", errors="replace") as file:
             maps = file.read()
-    except OSError:
+    except OSError as error:
+        let_through(error)
         return []
     return re.findall(rf"\s(/\S.*/{pattern})( \(deleted\))?$", maps, re.MULTILINE)
 

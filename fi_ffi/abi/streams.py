@@ -17,7 +17,7 @@ from fi_ffi.abi import library
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.failure import check
 from fi_ffi.abi.tensor import Device, remember
-from fi_ffi.errors import ArgumentError, ArgumentTypeError, let_through, printed
+from fi_ffi.errors import ArgumentError, ArgumentTypeError, printed
 
 # cudaStreamPerThread. Handles up to it are default streams and belong to the current device.
 PER_THREAD = 2
@@ -35,7 +35,6 @@ def stream_handle(stream: object, op: str = "stream") -> int:
         handle = stream if kind is int else _handle_of(stream)
     # the object refused, for example a destroyed stream: quote its message
     except Exception as error:
-        let_through(error)
         got = f"a {kind.__module__}.{kind.__qualname__} that refused: {error}"
         raise ArgumentError(op, "stream", got=got, expected=_STREAM) from error
     if type(handle) is not int:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from fi_ffi.errors import ArgumentError, ArgumentTypeError, let_through, printed
+from fi_ffi.errors import ArgumentError, ArgumentTypeError, printed
 
 if TYPE_CHECKING:
     import numpy
@@ -344,8 +344,7 @@ class TensorDesc(_Fields):
         if type(start) is not int or type(stop) is not int:
             try:
                 start, stop = index_of(start), index_of(stop)
-            except TypeError as error:
-                let_through(error)
+            except TypeError:
                 got, expected = f"{printed(start)}, {printed(stop)}", "two ints"
                 raise ArgumentTypeError("TensorDesc", "rows", got=got, expected=expected) from None
         if not shape or not 0 <= start <= stop <= shape[0]:
@@ -512,8 +511,7 @@ def _integers(values: object, argument: str, low: int) -> tuple[int, ...]:
             raise TypeError
         # Bounded: an iterable may be endless.
         numbers = tuple([index_of(value) for value in itertools.islice(values, MAX_RANK + 1)])
-    except TypeError as error:
-        let_through(error)
+    except TypeError:
         got = printed(values)
         raise ArgumentTypeError("TensorDesc", argument, got=got, expected=expected) from None
     if len(numbers) > MAX_RANK or any(not low <= number <= _INT64_MAX for number in numbers):
@@ -530,8 +528,7 @@ def _address(ptr: object, span_bytes: int, described: TensorDesc) -> int:
             address: int = int(ptr)  # type: ignore[call-overload]
         else:
             address = index_of(ptr)
-    except TypeError as error:
-        let_through(error)
+    except TypeError:
         got = f"{kind.__name__} {printed(ptr)}"
         expected = "an int address"
         raise ArgumentTypeError("TensorDesc", "ptr", got=got, expected=expected) from None

@@ -22,6 +22,7 @@ from fi_ffi.errors import ArgumentError, ArgumentTypeError
 from fi_ffi.ops.call import cuda
 from fi_ffi.ops.call.arguments import check_int
 from fi_ffi.ops.call.notation import round_up
+from fi_ffi.ops.steps.memory import copy_now
 from fi_ffi.ops.table.comm import PATTERNS
 
 # numbers of ranks that allreduce_fusion_op() of trtllm_allreduce_fusion.cuh supports
@@ -144,7 +145,7 @@ class Fusion:
 
     def _fill(self, memory: cuda.Memory, kind: str, values: Sequence[int]) -> None:
         source = ffi.new(kind, list(values))
-        cuda.copy_now(
+        copy_now(
             memory.desc.ptr, int(ffi.cast("uintptr_t", source)), ffi.sizeof(source), self.device
         )
 

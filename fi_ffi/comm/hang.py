@@ -10,6 +10,7 @@ results of these kernels are invalid; the process goes on.
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -66,7 +67,8 @@ class SideStreamCopies:  # a context manager
 
     def __exit__(self, *_: object) -> None:
         if self._device.is_cuda:
-            cuda.unless_cut_off(machine.load_cudart()[0].cudaStreamDestroy, self._stream)
+            destroy = machine.load_cudart()[0].cudaStreamDestroy
+            cuda.at_end_of(self, functools.partial(destroy, self._stream))()
 
     def read(self, address: int, count: int) -> bytes:
         place = ffi.new("char[]", count)

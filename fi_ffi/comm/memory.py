@@ -177,7 +177,8 @@ class PeerMemory:
 
     def _close_handle(self, pointer: Any) -> None:
         with cuda.current(self._device):
-            cuda.unless_cut_off(machine.load_cudart()[0].cudaIpcCloseMemHandle, pointer)
+            close = machine.load_cudart()[0].cudaIpcCloseMemHandle
+            cuda.at_end_of(self, functools.partial(close, pointer))()
 
     def close(self, is_broken: bool = False) -> None:
         """Close the peers' memory, wait for the peers, and free this rank's memory.
@@ -239,9 +240,9 @@ def _allocate_for(peers: Sequence[int], count: int, device: Device) -> cuda.Memo
     )
     stream = cuda.pointer(PER_THREAD)
 
-    def free(place: Any) -> int:
-        code = place != ffi.NULL and runtime.cudaFree(place)
-        return int(code or runtime.cudaMemPoolDestroy(pool[0]))
+    def given_back() -> list[functools.partial[int]]:
+        ends = (runtime.cudaFree, slot), (runtime.cudaMemPoolDestroy, pool)
+        return [functools.partial(end, at[0]) for end, at in ends if at[0] != ffi.NULL]
 
     with cuda.current(device), cuda.relaxed():
         cuda.check(runtime.cudaMemPoolCreate(pool, props), f"cudaMemPoolCreate on {device}")
@@ -253,10 +254,10 @@ def _allocate_for(peers: Sequence[int], count: int, device: Device) -> cuda.Memo
             cuda.check(runtime.cudaMemsetAsync(slot[0], 0, count, stream), "cudaMemsetAsync")
             cuda.check(runtime.cudaStreamSynchronize(stream), "cudaStreamSynchronize")
         except BaseException:
-            cuda.unless_cut_off(free, slot[0])
+            cuda.at_end_of(pool, *given_back())()
             raise
     desc = TensorDesc(int(ffi.cast("uintptr_t", slot[0])), (count,), "uint8", device=device)
-    return cuda.Memory(desc, cuda.unless_cut_off, free, slot[0])
+    return cuda.Memory(desc, *given_back())
 
 
 def _keep(address: int, piece: _Piece) -> int:

@@ -7,7 +7,7 @@ import os
 import socket
 from typing import NamedTuple
 
-from fi_ffi.errors import ArgumentError
+from fi_ffi.errors import ArgumentError, let_through
 
 _FLAGS, _STARTED = 6, 19  # fields of /proc/PID/stat after the process's name
 _EXITING = 4  # PF_EXITING in a process's flags: it ends, or has ended
@@ -39,7 +39,8 @@ def this_process() -> Process:
     pid = os.getpid()
     try:
         return Process(pid, int(_status(pid)[_STARTED]))
-    except (OSError, IndexError):
+    except (OSError, IndexError) as error:
+        let_through(error)
         return Process(pid, 0)
 
 
@@ -73,5 +74,6 @@ def has_ended(place: Place) -> bool:
         status = _status(place.process.pid)
         is_another = int(status[_STARTED]) != place.process.started
         return is_another or bool(int(status[_FLAGS]) & _EXITING)
-    except (OSError, IndexError):
+    except (OSError, IndexError) as error:
+        let_through(error)
         return True

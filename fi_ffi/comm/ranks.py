@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol, runtime_checkable
 
 from fi_ffi.comm.presence import Process, check_process, this_process
-from fi_ffi.errors import ArgumentError, ArgumentTypeError, HangError, LoaderError
+from fi_ffi.errors import ArgumentError, ArgumentTypeError, HangError, LoaderError, let_through
 from fi_ffi.ops.call.arguments import check_int, check_number
 
 PATIENCE_S = 60.0
@@ -234,7 +234,8 @@ def _received(pipe: Any) -> tuple[Any, ...] | None:
     try:
         message: tuple[Any, ...] = pickle.loads(pipe.recv_bytes())
         return message
-    except (EOFError, OSError):
+    except (EOFError, OSError) as error:
+        let_through(error)
         return None
 
 

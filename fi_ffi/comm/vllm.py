@@ -15,6 +15,7 @@ from fi_ffi.comm import entries
 from fi_ffi.errors import ArgumentError
 from fi_ffi.ops.call import cuda
 from fi_ffi.ops.call.notation import round_up
+from fi_ffi.ops.steps.memory import copy_now
 from fi_ffi.ops.table.comm import MAX_CTAS
 
 SIZES = (2, 4, 6, 8)  # numbers of ranks that allreduce() of vllm_custom_all_reduce.cuh supports
@@ -60,7 +61,7 @@ class VllmAllReduce:
         row = ffi.new("int64_t[]", buffers + [0] * (_RANKS - self.size))
         table = bytes(ffi.buffer(row)) * rows
         source = ffi.from_buffer(table)
-        cuda.copy_now(self._rows.desc.ptr, int(ffi.cast("uintptr_t", source)), len(table), device)
+        copy_now(self._rows.desc.ptr, int(ffi.cast("uintptr_t", source)), len(table), device)
         self._captured = 1  # row 0 is the registered buffer
 
     @staticmethod

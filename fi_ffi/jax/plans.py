@@ -15,15 +15,24 @@ from fi_ffi.ops.functions import OPS
 
 _PLAN = "plan "  # a plan's name in a call's text begins so
 # No other process has these names, if it finds a compiled program on disk.
-_plans: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
-_names: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
+_plans: dict[str, weakref.ref[Any]] = {}
 
 
 def name_of(plan: Any) -> str:
     """Return a plan's name in calls' texts."""
-    name = _names.setdefault(plan, _PLAN + secrets.token_hex(8))
-    _plans[name] = plan
+    for name, alive in _plans.copy().items():
+        if alive() is plan:
+            return name
+        if alive() is None:
+            _plans.pop(name, None)
+    name = _PLAN + secrets.token_hex(8)
+    _plans[name] = weakref.ref(plan)
     return name
+
+
+def _plan_of(name: str) -> Any:
+    """Return the plan of a name, or None if it is gone."""
+    return _plans[name]() if name in _plans else None
 
 
 def run_of(plan: Any) -> Callable[..., Any]:
@@ -45,7 +54,7 @@ def find(function: str) -> Callable[..., Any]:
     """Return what a call's text names: an op, or a plan's run."""
     if not is_plan(function):
         return OPS[function]
-    plan = _plans.get(function)
+    plan = _plan_of(function)
     if plan is None:
         expected = "a plan that lives as long as what was compiled with it"
         raise ArgumentError("run", "plan", got="a plan that is gone", expected=expected)
@@ -56,7 +65,7 @@ def shown(function: str) -> str:
     """Return what errors call it: an op's name, or a plan's class and run."""
     if not is_plan(function):
         return function
-    plan = _plans.get(function)
+    plan = _plan_of(function)
     return "run" if plan is None else title(plan)
 
 
@@ -88,9 +97,9 @@ def is_recordable(plan: Any) -> bool:
 def keep(function: str, module: Any) -> None:
     """Keep a plan as long as a program that XLA may run without asking for it; have its replans
     wait for XLA, whose replays nobody else can order."""
-    plan = _plans.get(function)
+    plan = _plan_of(function)
     if plan is not None:
         module.add_keepalive(plan)
-        plan.workspace._replayed = weakref.ref(plan)
+        plan.workspace.set_replayed(plan)
         if plan.device.is_cuda:  # the copies of the plan in force may still run
             cuda.synchronize(plan.device)

@@ -287,7 +287,7 @@ def _escaped(_: object, error: BaseException, traceback: TracebackType) -> Any:
     could catch it.
     """
     # An exception of a signal handler is raised again in Python's main thread.
-    again = signal_again(error)
+    again = signal_again(BaseException.with_traceback(error, traceback))
     return _error(traceback.tb_frame.f_locals["frame"], error, again)
 
 

@@ -35,7 +35,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fi_ffi.errors import ArtifactError, LoaderError
+from fi_ffi.errors import ArtifactError, LoaderError, let_through
 from fi_ffi.loader import trust
 
 ENVIRONMENT = "FI_FFI_CACHE_DIR"
@@ -159,6 +159,7 @@ def find(sha256: str, name: str, *, paranoid: bool | None = None) -> Path | None
         try:
             return path if _is_good(path, sha256, sure) else None
         except OSError as error:
+            let_through(error)
             # A network file system: another machine has just replaced the file.
             if error.errno != errno.ESTALE:
                 return None
@@ -357,19 +358,19 @@ def stamp_fits(path: Path, sha256: str, status: os.stat_result) -> bool:
     """Return whether the stamp matches the file's state (its `lstat`), and record the use."""
     try:
         fd = os.open(stamp_path(path), _READ | os.O_NONBLOCK)
-    except OSError:
+        try:
+            fits = os.read(fd, 1024) == _stamp(sha256, status)
+            if fits and abs(time.time() - os.fstat(fd).st_mtime) > USE_GRAIN:
+                try:
+                    os.utime(fd)
+                except OSError as error:  # a read-only cache
+                    let_through(error)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        let_through(error)
         return False
-    try:
-        if os.read(fd, 1024) != _stamp(sha256, status):
-            return False
-        if abs(time.time() - os.fstat(fd).st_mtime) > USE_GRAIN:
-            with contextlib.suppress(OSError):  # fails for a read-only cache
-                os.utime(fd)
-        return True
-    except OSError:
-        return False
-    finally:
-        os.close(fd)
+    return fits
 
 
 def _stamp(sha256: str, status: os.stat_result) -> bytes:

@@ -30,13 +30,15 @@ class Follower(Protocol):
         """Drop what was learnt."""
 
 
-_followers: weakref.WeakSet[Any] = weakref.WeakSet()
+# Unlike a WeakSet it runs no Python when a follower ends: an exception of a signal handler would be
+# lost there.
+_followers: set[weakref.ref[Any]] = set()
 
 
 def follow(follower: Follower) -> None:
     """Have a follower forget in every new generation, as long as it lives."""
     with _lock:
-        _followers.add(follower)
+        _followers.add(weakref.ref(follower, _followers.discard))
 
 
 def advance() -> None:
@@ -44,9 +46,10 @@ def advance() -> None:
     global number
     with _lock:
         number += 1
-        followers = [*_followers]
+        followers = [each() for each in _followers.copy()]
     for follower in followers:
-        follower.forget()
+        if follower is not None:
+            follower.forget()
 
 
 def cached(function: _Function) -> _Function:

@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from fi_ffi.errors import ArtifactError, KernelNotFoundError, LoaderError
+from fi_ffi.errors import ArtifactError, KernelNotFoundError, LoaderError, let_through
 from fi_ffi.loader import cache, seed, trust
 from fi_ffi.loader.machine import CudaCode
 
@@ -122,7 +122,8 @@ class KernelDirectory:
 def _modules_in(root: Path) -> list[str]:
     try:
         names = sorted(os.listdir(root))
-    except OSError:
+    except OSError as error:
+        let_through(error)
         return []
     return [name for name in names if (root / name / f"{name}.so").is_file()]
 

@@ -198,6 +198,8 @@ def load_library(file: str) -> tuple[Any, str]:
         try:
             found = ffi.dlopen(path, os.RTLD_NOW | os.RTLD_GLOBAL)
         except OSError as error:
+            if type(error) is not OSError:  # as cffi's is, unlike a signal handler's TimeoutError
+                raise
             reasons.append(str(error).partition("\n")[0])
             continue
         return found, path
@@ -268,7 +270,9 @@ def load_driver() -> Any:
     """Return CUDA's driver as a cffi library, or None without a driver."""
     try:
         return ffi.dlopen(DRIVER)
-    except OSError:
+    except OSError as error:
+        if type(error) is not OSError:  # see `load_library`
+            raise
         return None
 
 

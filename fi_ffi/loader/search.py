@@ -29,6 +29,7 @@ from fi_ffi.errors import (
     FiFfiError,
     KernelNotFoundError,
     LoaderError,
+    let_through,
 )
 from fi_ffi.loader import cache, distributions, generation, machine, services, trust
 from fi_ffi.loader.distributions import Distribution, hex_of
@@ -238,6 +239,7 @@ def candidates(
                     release = release or found
                 yield candidate
         except (FiFfiError, OSError) as error:  # report a broken wheel and continue
+            let_through(error)
             yield Candidate(kind, None, str(error))
 
 
@@ -324,7 +326,8 @@ def cuda_of_kernels() -> int | None:
             return int(tag[1])
         found = (cuda_of(facts_of(source.file(module))) for module in source.modules()[:_LOOKED_AT])
         return next(filter(None, found), None)
-    except (FiFfiError, OSError):  # reported to callers that need a module
+    except (FiFfiError, OSError) as error:  # reported to callers that need a module
+        let_through(error)
         return None
 
 

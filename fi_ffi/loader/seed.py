@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 
 from fi_ffi.abi import library
-from fi_ffi.errors import ArtifactError, LoaderError
+from fi_ffi.errors import ArtifactError, LoaderError, let_through
 from fi_ffi.loader import cache, trust
 
 ENVIRONMENT = "FI_FFI_SEED_CACHE"
@@ -70,6 +70,7 @@ def _is_safe(root: Path, path: Path) -> bool:
         if not trust.folders_exist(root, path.parent):
             return False
         trust.check_object(path, os.lstat(path))
-    except (ArtifactError, OSError):
+    except (ArtifactError, OSError) as error:
+        let_through(error)
         return False
     return True

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fi_ffi.abi.interop import TensorLike, as_desc, check_unmasked
 from fi_ffi.abi.tensor import TensorDesc, frozen, parse_device, tensor_kind
-from fi_ffi.errors import ArgumentError, ArgumentTypeError, let_through
+from fi_ffi.errors import ArgumentError, ArgumentTypeError
 from fi_ffi.ops.call.arguments import (
     INT32_MAX,
     INT64_MAX,
@@ -187,7 +187,6 @@ def host_array(
     try:
         array: numpy.ndarray[Any, numpy.dtype[Any]] = np.asarray(value)
     except Exception as error:  # any error of the exporter, such as a GPU array's
-        let_through(error)
         got = f"a {type(value).__qualname__} that refused: {error}"
         raise ArgumentTypeError(op, argument, got=got, expected=expected) from error
     return array

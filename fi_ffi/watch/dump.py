@@ -47,9 +47,7 @@ class Dump:
         self._lock = threading.Lock()
         self._calls = self._bytes = 0
         # The last planning of each plan, which is needed to repeat its runs.
-        self._plans: weakref.WeakKeyDictionary[Any, tuple[Described, dict[str, StoredTensor]]] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._plans: dict[weakref.ref[Any], tuple[Described, dict[str, StoredTensor]]] = {}
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -73,7 +71,7 @@ class Dump:
         if is_planning:
             described = _described(number, record), _stored(record)
             with self._lock:
-                self._plans[plan] = described
+                self._plans[weakref.ref(plan, self._plans.__delitem__)] = described
         if not is_wanted:
             return None, ""
         why_not = self._reserve(record)
@@ -82,7 +80,7 @@ class Dump:
         call, stored = described or (_described(number, record), _stored(record))
         if plan is not None and not is_planning:
             with self._lock:
-                planned = self._plans.get(plan)
+                planned = self._plans.get(weakref.ref(plan))
             if planned is not None:
                 call["plan"] = planned[0]
                 stored |= {PLAN + name: tensor for name, tensor in planned[1].items()}

@@ -62,6 +62,7 @@ class Writer:
                 elif self.path is None:
                     print_to(self.dest, text)
         except (OSError, ValueError) as error:
+            let_through(error)
             if not self._said:
                 self._said = True
                 with contextlib.suppress(OSError, ValueError):

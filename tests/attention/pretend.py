@@ -193,7 +193,7 @@ class Pretend(Cpu):
             few = min(count, 1 << 12)
             ffi.memmove(ffi.cast("char *", memory.desc.ptr), bytes([POISON]) * few, few)
         there = TensorDesc(memory.desc.ptr, (count,), "uint8", device=device)
-        return cuda.Memory(there, lambda _: None, memory)
+        return cuda.Memory(there, buffer=memory)
 
     def with_devices(self, count: int) -> None:
         """Pretend to be so many GPUs."""

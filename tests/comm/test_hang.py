@@ -43,6 +43,14 @@ def count_blocks(group: comm.Group, how: str, count: int) -> None:
             copies.write(numbers, np.int32(count).tobytes())
 
 
+def read_by(fusion):
+    """How many bytes each look at the state reads."""
+    counts = []
+    with SideStreamCopies(CPU) as copies:
+        fusion.state(lambda at, count: counts.append(count) or copies.read(at, count))
+    return counts
+
+
 @pytest.mark.parametrize("how", ["vllm", "oneshot", "twoshot"])
 def test_the_missing_rank_is_told_and_what_waits_is_let_go(how):
     given, others = comm.threads(SIZE), threading.Barrier(SIZE - 1)
@@ -65,6 +73,9 @@ def test_the_missing_rank_is_told_and_what_waits_is_let_go(how):
         time.sleep(0.7)  # with nothing to wait for, for longer than a rank is waited for
         others.wait(60)
         count_blocks(group, how, 1)
+        if how != "vllm":
+            looked = read_by(group._algorithms.fusion)
+            assert looked[:2] == [20, 4 * SIZE], "the numbers, and a flag of each rank"
         begun = time.monotonic()
         group.all_reduce(x, algorithm=how)  # of what it computes nothing is known
         took = time.monotonic() - begun

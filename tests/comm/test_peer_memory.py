@@ -14,7 +14,7 @@ from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.tensor import parse_device
 from fi_ffi.comm import memory
 from fi_ffi.comm.memory import PeerMemory, _pieces
-from fi_ffi.comm.presence import Place, this_machine, this_process
+from fi_ffi.comm.presence import Place, Process, this_machine, this_process
 from fi_ffi.errors import KernelError
 from fi_ffi.loader import machine
 
@@ -27,6 +27,48 @@ STEPS = (
     *("cudaMemPoolCreate", "cudaMemPoolSetAccess", "cudaMallocFromPoolAsync"),
     *("cudaMemsetAsync", "cudaStreamSynchronize"),
 )
+
+
+class Shared(Runtime):
+    """Memory that processes open by handles; a handle is the address here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.opened: list[int] = []
+        self.flags: list[int] = []
+
+    def cudaIpcGetMemHandle(self, handle: Any, place: Any) -> int:
+        handle[0].reserved = bytes(ffi.buffer(ffi.new("void **", place))).ljust(64, b"\0")
+        return 0
+
+    def cudaIpcOpenMemHandle(self, slot: Any, handle: Any, flags: int) -> int:
+        ffi.memmove(slot, ffi.buffer(ffi.addressof(handle))[0:8], 8)
+        self.opened.append(int(ffi.cast("uintptr_t", slot[0])))
+        self.flags.append(flags)
+        return 0
+
+    def cudaIpcCloseMemHandle(self, place: Any) -> int:
+        self.opened.remove(int(ffi.cast("uintptr_t", place)))
+        return 0
+
+
+def test_processes_open_each_others_memory(monkeypatch):
+    """As CUDA lets them: lazily enabling the peers' access, the only flag that there is."""
+    made = Shared()
+    monkeypatch.setattr(machine, "load_cudart", lambda: (made, "one that counts"))
+    monkeypatch.setattr(machine, "_device_count", 4)
+    given = comm.threads(2)
+    places = [Place(this_machine(), Process(1, number), str(number)) for number in range(2)]
+
+    def body(rank: int) -> list[int]:
+        memory = PeerMemory(given[rank], places, 100, parse_device(f"cuda:{rank}"))
+        memory.close()
+        return memory.addresses
+
+    found = ranks.run("threads", 2, body)
+    machine.thread.bound.clear()
+    assert found[0] == found[1] and len({*found[0]}) == 2
+    assert made.flags == [1, 1] and made.opened == [] and made.taken == {}
 
 
 class Pools(Runtime):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import textwrap
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -281,3 +283,13 @@ def test_calls_release_the_gil():
     thousands of calls on its own: without letting go of the GIL, neither would ever end."""
     status, out, err = done(OVERLAP, seconds=180)
     assert (status, out) == (0, "both were right\n"), err
+
+
+@pytest.mark.timeout(3600)
+def test_destructors_lose_no_exception() -> None:
+    """tests/stress/test_signals.py has a runtime that counts."""
+    program = (Path(__file__).parents[1] / "stress" / "endings.py").read_text()
+    seed = str(random.random())
+    told = "0 before\n0 live\n"
+    words = "", seed, str(scaled(2000, 30))
+    assert done(program, *words, seconds=scaled(3000, 200)) == (0, told, ""), seed

@@ -230,7 +230,7 @@ class _Pools(NamedTuple):
 
 def _free_frames() -> _Pools:
     rows: list[Any] = []
-    for each in [*generation._followers]:
+    for each in filter(None, [follower() for follower in generation._followers.copy()]):
         rows += each._compiled if isinstance(each, Op) else [each]
     compiled = [row for row in rows if isinstance(row, CompiledRow)]
     pools = [variant.frames for row in compiled for variant in [*row.variants.values()]]

@@ -157,6 +157,26 @@ def test_an_interrupt_while_xla_computes():
     assert "is right: False" not in out and out.endswith("interrupted\n"), out + err
 
 
+def test_another_signal_s_exception_while_xla_computes():
+    """Its own handler is called again, also where nobody hears Ctrl-C."""
+    hears, ignores = "SIGINT, signal.default_int_handler", "SIGINT, signal.SIG_IGN"
+    program = WHILE_XLA_COMPUTES.replace(hears, ignores)
+    begin, end = program.split("signal.signal(signal.SIGALRM, signal.default_int_handler)\n")
+    handler = """
+class Late(BaseException):
+    pass
+
+def late_now(*_):
+    raise Late
+
+signal.signal(signal.SIGALRM, late_now)
+"""
+    program = begin + handler + end.replace("KeyboardInterrupt", "Late")
+    code, out, err = done(program)
+    assert code == 0, err
+    assert "is right: False" not in out and out.endswith("interrupted\n"), out + err
+
+
 LEFT = """
 import os, sys
 import numpy as np, jax

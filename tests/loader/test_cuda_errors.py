@@ -6,6 +6,7 @@ What a GPU would answer is pretended.
 
 from __future__ import annotations
 
+import functools
 from typing import ClassVar
 
 import pytest
@@ -229,8 +230,49 @@ def test_an_event_that_is_not_done_leaves_nothing(pretended):
 
 def test_what_is_given_back_leaves_nothing(pretended):
     runtime = pretended(ILLEGAL)
-    cuda.unless_cut_off(runtime.cudaEventDestroy, ffi.NULL)  # a finalizer: raises to nobody
+    cuda.at_end_of(runtime, functools.partial(runtime.cudaEventDestroy, ffi.NULL))()
     assert runtime.left == 0
+
+
+class OfStream(Runtime):
+    """Tells a stream's device, and that it is capturing."""
+
+    def __init__(self, code, is_capturing):
+        super().__init__(code)
+        self.is_capturing, self.asked = is_capturing, []
+
+    def cudaStreamIsCapturing(self, stream, status):
+        assert int(ffi.cast("uintptr_t", stream)) == 0x51
+        status[0] = self.is_capturing
+        return self._fail()
+
+    def cudaStreamGetDevice(self, stream, device):
+        self.asked.append(int(ffi.cast("uintptr_t", stream)))
+        device[0] = 3
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("code", "is_capturing", "device"),
+    [(0, 0, 3), (0, 1, None), (INVALID_DEVICE, 0, None), (ILLEGAL, 0, None)],
+)
+def test_the_device_of_a_stream(code, is_capturing, device, monkeypatch):
+    """It is asked for where that does no harm."""
+    runtime = OfStream(code, is_capturing)
+    monkeypatch.setattr(machine, "load_cudart", lambda: (runtime, "a pretended one"))
+    if code == ILLEGAL:
+        with pytest.raises(fi_ffi.DeviceError) as caught:
+            machine.device_of_stream(0x51)
+        is_told(caught.value, "the device of a stream")
+    else:
+        assert machine.device_of_stream(0x51) == device
+    assert runtime.asked == [0x51] * (device is not None) and runtime.left == 0
+
+
+def test_the_device_of_a_stream_of_an_old_runtime(monkeypatch):
+    """Before CUDA 12.8 nothing is asked."""
+    monkeypatch.setattr(machine, "load_cudart", lambda: (object(), "an old one"))
+    assert machine.device_of_stream(0x51) is None
 
 
 def kernel_error(message):

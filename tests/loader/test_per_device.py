@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from fi_ffi.abi import library
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.function import Entry
 from fi_ffi.errors import ArtifactError
@@ -130,6 +131,28 @@ def test_threads_share_their_gpu_s_copy(gpus: Gpus) -> None:
     with ThreadPoolExecutor(4) as threads:
         codes = [code for found in threads.map(run, (0, 1, 0, 1)) for code in found]
     assert max(codes) < 100
+
+
+def test_a_copy_differs_in_the_binding_of_its_variables(
+    gpus: Gpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are global there, no longer unique in the process."""
+    found, open_module = [], library.open_module
+
+    def read_and_open(path: str, through: str, **how: Any) -> Any:
+        found.append(Path(through).read_bytes())
+        return open_module(path, through, **how)
+
+    entry = gpus.entry()
+    gpus.call(entry, 0)
+    monkeypatch.setattr(library, "open_module", read_and_open)
+    gpus.call(entry, 1)
+    pairs = zip(gpus.path.read_bytes(), *found, strict=True)
+    changed = [(before, after) for before, after in pairs if before != after]
+    unique, public = 10, 1  # STB_GNU_UNIQUE, STB_GLOBAL
+    assert changed
+    assert all(before >> 4 == unique for before, _ in changed)
+    assert all(after == public << 4 | before & 0xF for before, after in changed)
 
 
 def test_a_file_that_was_written_over_is_not_copied(gpus: Gpus) -> None:

@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import sys
+import weakref
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -683,4 +684,4 @@ def test_graphs(cuda, path):
         f"a graph of 0 nodes at {id(graph):#x}, updated 0 times, on cuda:0, stream 0x61"
     )
     assert "updated 1 times" in told[1].values["entry"]
-    assert graphs._graphs >= {graph, other}
+    assert graphs._graphs >= {*map(weakref.ref, (graph, other))}

@@ -11,7 +11,7 @@ from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.tensor import parse_device
 from fi_ffi.loader import machine
 from fi_ffi.ops.call import cuda
-from fi_ffi.ops.steps.memory import counting
+from fi_ffi.ops.steps.memory import copy_now, counting
 
 from tests.attention import pretend
 
@@ -97,12 +97,12 @@ def test_copies_that_are_done_at_once(runtime, rng):
     memory, data = cuda.allocate(100, GPU), rng.bytes(100)
     source = ffi.from_buffer(data)
     runtime.fails = {"cudaStreamSynchronize": 1}
-    cuda.copy_now(memory.desc.ptr, int(ffi.cast("uintptr_t", source)), 100, GPU)
+    copy_now(memory.desc.ptr, int(ffi.cast("uintptr_t", source)), 100, GPU)
     assert bytes_of(memory) == data
     for name in ("cudaStreamSynchronize", "cudaMemcpyAsync"):
         runtime.fails = {name: 0}
         with pytest.raises(fi_ffi.KernelError, match=name):
-            cuda.copy_now(memory.desc.ptr, int(ffi.cast("uintptr_t", source)), 100, GPU)
+            copy_now(memory.desc.ptr, int(ffi.cast("uintptr_t", source)), 100, GPU)
 
 
 @pytest.mark.parametrize("name", ["cudaMalloc", "cudaMemsetAsync", "cudaStreamSynchronize"])

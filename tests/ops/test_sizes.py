@@ -175,6 +175,17 @@ def test_a_workspace_that_the_most_does_not_fit():
     assert exact.float_bytes < 2**27 < most.float_bytes == 139493376
 
 
+@pytest.mark.parametrize(("head_dim", "tile"), [(64, 192), (128, 128)])
+def test_the_most_of_fa3_is_what_some_batch_takes(head_dim, tile):
+    """Requests of one row more than fills their tiles, few and many."""
+    geometry = sizes.Geometry(32, 4, head_dim, 16, 132, 9)
+    for full in ([0], [2, 0, 1], [3] * 40):
+        queries = [tile * n + 1 for n in full]
+        rows, size = sum(queries), len(queries)
+        planned = of_a_planner(planners.prefill_fa3(geometry, queries, [9] * size, rows))
+        assert sizes.prefill_most(geometry, "fa3", size, rows) == planned
+
+
 def test_decode_of_requests_that_fill_the_gpu():
     geometry = sizes.Geometry(64, 8, 128, 16, 132, 9)
     assert sizes.decode(geometry, 264, [30] * 264).float_bytes == 0

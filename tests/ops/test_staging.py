@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 
 import pytest
@@ -138,8 +139,13 @@ def test_tables_that_a_graph_keeps(monkeypatch):
 class _Runtime:
     """Tells ids of streams, and that none is capturing."""
 
+    cudaGetLastError = None
+
     def __init__(self) -> None:
         self.ids: dict[int, int] = {}
+
+    def cudaThreadExchangeStreamCaptureMode(self, mode):
+        return 0
 
     def cudaStreamGetId(self, stream, number):
         number[0] = self.ids[int(cuda.ffi.cast("uintptr_t", stream))]
@@ -153,10 +159,15 @@ def test_what_a_destroyed_stream_owned_is_given_back(monkeypatch):
     monkeypatch.setattr(memory, "_owned", {})
     monkeypatch.setattr(memory, "_keys", {})
     freed = []
+
+    def free(*key: int) -> int:
+        freed.append(key)
+        return 0
+
     runtime.ids = {5: 70, 6: 71}
     for device, stream in ((0, 5), (0, 6), (1, 5)):
         mine = memory.owned(memory.stream_key(device, stream))
-        mine["scratch"] = cuda.Memory(cuda._host(8).desc, freed.append, (device, stream))
+        mine["scratch"] = cuda.Memory(cuda._host(8).desc, functools.partial(free, device, stream))
     del mine
     for _ in range(2):
         memory.stream_key(0, 5)

@@ -362,6 +362,52 @@ def test_a_trace_function_raises_anywhere(rng):
     assert raised > 5
 
 
+def held_after(call, code, lock):
+    """Whether a trace function that raises leaves a lock held, by the event at which it does."""
+    held, at, left = [], 0, 0
+
+    def trace(frame, event, arg):
+        nonlocal left
+        if frame.f_code is not code:
+            return None
+        left -= 1
+        if not left:
+            raise Quit
+        return trace
+
+    while left <= 0:
+        at = left = at + 1
+        sys.settrace(trace)
+        try:
+            call()
+        except Quit:
+            held.append(lock.locked())
+            if lock.locked():
+                lock.release()
+        finally:
+            sys.settrace(None)
+    return held
+
+
+def test_a_trace_function_that_raises_can_leave_any_lock_held():
+    """At the end of a block, and nowhere else."""
+    lock, seen = threading.Lock(), []
+
+    class Follower:
+        def forget(self):
+            pass
+
+    def block():
+        with lock:
+            seen.append(1)
+
+    follower = Follower()
+    pythons = held_after(block, block.__code__, lock)
+    follow = generation.follow.__code__
+    ours = held_after(lambda: generation.follow(follower), follow, generation._lock)
+    assert pythons == ours and ours.count(True) == 1
+
+
 def test_one_of_many_gets_a_lost_frame(monkeypatch):
     """Also where another takes it after this one found it lost."""
     rows = np.ones((4, 64), np.float16)

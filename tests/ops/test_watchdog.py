@@ -440,8 +440,9 @@ def test_a_call_that_does_not_return_though_its_stream_moves(gpu):
 
 def test_another_call_of_the_stream_can_get_stuck_later(machine):
     with fi_ffi.watchdog(LIMIT, on_hang=silent) as dog:
-        machine.launch()
-        machine.launch("gemma_rmsnorm")
+        with dog._watch._lock:  # so that it looks when both have been launched
+            machine.launch()
+            machine.launch("gemma_rmsnorm")
         until(lambda: len(dog.reports) == 1)
         machine.work()
         until(lambda: len(dog.reports) == 2)

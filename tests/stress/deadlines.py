@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 import random
-import signal
 import sys
-import time
-from collections import Counter
 
 import numpy as np
 
 import fi_ffi
 
+from tests.helpers.deadlines import check_arrival
+
 x, w, y = np.ones((4, 64), np.float16), np.ones(64, np.float16), np.empty((4, 64), np.float16)
-
-
-class Interrupt(KeyboardInterrupt):
-    pass
-
-
-class Deadline(TimeoutError):
-    pass
 
 
 class ByCapsule:
@@ -53,39 +44,11 @@ def of_modules():
     every.same_tensor(ByCapsule()).desc.at(0)
 
 
-def raised_by(kind: type[BaseException], work, rounds: int, rng: random.Random) -> Counter[str]:
-    """Count what arrives of an exception that the handler raises once in each round."""
-
-    def handler(number, frame):
-        raise kind("of the handler")
-
-    before = signal.signal(signal.SIGALRM, handler)
-    work()
-    start = time.perf_counter()
-    work()
-    most = 1.2 * (time.perf_counter() - start)
-    arrived: Counter[str] = Counter()
-    for _ in range(rounds):
-        try:
-            signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-6, most))
-            end = time.monotonic() + 30
-            work()
-            while time.monotonic() < end:
-                pass
-            arrived["nothing"] += 1
-        except BaseException as error:
-            arrived[repr(error)[:200]] += 1
-    signal.signal(signal.SIGALRM, before)
-    return arrived
-
-
 rng, rounds = random.Random(sys.argv[2]), int(sys.argv[3])
-for kind in (Interrupt, Deadline):
-    for work in (of_ops, of_modules):
-        arrived = raised_by(kind, work, rounds, rng)
-        assert [*arrived] == [repr(kind("of the handler"))], (kind, work, arrived)
-        work()
-        y[...] = np.nan
-        prepared()
-        assert (abs(y - 1) < 1e-2).all()
+for work in (of_ops, of_modules):
+    check_arrival(work, rounds, rng)
+    work()
+    y[...] = np.nan
+    prepared()
+    assert (abs(y - 1) < 1e-2).all()
 print("ended")

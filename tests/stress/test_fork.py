@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -49,7 +50,7 @@ class Ways:
         self.module = fi_ffi.module(counted())
         self.graph = graphs.Graph(fi_ffi.parse_device("cuda:0"))
         self.graph._launch = lambda _: 0
-        graphs._graphs.add(self.graph)
+        graphs._graphs.add(weakref.ref(self.graph))
         with fi_ffi.stream(stream):
             self.loose()
         self.memory[0][...] = 7
@@ -111,9 +112,9 @@ def test_every_way_in_is_refused(gpu) -> None:  # noqa: F811
     """And nothing is written, nor is what the parent has freed."""
     ways = Ways()
     real = {name: way for name, way in ways.all().items() if name != "memory"}
-    event = cuda.Event()
     freed: list[object] = []
     gpu.runtime.cudaEventDestroy = freed.append
+    event = cuda.Event()
 
     def child() -> None:
         nonlocal event

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import select
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+import fi_ffi
 from fi_ffi.cli import upkeep
 from fi_ffi.loader import cache
 from fi_ffi.loader.wheel import Wheel
@@ -245,6 +247,25 @@ def test_exceptions_of_handlers_arrive_as_themselves(monkeypatch: pytest.MonkeyP
     program = (HERE / "deadlines.py").read_text()
     words = str(compiled(source)), seed, str(scaled(20_000, 500))
     assert done(program, *words, seconds=scaled(3000, 100)) == (0, "ended\n", ""), seed
+
+
+@pytest.mark.timeout(3600)
+def test_destructors_lose_no_exception() -> None:
+    """Of objects with CUDA's resources, which are given back: at exit too, but not by a child."""
+    program, seed = (HERE / "endings.py").read_text(), str(random.random())
+    words = str(compiled(HERE / "runtime.c")), seed, str(scaled(20_000, 300))
+    told = "1 before\n1 live\n"
+    assert done(program, *words, seconds=scaled(3000, 100)) == (0, told, ""), seed
+
+
+def test_no_destructor_is_of_python() -> None:
+    """Nor are the callbacks that the standard library gives to weak references."""
+    of_python = re.compile(r"def __del__|weakref\.(finalize|Weak(Set|KeyDict|ValueDict)\w*)")
+    assert of_python.search("weakref.WeakSet()")
+    package = Path(fi_ffi.__file__).parent
+    found = [f"{path}: {each[0]}" for path in package.rglob("*.py")
+             for each in of_python.finditer(path.read_text())]  # fmt: skip
+    assert not found
 
 
 def test_this_module_is_heard() -> None:

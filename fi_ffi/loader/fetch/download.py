@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from fi_ffi.errors import ArtifactError, LoaderError
+from fi_ffi.errors import ArtifactError, LoaderError, let_through
 from fi_ffi.loader import cache, trust
 from fi_ffi.loader.fetch.asking import check_permission
 from fi_ffi.loader.fetch.http import Attempts, Client, Policy, Transient
@@ -130,6 +130,7 @@ def _lock(part: Path, stack: contextlib.ExitStack) -> bool:
                 seen, deadline = size, now + cache.PATIENCE
             time.sleep(_POLL)
         except (OSError, NotImplementedError) as error:
+            let_through(error)
             _log.info("%s cannot be locked (%s): it is fetched for this process", part, error)
             return False
 
@@ -137,7 +138,8 @@ def _lock(part: Path, stack: contextlib.ExitStack) -> bool:
 def _size(part: Path) -> int:
     try:
         return part.stat().st_size
-    except OSError:
+    except OSError as error:
+        let_through(error)
         return 0
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from fi_ffi.errors import FetchError
+from fi_ffi.errors import FetchError, let_through
 from fi_ffi.loader.fetch.asking import check_permission
 from fi_ffi.loader.fetch.urls import check_url, is_loopback, origin, redact, redirected
 
@@ -355,6 +355,7 @@ def _tls_failure(url: str, error: Exception) -> Exception:
 
 def _reason(error: BaseException) -> str:
     """Return the innermost error's text; the outer ones repeat the address with its query."""
+    let_through(error, is_replaced=True)
     chain: list[BaseException] = []
     found: BaseException | None = error
     while found is not None and found not in chain:

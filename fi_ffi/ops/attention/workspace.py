@@ -70,8 +70,6 @@ class Workspace:
         # The handle of the plan's stream, if it means the same stream on all threads: runs on it
         # come after the plan's copies as they are, and skip the lookup.
         self._stream: int | None = None
-        # The plan whose runs another library replays. It tells nobody on which stream and when, so
-        # a plan waits for the device before its copies and after them.
         self._replayed: weakref.ref[Any] | None = None
 
     def __repr__(self) -> str:
@@ -98,6 +96,14 @@ class Workspace:
         workspace = cls(memories[0].desc, memories[1].desc)
         workspace._memories = memories
         return workspace
+
+    def set_replayed(self, plan: Any) -> None:
+        """Say that another library replays a plan's runs in this workspace.
+
+        It tells nobody on which stream and when. So a plan waits for the device before its copies
+        and after them, and no other plan takes the workspace as long as this one lives.
+        """
+        self._replayed = weakref.ref(plan)
 
     @property
     def float_bytes(self) -> int:

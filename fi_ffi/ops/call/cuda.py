@@ -5,9 +5,14 @@ This module launches no kernels.
 
 from __future__ import annotations
 
+import atexit
 import functools
+import itertools
+import operator
+import os
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -98,17 +103,39 @@ class relaxed:  # a context manager
             cuda_errors.forget(runtime)
 
 
-def unless_cut_off(give_back: Callable[[Any], object], handle: Any) -> None:
-    """Release a CUDA object, except in a forked child, where it belongs to the parent.
+class _End(weakref.ref[Any]):
+    __slots__ = ("give_back",)
+    give_back: Callable[[], object]
 
-    The object may be collected at any time, also during a capture.
+
+_call, _at_end = operator.methodcaller("__call__"), operator.methodcaller("give_back")
+# By id. A forked child has none of its parent's, and releases nothing that is its parent's.
+_ends: dict[int, _End] = {}
+os.register_at_fork(after_in_child=_ends.clear)
+
+
+def at_end_of(owner: object, *calls: Callable[[], int]) -> Callable[[], object]:
+    """Release an object's CUDA resources by C functions when it ends, or at exit, while CUDA works;
+    errors are ignored. Calling the result does so at once.
+
+    All is C code: Python runs signal handlers between its own instructions, and loses what they
+    raise in a destructor. The capture mode is exchanged as by `relaxed`.
     """
-    if machine.forked_after_cuda():
-        return
-    with relaxed():
-        # The GPU may be lost, or the runtime may be shutting down: ignore the error.
-        if give_back(handle):
-            cuda_errors.forget(machine.load_cudart()[0])
+    runtime, mode = machine.load_cudart()[0], ffi.new("int *", cuda_errors.RELAXED)
+    end = _End(owner, _at_end)
+    exchange = functools.partial(runtime.cudaThreadExchangeStreamCaptureMode, mode)
+    forget_end = functools.partial(_ends.__delitem__, id(end))
+    codes = map(_call, (exchange, *calls, exchange, forget_end))
+    failed = itertools.compress(itertools.repeat(runtime.cudaGetLastError), codes)
+    end.give_back = functools.partial(deque, map(_call, failed), 0)
+    _ends[id(end)] = end
+    return end.give_back
+
+
+@atexit.register
+def _end_all() -> None:
+    for end in [*_ends.values()]:
+        end.give_back()
 
 
 def copy_to_device(target: int, source: int, count: int, stream: int) -> None:
@@ -118,17 +145,6 @@ def copy_to_device(target: int, source: int, count: int, stream: int) -> None:
         pointer(target), pointer(source), count, _HOST_TO_DEVICE, pointer(stream)
     )
     check(code, "cudaMemcpyAsync")
-
-
-def copy_now(target: int, source: int, count: int, device: Device) -> None:
-    """Copy from host memory and wait for the copy, which is allowed during a capture."""
-    if not device.is_cuda:
-        ffi.memmove(pointer(target), pointer(source), count)
-        return
-    with current(device), relaxed():
-        copy_to_device(target, source, count, PER_THREAD)
-        runtime = machine.load_cudart()[0]
-        check(runtime.cudaStreamSynchronize(pointer(PER_THREAD)), "cudaStreamSynchronize")
 
 
 def synchronize(device: Device) -> None:
@@ -156,9 +172,7 @@ class Event:
         flags = 0 if timing else _NO_TIMING
         check(runtime.cudaEventCreateWithFlags(handle, flags), "cudaEventCreate")
         self._handle = handle[0]
-        # Not `ffi.gc` with the C function alone: a forked child must not call it, nor may it run
-        # after the interpreter has begun to end, when CUDA may have ended before.
-        weakref.finalize(self, unless_cut_off, runtime.cudaEventDestroy, self._handle)
+        at_end_of(self, functools.partial(runtime.cudaEventDestroy, self._handle))
 
     def record(self, stream: int) -> None:
         """Record the event after the stream's work so far."""
@@ -200,13 +214,14 @@ def order(device: Device, before: int, after: int) -> None:
 
 
 class Memory:
-    """Bytes that are freed with this object."""
+    """Bytes that are freed with this object, by calls of the runtime or with `buffer`."""
 
-    __slots__ = ("__weakref__", "desc")
+    __slots__ = ("__weakref__", "_buffer", "desc")
 
-    def __init__(self, desc: TensorDesc, free: Callable[..., object], *arguments: object) -> None:
-        self.desc = desc
-        weakref.finalize(self, free, *arguments)
+    def __init__(self, desc: TensorDesc, *free: Callable[[], int], buffer: object = None) -> None:
+        self.desc, self._buffer = desc, buffer
+        if free:
+            at_end_of(self, *free)
 
 
 def allocate(count: int, device: Device, zeroed: bool = False) -> Memory:
@@ -236,7 +251,7 @@ def allocate_page_locked(count: int, device: Device) -> Memory:
 
 def _owned(place: Any, count: int, device: Device, free: Callable[[Any], int]) -> Memory:
     desc = TensorDesc(address_of(place), (count,), "uint8", device=device)
-    return Memory(desc, unless_cut_off, free, place)
+    return Memory(desc, functools.partial(free, place))
 
 
 def _host(count: int) -> Memory:
@@ -244,7 +259,7 @@ def _host(count: int) -> Memory:
     buffer = ffi.new("char[]", count + 256)
     address = -(-address_of(buffer) // 256) * 256
     desc = TensorDesc(address, (count,), "uint8", device=_CPU)
-    return Memory(desc, lambda _: None, buffer)
+    return Memory(desc, buffer=buffer)
 
 
 @functools.cache

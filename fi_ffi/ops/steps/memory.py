@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.library import address_of, renew_after_fork
+from fi_ffi.abi.streams import PER_THREAD
 from fi_ffi.abi.tensor import Device, TensorDesc, frozen, parse_device
 from fi_ffi.loader import machine
 from fi_ffi.ops.call import cuda
@@ -20,6 +21,17 @@ from fi_ffi.ops.call.staging import StagePool
 _ALIGNMENT = 256
 _LEAST = 1 << 14
 _LEAST_NUMBERS = 1024
+
+
+def copy_now(target: int, source: int, count: int, device: Device) -> None:
+    """Copy from host memory and wait for the copy, which is allowed during a capture."""
+    if not device.is_cuda:
+        ffi.memmove(cuda.pointer(target), cuda.pointer(source), count)
+        return
+    with cuda.current(device), cuda.relaxed():
+        cuda.copy_to_device(target, source, count, PER_THREAD)
+        code = machine.load_cudart()[0].cudaStreamSynchronize(cuda.pointer(PER_THREAD))
+        cuda.check(code, "cudaStreamSynchronize")
 
 
 @dataclass(frozen=True)
@@ -117,7 +129,7 @@ def _numbers(device: Device, count: int, step: int) -> TensorDesc:
     of = device if device.is_cuda else parse_device("cpu")
     memory = cuda.allocate(4 * count, of)
     numbers = ffi.new("int32_t[]", [i * step for i in range(count)])
-    cuda.copy_now(memory.desc.ptr, address_of(numbers), 4 * count, of)
+    copy_now(memory.desc.ptr, address_of(numbers), 4 * count, of)
     return TensorDesc(memory.desc.ptr, (count,), "int32", device=of).at(memory.desc.ptr, memory)
 
 
