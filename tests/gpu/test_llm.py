@@ -69,6 +69,7 @@ for _module in (
 # What kinds of models need besides.
 _NEEDS = {
     "fp8": "fp8_blockscale_gemm_90", "moe": "fused_moe_90", "gpt_oss": "fused_moe_90",
+    "mixtral": "fused_moe_90", "qwen3_next": "fused_moe_90", "gemma3": "gelu_tanh_and_mul",
 }  # fmt: skip
 
 
