@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import socket
 import threading
 import time
@@ -22,6 +23,7 @@ from engine.words import Words
 from server import Limits, api
 from server.answers import Answer, Chat, Completion
 from server.chat import OPEN, SHUT
+from server.harmony import Harmony
 from server.schema import Message
 from server.service import Listener, _deliver
 from server.text import Text
@@ -213,9 +215,65 @@ def test_answers_with_thoughts():
     assert "reasoning_content" not in whole["choices"][0]["message"]
 
 
+HARMONY = [
+    # What is written, the thought, the content, the calls.
+    ("<|channel|>analysis<|message|>User says hi.<|end|><|start|>assistant<|channel|>final"
+     "<|message|>Hello!", "User says hi.", "Hello!", []),
+    ("<|channel|>analysis<|message|>Two.<|end|><|start|>assistant<|channel|>analysis<|message|> "
+     "Then one.<|end|><|start|>assistant<|channel|>commentary to=functions.keep <|constrain|>json"
+     '<|message|>{"age": 3}', "Two. Then one.", None, [("keep", {"age": 3})]),
+    ('<|channel|>analysis to=functions.keep<|message|>{"age": 3}', "", None,
+     [("keep", {"age": 3})]),
+    ("<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>commentary<|message|>I "
+     "look.<|end|><|start|>assistant<|channel|>commentary to=functions.keep<|message|>"
+     '{"s": "</tool_call> }"}', "Hm.", "I look.", [("keep", {"s": "</tool_call> }"})]),
+    ("<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant to=functions.keep<|channel|>"
+     'commentary<|message|>{"age": 3}', "Hm.", None, [("keep", {"age": 3})]),
+    ("<|channel|>final<|message|>One.", "", "One.", []),
+    ("<|channel|>analysis<|message|>Hm", "Hm", "", []),
+    ("<|channel|>fin", "", "", []),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("written", "thought", "content", "calls"), HARMONY)
+def test_harmony(written, thought, content, calls):
+    """What gpt-oss writes: no head of a message is told, and calls are objects."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens(re.findall(r"<\|\w+\|>", " ".join(one[0] for one in HARMONY)))
+    words, drawn = Words(tokenizer), tokenizer.encode(written).ids
+    end = tokenizer.encode("<|start|>assistant").ids
+    whole, chunks = answered(Chat, drawn, words, end, tools=[SimpleNamespace()])
+    for choice in whole["choices"]:
+        message = choice["message"]
+        assert message.get("reasoning_content", "") == thought
+        assert message["content"] == content
+        assert functions(message.get("tool_calls", [])) == calls
+    deltas = [one["choices"][0]["delta"] for one in chunks if one["choices"][0]["index"] == 1]
+    assert "".join(one.get("reasoning_content", "") for one in deltas) == thought
+    assert "".join(one.get("content", "") for one in deltas) == (content or "")
+    told = [call for delta in deltas for call in delta.get("tool_calls", ())]
+    assert functions(told) == calls
+    # Where a schema says what is written, there are no heads.
+    form = SimpleNamespace(type="json_object")
+    whole, _ = answered(Chat, tokenizer.encode("{}").ids, words, end, response_format=form)
+    assert whole["choices"][0]["message"]["content"] == "{}"
+
+
+def test_harmony_token_by_token():
+    """Each character as soon as it is there."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens(["<|channel|>", "<|message|>", "<|start|>", "<|end|>"])
+    text = Text(Words(tokenizer), thinks=False, decoder=Harmony)
+    pieces = [text.add([token], None, None) for token in tokenizer.encode(HARMONY[0][0]).ids]
+    pieces.append(text.add([], None, "stop"))
+    assert "".join(piece.thought for piece in pieces) == "User says hi."
+    assert [piece.text for piece in pieces if piece.text] == [*"Hello!"]
+
+
 def test_thoughts_go_to_the_template():
     message = Message(role="assistant", content="Yes.", reasoning_content="Hm.")
     assert message.for_template()["reasoning_content"] == "Hm."
+    assert message.for_template()["thinking"] == "Hm."
 
 
 @pytest.mark.parametrize("with_usage", [False, True])

@@ -8,6 +8,7 @@ import uuid
 from engine.words import Decoder
 
 from .chat import OPEN, calls_of
+from .harmony import CHANNEL, Harmony
 from .schema import Refused
 from .service import Listener
 from .text import THINK, THOUGHT, Logprob, Piece, Text
@@ -212,15 +213,22 @@ class Chat(Answer):
         body = self.body
         held = "" if body.forced else OPEN if body.tools and body.tool_choice != "none" else None
         tops = (body.top_logprobs or 0) if body.logprobs else None
+        if self._is_free and self.words.has(CHANNEL):
+            return super()._text(index, held=held, tops=tops, thinks=False, decoder=Harmony)
         text = super()._text(index, held=held, tops=tops, thinks=self._thinks(index))
         if held == "":  # all of it is a call
             text.held_from, text.is_held = 0, True
         return text
 
+    @property
+    def _is_free(self):
+        """Whether no schema says what is written."""
+        form = self.body.response_format
+        return not self.body.forced and (form is None or form.type == "text")
+
     def _thinks(self, index):
         """As `Text` has it; what follows a schema does not think."""
-        form = self.body.response_format
-        if self.body.forced or (form and form.type != "text") or not self.words.has(THOUGHT):
+        if not self._is_free or not self.words.has(THOUGHT):
             return None
         last = Decoder(self.words, skips=False)
         end = "".join(map(last.step, self.requests[index].prompt[-len(THINK) :]))

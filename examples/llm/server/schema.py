@@ -239,6 +239,8 @@ class Message(Strict):
         if isinstance(self.content, list):
             message["content"] = "".join(part.text for part in self.content)
         message.setdefault("content", "")
+        if self.reasoning_content:  # as gpt-oss' template has it
+            message["thinking"] = self.reasoning_content
         for call in message.get("tool_calls", ()):
             try:
                 arguments = json.loads(call["function"]["arguments"])

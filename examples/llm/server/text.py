@@ -50,11 +50,13 @@ class Text:
         offset: where the text begins, of what was told before it.
         prompt: tokens that the text follows.
         thinks: whether it begins within a thought, or may begin with one; None for neither.
+        decoder: of its tokens.
     """
 
-    def __init__(self, words, stops=(), held=None, tops=None, offset=0, prompt=(), thinks=None):
+    def __init__(self, words, stops=(), held=None, tops=None, offset=0, prompt=(), thinks=None,
+                 decoder=Decoder):  # fmt: skip
         self.stops, self.held, self.tops = stops, held, tops
-        self.decoder = Decoder(words, prompt)
+        self.decoder = decoder(words, prompt)
         self.text, self.told, self.offset, self.tokens, self.waiting = "", 0, offset, [], []
         self.longest = max(map(len, (*stops, held or "")), default=0)
         self.held_from, self.is_held = None, False
