@@ -47,9 +47,8 @@ def advance() -> None:
     with _lock:
         number += 1
         followers = [each() for each in _followers.copy()]
-    for follower in followers:
-        if follower is not None:
-            follower.forget()
+    for follower in filter(None, followers):
+        follower.forget()
 
 
 def cached(function: _Function) -> _Function:

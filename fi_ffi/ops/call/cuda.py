@@ -132,10 +132,7 @@ def at_end_of(owner: object, *calls: Callable[[], int]) -> Callable[[], object]:
     return end.give_back
 
 
-@atexit.register
-def _end_all() -> None:
-    for end in [*_ends.values()]:
-        end.give_back()
+atexit.register(lambda: [end.give_back() for end in _ends.copy().values()])
 
 
 def copy_to_device(target: int, source: int, count: int, stream: int) -> None:
