@@ -44,6 +44,12 @@ def statuses(text: str) -> dict[str, str]:
     return {result["op"]: result["status"] for result in document["results"]}
 
 
+def test_how_large_its_tensors_are():
+    words = " ".join(demo("--help").split())
+    assert re.search(r"--tokens INTEGER RANGE Number of tokens\. \[default: 32;", words), words
+    assert re.search(r"--hidden INTEGER RANGE Hidden size\. \[default: 4096;", words), words
+
+
 def test_every_result_is_right_on_the_cpu():
     document = json.loads(demo("--device", "cpu", "--json"))
     assert document["device"] == "cpu" and 0 < document["seconds"] < 600

@@ -489,12 +489,17 @@ class Object:
             for declared in (run, tell, products._SIZE)
         }  # fmt: skip
         self.entry = lambda declared: entries[declared.name]
-        monkeypatch.setattr("fi_ffi.loader.methods.made_by", lambda *_: self)
+        monkeypatch.setattr("fi_ffi.loader.methods.made_by", self.made_by)
         monkeypatch.setattr(products, "check_available", lambda *_: None)
         monkeypatch.setattr(products, "_rows", {})
         for compiled in (products.RUN_GEMM, products.CONFIGURE):
             monkeypatch.setattr(compiled, "find_entry", lambda row, _: entries[row.symbol])
         monkeypatch.setattr(memory, "_owned", {})
+
+    def made_by(self, module, factory, releases, device):
+        row = rows.RUN_GEMM
+        assert (module, factory, releases, device) == (row.module, row.factory, row.releases, 0)
+        return self
 
     def method(self, name):
         def call(*values):

@@ -40,6 +40,16 @@ def test_both_at_an_edge_and_the_last_past_the_end():
     assert near(P, P > 1, 0.5) == []
 
 
+def test_a_search_of_all_may_take_their_sum_for_1():
+    """In a short row whose sum is less than is asked for; both quotients are right, no other is."""
+    p = 0.9 * P
+    within = top_p_slack(len(p), True)
+    for divisor, is_right in ((1.0, True), (p.sum(), True), (0.95, False)):
+        error, of_bound = top_p_error(p, p / divisor, 0.95, within)
+        assert (error < 1e-12) == is_right == (of_bound < 1), divisor
+    assert top_p_error(P, P / 0.9, 0.95, within)[0] > 0.01
+
+
 def test_slack_is_small_beside_what_is_drawn():
     assert slack(np.full(32, 1 / 32)) < 1e-5
     assert slack(np.full(2**17, 2.0**-17)) < 2e-5
