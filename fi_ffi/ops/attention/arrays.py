@@ -8,10 +8,9 @@ from __future__ import annotations
 import sys
 from array import array
 from collections.abc import Collection, Mapping, Sequence
-from functools import cached_property
 from itertools import accumulate
 from operator import lt, sub
-from typing import Any, TypeVar
+from typing import Any
 
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.interop import as_desc, check_unmasked
@@ -19,8 +18,6 @@ from fi_ffi.abi.tensor import DTYPES, TensorDesc, remember
 from fi_ffi.errors import ArgumentError, let_through
 from fi_ffi.ops.attention.sizes import aligned
 from fi_ffi.ops.call.arguments import INT32_MAX, Refusal
-
-_Value = TypeVar("_Value")
 
 INT32 = DTYPES["int32"]
 # Capacities are rounded up to these steps, so that a run's descriptors seldom change.
@@ -164,16 +161,6 @@ def _view(desc: TensorDesc, op: str, argument: str) -> memoryview:
     return memoryview(data).cast("B").cast("i")
 
 
-class _once(cached_property[_Value]):
-    """A `cached_property` without the lock that Python 3.11 takes to make each value."""
-
-    def __get__(self, instance: Any, owner: type | None = None) -> Any:
-        if instance is None:
-            return self
-        made = instance.__dict__[self.attrname] = self.func(instance)
-        return made
-
-
 class Indptr:
     """The start of each of b requests in an array: b + 1 positions, of which the first is 0."""
 
@@ -189,6 +176,7 @@ class Indptr:
         values = self.view.tolist()
         # `total` is the number of elements of all requests.
         self.size, self.total = len(values) - 1, values[-1] if values else 0
+        self._lengths: memoryview | None = None
         if self.size >= 1 and not values[0] and sorted(values) == values:
             return
         got, expected = f"{values[0] if values else ''} first", "0 first"
@@ -200,10 +188,12 @@ class Indptr:
             expected = "positions that do not decrease"
         raise Refusal(op)(argument, got, expected)
 
-    @_once
+    @property
     def lengths(self) -> memoryview:
         """Elements of each request, as int32."""
-        return _differences(self.view)
+        if self._lengths is None:
+            self._lengths = _differences(self.view)
+        return self._lengths
 
     @property
     def counts(self) -> list[int]:
@@ -318,16 +308,15 @@ class Batch:
         """Queries of each request."""
         return [1] * self.size if self.qo is None else self.qo.counts
 
-    @_once
+    @property
     def lengths(self) -> memoryview:
         """Keys of each request, as int32."""
-        lengths, lasts = self.views.get("kv_len"), self.views.get("last_page_len")
-        if lengths is not None:
-            return lengths
-        of_kv: memoryview = self.kv.lengths
-        if lasts is None:
-            return of_kv
-        return _tokens_of_pages(of_kv, lasts, self._page_size)
+        views = self.views
+        if "kv_len" in views:
+            return views["kv_len"]
+        if "last_page_len" in views:
+            return _tokens_of_pages(self.kv.lengths, views["last_page_len"], self._page_size)
+        return self.kv.lengths
 
     @property
     def kv_lens(self) -> list[int]:
@@ -340,19 +329,15 @@ class Batch:
         it."""
         self.views["kv_len"] = self.lengths
 
-    @_once
-    def mask_indptr(self) -> list[int]:
-        """The start of each request's packed mask, in bytes; each takes whole bytes."""
-        pairs = zip(self.qo_lens, self.kv_lens, strict=True)
-        return [0, *accumulate((q * kv + 7) // 8 for q, kv in pairs)]
-
     def use_mask(self) -> None:
-        """Send `mask_indptr` to the device; raise if it exceeds int32."""
-        count = self.mask_indptr[-1]
-        if count > INT32_MAX:
-            got, expected = f"a mask of {count} bytes", f"{INT32_MAX} bytes at most"
+        """Send the start of each request's packed mask to the device, in bytes, of which each takes
+        whole ones; raise if it exceeds int32."""
+        pairs = zip(self.qo_lens, self.kv_lens, strict=True)
+        indptr = [0, *accumulate((q * kv + 7) // 8 for q, kv in pairs)]
+        if indptr[-1] > INT32_MAX:
+            got, expected = f"a mask of {indptr[-1]} bytes", f"{INT32_MAX} bytes at most"
             raise Refusal(self._op)("use_custom_mask", got, expected)
-        self.views["mask_indptr"] = host_ints(self.mask_indptr)
+        self.views["mask_indptr"] = host_ints(indptr)
 
     def check_keys(self, why: str) -> None:
         """Raise if a request has keys, but fewer than queries: kernels would compare positions that

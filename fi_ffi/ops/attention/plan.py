@@ -256,25 +256,24 @@ class Plan:
         if queue is None or type(stream) is not int or stream != queue.handle:
             handle = handle_for(stream, device, self.op)
             if device.is_cuda and (queue is None or queue.handle != handle):
-                queue = self._queue = cuda.Queue(handle)
+                queue = cuda.Queue(handle)
             stream = stream if stream is None else handle
         if queue is not None and queue.is_capturing():
             raise self._refuse("stream", "one that is capturing a graph", "plan before the capture")
-        workspace = self._workspace(need.float_bytes, placed.end)
+        workspace, self._queue = self._workspace(need.float_bytes, placed.end), queue
         with workspace._lock:
-            if queue is None or machine.is_current(device.index):
-                self._fill(workspace, need, placed, batch, stream, queue)
+            if hooks.watcher is None and (queue is None or machine.is_current(device.index)):
+                self._fill(workspace, need, placed, batch, stream)
             else:
-                with cuda.current(device):
-                    self._fill(workspace, need, placed, batch, stream, queue)
+                with cuda.current(device), hooks.running(self):
+                    self._fill(workspace, need, placed, batch, stream)
         self._needs, self._placed, self._batch = need, placed, batch
 
     def _fill(
-        self, workspace: Workspace, need: Need, placed: Arrays, batch: Batch, stream: object,
-        queue: cuda.Queue | None,
-    ) -> None:  # fmt: skip
+        self, workspace: Workspace, need: Need, placed: Arrays, batch: Batch, stream: object
+    ) -> None:
         """Fill a workspace that is locked, on a device that is current."""
-        replayed = workspace._replayed and workspace._replayed()
+        queue, replayed = self._queue, workspace._replayed and workspace._replayed()
         if replayed is not None and replayed is not self:
             got = "one whose plan runs in a compiled program, which does not ask for it again"
             raise self._refuse("workspace", got, "a workspace for each plan")
@@ -288,11 +287,7 @@ class Plan:
         placed.write(stage.words, batch.views)
         if queue is not None:
             workspace._take(queue)
-        if hooks.watcher is None:
-            info = self._planner.plan(workspace, stage, placed, batch, stream)
-        else:
-            with hooks.running(self):
-                info = self._planner.plan(workspace, stage, placed, batch, stream)
+        info = self._planner.plan(workspace, stage, placed, batch, stream)
         if has_graphs:
             # If a check raises, neither the old plan nor the new one is valid.
             workspace._generation += 1

@@ -374,7 +374,8 @@ class BatchPrefillPlan(Plan):
             raise self._refuse(name, desc.layout, expected)
 
     def _put_mask(self, values: Values, custom_mask: Any) -> None:
-        desc, need = as_desc(custom_mask, self.op, "custom_mask"), self._batch.mask_indptr[-1]
+        need = self._batch.views["mask_indptr"][-1]
+        desc = as_desc(custom_mask, self.op, "custom_mask")
         have = desc.shape[0] if len(desc.shape) == 1 else -1
         if have != need and not (self.options.enable_cuda_graph and have > need):
             expected = f"{need} bytes, as the lengths say: see pack_custom_mask"

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
-from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.function import Frame, array_values
 from fi_ffi.abi.interop import as_desc
 from fi_ffi.abi.objects import Array
@@ -84,11 +82,8 @@ class Planner:
                     words[word] = ptr + more
                 self._frame, self._ptr = frame, ptr
                 start = placed.kernel_bytes if self._has_sent else 0
-                places = workspace.int_buffer.ptr + start, ptr + start, placed.end - start
-                if self._device.is_cuda:
-                    self.send = cuda.copying(*places)
-                else:
-                    self.send = partial(_copy_here, *places)
+                target, count = workspace.int_buffer.ptr + start, placed.end - start
+                self.send = cuda.copying(target, ptr + start, count, self._device.is_cuda)
             sources = batch.size, batch.room_for_rows
             for word, of, more in self._of_batch:
                 words[word] = sources[of] + more
@@ -119,11 +114,6 @@ class Planner:
             self._of_batch.append((length, 0, len(batch.views[name]) - batch.size))
 
 
-def _copy_here(target: int, source: int, count: int, _: object) -> int:
-    ffi.memmove(cuda.pointer(target), cuda.pointer(source), count)
-    return 0
-
-
 class Captured:
     """What captured runs of a plan hold fixed: the launch, and the sizes of the runs' tensors."""
 
@@ -147,7 +137,7 @@ class Captured:
                 ("page indices", names["kv_indptr"], batch.num_indices),
             ]
         if "mask_indptr" in batch.views:
-            needs.append(("mask bytes", first, batch.mask_indptr[-1]))
+            needs.append(("mask bytes", first, batch.views["mask_indptr"][-1]))
         for of, argument, need in needs:
             have = self.room.get(of)
             if have is not None and need > have:

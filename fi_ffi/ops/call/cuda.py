@@ -111,11 +111,13 @@ def unless_cut_off(give_back: Callable[[Any], object], handle: Any) -> None:
             cuda_errors.forget(machine.load_cudart()[0])
 
 
-def copying(target: int, source: int, count: int) -> Callable[[Any], int]:
-    """Return CUDA's function that queues a copy from page-locked host memory on a stream, whose C
-    pointer it takes; it returns CUDA's error code."""
-    copy = machine.load_cudart()[0].cudaMemcpyAsync
-    return functools.partial(copy, pointer(target), pointer(source), count, _HOST_TO_DEVICE)
+def copying(target: int, source: int, count: int, is_cuda: bool = True) -> Callable[[Any], int]:
+    """Return a function that queues a copy from page-locked host memory on a stream, whose C
+    pointer it takes; it returns CUDA's error code. On the CPU it copies."""
+    places = pointer(target), pointer(source), count
+    if not is_cuda:
+        return lambda _: ffi.memmove(*places) or 0
+    return functools.partial(machine.load_cudart()[0].cudaMemcpyAsync, *places, _HOST_TO_DEVICE)
 
 
 def copy_to_device(target: int, source: int, count: int, stream: int) -> None:
