@@ -51,14 +51,21 @@ PREFILLS = {
 
 
 def check_prefill(g: sizes.Geometry, queries: list[int], pages: list[int]) -> None:
-    """The planner takes what it is said to take, and no more than any such batch at most."""
-    rows = sum(queries)
+    """The planner takes what it is said to take, and no more than any such batch at most; nor do
+    batches of the same kind that are smaller."""
+    rows, size = sum(queries), len(queries)
+    of_fewer = [queries[1:], queries[: -(-size // 2)], [n // 2 for n in queries], [rows]]
     for backend, (planner, exact) in PREFILLS.items():
         planned = of_a_planner(planner(g, queries, pages, rows))
         assert exact(g, queries, pages, rows) == planned
-        most = sizes.prefill_most(g, backend, len(queries), rows)
+        most = sizes.prefill_most(g, backend, size, rows)
         assert is_within(planned, most)
         assert most.split is None or most.split == planned.split
+        kind = sizes.prefill_kind(g, backend, size, rows)
+        for fewer in filter(None, of_fewer):
+            if sizes.prefill_kind(g, backend, len(fewer), sum(fewer)) == kind:
+                need = exact(g, fewer, pages[: len(fewer)], sum(fewer))
+                assert is_within(need, most)
 
 
 @settings(max_examples=1000, deadline=None)
