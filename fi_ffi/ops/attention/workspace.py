@@ -98,7 +98,6 @@ class Workspace:
         workspace._memories = memories
         return workspace
 
-<<<<<<< HEAD
     def set_replayed(self, plan: Any) -> None:
         """Say that another library replays a plan's runs in this workspace.
 
@@ -107,16 +106,6 @@ class Workspace:
         """
         self._replayed = weakref.ref(plan)
 
-    @property
-    def float_bytes(self) -> int:
-        return self.float_buffer.shape[0]
-
-    @property
-    def int_bytes(self) -> int:
-        return self.int_buffer.shape[0]
-
-=======
->>>>>>> p46
     def _has(self, float_bytes: int, int_bytes: int) -> bool:
         """Whether both workspaces are at least this large."""
         return float_bytes <= self.float_bytes and int_bytes <= self.int_bytes
