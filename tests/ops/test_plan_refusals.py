@@ -629,7 +629,7 @@ def test_pieces_of_a_fixed_size(kind):
 def test_blocks_of_mla_that_work_together():
     case, plan = captured("mla", max_total_num_rows=40)
     more = Case("mla", (10, 10, 10, 10), (12, 10, 10, 12))
-    assert sizes.mla_cluster(plan._geometry, more.size, more.rows) == 2
+    assert sizes.mla_cluster(plan._geometry, len(more.qo_lens), sum(more.qo_lens)) == 2
     arrays = case.arrays | {"qo_indptr": more.qo_indptr}
     words = "got queries for which 2 blocks work together, expected 1"
     not_replanned(case, plan, arrays, "qo_indptr", words)
