@@ -281,7 +281,7 @@ def check_mla(g: sizes.Geometry, queries: list[int], keys: list[int]) -> None:
     assert (need.float_bytes, need.int_bytes) == taken
     assert works <= sizes.mla_works(g, queries)
     assert merging <= g.multiprocessors
-    size = sizes.mla_cluster(g, queries)
+    size = sizes.mla_cluster(g, len(queries), sum(queries))
     assert rows <= 2 * (g.multiprocessors // size) * size * 64
 
 
@@ -306,7 +306,7 @@ def test_mla_where_requests_just_fill_a_tile(heads, sms):
             check_mla(g, queries, keys)
             check_mla(g, [sum(queries)] + [0] * (count - 1), keys)
         wanted = 2 if off == 1 or (each + off) * heads > 64 else 1
-        assert sizes.mla_cluster(g, queries) == wanted
+        assert sizes.mla_cluster(g, len(queries), sum(queries)) == wanted
 
 
 @pytest.mark.parametrize("each", [1, 4, 16, 17, 64, 65])

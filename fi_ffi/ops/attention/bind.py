@@ -7,9 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
 
-from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.function import Frame
-from fi_ffi.abi.objects import Array
 from fi_ffi.abi.tensor import Device, TensorDesc, TensorKind
 from fi_ffi.ops.attention.arrays import Arrays, Batch
 from fi_ffi.ops.attention.values import Values, compiled_row
@@ -158,15 +156,15 @@ class BoundRuns:
         # All these were made for this placement and workspace.
         self._placed: Arrays | None = None
         self._workspace: Workspace | None = None
+        # Where the plan's info is, and the number of requests.
         self._sources = 0, 0
 
-    def follow(self, workspace: Workspace, placed: Arrays, batch: Batch, info: Array) -> None:
-        """Bind the runs to another schedule."""
+    def follow(self, workspace: Workspace, placed: Arrays, batch: Batch, info: int) -> None:
+        """Bind the runs to another schedule, whose info is there."""
         if self._placed is not placed or self._workspace is not workspace:
             self._placed, self._workspace = placed, workspace
             self._move(workspace, placed, batch)
-        # Where the plan's info is, and the number of requests.
-        sources = self._sources = int(ffi.cast("uintptr_t", info.handle)), batch.size
+        sources = self._sources = info, batch.size
         for bound in self.bound.values():
             bound.sources = sources
             bound.sizes = (*bound.batch_sizes(batch), *bound.own_sizes)

@@ -81,6 +81,7 @@ class Plan:
         self._queue: cuda.Queue | None = None
         self._info: Array | None = None
         self._placed = Arrays(0)
+        self._needs = Need(0, 0)
         # What `_need_at_most` keeps for the next replan.
         self._most: dict[int, Any] = {}
         self.options = self._options_class(**options)
@@ -217,8 +218,10 @@ class Plan:
         elif not is_exact:
             need = self._need_at_most(batch)
             if need is not None:
-                placed = place(self._placed, need, batch, num_indices, self.device)
-                have = self.workspace
+                placed, have = self._placed, self.workspace
+                if need is self._needs and self._queue and placed.holds(need.int_bytes, batch):
+                    return need, placed
+                placed = place(placed, need, batch, num_indices, self.device)
                 if self._owns_workspace or have is None or have._has(need.float_bytes, placed.end):
                     return need, placed
                 self._most.clear()  # this may be what larger batches needed
@@ -287,7 +290,7 @@ class Plan:
         placed.write(stage.words, batch.views)
         if queue is not None:
             workspace._take(queue)
-        info = self._planner.plan(workspace, stage, placed, batch, stream)
+        info, address = self._planner.plan(workspace, stage, placed, batch, stream)
         if has_graphs:
             # If a check raises, neither the old plan nor the new one is valid.
             workspace._generation += 1
@@ -302,7 +305,7 @@ class Plan:
             cuda.synchronize(self.device)
         workspace._generation += 1
         self._generation, self._info = workspace._generation, info
-        self._runs.follow(workspace, placed, batch, info)
+        self._runs.follow(workspace, placed, batch, address)
 
     def _workspace(self, float_bytes: int, int_bytes: int) -> Workspace:
         """Return the workspace; replace the plan's own if it is too small and not captured."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from fi_ffi.abi.function import Frame, array_values
 from fi_ffi.abi.interop import as_desc
+from fi_ffi.abi.library import address_of
 from fi_ffi.abi.objects import Array
 from fi_ffi.abi.tensor import Device, TensorDesc, TensorKind, make_desc
 from fi_ffi.errors import ArgumentError
@@ -65,8 +66,8 @@ class Planner:
 
     def plan(
         self, workspace: Workspace, stage: Stage, placed: Arrays, batch: Batch, stream: object
-    ) -> Array:
-        """Call the planner on the arrays in the stage, and return the plan's info."""
+    ) -> tuple[Array, int]:
+        """Call the planner on the arrays in the stage. Return the plan's info, and where it is."""
         bound, ptr = self._bound, stage.ptr
         if self._placed is not placed or self._workspace is not workspace:
             self._bind_places(workspace, stage.desc, placed, batch)
@@ -88,8 +89,12 @@ class Planner:
             for word, of, more in self._of_batch:
                 words[word] = sources[of] + more
             launch(frame, stream)
-            result = frame.take_result()
-            return result if self._has_sent else array_values(result)[0]  # type: ignore[no-any-return]
+            address = words[frame.layout.result + 1]
+            info = frame.take_result()
+            if not self._has_sent:
+                info = array_values(info)[0]
+                address = address_of(info.handle)
+            return info, address
         finally:
             bound.give_back(frame)
 

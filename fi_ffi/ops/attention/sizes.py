@@ -231,14 +231,14 @@ def decode(g: Geometry, batch_size: int, kv_pages: Sequence[int] | None) -> Need
     return Need(partial_bytes(g, g.num_qo_heads * padded, 4), int_bytes)
 
 
-def mla_cluster(g: Geometry, qo_lens: Sequence[int]) -> int:
+def mla_cluster(g: Geometry, batch_size: int, rows: int) -> int:
     """Return the blocks that form a cluster, which determines the grid."""
-    return 2 if sum(qo_lens) * g.num_qo_heads // len(qo_lens) > 64 else 1
+    return 2 if rows * g.num_qo_heads // batch_size > 64 else 1
 
 
 def mla(g: Geometry, qo_lens: Sequence[int]) -> Need:
     """`MLAPlan`; `head_dim_vo` is head_dim_ckv."""
-    return mla_of_clusters(g, mla_cluster(g, qo_lens))
+    return mla_of_clusters(g, mla_cluster(g, len(qo_lens), sum(qo_lens)))
 
 
 def mla_of_clusters(g: Geometry, size: int) -> Need:
@@ -251,6 +251,6 @@ def mla_of_clusters(g: Geometry, size: int) -> Need:
 def mla_works(g: Geometry, qo_lens: Sequence[int]) -> int:
     """Return the most work items that `MLAPlan` makes of these requests; it does not check its
     limit."""
-    size = mla_cluster(g, qo_lens)
+    size = mla_cluster(g, len(qo_lens), sum(qo_lens))
     tiles = sum(_tiles(qo_lens, g.num_qo_heads, size * 64))
     return tiles + g.multiprocessors // size
