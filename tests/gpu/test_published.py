@@ -81,6 +81,13 @@ def library():
     return lambda name: fi_ffi.module(Path(FOLDER) / name / f"{name}.so")
 
 
+@pytest.fixture(autouse=True)
+def on_a_stream():
+    """torch's."""
+    with fi_ffi.stream(torch.cuda.current_stream()):
+        yield
+
+
 @pytest.fixture
 def drawn(rng):
     """Normal numbers on the GPU."""
@@ -649,12 +656,12 @@ def test_residuals(library, drawn, entry, blocks):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_lamport(library, dtype):
-    """Memory is full of negative zeros."""
+    """Memory is full of negative zeros: as many as are told, or bytes of several buffers."""
     kind, made = getattr(torch, dtype), library("trtllm_comm")
     buffers = [poisoned(1000, dtype=kind) for _ in range(4)]
     places = [each.data_ptr() for each in buffers]
     made.trtllm_lamport_initialize(places[0], 1000, dtype)
-    made.trtllm_lamport_initialize_all(*places[1:], 1000, dtype)
+    made.trtllm_lamport_initialize_all(*places[1:], 1000 * kind.itemsize, dtype)  # bytes
     torch.cuda.synchronize()
     for each in buffers:
         assert (each == 0).all() and torch.signbit(each).all()
