@@ -257,7 +257,7 @@ def test_what_is_remembered():
     def remember() -> None:
         call.variant.frames.append(prepared().frame)
         plan._runs.bound["a kind"] = plan._runs.current["a kind"] = object()
-        plan._most_of = 7
+        plan._most[7] = 7
 
     assert not remaining(REFUSAL, remember)
     assert remaining(REFUSAL, lambda: plan._runs.bound.pop("a kind")) == [

@@ -242,10 +242,11 @@ class Frame:
         # Each object's reference count, and how many of the references are this frame's own.
         self._references: list[tuple[memoryview, int]] = []
         # Owned by the callers: the variant and the launch target that the frame was made for, and
-        # the plan's schedule that it was last written for.
+        # the plan's placement and schedule that it was last written for.
         self.variant: Any = None
         self.target: Any = None
         self.version: object = None
+        self.sources: object = None
         for i, slot in enumerate(slots):
             self._fill(i, slot)
         for i, slot in enumerate(slots):
@@ -318,13 +319,13 @@ class Frame:
 
     def take_result(self) -> Any:
         """Return the last call's result and transfer its ownership to the caller."""
-        result = self._result
-        if result.type_index == TypeIndex.NONE:
+        words, at = self.words, self.layout.result
+        if words[at] & 0xFFFFFFFF == TypeIndex.NONE:
             return None
         try:
-            return unpack(result, owned=True)
+            return unpack(self._result, owned=True)
         finally:
-            self.drop_result()  # otherwise the next call could return it again
+            words[at] = words[at + 1] = 0  # otherwise the next call could return it again
 
     def peek_result(self) -> Any:
         """Return a new reference to the last call's result; the frame keeps its own."""

@@ -44,6 +44,7 @@ from fi_ffi.errors import AbiError, ArgumentError, ArgumentTypeError, FiFfiError
 
 Packer = Callable[[Any, Any, CallArena, str], None]
 
+_TEXTS = TypeIndex.STR, TypeIndex.BYTES
 _SMALL = 8  # bytes stored inside a `TVMFFIAny`
 _PROTOCOLS = ("__dlpack__", "__cuda_array_interface__", "__array_interface__")
 
@@ -240,13 +241,14 @@ def unpack(slot: Any, *, owned: bool) -> Any:
         return reader(slot)
     if index < TypeIndex.OBJECT_BEGIN:
         raise AbiError(f"a TVM-FFI value of type index {index} has no Python form")
-    made = _pointed(slot, "TVMFFIObject *").type_index
+    handle = slot.v_ptr
+    made = library.type_index_of(handle or _pointed(slot, "void *"))
     if made != index:  # not released either: its real type is unknown
         raise AbiError(f"a TVM-FFI value of type index {index}, its object of {made}")
     if not owned:
-        library.lib.TVMFFIObjectIncRef(slot.v_ptr)
-    value = OBJECT_TYPES.get(index, Object)(slot.v_ptr)
-    if index in (TypeIndex.STR, TypeIndex.BYTES):
+        library.lib.TVMFFIObjectIncRef(handle)
+    value = OBJECT_TYPES.get(index, Object)(handle)
+    if index in _TEXTS:
         with value:
             found = bytes_of(value)
         return found if index == TypeIndex.BYTES else found.decode(errors="replace")

@@ -223,9 +223,9 @@ def test_queries_for_which_blocks_work_together(heads, most):
     """Of more than 64 rows on average: two blocks."""
     g = sizes.Geometry(heads, 1, 512, 1, 132, 9)
     for queries in (1, most, most + 1, 2 * most, 2 * most + 1, 200):
-        assert sizes.mla_cluster(g, [queries]) == (1 if queries <= most else 2)
+        assert sizes.mla_cluster(g, 1, queries) == (1 if queries <= most else 2)
         is_more = queries * heads >= 2 * 65
-        assert sizes.mla_cluster(g, [queries, 0]) == (2 if is_more else 1)
+        assert sizes.mla_cluster(g, 2, queries) == (2 if is_more else 1)
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ import pytest
 from tests.helpers import embedding, kernels
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "interop"
-# test_jax.py has the last.
-_OTHERS = "checks", "jax_in_jit"
+# test_jax.py, test_tinygrad.py and test_transformers.py have the others.
+_OTHERS = "checks", "jax_in_jit", "tinygrad_layer", "transformers_attention"
 NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem not in _OTHERS)
 
 # The library alone: what fails already is not fi_ffi's matter.

@@ -60,7 +60,7 @@ _GROWING = frozenset(
 )
 # Attributes that are made when they are first asked for, and a group's count of its calls, in which
 # ranks count what all refuse.
-_REMEMBERED = frozenset(("_most_need", "_most_of", "_counts", "_members", "_calls"))
+_REMEMBERED = frozenset(("_lengths", "_most", "_counts", "_members", "_calls"))
 _CONSTANT = (Row, Ranged, TensorDesc, TensorKind, DType)
 _MEMORIES = (CompiledRow, Kernels, MoeCall, Op, Variant)
 _DEVICES = [parse_device(name) for name in ("cpu", "cuda:0", "cuda:1")]

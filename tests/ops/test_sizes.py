@@ -51,14 +51,21 @@ PREFILLS = {
 
 
 def check_prefill(g: sizes.Geometry, queries: list[int], pages: list[int]) -> None:
-    """The planner takes what it is said to take, and no more than any such batch at most."""
-    rows = sum(queries)
+    """The planner takes what it is said to take, and no more than any such batch at most; nor do
+    batches of the same kind that are smaller."""
+    rows, size = sum(queries), len(queries)
+    of_fewer = [queries[1:], queries[: -(-size // 2)], [n // 2 for n in queries], [rows]]
     for backend, (planner, exact) in PREFILLS.items():
         planned = of_a_planner(planner(g, queries, pages, rows))
         assert exact(g, queries, pages, rows) == planned
-        most = sizes.prefill_most(g, backend, len(queries), rows)
+        most = sizes.prefill_most(g, backend, size, rows)
         assert is_within(planned, most)
         assert most.split is None or most.split == planned.split
+        kind = sizes.prefill_kind(g, backend, size, rows)
+        for fewer in filter(None, of_fewer):
+            if sizes.prefill_kind(g, backend, len(fewer), sum(fewer)) == kind:
+                need = exact(g, fewer, pages[: len(fewer)], sum(fewer))
+                assert is_within(need, most)
 
 
 @settings(max_examples=1000, deadline=None)
@@ -274,7 +281,7 @@ def check_mla(g: sizes.Geometry, queries: list[int], keys: list[int]) -> None:
     assert (need.float_bytes, need.int_bytes) == taken
     assert works <= sizes.mla_works(g, queries)
     assert merging <= g.multiprocessors
-    size = sizes.mla_cluster(g, queries)
+    size = sizes.mla_cluster(g, len(queries), sum(queries))
     assert rows <= 2 * (g.multiprocessors // size) * size * 64
 
 
@@ -299,7 +306,7 @@ def test_mla_where_requests_just_fill_a_tile(heads, sms):
             check_mla(g, queries, keys)
             check_mla(g, [sum(queries)] + [0] * (count - 1), keys)
         wanted = 2 if off == 1 or (each + off) * heads > 64 else 1
-        assert sizes.mla_cluster(g, queries) == wanted
+        assert sizes.mla_cluster(g, len(queries), sum(queries)) == wanted
 
 
 @pytest.mark.parametrize("each", [1, 4, 16, 17, 64, 65])

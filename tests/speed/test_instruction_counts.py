@@ -55,15 +55,15 @@ BUDGETS = {
     "TensorDesc.at": Budget(62, 1),
     ways.PLAN_TYPED: Budget(654, 6),
     "plan.run, prepared (CPU: no stream)": Budget(121, 3),
-    replans.REPLANS["decode"]: Budget(1772, 39),
-    replans.REPLANS["ragged"]: Budget(2046, 34),
-    replans.REPLANS["ragged fa3"]: Budget(2024, 33),
-    replans.REPLANS["paged"]: Budget(2779, 64),
-    replans.REPLANS["MLA"]: Budget(2438, 71),
+    replans.REPLANS["decode"]: Budget(1476, 39),
+    replans.REPLANS["ragged"]: Budget(1533, 28),
+    replans.REPLANS["ragged fa3"]: Budget(1533, 28),
+    replans.REPLANS["paged"]: Budget(2180, 55),
+    replans.REPLANS["MLA"]: Budget(2040, 50),
     # Beyond the replan these have the one comparison of every size that another batch changes.
-    replans.FIRST_RUNS["decode"]: Budget(2681, 49),
-    replans.FIRST_RUNS["ragged"]: Budget(3272, 46),
-    replans.FIRST_RUNS["ragged fa3"]: Budget(3338, 45),
+    replans.FIRST_RUNS["decode"]: Budget(2496, 47),
+    replans.FIRST_RUNS["ragged"]: Budget(2812, 40),
+    replans.FIRST_RUNS["ragged fa3"]: Budget(2893, 40),
 }
 TOOL = 4  # of `sys.monitoring`: none that has a use of its own
 TOP = 12  # lines that a failure shows

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
 
-from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.function import Frame
-from fi_ffi.abi.objects import Array
 from fi_ffi.abi.tensor import Device, TensorDesc, TensorKind
 from fi_ffi.ops.attention.arrays import Arrays, Batch
 from fi_ffi.ops.attention.values import Values, compiled_row
@@ -50,8 +48,8 @@ class BoundRow:
         self.words: dict[str, list[tuple[int, int]]] = {}
         # The words that change with each schedule: the number of their source, and what is added.
         self.changing: Sequence[tuple[int, int, int]] = ()
-        self._changed: Sequence[tuple[int, int]] = ()
-        # Replaced when words change: a frame of an earlier version is written again.
+        # Each is replaced when words change: a frame of earlier ones is written again.
+        self.sources: tuple[int, ...] = ()
         self.version = object()
         self.rest: tuple[Any, ...] = ()
         # Of the known axes: a getter of the sizes that each batch changes, and the fixed sizes.
@@ -78,30 +76,23 @@ class BoundRow:
         self.words[name] = words
         self.version = object()
 
-    def follow(self, *sources: int) -> None:
-        """Write what another schedule changes into the frames that no call is using, and keep it
-        for the others."""
-        changed = self._changed = [(word, sources[of] + more) for word, of, more in self.changing]
-        before, self.version = self.version, object()
-        for free in self._free.values():
-            for frame in free:
-                if frame.version is before:
-                    addresses, frame.version = frame.addresses, self.version
-                    for word, value in changed:
-                        addresses[word] = value
-
     def frame(self, variant: Variant) -> Frame:
         """Take a frame for one call, with the bound arguments written into it."""
         try:
             frame = self._free[variant].pop()
         except (KeyError, IndexError):
             frame = variant.new_frame()
-        if frame.version is not self.version:
+        sources = self.sources
+        if frame.sources is not sources or frame.version is not self.version:
             addresses = frame.addresses
-            for words in (*self.words.values(), self._changed):
-                for word, value in words:
-                    addresses[word] = value
-            frame.version = self.version
+            if frame.version is not self.version:
+                for words in self.words.values():
+                    for word, value in words:
+                        addresses[word] = value
+                frame.version = self.version
+            for word, of, more in self.changing:
+                addresses[word] = sources[of] + more
+            frame.sources = sources
         return frame
 
     def give_back(self, frame: Frame) -> None:
@@ -163,14 +154,20 @@ class BoundRuns:
         # number.
         self._longer: Mapping[str, int] = {}
         # All these were made for this placement and workspace.
-        self._described: tuple[object, object] = (None, None)
+        self._placed: Arrays | None = None
+        self._workspace: Workspace | None = None
+        # Where the plan's info is, and the number of requests.
+        self._sources = 0, 0
 
-    def follow(self, workspace: Workspace, placed: Arrays, batch: Batch, info: Array) -> None:
-        """Bind the runs to another schedule."""
-        if self._described != (placed, workspace):
-            self._described = placed, workspace
+    def follow(self, workspace: Workspace, placed: Arrays, batch: Batch, info: int) -> None:
+        """Bind the runs to another schedule, whose info is there."""
+        if self._placed is not placed or self._workspace is not workspace:
+            self._placed, self._workspace = placed, workspace
             self._move(workspace, placed, batch)
-        self._update(self.bound.values(), batch, info)
+        sources = self._sources = info, batch.size
+        for bound in self.bound.values():
+            bound.sources = sources
+            bound.sizes = (*bound.batch_sizes(batch), *bound.own_sizes)
 
     def _move(self, workspace: Workspace, placed: Arrays, batch: Batch) -> None:
         """Bind the runs to the addresses of another placement or workspace."""
@@ -200,16 +197,7 @@ class BoundRuns:
             (words[name][number][0], of, more) for name, number, of, more in own if words.get(name)
         ]
 
-    def _update(self, rows: Iterable[BoundRow], batch: Batch, info: Array) -> None:
-        """Bind what changes with each schedule."""
-        address = int(ffi.cast("uintptr_t", info.handle))
-        for bound in rows:
-            bound.follow(address, batch.size)
-            bound.sizes = (*bound.batch_sizes(batch), *bound.own_sizes)
-
-    def bind(
-        self, key: tuple[int, bool, str], others: Mapping[str, Row], batch: Batch, info: Array
-    ) -> BoundRow:
+    def bind(self, key: tuple[int, bool, str], others: Mapping[str, Row], batch: Batch) -> BoundRow:
         """Bind a run to the schedule in force; `key` is that of `bound`."""
         (kind, has_indices, module), names = key, self._names
         row, facts = self.rows[kind], self._binder.facts
@@ -233,5 +221,6 @@ class BoundRuns:
         bound.own_sizes = tuple(facts[axis] for axis in own)
         bound.put(names.info, 0)
         self._place(bound)
-        self._update((bound,), batch, info)
+        bound.sources = self._sources
+        bound.sizes = (*bound.batch_sizes(batch), *bound.own_sizes)
         return bound

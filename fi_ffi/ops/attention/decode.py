@@ -73,9 +73,6 @@ class BatchDecodePlan(Plan):
     _names: Mapping[str, str] = {array: array.removeprefix("kv_") for array in PAGES.values()}
     _first = ("q", "paged_k_cache", "paged_v_cache", "o", "maybe_lse", "kv_layout", "enable_pdl")
     _run_names = RunNames(PAGES, first=_first)
-    # The most that `_most_of` requests need, kept for the next replan.
-    _most_need: sizes.Need
-    _most_of = 0
 
     def __init__(
         self,
@@ -88,7 +85,9 @@ class BatchDecodePlan(Plan):
         stream: object = None,
         **options: Unpack[DecodeKeywords],
     ) -> None:
-        if isinstance(indptr, numbers.Integral) and indices is None and last_page_len is None:
+        no_arrays = indices is None and last_page_len is None
+        self._is_of_any_lengths = no_arrays and isinstance(indptr, numbers.Integral)
+        if self._is_of_any_lengths:
             self._run_names = self._run_names._replace(arrays={})  # runs pass all
         super().__init__((indptr, indices, last_page_len), device, workspace, stream, options)
 
@@ -103,10 +102,6 @@ class BatchDecodePlan(Plan):
         """Plan another batch with the same options, as `BatchPrefillPlan.replan`. A plan of any
         lengths remains one."""
         self._replan_batch((indptr, indices, last_page_len), stream)
-
-    @property
-    def _is_of_any_lengths(self) -> bool:
-        return not self._run_names.arrays
 
     def _read(self, arrays: Sequence[object]) -> Batch:
         """Read the arrays; where runs pass them, plan a page a request, which is never split."""
@@ -193,11 +188,11 @@ class BatchDecodePlan(Plan):
     def _need_at_most(self, batch: Batch) -> sizes.Need:
         """Return the most that this number of requests, rounded up to 64, needs. The rounding lets
         a batch of slightly more requests reuse the placement."""
-        count = sizes.aligned(batch.size, 64)
-        if self._most_of != count:
-            self._most_need = sizes.decode(self._geometry, count, None)
-            self._most_of = count
-        return self._most_need
+        count = -(-batch.size // 64) * 64
+        need = self._most.get(count)
+        if need is None:
+            need = self._most[count] = sizes.decode(self._geometry, count, None)
+        return need
 
     def _exact_need(self, batch: Batch) -> sizes.Need:
         return sizes.decode(self._geometry, batch.size, batch.kv.counts)

@@ -187,30 +187,33 @@ class BatchMlaPlan(Plan):
         The kernels mask a tile of rows by its end, rounded down to whole queries, so that query
         would lose its last key.
         """
-        heads, lens = self.options.num_heads, batch.qo_lens
-        tile = 64 * sizes.mla_cluster(self._geometry, lens)
-        if tile % heads and max(lens) * heads > tile:
-            got = f"{max(lens)} queries of {heads} heads in a request"
+        heads = self.options.num_heads
+        tile = 64 * sizes.mla_cluster(self._geometry, batch.size, batch.rows)
+        if not tile % heads:
+            return
+        most = max(batch.qo_lens)
+        if most * heads > tile:
+            got = f"{most} queries of {heads} heads in a request"
             expected = f"{tile // heads} at most with causal=True, or heads that divide {tile}"
-            if max(lens) == 1:
+            if most == 1:
                 expected = "causal=False, which is the same for one query a request"
             raise self._refuse("qo_indptr", got, expected)
 
     def _check_same_launch(self, batch: Batch) -> None:
         cluster, before = (
-            sizes.mla_cluster(self._geometry, one.qo_lens) for one in (batch, self._batch)
+            sizes.mla_cluster(self._geometry, one.size, one.rows) for one in (batch, self._batch)
         )
         if cluster != before:
             got = f"queries for which {cluster} blocks work together"
             raise self._refuse("qo_indptr", got, f"{before}, as in the launch captured")
 
     def _exact_need(self, batch: Batch) -> sizes.Need:
-        g, lens = self._geometry, batch.qo_lens
-        cluster = sizes.mla_cluster(g, lens)
+        g = self._geometry
+        cluster = sizes.mla_cluster(g, batch.size, batch.rows)
         # Each request has one tile at most that is not full.
         tiles = batch.rows * g.num_qo_heads // (64 * cluster) + batch.size
         if tiles + g.multiprocessors // cluster > sizes.MLA_MAX_WORKS:
-            works = sizes.mla_works(g, lens)
+            works = sizes.mla_works(g, batch.qo_lens)
             if works > sizes.MLA_MAX_WORKS:
                 got = f"queries for up to {works} work items"
                 expected = f"{sizes.MLA_MAX_WORKS} at most: the planner has room for no more"

@@ -22,7 +22,7 @@ from fi_ffi.ops.attention.bind import Binder, BoundRow, BoundRuns, RunNames
 from fi_ffi.ops.attention.options import Options, SignatureWithOptions
 from fi_ffi.ops.attention.rows import FORMS
 from fi_ffi.ops.attention.run import Packing, launch_run
-from fi_ffi.ops.attention.schedule import Captured, Planner, allocate, place, send
+from fi_ffi.ops.attention.schedule import Captured, Planner, allocate, place
 from fi_ffi.ops.attention.sizes import Need
 from fi_ffi.ops.attention.values import Values, without_options
 from fi_ffi.ops.attention.workspace import Workspace
@@ -78,8 +78,12 @@ class Plan:
     ) -> None:
         self._place_on(device, workspace)
         self._generation = -1
+        self._queue: cuda.Queue | None = None
         self._info: Array | None = None
         self._placed = Arrays(0)
+        self._needs = Need(0, 0)
+        # What `_need_at_most` keeps for the next replan.
+        self._most: dict[int, Any] = {}
         self.options = self._options_class(**options)
         rows = self._choose_rows()
         self._geometry = self.options.geometry(*self._machine, release_for(self.device))
@@ -214,10 +218,13 @@ class Plan:
         elif not is_exact:
             need = self._need_at_most(batch)
             if need is not None:
-                placed = place(self._placed, need, batch, num_indices, self.device)
-                have = self.workspace
+                placed, have = self._placed, self.workspace
+                if need is self._needs and self._queue and placed.holds(need.int_bytes, batch):
+                    return need, placed
+                placed = place(placed, need, batch, num_indices, self.device)
                 if self._owns_workspace or have is None or have._has(need.float_bytes, placed.end):
                     return need, placed
+                self._most.clear()  # this may be what larger batches needed
         need = self._exact_need(batch)
         return need, place(self._placed, need, batch, num_indices, self.device)
 
@@ -248,39 +255,57 @@ class Plan:
         Nothing that another plan uses is written before the kernel's planner has succeeded.
         """
         need, placed = self._need(batch)
-        handle, is_cuda = handle_for(stream, self.device, self.op), self.device.is_cuda
-        if is_cuda and cuda.is_capturing(handle):
+        device, queue = self.device, self._queue
+        if queue is None or type(stream) is not int or stream != queue.handle:
+            handle = handle_for(stream, device, self.op)
+            if device.is_cuda and (queue is None or queue.handle != handle):
+                queue = cuda.Queue(handle)
+            stream = stream if stream is None else handle
+        if queue is not None and queue.is_capturing():
             raise self._refuse("stream", "one that is capturing a graph", "plan before the capture")
-        workspace = self._workspace(need.float_bytes, placed.end)
-        replayed = workspace._replayed and workspace._replayed()
-        if replayed not in (None, self):
+        workspace, self._queue = self._workspace(need.float_bytes, placed.end), queue
+        with workspace._lock:
+            if hooks.watcher is None and (queue is None or machine.is_current(device.index)):
+                self._fill(workspace, need, placed, batch, stream)
+            else:
+                with cuda.current(device), hooks.running(self):
+                    self._fill(workspace, need, placed, batch, stream)
+        self._needs, self._placed, self._batch = need, placed, batch
+
+    def _fill(
+        self, workspace: Workspace, need: Need, placed: Arrays, batch: Batch, stream: object
+    ) -> None:
+        """Fill a workspace that is locked, on a device that is current."""
+        queue, replayed = self._queue, workspace._replayed and workspace._replayed()
+        if replayed is not None and replayed is not self:
             got = "one whose plan runs in a compiled program, which does not ask for it again"
             raise self._refuse("workspace", got, "a workspace for each plan")
-        with workspace._lock, cuda.current(self.device), hooks.running(self):
-            stage = workspace._stages.take(workspace.int_bytes)
+        stages, has_graphs = workspace._stages, self.options.enable_cuda_graph
+        stage = stages.take(workspace.int_bytes)
+        if has_graphs and need.split is False:
+            # Up to 0.7.0, fa2's planner does not write the indices of blocks that only pad
+            # the grid. Zeroed, such a block repeats the work of the first block.
             count = placed.kernel_bytes
-            if self.options.enable_cuda_graph and need.split is False:
-                # Up to 0.7.0, fa2's planner does not write the indices of blocks that only pad
-                # the grid. Zeroed, such a block repeats the work of the first block.
-                ffi.memmove(cuda.pointer(stage.desc.ptr), bytes(count), count)
-            placed.write(stage.words, batch.views)
-            if is_cuda:
-                workspace._take(handle)
-            info, start = self._planner.plan(workspace, stage.desc, placed, batch, handle)
-            if self.options.enable_cuda_graph:
-                # If a check raises, neither the old plan nor the new one is valid.
-                workspace._generation += 1
-                launch = array_values(info)
-                self._captured.check_launch(launch)
-                self._check_launch(launch, stage.desc, batch)
-            send(workspace.int_buffer, stage.desc, start, placed.end, handle)
-            workspace._stages.record(stage, handle)
-            if is_cuda and replayed is not None:
-                cuda.synchronize(self.device)
+            ffi.memmove(cuda.pointer(stage.ptr), bytes(count), count)
+        placed.write(stage.words, batch.views)
+        if queue is not None:
+            workspace._take(queue)
+        info, address = self._planner.plan(workspace, stage, placed, batch, stream)
+        if has_graphs:
+            # If a check raises, neither the old plan nor the new one is valid.
             workspace._generation += 1
-            self._generation, self._info = workspace._generation, info
-        self._runs.follow(workspace, placed, batch, info)
-        self._needs, self._placed, self._batch = need, placed, batch
+            launch = array_values(info)
+            self._captured.check_launch(launch)
+            self._check_launch(launch, stage.desc, batch)
+        code = self._planner.send(queue and queue.pointer)
+        if code:
+            cuda.check(code, "cudaMemcpyAsync")
+        stages.record(stage, 0 if queue is None else queue.handle)
+        if queue is not None and replayed is not None:
+            cuda.synchronize(self.device)
+        workspace._generation += 1
+        self._generation, self._info = workspace._generation, info
+        self._runs.follow(workspace, placed, batch, address)
 
     def _workspace(self, float_bytes: int, int_bytes: int) -> Workspace:
         """Return the workspace; replace the plan's own if it is too small and not captured."""
@@ -315,8 +340,7 @@ class Plan:
         runs, key = self._runs, (kind, has_indices, module or self.module)
         bound = runs.bound.get(key)
         if bound is None:
-            assert self._info is not None
-            bound = runs.bind(key, self._other_rows(kind), self._batch, self._info)
+            bound = runs.bind(key, self._other_rows(kind), self._batch)
             self._fill_defaults(bound.template)
             # The arguments after the first, for a run without options.
             bound.rest = tuple(bound.template.values[len(self._run_names.first) :])

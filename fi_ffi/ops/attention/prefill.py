@@ -152,7 +152,7 @@ class BatchPrefillPlan(Plan):
         mask = {"mask_mode_code": self.options.mask_mode}
         return {"uniform_q_len": 0} | super()._facts() | mask
 
-    @property
+    @cached_property
     def _names(self) -> Mapping[str, str]:  # type: ignore[override]
         return _RAGGED_NAMES if self.options.page_size is None else _PAGED_NAMES
 
@@ -199,9 +199,15 @@ class BatchPrefillPlan(Plan):
         return "with use_multi_item_scoring=True" if chosen.use_multi_item_scoring else ""
 
     def _need_at_most(self, batch: Batch) -> sizes.Need | None:
-        if self._geometry.fixed_split_size > 0:
+        g, size, rows = self._geometry, batch.size, batch.rows
+        if g.fixed_split_size > 0:
             return None
-        return sizes.prefill_most(self._geometry, self.backend, batch.size, batch.rows)
+        kind = sizes.prefill_kind(g, self.backend, size, rows)
+        most_size, most_rows, need = self._most.get(kind, (0, 0, None))
+        if size > most_size or rows > most_rows:
+            need = sizes.prefill_most(g, self.backend, size, rows)
+            self._most[kind] = size, rows, need
+        return need  # type: ignore[no-any-return]
 
     def _exact_need(self, batch: Batch) -> sizes.Need:
         size = sizes.prefill_fa3 if self.backend == "fa3" else sizes.prefill_fa2
@@ -368,7 +374,8 @@ class BatchPrefillPlan(Plan):
             raise self._refuse(name, desc.layout, expected)
 
     def _put_mask(self, values: Values, custom_mask: Any) -> None:
-        desc, need = as_desc(custom_mask, self.op, "custom_mask"), self._batch.mask_indptr[-1]
+        need = self._batch.views["mask_indptr"][-1]
+        desc = as_desc(custom_mask, self.op, "custom_mask")
         have = desc.shape[0] if len(desc.shape) == 1 else -1
         if have != need and not (self.options.enable_cuda_graph and have > need):
             expected = f"{need} bytes, as the lengths say: see pack_custom_mask"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.function import Frame, array_values
 from fi_ffi.abi.interop import as_desc
+from fi_ffi.abi.library import address_of
 from fi_ffi.abi.objects import Array
 from fi_ffi.abi.tensor import Device, TensorDesc, TensorKind, make_desc
 from fi_ffi.errors import ArgumentError
@@ -21,6 +21,7 @@ from fi_ffi.ops.call.arguments import Refusal
 from fi_ffi.ops.call.compiled import Variant
 from fi_ffi.ops.call.launch import launch
 from fi_ffi.ops.call.row import Row
+from fi_ffi.ops.call.staging import Stage
 
 # Bytes that the CPU's reference stores for each request.
 _REFERENCE_BYTES = 64
@@ -53,34 +54,47 @@ class Planner:
             self._bound.put(name, 0)
         self._variant: Variant | None = None  # found when the first batch was read and is right
         # The frame that has a stage's addresses, and the stage's.
-        self._written: tuple[Frame, int] | None = None
+        self._frame: Frame | None = None
+        self._ptr = 0
         # The workspace and the placement that it is bound to.
-        self._bound_to: tuple[object, object] = (None, None)
+        self._workspace: Workspace | None = None
+        self._placed: Arrays | None = None
+
+    # Copies to the int workspace, on a stream, what the planner has not copied; returns CUDA's
+    # error code.
+    send: Callable[[Any], int]
 
     def plan(
-        self, workspace: Workspace, stage: TensorDesc, placed: Arrays, batch: Batch, handle: int
+        self, workspace: Workspace, stage: Stage, placed: Arrays, batch: Batch, stream: object
     ) -> tuple[Array, int]:
-        """Call the planner on the arrays in the stage. Return the plan's info, and the offset in
-        the stage from which it has copied nothing to the device."""
-        bound = self._bound
-        if self._bound_to != (workspace, placed):
-            self._bind_places(workspace, stage, placed, batch)
-            self._bound_to = workspace, placed
+        """Call the planner on the arrays in the stage. Return the plan's info, and where it is."""
+        bound, ptr = self._bound, stage.ptr
+        if self._placed is not placed or self._workspace is not workspace:
+            self._bind_places(workspace, stage.desc, placed, batch)
+            self._placed, self._workspace, self._ptr = placed, workspace, 0
         if self._variant is None:
             self._variant, frame = bound.compiled.pack(bound)
         else:
             frame = bound.frame(self._variant)
         try:
-            words, sources = frame.addresses, (stage.ptr, batch.size, batch.room_for_rows)
-            is_other = (frame, stage.ptr) != self._written
-            for group in self._changing if is_other else self._changing[1:]:
-                for word, of, more in group:
-                    words[word] = sources[of] + more
-            if is_other:
-                self._written = frame, stage.ptr
-            launch(frame, handle if self._device.is_cuda else None)
-            result = frame.take_result()
-            return (result, placed.kernel_bytes) if self._has_sent else (array_values(result)[0], 0)
+            words = frame.addresses
+            if ptr != self._ptr or frame is not self._frame:
+                for word, more in self._of_stage:
+                    words[word] = ptr + more
+                self._frame, self._ptr = frame, ptr
+                start = placed.kernel_bytes if self._has_sent else 0
+                target, count = workspace.int_buffer.ptr + start, placed.end - start
+                self.send = cuda.copying(target, ptr + start, count, self._device.is_cuda)
+            sources = batch.size, batch.room_for_rows
+            for word, of, more in self._of_batch:
+                words[word] = sources[of] + more
+            launch(frame, stream)
+            address = words[frame.layout.result + 1]
+            info = frame.take_result()
+            if not self._has_sent:
+                info = array_values(info)[0]
+                address = address_of(info.handle)
+            return info, address
         finally:
             bound.give_back(frame)
 
@@ -88,21 +102,21 @@ class Planner:
         self, workspace: Workspace, stage: TensorDesc, placed: Arrays, batch: Batch
     ) -> None:
         """Bind the planner to a workspace and a placement. List the frame words that change with
-        the stage, and with each batch: the word, its source (the stage's address 0, requests 1,
-        queries 2), and an offset."""
+        the stage: the word, and an offset; and with each batch: the word, its source (requests 0,
+        queries 1), and an offset."""
         bound, count = self._bound, placed.kernel_bytes
         bound.put("float_workspace_buffer", workspace.float_buffer)
         bound.put("int_workspace_buffer", workspace.int_buffer.rows(0, count))
         bound.put(_STAGING, stage.rows(0, count))
-        words, sources = bound.words, ((_STAGING, 0), ("batch_size", 1), ("total_num_rows", 2))
-        changing = [(words[name][0][0], of, 0) for name, of in sources if name in words]
+        words, sources = bound.words, enumerate(("batch_size", "total_num_rows"))
+        self._of_stage = [(words[_STAGING][0][0], 0)] if _STAGING in words else []
+        self._of_batch = [(words[name][0][0], of, 0) for of, name in sources if name in words]
         descs = placed.descs(stage, {name: len(view) for name, view in batch.views.items()})
         for argument, name in self._arrays.items():
             bound.put(argument, descs[name])
             (address, _), (length, _), *_ = words[argument]
-            changing.append((address, 0, placed.where(name)[0]))
-            changing.append((length, 1, len(batch.views[name]) - batch.size))
-        self._changing = [[one for one in changing if bool(one[1]) is of] for of in (False, True)]
+            self._of_stage.append((address, placed.where(name)[0]))
+            self._of_batch.append((length, 0, len(batch.views[name]) - batch.size))
 
 
 class Captured:
@@ -128,7 +142,7 @@ class Captured:
                 ("page indices", names["kv_indptr"], batch.num_indices),
             ]
         if "mask_indptr" in batch.views:
-            needs.append(("mask bytes", first, batch.mask_indptr[-1]))
+            needs.append(("mask bytes", first, batch.views["mask_indptr"][-1]))
         for of, argument, need in needs:
             have = self.room.get(of)
             if have is not None and need > have:
@@ -178,14 +192,3 @@ def allocate(refuse: Refusal, device: Device, *sizes: int) -> Workspace:
     except (ArgumentError, MemoryError) as error:
         expected = f"{sizes[0]} and {sizes[1]} bytes, which could not be allocated"
         raise refuse("workspace", None, expected) from error
-
-
-def send(to: TensorDesc, stage: TensorDesc, start: int, end: int, handle: int) -> None:
-    """Copy bytes `start` to `end` of the stage to the int workspace."""
-    if start == end:
-        return
-    target, source = to.ptr + start, stage.ptr + start
-    if to.device.is_cuda:
-        cuda.copy_to_device(target, source, end - start, handle)
-    else:
-        ffi.memmove(cuda.pointer(target), cuda.pointer(source), end - start)

@@ -161,6 +161,17 @@ def prefill_most(g: Geometry, backend: str, batch_size: int, rows: int) -> Need:
     return _fa2_need(g, batch_size, rows, padded, cta_tile_q, split)
 
 
+def prefill_kind(g: Geometry, backend: str, batch_size: int, rows: int) -> int:
+    """Return the kind of a batch: of one kind, fewer requests with fewer queries do not need more
+    (`prefill_most`). fa2 has tiles of a size, and splits no requests of many tiles; fa3 gives each
+    head its own work items unless there are many."""
+    if backend == "fa3":
+        return _fa3_most_tiles(g, batch_size, rows) > _FA3_FEW_TILES
+    packed = rows * g.group_size
+    tile = _cta_tile_q(packed // batch_size, g)
+    return tile if packed // tile > g.most_split else -tile
+
+
 def _tiles(qo_lens: Sequence[int], group_size: int, cta_tile_q: int) -> list[int]:
     """Return the tiles of each request's queries; `ceil_div` is inlined because every plan calls
     this."""
@@ -179,7 +190,7 @@ def prefill_fa3(g: Geometry, qo_lens: Sequence[int], kv_pages: Sequence[int], ro
     """`PrefillSM90Plan`, which never splits."""
     batch_size, tile = len(qo_lens), _fa3_tile(g)
     if g.enable_cuda_graph:
-        tiles = ceil_div(rows, tile) + batch_size - 1
+        tiles = _fa3_most_tiles(g, batch_size, rows)
     else:
         tiles = sum(_tiles(qo_lens, 1, tile))
     return _fa3_need(g, batch_size, rows, tiles)
@@ -189,9 +200,13 @@ def _fa3_tile(g: Geometry) -> int:
     return 192 if g.head_dim_vo == 64 else 128
 
 
+def _fa3_most_tiles(g: Geometry, batch_size: int, rows: int) -> int:
+    return ceil_div(rows, _fa3_tile(g)) + batch_size - 1
+
+
 def _fa3_need(g: Geometry, batch_size: int, rows: int, tiles: int) -> Need:
-    most = ceil_div(rows, _fa3_tile(g)) + batch_size - 1
-    works = tiles * (1 if most > _FA3_FEW_TILES else g.num_qo_heads)
+    are_many = _fa3_most_tiles(g, batch_size, rows) > _FA3_FEW_TILES
+    works = tiles * (1 if are_many else g.num_qo_heads)
     return Need(0, bytes_of_ints(*[works] * 6, g.multiprocessors + 1, works), False)
 
 
@@ -216,14 +231,14 @@ def decode(g: Geometry, batch_size: int, kv_pages: Sequence[int] | None) -> Need
     return Need(partial_bytes(g, g.num_qo_heads * padded, 4), int_bytes)
 
 
-def mla_cluster(g: Geometry, qo_lens: Sequence[int]) -> int:
+def mla_cluster(g: Geometry, batch_size: int, rows: int) -> int:
     """Return the blocks that form a cluster, which determines the grid."""
-    return 2 if sum(qo_lens) * g.num_qo_heads // len(qo_lens) > 64 else 1
+    return 2 if rows * g.num_qo_heads // batch_size > 64 else 1
 
 
 def mla(g: Geometry, qo_lens: Sequence[int]) -> Need:
     """`MLAPlan`; `head_dim_vo` is head_dim_ckv."""
-    return mla_of_clusters(g, mla_cluster(g, qo_lens))
+    return mla_of_clusters(g, mla_cluster(g, len(qo_lens), sum(qo_lens)))
 
 
 def mla_of_clusters(g: Geometry, size: int) -> Need:
@@ -236,6 +251,6 @@ def mla_of_clusters(g: Geometry, size: int) -> Need:
 def mla_works(g: Geometry, qo_lens: Sequence[int]) -> int:
     """Return the most work items that `MLAPlan` makes of these requests; it does not check its
     limit."""
-    size = mla_cluster(g, qo_lens)
+    size = mla_cluster(g, len(qo_lens), sum(qo_lens))
     tiles = sum(_tiles(qo_lens, g.num_qo_heads, size * 64))
     return tiles + g.multiprocessors // size

@@ -48,6 +48,7 @@ class Workspace:
     ) -> None:
         self.float_buffer = _buffer("float_workspace_buffer", float_workspace_buffer)
         self.int_buffer = _buffer("int_workspace_buffer", int_workspace_buffer)
+        self.float_bytes, self.int_bytes = self.float_buffer.shape[0], self.int_buffer.shape[0]
         self.device = self.float_buffer.device
         if self.int_buffer.device is not self.device:
             expected = f"{self.device}, the device of `float_workspace_buffer`"
@@ -105,18 +106,9 @@ class Workspace:
         """
         self._replayed = weakref.ref(plan)
 
-    @property
-    def float_bytes(self) -> int:
-        return self.float_buffer.shape[0]
-
-    @property
-    def int_bytes(self) -> int:
-        return self.int_buffer.shape[0]
-
     def _has(self, float_bytes: int, int_bytes: int) -> bool:
         """Whether both workspaces are at least this large."""
-        buffers = self.float_buffer, self.int_buffer
-        return float_bytes <= buffers[0].shape[0] and int_bytes <= buffers[1].shape[0]
+        return float_bytes <= self.float_bytes and int_bytes <= self.int_bytes
 
     def _require(self, op: str, float_bytes: int, int_bytes: int) -> None:
         """Raise `ArgumentError` with both sizes if a workspace is too small."""
@@ -128,10 +120,13 @@ class Workspace:
                 expected = f"{need} bytes, as workspace_size tells"
                 raise Refusal(op)(name, f"{have} bytes", expected)
 
-    def _take(self, stream: int) -> None:
-        """Make `stream` wait for all work that used this workspace on other streams."""
+    def _take(self, queue: cuda.Queue) -> None:
+        """Make a stream wait for all work that used this workspace on other streams."""
         if self._replayed is not None:
             cuda.synchronize(self.device)
+        stream, number = queue.handle, queue.number()
+        if self._copied_on == (stream, (self.device.index, number)) and not self._elsewhere:
+            return
         key = stream_key(self.device.index, stream)
         if self._copied_on is not None and self._copied_on[1] != key:
             before, _ = self._copied_on

@@ -135,13 +135,18 @@ def at_end_of(owner: object, *calls: Callable[[], int]) -> Callable[[], object]:
 atexit.register(lambda: [end.give_back() for end in _ends.copy().values()])
 
 
+def copying(target: int, source: int, count: int, is_cuda: bool = True) -> Callable[[Any], int]:
+    """Return a function that queues a copy from page-locked host memory on a stream, whose C
+    pointer it takes; it returns CUDA's error code. On the CPU it copies."""
+    places = pointer(target), pointer(source), count
+    if not is_cuda:
+        return lambda _: ffi.memmove(*places) or 0
+    return functools.partial(machine.load_cudart()[0].cudaMemcpyAsync, *places, _HOST_TO_DEVICE)
+
+
 def copy_to_device(target: int, source: int, count: int, stream: int) -> None:
     """Queue a copy from page-locked host memory."""
-    runtime = machine.load_cudart()[0]
-    code = runtime.cudaMemcpyAsync(
-        pointer(target), pointer(source), count, _HOST_TO_DEVICE, pointer(stream)
-    )
-    check(code, "cudaMemcpyAsync")
+    check(copying(target, source, count)(pointer(stream)), "cudaMemcpyAsync")
 
 
 def synchronize(device: Device) -> None:
@@ -159,13 +164,41 @@ def is_capturing(stream: int) -> bool:
     return bool(status[0] != 0)
 
 
+class Queue:
+    """A stream that is asked about again and again, by one thread at a time."""
+
+    __slots__ = ("_ask_number", "_ask_status", "_number", "_status", "handle", "pointer")
+
+    def __init__(self, handle: int) -> None:
+        runtime, stream = machine.load_cudart()[0], pointer(handle)
+        self.handle, self.pointer = handle, stream
+        self._status, self._number = ffi.new("int *"), ffi.new("unsigned long long *")
+        self._ask_status = functools.partial(runtime.cudaStreamIsCapturing, stream, self._status)
+        self._ask_number = functools.partial(runtime.cudaStreamGetId, stream, self._number)
+
+    def is_capturing(self) -> bool:
+        """Whether the stream is recording a graph."""
+        code = self._ask_status()
+        if code:
+            check(code, "stream")
+        return self._status[0] != 0  # type: ignore[no-any-return]
+
+    def number(self) -> int:
+        """Return CUDA's number of the stream, which no other has had in this process."""
+        code = self._ask_number()
+        if code:
+            check(code, "cudaStreamGetId")
+        return self._number[0]  # type: ignore[no-any-return]
+
+
 class Event:
     """A CUDA event, by default without timing. An event that was never recorded is done."""
 
-    __slots__ = ("__weakref__", "_handle")
+    __slots__ = ("__weakref__", "_handle", "_runtime")
 
     def __init__(self, timing: bool = False) -> None:
         runtime, handle = machine.load_cudart()[0], ffi.new("void **")
+        self._runtime = runtime
         flags = 0 if timing else _NO_TIMING
         check(runtime.cudaEventCreateWithFlags(handle, flags), "cudaEventCreate")
         self._handle = handle[0]
@@ -173,16 +206,19 @@ class Event:
 
     def record(self, stream: int) -> None:
         """Record the event after the stream's work so far."""
-        check(machine.load_cudart()[0].cudaEventRecord(self._handle, pointer(stream)), "event")
+        code = self._runtime.cudaEventRecord(self._handle, pointer(stream))
+        if code:
+            check(code, "event")
 
     def is_done(self) -> bool:
-        runtime = machine.load_cudart()[0]
-        code = runtime.cudaEventQuery(self._handle)
+        code = self._runtime.cudaEventQuery(self._handle)
+        if not code:
+            return True
         if code == _NOT_READY:
-            runtime.cudaGetLastError()  # clear it: the next caller would get this error
-        elif code:
+            self._runtime.cudaGetLastError()  # clear it: the next caller would get this error
+        else:
             check(code, "cudaEventQuery")
-        return bool(code == 0)
+        return False
 
     def wait(self) -> None:
         """Block this thread until it is done."""

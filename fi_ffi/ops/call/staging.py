@@ -14,10 +14,10 @@ MAX_STAGES = 4
 class Stage:
     """A piece of page-locked memory, and the event of the last copy from it."""
 
-    __slots__ = ("desc", "done", "memory", "size", "words")
+    __slots__ = ("desc", "done", "memory", "ptr", "size", "words")
 
     def __init__(self, desc: TensorDesc, device: Device, memory: cuda.Memory | None = None) -> None:
-        self.desc, self.memory, self.size = desc, memory, desc.numel
+        self.desc, self.memory, self.ptr, self.size = desc, memory, desc.ptr, desc.numel
         count = self.size // 4 * 4
         # The same memory as int32.
         view = memoryview(ffi.buffer(cuda.pointer(desc.ptr), count) if count else b"")
