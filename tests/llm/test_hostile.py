@@ -402,9 +402,12 @@ def test_more_connections_than_descriptors(target):
     resource.prlimit(process, resource.RLIMIT_NOFILE, (limit, limits[1]))
     held = [connected(target) for _ in range(30)]
     time.sleep(1.5)
+    most = max(map(int, os.listdir(f"/proc/{process}/fd")))
     for connection in held:
         connection.close()
     resource.prlimit(process, resource.RLIMIT_NOFILE, limits)
+    if most >= limit:
+        pytest.skip("this kernel does not hold a process to a limit that another set")
     is_well(target)
     told = target.output()[before:]
     assert told.count("connections wait: [Errno 24]") == 1
