@@ -104,7 +104,7 @@ class ByFiFfi:
         of = layer.weights
         projections = {name: lambda x, w=of[name]: (x @ w).contiguous().realize()
                        for name in ("qkv", "out", "gate_up", "down")}  # fmt: skip
-        jit = TinyJit if layer.device == "CUDA" else lambda function: function
+        jit = TinyJit if layer.device != "PYTHON" else lambda function: function
         self.project = {name: jit(function) for name, function in projections.items()}
         self.attended = layer.empty(n, layer.qo_heads * HEAD_DIM)
         self.gated = layer.empty(n, layer.gate)
