@@ -248,7 +248,7 @@ def main():
     args = parser.parse_args()
     device, sizes = "CUDA", (1024, 8, 2, 2048, (15, 64, 33, 700), 20)
     if args.cpu:
-        device, sizes = cpu(), (16, 2, 1, 16, (15, 3), 2)
+        device, sizes = cpu(), (8, 2, 1, 8, (15, 3), 2)
     else:
         use_primary_context(Device[device])
     with Context(DEV=device):

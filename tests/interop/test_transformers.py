@@ -13,7 +13,7 @@ import pytest
 
 import fi_ffi
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "interop"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "interop"))
 torch = pytest.importorskip("torch", reason="torch is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 import transformers_attention as example  # noqa: E402
