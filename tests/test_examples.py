@@ -13,7 +13,7 @@ from tests.helpers import coexistence, embedding
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 INTEROP = EXAMPLES / "interop"
-# Tests of their own have the others: tests/jax/test_example.py, test_tinygrad, test_transformers.
+# Tests of their own have the others: tests/jax/test_example.py and tests/interop.
 _OTHERS = "checks", "jax_in_jit", "tinygrad_layer", "transformers_attention"
 NAMES = sorted(path.stem for path in INTEROP.glob("*.py") if path.stem not in _OTHERS)
 # The others use numpy where there is no GPU.

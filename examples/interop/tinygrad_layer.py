@@ -29,7 +29,8 @@ import fi_ffi
 
 PAGE_SIZE, HEAD_DIM, EPS, THETA = 16, 64, 1e-6, 10000.0
 # Some 10 roundings to float16 add up at random: sqrt(10) * 2^-11 is 2^-9.3 of the largest element.
-BOUND = 2.0**-8
+# A norm over the few elements that --cpu has can double that twice.
+BOUND = 2.0**-7
 NAMES = {dtypes.float16: "float16", dtypes.bfloat16: "bfloat16", dtypes.int32: "int32"}
 
 
@@ -104,7 +105,7 @@ class ByFiFfi:
         of = layer.weights
         projections = {name: lambda x, w=of[name]: (x @ w).contiguous().realize()
                        for name in ("qkv", "out", "gate_up", "down")}  # fmt: skip
-        jit = TinyJit if layer.device == "CUDA" else lambda function: function
+        jit = TinyJit if layer.device != "PYTHON" else lambda function: function
         self.project = {name: jit(function) for name, function in projections.items()}
         self.attended = layer.empty(n, layer.qo_heads * HEAD_DIM)
         self.gated = layer.empty(n, layer.gate)
@@ -248,7 +249,7 @@ def main():
     args = parser.parse_args()
     device, sizes = "CUDA", (1024, 8, 2, 2048, (15, 64, 33, 700), 20)
     if args.cpu:
-        device, sizes = cpu(), (16, 2, 1, 16, (15, 3), 2)
+        device, sizes = cpu(), (8, 2, 1, 8, (15, 3), 2)
     else:
         use_primary_context(Device[device])
     with Context(DEV=device):

@@ -7,7 +7,7 @@ The rules: `stream=torch.cuda.current_stream()` is all that is needed while ever
 stream.  Where fi_ffi works on another stream than the one that a tensor was made on, torch must
 be told twice: `wait_stream`, since nothing is ordered between streams, and `record_stream`, since
 the caching allocator gives a tensor's memory to the next one of its own stream as soon as Python
-lets go of it.  Tensors that require gradients are refused: writing is not differentiable.
+lets go of it.  Gradients do not pass a call: what it writes was computed by nothing that torch saw.
 
 With --cpu: torch's CPU tensors, and reference kernels.
 """

@@ -70,9 +70,13 @@ class Attention:
                is_causal=None, **others):  # fmt: skip
         """Attention of [requests, heads, tokens, head_dim]; returns [requests, tokens, ...]."""
         refused = [name for name in OTHER if others.get(name) is not None]
-        if refused or dropout or is_causal is False or not getattr(module, "is_causal", True):
-            what = ", ".join(refused) or ("dropout" if dropout else "attention to later tokens")
-            raise NotImplementedError(f"fi_ffi: {what} of {type(module).__name__}: not served here")
+        refused += ["dropout"] if dropout else []
+        refused += ["gradients"] if query.requires_grad and torch.is_grad_enabled() else []
+        if is_causal is False or not getattr(module, "is_causal", True):
+            refused.append("attention to later tokens")
+        if refused:
+            what = f"{', '.join(refused)} of {type(module).__name__}"
+            raise NotImplementedError(f"fi_ffi: {what}: not served here")
         if attention_mask is None or attention_mask.ndim != 2:
             raise ValueError("fi_ffi: attention_mask: expected what its mask function returns")
         if value.stride() != key.stride():

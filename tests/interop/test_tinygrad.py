@@ -11,7 +11,7 @@ import pytest
 
 import fi_ffi
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "interop"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "interop"))
 tinygrad = pytest.importorskip("tinygrad", reason="tinygrad is not installed")
 import tinygrad_layer as example  # noqa: E402
 
@@ -26,7 +26,7 @@ def device():
 @pytest.fixture(scope="module")
 def step(device):
     """A layer, and what tinygrad alone gives in the first step."""
-    layer = example.Layer(device, 16, 2, 1, 16, (15, 3), 1)
+    layer = example.Layer(device, 8, 2, 1, 8, (15, 3), 1)
     exact = [*example.run(layer, example.ByTinygrad(layer, example.dtypes.float32), 1)]
     assert example.check(layer, exact) < example.BOUND
     return layer, exact

@@ -13,7 +13,7 @@ import pytest
 
 import fi_ffi
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "interop"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "interop"))
 torch = pytest.importorskip("torch", reason="torch is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 import transformers_attention as example  # noqa: E402
@@ -137,6 +137,14 @@ def ask(found, **more):
         return found(torch.ones(2, 5, dtype=torch.long), **more)
 
 
+def test_gradients_are_refused(attention):
+    found = model()
+    found.set_attn_implementation("fi_ffi")
+    with pytest.raises(NotImplementedError, match="gradients of Qwen3Attention: not served"):
+        found(torch.ones(2, 5, dtype=torch.long))
+    assert attention.runs == {"prefill": 0, "decode": 0}
+
+
 @pytest.mark.parametrize(
     ("mask", "words"),
     [
@@ -163,7 +171,7 @@ def test_a_window_is_refused(attention):
 @pytest.mark.parametrize(
     ("change", "words"),
     [({"is_causal": False}, "attention to later tokens"), ({"dropout": 0.1}, "dropout"),
-     ({"softcap": 30.0, "s_aux": 1}, "softcap, s_aux of Linear")],
+     ({"softcap": 30.0, "s_aux": 1}, "softcap, s_aux of Linear: not served")],
     ids=["causal", "dropout", "others"],
 )  # fmt: skip
 def test_arguments_that_are_refused(change, words, attention):
