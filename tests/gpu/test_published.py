@@ -104,8 +104,12 @@ def poisoned(*shape, dtype=torch.float32):
     return torch.full(shape, float("nan"), device="cuda").to(dtype)
 
 
-def close(got, expected, rtol, atol):
-    torch.testing.assert_close(got.double(), expected.double(), rtol=rtol, atol=atol)
+def off(got, expected, rtol, atol):
+    """The largest difference, as a part of what it may be."""
+    assert got.shape == expected.shape
+    expected = expected.double()
+    part = (got.double() - expected).abs() / (atol + rtol * expected.abs())
+    return float(part.nan_to_num(torch.inf).max())
 
 
 HALF = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7, torch.float32: 1e-5}
@@ -138,7 +142,7 @@ def test_softmax(library, drawn, rows, vocab, dtype, temperature):
     scalar = {"one": 1.0, "scalar": 0.7, "each": 0.0}[temperature]
     library("flashinfer_softmax").softmax(workspace, logits, out, each, scalar, False)
     divided = logits.double() / (scalar if each is None else each.double()[:, None])
-    close(out, torch.softmax(divided, -1), 1e-5, 1e-7)
+    assert off(out, torch.softmax(divided, -1), 1e-5, 1e-7) <= 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -152,9 +156,9 @@ def test_merge_state(library, drawn, tokens, heads, dim, dtype):
     library("merge_state").merge_state(v[0], s[0], v[1], s[1], out, lse, scale, False)
     whole = torch.logaddexp(s[0].double(), s[1].double())
     shares = [torch.exp(each.double() - whole)[..., None] for each in s]
-    close(lse, whole, 1e-5, 1e-5)
+    assert off(lse, whole, 1e-5, 1e-5) <= 1
     expected = sum(share * each.double() for share, each in zip(shares, v, strict=True))
-    close(out, expected, HALF[dtype], HALF[dtype])
+    assert off(out, expected, HALF[dtype], HALF[dtype]) <= 1
 
 
 def turned(x, positions, dim, frequencies, interleave):
@@ -201,7 +205,9 @@ def test_rope(library, drawn, entry, size, dim, interleave, dtype):
     else:
         call(q, k, *outs, starts, at, dim, interleave, scale, theta, *more)
     for x, out in zip((q, k), outs, strict=True):
-        close(out, turned(x, positions, dim, used, interleave), HALF[dtype], 3 * HALF[dtype])
+        assert (
+            off(out, turned(x, positions, dim, used, interleave), HALF[dtype], 3 * HALF[dtype]) <= 1
+        )
 
 
 @pytest.mark.parametrize("interleave", [False, True])
@@ -223,15 +229,18 @@ def test_rope_and_cache(library, drawn, fused, interleave):
         q, k, *outs, cache, positions.cuda(), interleave, *more, False
     )
     expected = turned(k, positions, size, used, interleave)
-    close(outs[0], turned(q, positions, size, used, interleave), HALF[dtype], 3 * HALF[dtype])
+    assert (
+        off(outs[0], turned(q, positions, size, used, interleave), HALF[dtype], 3 * HALF[dtype])
+        <= 1
+    )
     if fused:
-        close(caches[0][where], expected, HALF[dtype], 3 * HALF[dtype])
+        assert off(caches[0][where], expected, HALF[dtype], 3 * HALF[dtype]) <= 1
         assert torch.equal(caches[1][where], v)
         rest = torch.ones(100, dtype=torch.bool, device="cuda")
         rest[where] = False
         assert caches[0][rest].isnan().all() and caches[1][rest].isnan().all()
     else:
-        close(outs[1], expected, HALF[dtype], 3 * HALF[dtype])
+        assert off(outs[1], expected, HALF[dtype], 3 * HALF[dtype]) <= 1
 
 
 def test_rope_quantize(library, drawn):
@@ -245,23 +254,21 @@ def test_rope_quantize(library, drawn):
     used = 1e4 ** (-torch.arange(0, 64, 2, dtype=torch.float64) / 64)
     angles = torch.arange(256, dtype=torch.float64)[:, None] * used
     cache = torch.cat([torch.cos(angles), torch.sin(angles)], -1).float().cuda()
-    ids = positions.to("cuda", torch.int32)
-    library("rope").rope_quantize(*given, *outs, cache, ids, 2.0, 0.5, False, False)
+    library("rope").rope_quantize(*given, *outs, cache, positions.cuda(), 2.0, 0.5, False, False)
     wanted = (
         2 * turned(q_rope, positions, 64, used, False),
         0.5 * turned(k_rope[:, None], positions, 64, used, False)[:, 0],
         2 * q_nope.double(), 0.5 * k_nope.double(),
     )  # fmt: skip
     for out, expected in zip(outs, wanted, strict=True):
-        close(out.float(), expected, 2.0**-4, 2.0**-9)
+        assert off(out.float(), expected, 2.0**-4, 2.0**-9) <= 1
 
 
 @pytest.mark.parametrize(
-    ("entry", "experts", "top_k"),
-    [("softplus_sqrt_topk_flash", 256, 6), ("softplus_sqrt_topk_flash", 384, 6),
-     ("softmax_topk_flash", 768, 12)],
+    ("entry", "experts", "top_k", "renorm"),
+    [("softplus_sqrt_topk_flash", 256, 6, True), ("softplus_sqrt_topk_flash", 384, 6, True),
+     ("softmax_topk_flash", 768, 12, False)],
 )  # fmt: skip
-@pytest.mark.parametrize("renorm", [False, True])
 def test_routing(library, drawn, entry, experts, top_k, renorm):
     """The experts with the greatest scores plus biases; weights are scores alone."""
     rows = 77
@@ -287,11 +294,10 @@ def judge_routes(scores, ranked, ids, weights, renorm, scaling):
     expected = scores.gather(-1, order.values)
     if renorm:
         expected = expected / expected.sum(-1, keepdim=True)
-    close(weights.gather(-1, order.indices), scaling * expected, 1e-4, 1e-6)
+    assert off(weights.gather(-1, order.indices), scaling * expected, 1e-4, 1e-6) <= 1
 
 
-@pytest.mark.parametrize("renorm", [False, True])
-def test_routing_by_a_table(library, drawn, renorm):
+def test_routing_by_a_table(library, drawn):
     """Experts are those of the token's row in a table."""
     rows, experts, top_k, vocab = 50, 256, 6, 1000
     logits, weights = drawn(rows, experts), poisoned(rows, top_k)
@@ -299,15 +305,12 @@ def test_routing_by_a_table(library, drawn, renorm):
     table = each.topk(top_k, -1).indices.int()
     tokens = torch.randint(vocab, (rows,), generator=drawn.generator, device="cuda")
     ids = torch.full((rows, top_k), -5, dtype=torch.int32, device="cuda")
-    library("routing").hash_softplus_sqrt_topk_flash(
-        logits, tokens, table, ids, weights, renorm, 2.5
-    )
+    library("routing").hash_softplus_sqrt_topk_flash(logits, tokens, table, ids, weights, True, 2.5)
     scores = torch.nn.functional.softplus(logits.double()).sqrt()
     expected = scores.gather(-1, table[tokens].long())
-    if renorm:
-        expected = expected / expected.sum(-1, keepdim=True)
+    expected = expected / expected.sum(-1, keepdim=True)
     assert torch.equal(ids, table[tokens])
-    close(weights, 2.5 * expected, 1e-4, 1e-6)
+    assert off(weights, 2.5 * expected, 1e-4, 1e-6) <= 1
 
 
 @pytest.mark.parametrize("count", [2, 5, 8])
@@ -327,7 +330,7 @@ def test_chains(library, drawn, entry, count):
     counts = torch.full((requests,), -7, dtype=torch.int32, device="cuda")
     call = getattr(library("sampling_chain"), entry)
     if entry == "verify_chain_greedy":
-        call(predicts, accepted, counts, candidates, target, requests, count, False)
+        call(predicts, accepted, counts, candidates, target.long(), requests, count, False)
     else:  # of distributions that are certain
         probs = torch.nn.functional.one_hot(target.long(), vocab).float().contiguous()
         coins = torch.rand(requests, count, generator=drawn.generator, device="cuda") * 0.98 + 0.01
@@ -431,25 +434,24 @@ def test_transfers_by_head(library, drawn, entry):
 
 @pytest.mark.parametrize("vocab", [1000, 32_000, 129_280])
 def test_topk_topp(library, drawn, vocab):
-    """Of distinct probabilities; a bound of p is between two sums."""
+    """Of distinct probabilities; a bound of p is between two sums.  2**30 keeps all for p."""
     rows = 6
     probs = torch.softmax(drawn(rows, vocab, scale=3), -1)
     made, out = library("fused_topk_topp"), poisoned(rows, vocab)
-    top_k = torch.tensor([1, 2, 50, 999, 40, 7], dtype=torch.int32, device="cuda")
+    top_k = torch.tensor([1, 2, 50, 1 << 30, 40, 7], dtype=torch.int32, device="cuda")
     ranked = probs.double().sort(-1, descending=True).values
-    top_p = []
-    for row, k in zip(ranked, top_k.tolist(), strict=True):
+    top_p, counts = [], [min(k, vocab) // 3 for k in top_k.tolist()]
+    for row, k, at in zip(ranked, top_k.tolist(), counts, strict=True):
         sums = (row[:k] / row[:k].sum()).cumsum(0)
-        at = k // 3
         top_p.append(float(sums[at] - (sums[at] - (sums[at - 1] if at else 0)) / 2))
     size = made.fused_topk_topp_workspace_size(rows, vocab)
     workspace = torch.empty(size, dtype=torch.uint8, device="cuda")
     top_p = torch.tensor(top_p, dtype=torch.float32, device="cuda")
     made.fused_topk_topp_renorm(probs, top_k, top_p, out, workspace, 0, False)
-    for i, k in enumerate(top_k.tolist()):
-        kept = probs[i].double() >= ranked[i, k // 3]
+    for i, at in enumerate(counts):
+        kept = probs[i].double() >= ranked[i, at]
         expected = torch.where(kept, probs[i].double(), 0)
-        close(out[i], expected / expected.sum(), 1e-4, 1e-7)
+        assert off(out[i], expected / expected.sum(), 1e-4, 1e-7) <= 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -474,8 +476,8 @@ def test_silu_quantized(library, drawn, width, by_expert, dtype):
     wanted = y.abs().amax(-1) / 448
     for e in range(experts if by_expert else 1):
         some = (e, slice(int(counts[e]))) if by_expert else slice(None)
-        close(scales[some], wanted[some], 2e-2, 1e-6)
-        close(got[some], y[some], 2.0**-3.5, float(wanted.max()) * 2.0**-8)
+        assert off(scales[some], wanted[some], 2e-2, 1e-6) <= 1
+        assert off(got[some], y[some], 2.0**-3.5, float(wanted.max()) * 2.0**-8) <= 1
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -494,7 +496,7 @@ def test_finalize(library, drawn, dtype, shared):
     )
     each = outputs.double()[places.long().clamp(0)] * (places >= 0)[:, None]
     expected = (each.unflatten(0, (tokens, top_k)) * weights.double()[..., None]).sum(1)
-    close(out, expected + (more.double() if shared else 0), 2.0**-7, 2.0**-5)
+    assert off(out, expected + (more.double() if shared else 0), 2.0**-7, 2.0**-5) <= 1
 
 
 @pytest.mark.parametrize("rows", [1, 33, 400])
@@ -508,7 +510,7 @@ def test_two_norms(library, drawn, rows):
     for x, weight, out in (given[:3], given[3:]):
         x = x.double()
         expected = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.double()
-        close(out, expected, 2.0**-7, 2.0**-8)
+        assert off(out, expected, 2.0**-7, 2.0**-8) <= 1
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 8, 9, 16])
@@ -517,7 +519,7 @@ def test_logits(library, drawn, tokens):
     weight = drawn(16_160, 7168, dtype=torch.bfloat16, scale=7168**-0.5)
     out = poisoned(tokens, 16_160, dtype=torch.bfloat16)
     library("lm_head_gemm").lm_head_gemm(out, x, weight, 8 if tokens <= 8 else 16, False)
-    close(out, x.double() @ weight.double().T, 2.0**-7, 2.0**-9)
+    assert off(out, x.double() @ weight.double().T, 2.0**-7, 2.0**-9) <= 1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -526,7 +528,7 @@ def test_router(library, drawn, tokens, dtype):
     x, out = drawn(tokens, 7168, dtype=torch.bfloat16), poisoned(tokens, 256)
     weight = drawn(256, 7168, dtype=dtype, scale=7168**-0.5)
     library("dsv3_gemm").dsv3_router_gemm(out, x, weight, False)
-    close(out, x.double() @ weight.double().T, 1e-3, 1e-3)
+    assert off(out, x.double() @ weight.double().T, 1e-3, 1e-3) <= 1
 
 
 def marlin_order(bits):
@@ -626,7 +628,7 @@ def test_experts_in_4_bits(library, drawn, tokens, block, is_ep):
     for i, (token, e) in enumerate((t, e) for t in range(tokens) for e in ids[t].tolist()):
         expected = x[token].double() @ exact[e] * shares.reshape(-1)[i].double()
         scale = float(expected.abs().max())
-        close(out[i], expected, 2.0**-6, scale * 2.0**-7)
+        assert off(out[i], expected, 2.0**-6, scale * 2.0**-7) <= 1
 
 
 @pytest.mark.parametrize("blocks", [1, 5, 11])
@@ -634,24 +636,22 @@ def test_experts_in_4_bits(library, drawn, tokens, block, is_ep):
 def test_residuals(library, drawn, entry, blocks):
     """Candidates by the softmax of their scores: of a norm of each, a weighted sum."""
     tokens, width, dtype, eps = 19, 7168, torch.bfloat16, 1e-6
-    last, delta = (drawn(tokens, 1, width, dtype=dtype) for _ in "ab")
+    last = drawn(tokens, 1, width, dtype=dtype)
     others = drawn(blocks, tokens, 1, width, dtype=dtype)
     scorer, norm = drawn(width, dtype=dtype, scale=width**-0.5), drawn(width, dtype=dtype)
     out_norm, out = drawn(width, dtype=dtype), poisoned(tokens, 1, width, dtype=dtype)
-    added = (last.double() + delta.double()).to(dtype)
     more = (out_norm,) if entry.endswith("out_norm") else ()
     getattr(library("attn_res"), entry)(
-        last, delta, others, scorer, norm, *more, out, blocks, eps, False
+        last, None, others, scorer, norm, *more, out, blocks, eps, False
     )
-    close(last, added, 2.0**-8, 2.0**-8)
-    every = torch.cat([others, added[None]]).double()
+    every = torch.cat([others, last[None]]).double()
     normed = every * torch.rsqrt(every.square().mean(-1, keepdim=True) + eps) * norm.double()
     shares = torch.softmax((normed * scorer.double()).sum(-1), 0)
     expected = (shares[..., None] * every).sum(0)
     if more:
         size = torch.rsqrt(expected.square().mean(-1, keepdim=True) + eps)
         expected = expected * size * out_norm.double()
-    close(out, expected, 2.0**-6, 2.0**-5)
+    assert off(out, expected, 2.0**-6, 2.0**-5) <= 1
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
