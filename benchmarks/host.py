@@ -80,6 +80,8 @@ MARKS = {
     "decode step": Mark("decode-step", f"decode step of {steps.LEAST} to {steps.MOST} requests: "
                         f"a replan and {steps.RUNS} typed runs",
                         f"{_WRAPPER}.plan, {steps.RUNS} run(out=)", 0.55),
+    "decode step streamed": Mark("decode-step", "decode step, stream= and descriptors for each run",
+                                 f"{_WRAPPER}.plan, {steps.RUNS} run(out=)", 0.75),
     "first run": Mark("decode-step", "decode step: the first run", steps.PARTS[-1], 1.30),
     "decode plan": Mark("decode-plan", "batch decode replan", "the wrapper's plan", 0.40),
     "ragged fa2": Mark("ragged-fa2", "ragged prefill replan, fa2", "the fa2 wrapper's plan", 0.60),

@@ -130,6 +130,23 @@ class Steps:
 
         return loop
 
+    def streamed(self) -> Loop:
+        """A replan and the runs, each given the stream, and the descriptors of each run made."""
+        replan, run, stream = self.plan.replan, self.plan.run, self.gpu.stream
+        q_ptr, out_ptr, k, v = self.q.ptr, self.out.ptr, self.k.desc(), self.v.desc()
+
+        def loop(steps: list[Step]) -> Array:
+            start = perf_counter_ns()
+            for size, tables in steps:
+                replan(*tables, stream=stream)
+                for _ in range(RUNS):
+                    q = TensorDesc(q_ptr, (size, HEADS, HEAD_DIM), "float16")
+                    out = TensorDesc(out_ptr, (size, HEADS, HEAD_DIM), "float16")
+                    run(q, k, v, out, stream=stream)
+            return np.array([perf_counter_ns() - start])
+
+        return loop
+
     def theirs(self) -> Loop:
         """FlashInfer's wrapper, planned and run as it is quickest."""
         flashinfer = self.bench.peers.flashinfer(self.plan.module)
@@ -161,15 +178,18 @@ def step(bench: Bench) -> Iterator[Line]:
     """The whole step beside the wrapper's, and what its parts take."""
     steps = Steps(bench)
     sides = [steps.side(name, steps.ours(), lambda step: step, i) for i, name in enumerate(PARTS)]
+    sides.append(steps.side("step, stream=", steps.streamed(), lambda step: step, 0))
     missing = None
     try:
         name = f"BatchDecodeWithPagedKVCacheWrapper.plan, {RUNS} run(out=)"
         sides.append(steps.side(name, steps.theirs(), steps.on_torch, 0))
     except Missing as error:  # of the peer: what a step takes can be told without it
         missing = error
-    whole, replan, first, later, *peer = bench.measure(sides, bench.less(20, 1)).values()
+    measured = bench.measure(sides, bench.less(20, 1)).values()
+    whole, replan, first, later, streamed, *peer = measured
     if peer:
         yield Line("decode step", whole, peer[0])
+        yield Line("decode step streamed", streamed, peer[0])
     yield Line("", replan, None, "decode step: the replan")
     yield Line("", first, None, "decode step: the first run")
     yield Line("", later, None, f"decode step: each of the {RUNS - 1} later runs")

@@ -147,7 +147,7 @@ class Plan:
 
     @property
     def size(self) -> WorkspaceSize:
-        """The bytes of both workspaces that the batch in force needs."""
+        """The bytes of both workspaces that the batch in force needs, or needs at most."""
         return WorkspaceSize(self._needs.float_bytes, self._placed.end)
 
     # Hooks for plan classes.
@@ -205,7 +205,8 @@ class Plan:
 
     def _need(self, batch: Batch, is_exact: bool = False) -> tuple[Need, Arrays]:
         """Return the workspace need of a batch, and the placement of its arrays. If there is room,
-        the need is that of any batch of this size, so that the next replan keeps the placement."""
+        the need is that of any batch of this size, or of a larger one before, so that the next
+        replan keeps the placement."""
         num_indices = batch.num_indices
         if self.options.enable_cuda_graph:
             if batch.rows > self._max_rows:
