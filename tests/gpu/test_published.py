@@ -60,9 +60,9 @@ NOT_CALLED = {
     "silu_and_mul_fuse_nvfp4_quant": "of SM100 and later, by its caller",
     **dict.fromkeys(
         ("attn_res_fwd", "attn_res_fwd_out_norm"),
-        "of Blackwell, by their caller: on an H100 they write nothing, and report no error",
+        "of Blackwell, by their caller: test_entries_without_code_for_hopper",
     ),
-    "rope_quantize": "it refuses a data type that it does not name; the wheel does not call it",
+    "rope_quantize": "it takes no fp8: test_entries_without_code_for_hopper",
     "mhc_big_fuse": "its formula is in no source that was read",
     **dict.fromkeys(
         ("dsv4_gather_paged_indexer_mxfp4_cache", "dsv4_indexer_topk_prefill",
@@ -624,3 +624,26 @@ def test_lamport(library, dtype):
     torch.cuda.synchronize()
     for each in buffers:
         assert (each == 0).all() and torch.signbit(each).all()
+
+
+@pytest.mark.parametrize("entry", ["attn_res_fwd", "attn_res_fwd_out_norm", "rope_quantize"])
+def test_entries_without_code_for_hopper(library, drawn, entry):
+    """Two return as if all were well, and print that they need another GPU; one refuses fp8."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("of Hopper")
+    dtype = torch.bfloat16
+    if entry == "rope_quantize":
+        given = [drawn(21, 16, size, dtype=dtype) for size in (64, 64, 512, 512)]
+        given[1::2] = [x[:, 0].contiguous() for x in given[1::2]]
+        outs = [torch.full_like(x, 448.0, dtype=torch.float8_e4m3fn) for x in given]
+        cache, ids = drawn(256, 64), torch.arange(21, device="cuda", dtype=torch.int32)
+        with pytest.raises(fi_ffi.KernelError, match="failed to dispatch data type"):
+            library("rope").rope_quantize(*given, *outs, cache, ids, 1.0, 1.0, False, False)
+        assert all((out.float() == 448).all() for out in outs)
+        return
+    width = 7168
+    last, others = drawn(9, 1, width, dtype=dtype), drawn(5, 9, 1, width, dtype=dtype)
+    weights = [drawn(width, dtype=dtype) for _ in range(3 if entry.endswith("norm") else 2)]
+    out = poisoned(9, 1, width, dtype=dtype)
+    getattr(library("attn_res"), entry)(last, None, others, *weights, out, 5, 1e-6, False)
+    assert out.isnan().all()

@@ -39,7 +39,7 @@ from fi_ffi.errors import (
 from fi_ffi.loader import cache, kernels, lock, per_device
 from fi_ffi.loader.elf import inspect_elf
 from fi_ffi.loader.fatbin import architectures
-from fi_ffi.loader.fetch import index, pinning, wheels_lock
+from fi_ffi.loader.fetch import index, pinning, published, wheels_lock
 from fi_ffi.loader.fetch.http import Policy
 from fi_ffi.loader.fetch.urls import check_url, redact, redirected
 from fi_ffi.loader.machine import sass_named
@@ -377,6 +377,14 @@ EVIDENCES = [
     b"_ZZ14__tvm_ffi_rope\0Mismatched number of arguments when calling",
     b"_ZZ" + b"9" * 9999,
 ]
+PINNED = wheels_lock.PinnedDistribution(
+    "a", "1", "linux-x86_64", "a-1-py3-none-any.whl", "0" * 64, "1" * 64, 9, "none", "a test"
+)
+REPORTS = [
+    b'{"version": "1", "install": [{"download_info": {"url": "https://a.example/a-1-py3-none-any.whl",'
+    b' "archive_info": {"hashes": {"sha256": "' + b"0" * 64 + b'"}}}}]}',
+    b'{"install": []}', b'{"install": [{"download_info": 1}]}', b"[" * 9999,
+]  # fmt: skip
 PARSERS: dict[str, Parser] = {
     "signature": Parser(_signature, AbiError, list),
     "refusal": Parser(_refusal, AbiError, list),
@@ -403,6 +411,10 @@ PARSERS: dict[str, Parser] = {
     ),
     "index": Parser(_index, LoaderError, _indexes),
     "page": Parser(_page, FetchError, lambda: PAGES),
+    "report": Parser(
+        lambda data: published.located(PINNED, _text(data)), (FetchError, ArtifactError),
+        lambda: REPORTS,
+    ),
     "address": Parser(_address, FetchError, lambda: ADDRESSES),
     "cpp": Parser(_cpp, BuildError, _cpp_sources),
     "python": Parser(_python, BuildError, _python_sources),

@@ -54,7 +54,7 @@ EDITS = st.lists(
     max_size=6,
 )
 # A second of it is a great deal for some kB.
-SECONDS = 2
+SECONDS = 4
 
 
 def damaged(seed, edits):
@@ -187,6 +187,7 @@ OWN = {
     "catalogue/api_map.py:release": "the package's data",
     "catalogue/api_map.py:rows": "the package's data",
     "loader/tvm_ffi.py:releases_record": "the package's data",
+    "modules/files.py:_records": "the package's data",
     "loader/uris.py:": "the package's data",
     "jax/xla.py:CallText.read": "what fi_ffi wrote into a program of XLA's",
     "questions.py:ask": "what a driver of ours wrote",

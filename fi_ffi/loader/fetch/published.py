@@ -16,7 +16,6 @@ import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from fi_ffi.errors import (
     ArgumentError,
@@ -24,6 +23,7 @@ from fi_ffi.errors import (
     FetchError,
     KernelNotFoundError,
     LoaderError,
+    let_through,
     nearest,
 )
 from fi_ffi.loader import seed
@@ -31,6 +31,7 @@ from fi_ffi.loader.distributions import Distribution, hex_of, installed
 from fi_ffi.loader.fetch.asking import check_permission
 from fi_ffi.loader.fetch.index import stored_record
 from fi_ffi.loader.fetch.remote import RemoteWheel
+from fi_ffi.loader.fetch.urls import check_url, is_file_url
 from fi_ffi.loader.fetch.wheels_lock import PinnedDistribution, the_lock, this_platform
 from fi_ffi.loader.kernels import KernelSource, KernelWheel, ModuleFile, hashed_file, stored
 from fi_ffi.loader.wheel import Recorded, Wheel, WheelReader
@@ -197,20 +198,28 @@ def address_of(pin: PinnedDistribution) -> str:
     for each in dict.fromkeys(tag.platform for tag in tags):
         options += ["--platform", each]
     with tempfile.TemporaryDirectory() as nowhere:
-        report = _report([*options, "--target", nowhere, f"{pin.name}=={pin.version}"], pin.file)
+        told = _report([*options, "--target", nowhere, f"{pin.name}=={pin.version}"], pin.file)
+    return located(pin, told)
+
+
+def located(pin: PinnedDistribution, report: str) -> str:
+    """Return the address in pip's report of an installation."""
     try:
-        (found,) = (item["download_info"] for item in report["install"])
+        (found,) = (item["download_info"] for item in json.loads(report)["install"])
         url, sha256 = str(found["url"]), found["archive_info"]["hashes"]["sha256"]
-    except (LookupError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError, RecursionError) as error:
+        let_through(error)
         raise FetchError(f"{pin.file}: pip reports no address and sha256: {error!r}") from error
     if sha256 != pin.sha256:
         raise ArtifactError(
-            f"{pin.file}: the index has one with sha256 {sha256}, pinned is {pin.sha256}"
+            f"{pin.file}: the index has one with sha256 {sha256!r:.80}, pinned is {pin.sha256}"
         )
+    if not is_file_url(url):
+        check_url(url)
     return url
 
 
-def _report(arguments: Sequence[str], file: str) -> Any:
+def _report(arguments: Sequence[str], file: str) -> str:
     """Return pip's report of an installation that does not take place."""
     command = [sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", "--no-deps"]
     command += ["--ignore-installed", "--only-binary", ":all:", "--report", "-", *arguments]
@@ -230,10 +239,7 @@ def _report(arguments: Sequence[str], file: str) -> Any:
             f"pip does not say where {file} is: {why:.300}. Install the distribution, which need "
             "not be imported, or give the path of the library"
         )
-    try:
-        return json.loads(done.stdout)
-    except ValueError as error:
-        raise FetchError(f"{file}: pip's report is no JSON: {error}") from error
+    return done.stdout
 
 
 def _canonical(name: str) -> str:
