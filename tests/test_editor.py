@@ -47,6 +47,7 @@ def test_a_made_plan_and_its_workspace_show_what_is_meant():
     assert names_of(plan) <= OF_PLANS
     assert names_of(plan.workspace) == {
         "allocate", "device", "float_buffer", "float_bytes", "int_buffer", "int_bytes",
+        "set_replayed",
     }  # fmt: skip
 
 

@@ -205,6 +205,7 @@ CALLS = {
 
 def made_event():
     event = object.__new__(cuda.Event)
+    event._runtime = machine.load_cudart()[0]
     event._handle = ffi.NULL
     return event
 

@@ -282,7 +282,7 @@ class Plan:
             got = "one whose plan runs in a compiled program, which does not ask for it again"
             raise self._refuse("workspace", got, "a workspace for each plan")
         stages, has_graphs = workspace._stages, self.options.enable_cuda_graph
-        stage = stages.take(workspace.int_bytes)
+        stage = stages.take(workspace._int_bytes)
         if has_graphs and need.split is False:
             # Up to 0.7.0, fa2's planner does not write the indices of blocks that only pad
             # the grid. Zeroed, such a block repeats the work of the first block.

@@ -48,7 +48,7 @@ class Workspace:
     ) -> None:
         self.float_buffer = _buffer("float_workspace_buffer", float_workspace_buffer)
         self.int_buffer = _buffer("int_workspace_buffer", int_workspace_buffer)
-        self.float_bytes, self.int_bytes = self.float_buffer.shape[0], self.int_buffer.shape[0]
+        self._float_bytes, self._int_bytes = self.float_buffer.shape[0], self.int_buffer.shape[0]
         self.device = self.float_buffer.device
         if self.int_buffer.device is not self.device:
             expected = f"{self.device}, the device of `float_workspace_buffer`"
@@ -98,6 +98,14 @@ class Workspace:
         workspace._memories = memories
         return workspace
 
+    @property
+    def float_bytes(self) -> int:
+        return self._float_bytes
+
+    @property
+    def int_bytes(self) -> int:
+        return self._int_bytes
+
     def set_replayed(self, plan: Any) -> None:
         """Say that another library replays a plan's runs in this workspace.
 
@@ -108,7 +116,7 @@ class Workspace:
 
     def _has(self, float_bytes: int, int_bytes: int) -> bool:
         """Whether both workspaces are at least this large."""
-        return float_bytes <= self.float_bytes and int_bytes <= self.int_bytes
+        return float_bytes <= self._float_bytes and int_bytes <= self._int_bytes
 
     def _require(self, op: str, float_bytes: int, int_bytes: int) -> None:
         """Raise `ArgumentError` with both sizes if a workspace is too small."""
