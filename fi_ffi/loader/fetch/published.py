@@ -88,10 +88,6 @@ class WheelLibraries(KernelWheel):
     def _members(self) -> dict[str, str]:
         return libraries_of(self._wheel.members)
 
-    def sha256_of(self, module: str) -> str:
-        """Return the hash of a library, by RECORD."""
-        return self._wheel.record[self._members[module]].sha256
-
 
 class PinnedLibraries:
     """The libraries of a pinned wheel; what was fetched before is found without asking a server."""
