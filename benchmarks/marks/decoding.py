@@ -151,7 +151,15 @@ def plan(bench: Bench) -> Iterator[Line]:
     )  # fmt: skip
     what = "batch decode replan"
     yield from lines(
-        bench, "decode plan", what, decode.check, mine, first, theirs, _direct(decode, tables)
+        bench,
+        "decode plan",
+        what,
+        decode.check,
+        mine,
+        first,
+        theirs,
+        _direct(decode, tables),
+        tables,
     )
 
 

@@ -89,7 +89,7 @@ def plan(bench: Bench, backend: str, key: str = "") -> Iterator[Line]:
     first = Planner("first", prefill.new_plan, same, prefill.plan_run, {"workspace": workspace})
     mine = Planner("replan", replan, same, lambda _, step: prefill.plan_run(ours, step))
     what = f"ragged prefill replan, {backend}"
-    yield from lines(bench, key, what, prefill.check, mine, first, theirs, _direct(prefill))
+    yield from lines(bench, key, what, prefill.check, mine, first, theirs, _direct(prefill), same)
 
 
 def _direct(prefill: Prefill) -> Planner:

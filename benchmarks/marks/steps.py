@@ -130,6 +130,36 @@ class Steps:
 
         return loop
 
+    def undisturbed(self, name: str) -> Side:
+        """The first run of a plan after another plan's replan, which changes nothing for it: what
+        it takes longer than a later run, it takes for the processor's caches alone."""
+        stream, batch = self.gpu.stream, _draw(np.random.default_rng())
+        plan = fi_ffi.BatchDecodePlan(
+            *batch.tables, num_qo_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM,
+            page_size=PAGE, device=self.gpu.device, stream=stream,
+        )  # fmt: skip
+        replan, run, k, v = self.plan.replan, plan.run, self.k.desc(), self.v.desc()
+        shape = (batch.size, HEADS, HEAD_DIM)
+        q, out = (TensorDesc(of.ptr, shape, "float16") for of in (self.q, self.out))
+
+        def loop(steps: list[Step]) -> float:
+            total = 0
+            for step in steps:
+                with fi_ffi.stream(stream):
+                    replan(*step.tables)
+                    start = perf_counter_ns()
+                    run(q, k, v, out)
+                    total += perf_counter_ns() - start
+                    for _ in range(RUNS - 1):
+                        run(q, k, v, out)
+            return total
+
+        rng = np.random.default_rng()
+        return Side(
+            name, lambda count: loop([_draw(rng) for _ in range(count)]),
+            lambda: self.check(batch, lambda: loop([_draw(rng)])),
+        )  # fmt: skip
+
     def streamed(self) -> Loop:
         """A replan and the runs, each given the stream, and the descriptors of each run made."""
         replan, run, stream = self.plan.replan, self.plan.run, self.gpu.stream
@@ -179,6 +209,7 @@ def step(bench: Bench) -> Iterator[Line]:
     steps = Steps(bench)
     sides = [steps.side(name, steps.ours(), lambda step: step, i) for i, name in enumerate(PARTS)]
     sides.append(steps.side("step, stream=", steps.streamed(), lambda step: step, 0))
+    sides.append(steps.undisturbed("the first run after another plan's replan"))
     missing = None
     try:
         name = f"BatchDecodeWithPagedKVCacheWrapper.plan, {RUNS} run(out=)"
@@ -186,7 +217,7 @@ def step(bench: Bench) -> Iterator[Line]:
     except Missing as error:  # of the peer: what a step takes can be told without it
         missing = error
     measured = bench.measure(sides, bench.less(20, 1)).values()
-    whole, replan, first, later, streamed, *peer = measured
+    whole, replan, first, later, streamed, undisturbed, *peer = measured
     if peer:
         yield Line("decode step", whole, peer[0])
         yield Line("decode step streamed", streamed, peer[0])
@@ -194,5 +225,6 @@ def step(bench: Bench) -> Iterator[Line]:
     yield Line("", first, None, "decode step: the first run")
     yield Line("", later, None, f"decode step: each of the {RUNS - 1} later runs")
     yield Line("first run", first, later)
+    yield Line("", undisturbed, later, f"decode step: {undisturbed.name}")
     if missing is not None:
         raise missing

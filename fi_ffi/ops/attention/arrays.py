@@ -97,6 +97,18 @@ def _bounds(view: memoryview) -> tuple[int, int]:
     return array.item(array.argmin()), array.item(array.argmax())
 
 
+def _highest(view: memoryview) -> int:
+    """Return the largest value, or more than `INT32_MAX` if one is negative; -1 for an empty
+    array."""
+    numpy = _numpy(view)
+    if numpy is None:
+        values = view.tolist()
+        return max(values, default=-1) if min(values, default=0) >= 0 else 2 * INT32_MAX
+    # As unsigned, negative numbers are the largest.
+    array = numpy.frombuffer(view, numpy.uint32)
+    return array.item(array.argmax())  # type: ignore[no-any-return]
+
+
 def _differences(view: memoryview) -> memoryview:
     """Return what each position, of some that do not decrease, is more than the one before."""
     numpy = _numpy(view)
@@ -286,9 +298,9 @@ class Batch:
             expected = f"{count} pages, as its indptr says"
             raise self._refuse("indices", f"{len(view)} elements", expected)
         view = self.views["indices"] = view[:count]
-        least, self.max_page = _bounds(view)
-        if least < 0:
-            raise self._refuse("indices", least, "pages from 0 on")
+        self.max_page = _highest(view)
+        if self.max_page > INT32_MAX:
+            raise self._refuse("indices", min(view), "pages from 0 on")
 
     def _refuse(self, array: str, got: object, expected: str) -> ArgumentError:
         return Refusal(self._op)(self._names[array], got, expected)
