@@ -104,7 +104,8 @@ class ByFiFfi:
         self.layer, n = layer, len(layer.lengths)
         of = layer.weights
         projections = {name: lambda x, w=of[name]: (x @ w).contiguous().realize()
-                       for name in ("qkv", "out", "gate_up", "down")}  # fmt: skip
+                       for name in ("qkv", "out", "gate_up")}  # fmt: skip
+        projections["down"] = lambda x, residual: (x @ of["down"] + residual).realize()
         jit = TinyJit if layer.device != "PYTHON" else lambda function: function
         self.project = {name: jit(function) for name, function in projections.items()}
         self.attended = layer.empty(n, layer.qo_heads * HEAD_DIM)
@@ -120,8 +121,11 @@ class ByFiFfi:
         indptr = np.cumsum([0, *counts]).astype(np.int32)
         pages = [own[:count] for own, count in zip(layer.pages, counts, strict=True)]
         batch = indptr, np.concatenate(pages), positions % PAGE_SIZE + 1
-        pages = [layer.tensor(array) for array in (*batch, positions)]
-        indptr, indices, last_page_len, on_device = (describe(tensor) for tensor in pages)
+        # One copy: tinygrad takes longer to make a tensor than a kernel to run.
+        arrays = *batch, positions
+        whole = layer.tensor(np.concatenate(arrays))
+        starts = np.cumsum([0, *map(len, arrays)]).tolist()
+        indptr, indices, last_page_len, on_device = map(describe(whole).rows, starts, starts[1:])
         if self.plan is None:
             self.plan = fi_ffi.BatchDecodePlan(
                 *batch, page_size=PAGE_SIZE, num_qo_heads=layer.qo_heads, stream=stream,
@@ -149,7 +153,7 @@ class ByFiFfi:
         )
         gate_up = self.project["gate_up"](x)
         fi_ffi.silu_and_mul(describe(self.gated), describe(gate_up), stream=stream)
-        return self.project["down"](self.gated) + residual
+        return self.project["down"](self.gated, residual)
 
     def heads(self, qkv):
         """Queries, keys and values, in the memory of the projection."""
