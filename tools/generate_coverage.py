@@ -26,6 +26,8 @@ from fi_ffi.ops.states import mamba  # noqa: E402
 from fi_ffi.ops.table import ROWS, comm  # noqa: E402
 from tools.entries import Entries, Group, entries_of  # noqa: E402
 
+from tests.helpers.published import CALLED, NOT_CALLED, SIGNATURES, WRONG  # noqa: E402
+
 TARGET = ROOT / "docs" / "coverage.md"
 RELEASE = the_lock().default_release
 HEADER = """\
@@ -48,6 +50,15 @@ methods count as entries.
 
 | module or family | entries | typed | called | not called |
 |---|---|---|---|---|
+"""
+PUBLISHED = """
+## Libraries of tokenspeed-kernel
+
+Of the {all} functions that tokenspeed-kernel 0.1.4 publishes, the GPU tests call {called} on an
+H100 or H200, and compare what they give with float64, or exactly where numbers are copied or counted.
+
+| library | functions | called | not called, or wrong |
+|---|---|---|---|
 """
 Key = tuple[str, str]
 
@@ -125,6 +136,19 @@ def text() -> str:
         called=len(keys & called),
     )
     lines = [_row(family, symbols, known, called) for family, symbols in sorted(made.items())]
+    return head + "\n".join([*lines, ""]) + published()
+
+
+def published() -> str:
+    """The libraries that others published."""
+    head = PUBLISHED.format(all=len(CALLED) + len(NOT_CALLED), called=len(CALLED))
+    lines = []
+    for library, functions in sorted(SIGNATURES.items()):
+        told = [
+            f"`{name}`: {why}" for name, why in (NOT_CALLED | WRONG).items() if name in functions
+        ]
+        called = sum(name in CALLED for name in functions)
+        lines.append(f"| {library} | {len(functions)} | {called} | {'; '.join(told)} |")
     return head + "\n".join(lines) + "\n"
 
 

@@ -18,7 +18,9 @@ from fi_ffi.errors import ArgumentError, ArtifactError, FetchError, KernelNotFou
 from fi_ffi.loader.fetch import published, wheels_lock
 from fi_ffi.modules import files
 
+from tests.gpu import test_published, test_published_comm
 from tests.helpers import compiler
+from tests.helpers.published import CALLED, NOT_CALLED, SIGNATURES
 from tests.loader.server import File, Server, make_wheel, sha256
 
 SOURCE = Path(__file__).with_name("own_module.cc")
@@ -216,3 +218,10 @@ def test_tokenspeed_kernel(root):
     assert [*document["functions"]] == ["silu_and_mul_fuse_nvfp4_quant"]
     (signature,) = document["functions"].values()
     assert signature == "(DLTensor*, DLTensor*, DLTensor*, DLTensor*, bool) -> void"
+
+
+def test_every_entry_has_a_gpu_test_or_a_reason():
+    every = [name for functions in SIGNATURES.values() for name in functions]
+    assert sorted(every) == sorted([*CALLED, *NOT_CALLED]) and len(every) == 51
+    assert len(CALLED) >= 35
+    assert {*CALLED.values()} <= {*vars(test_published), *vars(test_published_comm)}
