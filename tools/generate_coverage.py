@@ -54,8 +54,8 @@ methods count as entries.
 PUBLISHED = """
 ## Libraries of tokenspeed-kernel
 
-Of the {all} functions that tokenspeed-kernel 0.1.4 publishes, the GPU tests call {called} on an
-H100 or H200, and compare what they give with float64, or exactly where numbers are copied or counted.
+Of the {all} functions that tokenspeed-kernel 0.1.4 publishes, GPU tests call {called}, and compare
+what they give with float64, or exactly where numbers are copied or counted.
 
 | library | functions | called | not called, or wrong |
 |---|---|---|---|

@@ -51,6 +51,8 @@ def group(request, library):  # noqa: F811
 
     def call(name, arguments):
         """`arguments(rank, workspace)` are those of a rank."""
+        for device in devices:  # made on other streams
+            torch.cuda.synchronize(device)
         for rank, stream in enumerate(streams):
             with fi_ffi.stream(stream):
                 getattr(made, name)(*arguments(rank, workspaces[rank]))
@@ -115,13 +117,13 @@ def test_all_reduce(group, drawn, tokens, one_shot, pattern):
 
         call("trtllm_allreduce_fusion", arguments)
         whole = sum(on_first(x))
-        for plain, added, norm in outs:
+        for rank, (plain, added, norm) in enumerate(outs):
             if pattern == PLAIN:
                 close(plain, whole, 2)
             else:
                 total = whole + residual[0].double().to("cuda:0")
                 close(added, total, 2)
-                close(norm, normed(total, weight[0].to("cuda:0")), 3)
+                close(norm, normed(total, weight[rank].to("cuda:0")), 3)
 
 
 @pytest.mark.parametrize("tokens", [2, 24])
