@@ -83,3 +83,13 @@ def test_coverage_counts_what_is_built_typed_and_called():
     assert typed <= coverage.typed()
     line = coverage._row("norm", {"a", "b"}, {("norm", "a")}, {("norm", "b")})
     assert line == "| norm | 2 | 1 | 1 | `a` |"
+
+
+def test_pages_are_short():
+    """Of the words that are written by hand; 25,000 is the aim."""
+    import words
+
+    counts = [
+        words.words(page.read_text()) for page in words.pages() if not words.is_generated(page)
+    ]
+    assert sum(counts) <= 35_400

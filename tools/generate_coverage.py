@@ -25,8 +25,7 @@ from fi_ffi.ops.plans.rows import FORMS  # noqa: E402
 from fi_ffi.ops.states import mamba  # noqa: E402
 from fi_ffi.ops.table import ROWS, comm  # noqa: E402
 from tools.entries import Entries, Group, entries_of  # noqa: E402
-
-from tests.helpers.published import CALLED, NOT_CALLED, SIGNATURES, WRONG  # noqa: E402
+from tools.published import CALLED, NOT_CALLED, SIGNATURES, WRONG  # noqa: E402
 
 TARGET = ROOT / "docs" / "coverage.md"
 RELEASE = the_lock().default_release

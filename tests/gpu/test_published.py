@@ -18,8 +18,7 @@ import numpy as np
 import pytest
 
 import fi_ffi
-
-from tests.helpers.published import CALLED, SIGNATURES
+from tools.published import CALLED, SIGNATURES
 
 torch: Any = importlib.import_module("torch") if importlib.util.find_spec("torch") else None
 

@@ -17,10 +17,10 @@ from fi_ffi.cli import main
 from fi_ffi.errors import ArgumentError, ArtifactError, FetchError, KernelNotFoundError
 from fi_ffi.loader.fetch import published, wheels_lock
 from fi_ffi.modules import files
+from tools.published import CALLED, NOT_CALLED, SIGNATURES
 
 from tests.gpu import test_published, test_published_comm
 from tests.helpers import compiler
-from tests.helpers.published import CALLED, NOT_CALLED, SIGNATURES
 from tests.loader.server import File, Server, make_wheel, sha256
 
 SOURCE = Path(__file__).with_name("own_module.cc")
