@@ -1,4 +1,4 @@
-"""Count the words of the pages as a reader sees them, those written by hand and generated ones apart.
+"""Count the words of the pages as a reader sees them: those written by hand, and generated ones.
 
     python3 tools/words.py
 
