@@ -1,7 +1,7 @@
 """What a model is, from its config.json and generation_config.json in the hub's layout.
 
-A class for each kind of model, in `kinds`, is the schema of its config.json: what this engine has
-no code for is refused by the name that it has there.
+A class for each kind of model, in `kinds`, is the schema of its config.json. Unsupported fields are
+refused, by name.
 """
 
 import json
