@@ -58,7 +58,8 @@ def arguments(words=None):
                         help="requests that wait at most; 429 for more")  # fmt: skip
     parser.add_argument("--max-body", type=int, default=Limits.max_body, help="bytes of a request")
     parser.add_argument("--body-seconds", type=float, default=Limits.body_seconds,
-                        help="seconds to receive a body; headers and slow reads get twice that")  # fmt: skip
+                        help="seconds to receive a body; headers and slow reads get twice "
+                        "that")  # fmt: skip
     parser.add_argument("--grace", type=float, default=10,
                         help="seconds for requests to end after SIGTERM or SIGINT")  # fmt: skip
     parser.add_argument("--xgrammar", metavar="FOLDER", help="that has the package xgrammar")

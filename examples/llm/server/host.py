@@ -71,8 +71,8 @@ class Host:
     """Runs an engine, which is its own, as the orders say that come through a pipe.
 
     Args:
-        grammars: a `grammar.Grammars`, called on a thread of its own, so that a slow schema blocks no
-            step: schemas that others wait for come before it.
+        grammars: a `grammar.Grammars`, called on a thread of its own, so that a slow schema blocks
+            no step: schemas that others wait for come before it.
     """
 
     def __init__(self, engine, pipe, grammars=None):
