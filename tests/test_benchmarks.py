@@ -116,7 +116,7 @@ def bench(host):
 @pytest.mark.parametrize(
     ("row", "marks", "others"),
     [("lengths", 2, 0), ("lengths-torch", 2, 2), ("tensordesc", 1, 1), ("lengths-memory", 1, 0),
-     ("decode-step", 3, 3)],
+     ("decode-step", 3, 4)],
 )  # fmt: skip
 def test_a_row_has_its_marks(host, bench, row, marks, others):
     pytest.importorskip("torch")

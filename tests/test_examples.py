@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -61,6 +62,26 @@ import fi_ffi
 import {name} as example
 """
     return run("-c", f"{setup}\n{program}\nexample.main()\n")
+
+
+def test_every_program_takes_cpu() -> None:
+    programs = [path for path in EXAMPLES.rglob("*.py") if "__main__" in path.read_text()]
+    assert len(programs) >= 16
+    assert not [path.name for path in programs if '"--cpu"' not in path.read_text()]
+
+
+def test_a_call() -> None:
+    """On numpy arrays; and what it says where there is no GPU."""
+    name = str(EXAMPLES / "rmsnorm_cuda_python.py")
+    done = run(name, "--cpu")
+    assert done.returncode == 0, done.stderr
+    assert "32 rows of 4096: largest error" in done.stdout
+    blind = subprocess.run(
+        [sys.executable, name], capture_output=True, text=True, timeout=300,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert blind.returncode == 1
+    assert re.fullmatch(r"CUDA: cudaError\w+; `fi-ffi doctor` tells of GPUs, .*\n", blind.stderr)
 
 
 def test_paged_attention() -> None:

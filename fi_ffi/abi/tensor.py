@@ -531,6 +531,8 @@ def _address(ptr: object, span_bytes: int, described: TensorDesc) -> int:
     except TypeError:
         got = f"{kind.__name__} {printed(ptr)}"
         expected = "an int address"
+        if ptr is None:
+            expected += ": an allocation failed? `fi-ffi doctor` tells of GPUs"
         raise ArgumentTypeError("TensorDesc", "ptr", got=got, expected=expected) from None
     if not 0 <= address <= 2**64 - 1 - span_bytes:
         expected = f"an address with room for {described.layout}"
