@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 project = "fi_ffi"
 copyright = "the fi_ffi authors, Apache-2.0"
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_parser"]
 source_suffix = {".md": "markdown"}
 exclude_patterns = ["_build"]
 html_theme = "furo"
@@ -38,11 +38,6 @@ myst_heading_anchors = 4
 myst_links_external_new_tab = False
 # A block that shows a part of a program, or `…`, is no program that a lexer must take.
 suppress_warnings = ["misc.highlighting_failure"]
-
-autodoc_typehints = "none"  # docstrings tell shapes and dtypes, which types cannot
-autodoc_member_order = "bysource"
-napoleon_use_param = False  # one line of a docstring may be of several parameters
-napoleon_use_rtype = False
 
 # Which page shows a file that lies outside of docs/.
 PAGES = {
@@ -138,35 +133,9 @@ def from_docs(_: Sphinx, path: Path, __: str, content: list[str]) -> None:
         content[0] = re.sub(r"\]\((?!\w+:|#)", f"]({path.parent.as_posix()}/", content[0])
 
 
-# **Bold** stays, and what rst would take for markup of its own does not.
-MARKUP = re.compile(r"((?<!\w)\*\*\w[^*]*\*\*)|([*|\\]|_(?!\w))")
-
-
-def _escaped(found: re.Match[str]) -> str:
-    return found[1] or "\\" + found[2]
-
-
-def as_rst(_: Sphinx, __: str, ___: str, ____: object, _____: object, lines: list[str]) -> None:
-    """Docstrings are plain text with `code` in backticks: nothing else in them is markup."""
-    for i, line in enumerate(lines):
-        parts = line.split("`")
-        for outside in range(0, len(parts), 2):
-            parts[outside] = MARKUP.sub(_escaped, parts[outside])
-        lines[i] = "``".join(parts) if len(parts) % 2 else line
-
-
-def public_bases(_: Sphinx, __: str, ___: object, ____: object, bases: list[Any]) -> None:
-    """Ours by their public names, which is where they are documented."""
-    for i, base in enumerate(bases):
-        ours = base.__module__.startswith("fi_ffi.")
-        bases[i] = f":py:class:`fi_ffi.{base.__name__}`" if ours else f"``{base.__name__}``"
-
-
 def setup(app: Sphinx) -> dict[str, bool]:
     app.add_transform(LinksOut)
     app.connect("source-read", add_toctrees)
     app.connect("source-read", add_examples)
     app.connect("include-read", from_docs)
-    app.connect("autodoc-process-docstring", as_rst, priority=400)
-    app.connect("autodoc-process-bases", public_bases)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
