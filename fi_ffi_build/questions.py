@@ -51,7 +51,7 @@ def ask(workshop: Asked, question: Mapping[str, object], driver: Path = DRIVER) 
         log.write(f"$ {' '.join(command)}\n{done.stdout}")
     if done.returncode:
         cause = done.stdout.strip().rpartition("\n")[2]
-        raise BuildError(f"{driver.name} could not be run: {cause}", str(workshop.log))
+        raise BuildError(f"the script {driver.name} could not be run: {cause}", str(workshop.log))
     return json.loads(path.read_text())
 
 
