@@ -1,8 +1,8 @@
 """Modules of CuTe DSL, called as any other: of FlashInfer 0.7.2.post1, and of other packages.
 
-`fi-ffi build --release 0.7.2.post1 rmsnorm_cute` makes the first; those of `gdn_decode` and
-`kda_decode` are called by the tests of tests/ops. FI_FFI_CUTE names a folder with what
-`fi-ffi build --cute` makes of the functions of examples/cute_kernels.py: quack's RMSNorm and
+`fi-ffi build --release 0.7.2.post1 rmsnorm_cute qk_rmsnorm_cute` makes the first; those of
+`gdn_decode` and `kda_decode` are called by the tests of tests/ops. FI_FFI_CUTE names a folder with
+what `fi-ffi build --cute` makes of the functions of examples/cute_kernels.py: quack's RMSNorm and
 FlashAttention 4's forward. None of these has torch in its way.
 """
 
@@ -28,6 +28,7 @@ from tests.helpers.untyped_calls import (
 )
 
 RMSNORM = "rmsnorm_sm90a_cute_dsl_rmsnorm_kernel_bfloat16_4096_bias0"
+QK_RMSNORM = "qk_rmsnorm_sm90a_cute_dsl_qkrmsnorm_kernel_bfloat16_d128_bias0"
 
 
 def only(name):
@@ -45,6 +46,23 @@ def test_rmsnorm(rows, rng, to_gpu, stream):
     expected /= np.sqrt((float64(x) ** 2).mean(1, keepdims=True) + 1e-6)
     out = to_gpu(poisoned((rows, 4096), BF16))
     call(entry, to_gpu(x), to_gpu(weight), out, rows, 1e-6, stream=stream)
+    judged(out, expected, (HALF[BF16] + SUM) * np.abs(expected) + 1e-30)
+
+
+@pytest.mark.parametrize(("tokens", "heads"), [(1, 1), (33, 8), (512, 40)])
+def test_qk_rmsnorm(tokens, heads, rng, to_gpu, stream):
+    """Heads of a wider tensor, in place of what `qk_rmsnorm` of FlashInfer's `norm` computes."""
+    entry = only(QK_RMSNORM)
+    wide, weight = (rng.standard_normal(n).astype(BF16) for n in ((tokens, heads + 3, 128), 128))
+    x = wide[:, 2 : 2 + heads]
+    expected = float64(x) * float64(weight)
+    expected /= np.sqrt((float64(x) ** 2).mean(-1, keepdims=True) + 1e-6)
+    placed, out = to_gpu(wide), to_gpu(poisoned(x.shape, BF16))
+    view = fi_ffi.TensorDesc(
+        placed.desc().ptr + 2 * 2 * 128, x.shape, "bfloat16",
+        strides=((heads + 3) * 128, 128, 1),
+    )  # fmt: skip
+    call(entry, view, to_gpu(weight), out, tokens, heads, 1e-6, stream=stream)
     judged(out, expected, (HALF[BF16] + SUM) * np.abs(expected) + 1e-30)
 
 
