@@ -29,7 +29,7 @@ from record_engine_names import taken  # noqa: E402
         ("from flashinfer_x import y\nfrom .flashinfer import z\nimport flashinfer_x.a", set()),
         ("choices('other', 'flashinfer')\nflashinfer.norm", set()),
     ],
-    ids=range(7),
+    ids=["from", "in a function", "by attribute", "another name", "late", "others", "texts"],
 )  # fmt: skip
 def test_what_a_file_takes(text: str, found: set[tuple[str, str]]) -> None:
     assert taken(ast.parse(text)) == found
