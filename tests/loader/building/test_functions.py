@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -218,6 +219,30 @@ def test_a_kernel_of_one_s_own(own: Path, tmp_path: Path) -> None:
     own.write_text(OWN.replace("x[i] + x[i]", "x[i] * x[i] * x[i]"))
     (again,) = build_functions([f"{own}:own"], output=tmp_path / "libraries")
     assert again == made[1] and again.read_bytes() != before
+
+
+def test_a_function_of_a_package(own: Path, tmp_path: Path) -> None:
+    """Which is installed for the build alone, without what it requires."""
+    wheel = tmp_path / "some_kernels-1.0-py3-none-any.whl"
+    info = "some_kernels-1.0.dist-info"
+    files = {
+        "some_kernels/__init__.py": "",
+        "some_kernels/norms.py": OWN,
+        f"{info}/METADATA": "Metadata-Version: 2.1\nName: some-kernels\nVersion: 1.0\n"
+        "Requires-Dist: no-such-distribution\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{info}/RECORD": "",
+    }
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name, text in files.items():
+            archive.writestr(name, text)
+    requirements = [f"some-kernels @ {wheel.as_uri()}"]
+    given = ["some_kernels.norms:own"]
+    (made,) = build_functions(given, requirements=requirements, output=tmp_path / "libraries")
+    assert made.name == "own_sm90a_cute_dsl_doubled.so"
+    assert inspect_elf(made).functions == ("own_doubled",)
+    with pytest.raises(BuildError, match=r"No module named 'some_kernels'\. --with installs"):
+        build_functions(given, output=tmp_path / "libraries")
 
 
 @pytest.mark.parametrize(
