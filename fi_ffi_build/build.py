@@ -22,12 +22,14 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from packaging.requirements import Requirement
+
 from fi_ffi.catalogue.families import DEFAULT_ARCH, DEFAULT_RELEASE, FAMILIES
 from fi_ffi.catalogue.requests import Request, parse_arch, parse_requests
 from fi_ffi.errors import ArgumentError, BuildError
 from fi_ffi.loader import trust
 from fi_ffi.loader.kernels import open_source
-from fi_ffi_build.cute_install import install_cute_dsl, install_torch
+from fi_ffi_build import cute_install
 from fi_ffi_build.environment import (
     Missing,
     Progress,
@@ -36,7 +38,8 @@ from fi_ffi_build.environment import (
     missing_part,
     open_workshop,
 )
-from fi_ffi_build.questions import CUTE_DRIVER, ask, question_of
+from fi_ffi_build.functions import compile_functions
+from fi_ffi_build.questions import ask, question_of
 from fi_ffi_build.wheel_writer import WheelContents, write_wheel
 
 _NINJA_STATUS = "[%f/%t] "
@@ -225,28 +228,20 @@ def _compile(workshop: Workshop, answer: Any, jobs: int) -> None:
 
 def _make_cute(workshop: Workshop, requests: Sequence[Request]) -> list[dict[str, str]]:
     """Compile kernels of CuTe DSL for every architecture; return their modules."""
-    dsl = install_cute_dsl(workshop.environment, workshop.say)
-    torch = None if workshop.torch else install_torch(workshop.environment, workshop.say)
-    modules: list[dict[str, str]] = []
-    name, total = f"{len(requests)} of CuTe DSL", len(workshop.architectures)
-    for done, architecture in enumerate(workshop.architectures):
-        workshop.report(Progress("compile", name, done, total))
-        major, _, minor = architecture.rstrip("af").partition(".")
-        question: dict[str, object] = {
-            "packages": str(dsl.packages),
-            "runtime": str(dsl.runtime),
-            "torch": torch and str(torch),
-            "cxx": workshop.cxx,
-            "arch": f"sm_{architecture.replace('.', '')}",
-            "capability": [int(major), int(minor)],
-            "folder": str(workshop.folder / dsl.packages.name),
-            "requests": [question_of(request, workshop.release) for request in requests],
-        }
-        answer = ask(workshop, question, CUTE_DRIVER)
-        _refuse(answer["failed"], [], workshop)
-        modules += answer["modules"]
-    workshop.report(Progress("compile", name, total, total))
-    return modules
+    environment = workshop.environment
+    accepted = Requirement(environment.requirement(cute_install.NAME)).specifier
+    dsl = cute_install.install_cute_dsl(environment, accepted, workshop.say)
+    torch = None if workshop.torch else cute_install.install_torch(environment, workshop.say)
+    answer = compile_functions(
+        workshop,
+        [question_of(request, workshop.release) for request in requests],
+        dsl,
+        [torch, None],
+        workshop.folder / dsl.packages.name,
+        "FlashInfer",
+    )
+    _refuse(answer["failed"], [], workshop)
+    return list(answer["modules"])
 
 
 def _package(workshop: Workshop, answer: Any, output: Path, keep: bool) -> Path:

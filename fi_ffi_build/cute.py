@@ -140,6 +140,16 @@ def _rmsnorm(options: Options) -> Arguments:
     }
 
 
+def _qk_rmsnorm(options: Options) -> Arguments:
+    return {
+        "dtype_str": DTYPES[options["dtype"]],
+        "head_dim": int(options["head_size"]),
+        "weight_bias": float(options["weight_bias"]),
+        "enable_pdl": False,
+        "sm_version": "sm",
+    }
+
+
 def _rmsnorm_fp4quant(options: Options) -> Arguments:
     return {
         "hidden_size": int(options["hidden_size"]),
@@ -175,7 +185,7 @@ class CuteCall(NamedTuple):
     arguments: Callable[[Options], Arguments]
 
 
-_NORM = "flashinfer.norm.kernels.rmsnorm:_get_compiled_rmsnorm_kernel"
+_NORM = "flashinfer.norm.kernels.rmsnorm:_get_compiled_{}_kernel"
 _MLA = "flashinfer.cute_dsl.attention.wrappers.batch_mla:_compile_mla_kernel"
 CALLS = {
     "gdn_decode": CuteCall(
@@ -187,7 +197,8 @@ CALLS = {
     "gdn_prefill": CuteCall("flashinfer.gdn_prefill:chunk_gated_delta_rule", _gdn_prefill),
     "kda_decode": CuteCall("flashinfer.kda_kernels.recurrent_kda:run_recurrent_kda", _kda_decode),
     "mla_decode": CuteCall(_MLA, _mla_decode),
-    "rmsnorm_cute": CuteCall(_NORM, _rmsnorm),
+    "qk_rmsnorm_cute": CuteCall(_NORM.format("qk_rmsnorm"), _qk_rmsnorm),
+    "rmsnorm_cute": CuteCall(_NORM.format("rmsnorm"), _rmsnorm),
     "rmsnorm_fp4quant": CuteCall(
         "flashinfer.cute_dsl.rmsnorm_fp4quant:_get_compiled_kernel", _rmsnorm_fp4quant
     ),

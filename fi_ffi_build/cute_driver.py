@@ -1,11 +1,11 @@
-"""Makes FlashInfer compile kernels of CuTe DSL; runs in the build environment only.
+"""Makes Python functions compile kernels of CuTe DSL; runs in the build environment only.
 
 Like `driver.py`, this is a plain script: `python -I cute_driver.py ANSWER` reads a question as JSON
 from standard input and writes the answer as JSON to the file ANSWER.
 
-It calls FlashInfer's own functions with CPU tensors that claim to be on a GPU. Kernels that they
-compile are intercepted, exported as objects, and linked into modules; launches do nothing. So each
-kernel is the one that FlashInfer would choose and compile for such a call.
+It calls functions of FlashInfer, or of others, with CPU tensors that claim to be on a GPU. Kernels
+that they compile are intercepted, exported as objects, and linked into modules; launches do
+nothing. So each kernel is the one that the function would choose and compile for such a call.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import os
 import re
 import subprocess
 import sys
+import traceback
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -89,7 +90,7 @@ class Maker:
             return compile_fn()
         name = getattr(function, "__name__", None) or type(function).__name__
         words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name.strip("_")).lower()
-        kernel = f"{words}_{self.request['name']}"
+        kernel = "_".join(filter(None, [words, self.request["name"]]))
         again = sum(kernel == before for before in self._unnamed)
         self._unnamed.append(kernel)
         return self._make(
@@ -209,8 +210,9 @@ def _caught(maker: Maker) -> Iterator[None]:
     compiler = importlib.import_module("cutlass.base_dsl.compiler")
     driver = importlib.import_module("cuda.bindings.driver")
     cache: Any = types.SimpleNamespace()  # for releases that do not cache kernels
-    with suppress(ModuleNotFoundError):
-        cache = importlib.import_module("flashinfer.jit.cute_dsl_core")
+    if "flashinfer" in sys.modules:
+        with suppress(ModuleNotFoundError):
+            cache = importlib.import_module("flashinfer.jit.cute_dsl_core")
     begin, compile_fn = runtime._Tensor.__init__, compiler.CompileCallable._compile
 
     def from_tensor(self: Any, tensor: Any, *args: Any, **kwargs: Any) -> None:
@@ -268,15 +270,34 @@ def _plain(text: str) -> str:
     return re.sub(r"\x1b\[[\d;]*m", "", text)
 
 
+def _function(text: str, bare: list[str], plain: Any) -> Any:
+    """Import the function of `package.module:name` or `file.py:name`, without running the
+    `__init__` of packages of `bare`."""
+    home, _, name = text.rpartition(":")
+    if home.endswith(".py"):
+        sys.path.insert(0, str(Path(home).parent))
+        spec = importlib.util.spec_from_file_location(Path(home).stem, home)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[module.__name__] = module
+        spec.loader.exec_module(module)
+        return getattr(module, name)
+    parents = home.split(".")
+    for end in range(2, len(parents)) if parents[0] in bare else ():
+        if ".".join(parents[:end]) not in sys.modules:
+            plain._load_bare_package(".".join(parents[:end]))
+    return getattr(importlib.import_module(home), name)
+
+
 def answer(question: dict[str, Any]) -> dict[str, Any]:
     """Make the modules of every request; failed requests get a reason."""
-    packages = Path(question["packages"])
+    packages, whose = Path(question["packages"]), question["whose"]
     sys.path[:0] = [str(packages / _KERNELS / "dsl_packages"), str(packages)]
-    if question["torch"]:
-        sys.path.append(question["torch"])
+    sys.path += filter(None, [question["torch"], question["others"]])
     os.environ["CUTE_DSL_ARCH"] = question["arch"]
     plain, capability = _sibling("driver"), tuple(question["capability"])
-    for name in ("flashinfer", "flashinfer.cute_dsl"):
+    for name in question["bare"]:
         plain._load_bare_package(name)
     maker = Maker(question)
     failed: dict[str, str] = {}
@@ -284,22 +305,18 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
     with _caught(maker), _pretend(capability):
         for request in question["requests"]:
             maker.begin(request)
-            home, _, function = request["function"].partition(":")
             try:
-                parents = home.split(".")
-                for end in range(2, len(parents)):
-                    if ".".join(parents[:end]) not in sys.modules:
-                        plain._load_bare_package(".".join(parents[:end]))
-                called = getattr(importlib.import_module(home), function)
+                called = _function(request["function"], question["bare"], plain)
                 arguments = _taken(called, request["arguments"])
                 called(**{key: _value(value, capability) for key, value in arguments.items()})
             except Exception as error:
+                traceback.print_exc(file=sys.stdout)
                 failed[request["text"]] = (
-                    f"FlashInfer or CuTe DSL refused it: {_plain(plain.reason(error))}"
+                    f"{whose} or CuTe DSL refused it: {_plain(plain.reason(error))}"
                 )
                 continue
             if not maker.names:
-                failed[request["text"]] = "FlashInfer compiled nothing for it with CuTe DSL"
+                failed[request["text"]] = f"{whose} compiled nothing for it with CuTe DSL"
             result["modules"] += [
                 {
                     "request": request["text"],

@@ -1,7 +1,7 @@
 """CuTe DSL and torch, in folders of their own beside the environments of a build.
 
-FlashInfer compiles kernels of CuTe DSL for the tensors of a call, which takes torch. Its other
-generators do without both.
+FlashInfer, and others, compile kernels of CuTe DSL for the tensors of a call, which takes torch.
+FlashInfer's other generators do without both.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from fi_ffi.loader.machine import CUDA_MAJORS
 from fi_ffi_build.environment import Environment, Say, install, make_once
 
+NAME = "nvidia-cutlass-dsl"
 CUTE_TORCH = "torch==2.13.0"
 # The compiler of CuTe DSL and its parts. Its other requirements run or disassemble kernels.
 CUTE_DSL = "4.7.1"
@@ -34,15 +35,14 @@ class CuteDsl:
         return self.packages / "nvidia_cutlass_dsl" / f"cu{CUDA_MAJORS[0]}" / "lib"
 
 
-def install_cute_dsl(environment: Environment, say: Say) -> CuteDsl:
-    """Install the version of CuTe DSL that FlashInfer's release accepts."""
-    accepted = Requirement(environment.requirement("nvidia-cutlass-dsl")).specifier
+def install_cute_dsl(environment: Environment, accepted: SpecifierSet, say: Say) -> CuteDsl:
+    """Install a version of CuTe DSL that is accepted, the tested one if possible."""
     wanted = f"=={CUTE_DSL}" if accepted.contains(CUTE_DSL, prereleases=True) else str(accepted)
     folder = environment.root.with_name(f"cute-dsl{re.sub(r'[^0-9a-z.]+', '-', wanted)}")
-    parts = [f"nvidia-cutlass-dsl{part}{wanted}" for part in _CUTE_PARTS]
+    parts = [f"{NAME}{part}{wanted}" for part in _CUTE_PARTS]
 
     def make() -> None:
-        say(f"installing nvidia-cutlass-dsl{wanted}")
+        say(f"installing {NAME}{wanted}")
         shutil.rmtree(folder, ignore_errors=True)
         # Without dependencies, which are a second compiler, for CUDA 12, and a disassembler.
         install(environment, "--no-deps", "--target", str(folder), *parts, *_CUTE_NEEDS)

@@ -305,7 +305,7 @@ def _run(what: str, command: Sequence[str], log: Path) -> None:
         raise BuildError(f"{what} failed:\n{detail}", str(log))
 
 
-def _create(environment: Environment) -> None:
+def create(environment: Environment) -> None:
     """Create the empty environment, with uv if this Python has no ensurepip."""
     shutil.rmtree(environment.root, ignore_errors=True)
     environment.root.parent.mkdir(parents=True, exist_ok=True)
@@ -377,7 +377,7 @@ def prepare_environment(root: Path, release: str, torch: str | None, say: Say) -
         created = environment.root / "created"
         if not (created.exists() and environment.python.exists()):
             say(f"making a virtual environment in {environment.root}")
-            _create(environment)
+            create(environment)
             created.touch()
         say(f"installing flashinfer-python {release}")
         install(environment, "--no-deps", f"flashinfer-python=={release}")
@@ -589,7 +589,7 @@ class Workshop:
 
 
 @contextmanager
-def _unwritable_by_others() -> Iterator[None]:
+def unwritable_by_others() -> Iterator[None]:
     """Let only this user write to the build's files, some of which are run."""
     before = os.umask(0o077)
     os.umask(before | 0o022)
@@ -599,7 +599,7 @@ def _unwritable_by_others() -> Iterator[None]:
         os.umask(before)
 
 
-def _open_root() -> Path:
+def open_root() -> Path:
     """Return the cache's folder for builds; create it if needed.
 
     Programs and build files in it are run, so no other user may have put them there.
@@ -611,7 +611,7 @@ def _open_root() -> Path:
 
 
 @contextmanager
-def _locked(folder: Path, say: Say) -> Iterator[None]:
+def lock_folder(folder: Path, say: Say) -> Iterator[None]:
     """Lock `folder`: a second build waits, and then finds the first one's files."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -652,8 +652,8 @@ def open_workshop(
         if report:
             report(Progress("prepare", message))
 
-    with _unwritable_by_others():
-        root = _open_root()
+    with unwritable_by_others():
+        root = open_root()
         cxx = find_cxx(cpu)
         environment = prepare_environment(root, release, torch, say)
         toolkit = choose_toolkit(environment, cuda, say)
@@ -663,7 +663,7 @@ def open_workshop(
         tag = [] if toolkit.release == INDEX_CUDA else [toolkit.tag]
         parts = [release, *architectures, *filter(None, [cpu]), *tag]
         folder = (build_dir or root / "-".join(parts)).absolute()
-        with _locked(folder, say):
+        with lock_folder(folder, say):
             cudart = _find_cudart(environment, toolkit, say, cpu)
             link_folder = make_link_folder(toolkit, cxx, cudart, folder / "link")
             yield Workshop(

@@ -7,19 +7,34 @@ import os
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from fi_ffi.catalogue.requests import Request
 from fi_ffi.errors import BuildError
 from fi_ffi.loader.uris import DTYPES, Row, Value
 from fi_ffi_build import cute
-from fi_ffi_build.environment import Workshop
+from fi_ffi_build.environment import Environment
 
 DRIVER = Path(__file__).with_name("driver.py")
 CUTE_DRIVER = Path(__file__).with_name("cute_driver.py")
 
 
-def ask(workshop: Workshop, question: Mapping[str, object], driver: Path = DRIVER) -> Any:
+class Asked(Protocol):
+    """Where a driver runs: a workshop, or what there is of one without FlashInfer."""
+
+    @property
+    def folder(self) -> Path: ...
+
+    @property
+    def environment(self) -> Environment: ...
+
+    @property
+    def log(self) -> Path: ...
+
+    def variables(self) -> dict[str, str]: ...
+
+
+def ask(workshop: Asked, question: Mapping[str, object], driver: Path = DRIVER) -> Any:
     """Run a driver in the build environment and return its answer."""
     path = workshop.folder / "answer.json"
     command = [str(workshop.environment.python), "-I", "-W", "ignore", str(driver), str(path)]
@@ -36,7 +51,7 @@ def ask(workshop: Workshop, question: Mapping[str, object], driver: Path = DRIVE
         log.write(f"$ {' '.join(command)}\n{done.stdout}")
     if done.returncode:
         cause = done.stdout.strip().rpartition("\n")[2]
-        raise BuildError(f"FlashInfer's generators could not be run: {cause}", str(workshop.log))
+        raise BuildError(f"the script {driver.name} could not be run: {cause}", str(workshop.log))
     return json.loads(path.read_text())
 
 

@@ -1,4 +1,4 @@
-"""Where FlashInfer's public names and vLLM's operators are: `data/flashinfer-api.toml`, read.
+"""Where FlashInfer's names and vLLM's operators are: `data/flashinfer-api.toml`, read.
 
 docs/flashinfer-api.md is made from it, and the error for a name that `fi_ffi` lacks.
 """
@@ -27,7 +27,8 @@ _PART = re.compile(r"(?:^| )(fi_ffi|entry): ([\w.]+(?:, [\w.]+)*)(?= (?:fi_ffi|e
 
 @dataclass(frozen=True)
 class ApiName:
-    """A name of `section` (a module of FlashInfer's, or a group of vLLM's), and what serves it."""
+    """A name of `section` (a module of FlashInfer's, a group of vLLM's, or one of what engines take
+    of a later release), and what serves it."""
 
     section: str
     name: str

@@ -152,6 +152,11 @@ _RMSNORM = {
     "weight_bias": BuildOption(("0", "1"), "0", "what is added to the weight"),
     "contiguous": _flag("1", "rows one after another"),
 }
+_QK_RMSNORM = {
+    "dtype": _FLOATS,
+    "head_size": _count(128, "head size"),
+    "weight_bias": _RMSNORM["weight_bias"],
+}
 _RMSNORM_FP4QUANT = {
     "dtype": _FLOATS,
     "hidden_size": _count(4096, "hidden size"),
@@ -212,6 +217,10 @@ def _rmsnorm(options: Options) -> list[str]:
     return [dtype, hidden_size, f"bias{options['weight_bias']}", *strided]
 
 
+def _qk_rmsnorm(options: Options) -> list[str]:
+    return [DTYPES[options["dtype"]], f"d{options['head_size']}", f"bias{options['weight_bias']}"]
+
+
 def _rmsnorm_fp4quant(options: Options) -> list[str]:
     dtype, hidden_size = DTYPES[options["dtype"]], options["hidden_size"]
     layout = "swizzled" if options["swizzled"] == "1" else "rows"
@@ -257,6 +266,10 @@ FAMILIES = {
             "mla_decode", _mla_decode,
         ),
         Family("rmsnorm_cute", _RMSNORM, "CuTe DSL: RMS norm", "rmsnorm", _rmsnorm),
+        Family(
+            "qk_rmsnorm_cute", _QK_RMSNORM, "CuTe DSL: RMS norm of each head", "qk_rmsnorm",
+            _qk_rmsnorm,
+        ),
         Family(
             "rmsnorm_fp4quant", _RMSNORM_FP4QUANT,
             "CuTe DSL: RMS norm and quantisation to fp4",

@@ -12,6 +12,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 import click
+from click.core import ParameterSource
 
 from fi_ffi.catalogue.families import DEFAULT_ARCH, FAMILIES, OPTIONS, BuildOption
 from fi_ffi.catalogue.requests import parse_arch, with_options
@@ -25,6 +26,7 @@ from fi_ffi.loader.search import wanted_release
 from fi_ffi_build.build import Available, available
 from fi_ffi_build.build import build as build_wheel
 from fi_ffi_build.environment import Progress
+from fi_ffi_build.functions import build_functions
 
 
 @contextmanager
@@ -113,6 +115,45 @@ def _interruptible() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
+# What `--cute` has no use for: options of FlashInfer's modules.
+_OF_MODULES = ["names", "release", "cuda", "dtype", "head_dim", "backend", "cpu", "jobs"]
+_OF_MODULES += ["build_dir", "list_only"]
+
+
+def _build_functions(
+    functions: tuple[str, ...],
+    requirements: tuple[str, ...],
+    output: Path | None,
+    as_json: bool,
+    quiet: bool,
+    settings: Mapping[str, Any],
+) -> None:
+    if not functions:
+        raise click.UsageError("--with is for functions: name one by --cute")
+    context = click.get_current_context()
+    for parameter in context.command.get_params(context):
+        source = context.get_parameter_source(str(parameter.name))
+        if parameter.name in _OF_MODULES and source == ParameterSource.COMMANDLINE:
+            name = parameter.opts[0] if parameter.opts[0][0] == "-" else "NAME"
+            raise click.UsageError(
+                f"{name} is for FlashInfer's modules and does not go with --cute"
+            )
+    with _interruptible(), _reporter(quiet) as report:
+        libraries = build_functions(
+            functions,
+            requirements=requirements,
+            arch=settings["arch"],
+            output=output or Path("."),
+            torch_requirement=settings["torch_requirement"],
+            report=report,
+        )
+    if as_json:
+        print_json({"libraries": list(map(str, libraries)), "arch": settings["arch"]})
+    else:
+        for library in libraries:
+            click.echo(printable(str(library)))
+
+
 @click.command()
 @click.argument("names", nargs=-1, metavar="[NAME]...")
 @click.option(
@@ -163,6 +204,22 @@ def _interruptible() -> Iterator[None]:
     help="Install this torch, such as torch==2.13.0, for modules that need it (default: none, "
     "except for CuTe DSL).",
 )
+@click.option(
+    "--cute",
+    "functions",
+    multiple=True,
+    metavar="FUNCTION",
+    help="Make libraries of the kernels of CuTe DSL that a function compiles, FILE.py:NAME or "
+    "PACKAGE.MODULE:NAME, in --output (default: the current folder). Only --arch, --with, --torch "
+    "and --output go with it.",
+)
+@click.option(
+    "--with",
+    "requirements",
+    multiple=True,
+    metavar="REQUIREMENT",
+    help="A distribution that the function of --cute imports, without what it requires in turn.",
+)
 @click.option("--list", "list_only", is_flag=True, help="List what can be built.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.option("--quiet", "-q", is_flag=True, help="Show no progress.")
@@ -178,6 +235,8 @@ def build(
     jobs: int | None,
     cpu: str | None,
     output: Path | None,
+    functions: tuple[str, ...],
+    requirements: tuple[str, ...],
     **settings: Any,
 ) -> None:
     """Build kernel modules from FlashInfer's sources into a wheel.
@@ -187,6 +246,9 @@ def build(
     continues where it was.
     """
     settings["arch"] = parse_arch(arch)
+    if functions or requirements:
+        _build_functions(functions, requirements, output, as_json, quiet, settings)
+        return
     if list_only:
         with _interruptible(), _reporter(quiet) as report:
             entries = available(report=report, **settings)

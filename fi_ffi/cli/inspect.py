@@ -101,10 +101,13 @@ def _row(name: str, document: dict[str, Any]) -> tuple[str, ...]:
 
 def _why_not(document: dict[str, Any]) -> str:
     """Return why a library cannot be called in a process like this one, or ""."""
+    torch = [name for name in document["needed"] if name.startswith(("libtorch", "libc10"))]
+    first = min(torch, key=lambda name: (name.startswith("libc10"), name), default="")
+    links = f"links {first}" if first else ""
     if not document["functions"]:
-        return "no: it exports no function of TVM-FFI"
-    if torch := [name for name in document["needed"] if name.startswith(("libtorch", "libc10"))]:
-        return f"no: it links {torch[0]}"
+        return " and ".join(filter(None, ["no: it exports no function of TVM-FFI", links]))
+    if links:
+        return f"no: it {links}"
     if not document["tvm_ffi"]["compiled_for"]:
         return "no: its apache-tvm-ffi is not known"
     if machine.DRIVER in document["needed"] and machine.driver_version() is None:

@@ -177,6 +177,15 @@ class _rope_quantize_append_paged_mla_kv_cache(Op):
     ) -> None: ...
 rope_quantize_append_paged_mla_kv_cache: _rope_quantize_append_paged_mla_kv_cache
 
+class _nvfp4_quantize_append_paged_kv_cache_with_slot_mapping(Op):
+    def __call__(
+        self, append_key: TensorLike, append_value: TensorLike, slot_mapping: TensorLike,
+        paged_k_cache: TensorLike, paged_v_cache: TensorLike, k_scale_cache: TensorLike,
+        v_scale_cache: TensorLike, k_scale: TensorLike, v_scale: TensorLike,
+        kv_layout: Literal['NHD', 'HND'] = 'NHD', *, stream: object = None,
+    ) -> None: ...
+nvfp4_quantize_append_paged_kv_cache_with_slot_mapping: _nvfp4_quantize_append_paged_kv_cache_with_slot_mapping
+
 class _append_paged_kv_cache(Op):
     def __call__(
         self, append_key: TensorLike, append_value: TensorLike, batch_indices: TensorLike,

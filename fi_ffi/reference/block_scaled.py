@@ -9,13 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeAlias
 
 import ml_dtypes
 import numpy as np
 
 from fi_ffi.reference.arrays import Array, bits, every_value, wide
+from fi_ffi.reference.attention.formula import tokens_first
 from fi_ffi.reference.formula import Exact, Formula, Inputs, Move, OneOfMany
 from fi_ffi.reference.moe_weights import FP4, fp4
+
+Whole: TypeAlias = "Callable[[], Array]"
 
 _NEAR = 2.0**-18
 _LEAST = 2.0**-126  # the least normal float32
@@ -183,8 +188,11 @@ def mxfp8_quantize(a: Inputs) -> Exact:
     }
 
 
-def _are_halves(wanted: list[Array], shape: tuple[int, ...]) -> OneOfMany:
-    """Return the expected elements of 4 bits, two to a byte. NaN becomes the greatest of them."""
+def _in_halves(
+    wanted: list[Array], shape: tuple[int, ...]
+) -> tuple[Whole, Callable[[Array], Array]]:
+    """Return elements of 4 bits, two to a byte, and whether bytes are right, by block. NaN becomes
+    the greatest number."""
     wanted = [np.where(np.isnan(each), np.inf, each) for each in wanted]
 
     def value() -> Array:
@@ -197,6 +205,11 @@ def _are_halves(wanted: list[Array], shape: tuple[int, ...]) -> OneOfMany:
         found = fp4(got.astype(int)).reshape(wanted[0].shape)
         return _are_nearest(wanted, found, np.unique(FP4))
 
+    return value, are_right
+
+
+def _are_halves(wanted: list[Array], shape: tuple[int, ...]) -> OneOfMany:
+    value, are_right = _in_halves(wanted, shape)
     return OneOfMany(value, _judge(are_right))
 
 
@@ -241,7 +254,67 @@ def nvfp4_kv_quant(a: Inputs) -> Exact:
     }
 
 
+# ---------------------------------------------------------------- appending to a cache of 4 bits
+
+
+def _written(
+    before: Array, layout: int, where: Any, value: Whole, are_right: Callable[[Array], Array]
+) -> OneOfMany:
+    """Return the expected cache: tokens at `where`, and everything else as before."""
+
+    def after() -> Array:
+        cache: Array = before.copy()
+        tokens_first(cache, layout)[where] = value()
+        return cache
+
+    def right(got: Array) -> Array:
+        found = wide(got)
+        same: Array = (found == before) | np.isnan(found) & np.isnan(before)
+        tokens_first(same, layout)[where] = are_right(tokens_first(got, layout)[where])
+        return same
+
+    return OneOfMany(after, _judge(right))
+
+
+def nvfp4_quantize_append_paged_kv_cache_with_slot_mapping(a: Inputs) -> Exact:
+    layout, found = a["kv_layout"], {}
+    pages, size = tokens_first(a["paged_k_cache"], layout).shape[:2]
+    slots = a["slot_mapping"].astype(np.int64)
+    rows = np.flatnonzero((slots >= 0) & (slots < pages * size))
+    where = slots[rows] // size, slots[rows] % size
+    for x, new in (("k", a["append_key"]), ("v", a["append_value"])):
+        of_all = float(np.ravel(a[f"{x}_scale"])[0])
+        blocks, largest = _in_blocks(new[rows], 16)
+        scales = _Scales(largest / (6 * of_all), _bytes_of_e4m3)
+        decoded = [_of_e4m3(codes) for codes in scales.codes]
+        # Elements of a block whose scale is rounded to 0 are 0.
+        with np.errstate(divide="ignore"):
+            factors = [np.where(each > 0, 1 / (each * of_all), 0) for each in decoded]
+        value, are_right = _in_halves(
+            [blocks * factor[..., None] for factor in factors],
+            (*blocks.shape[:2], blocks.shape[2] * 8),
+        )
+
+        def are_halves(got: Array, are_right: Callable[[Array], Array] = are_right) -> Array:
+            each: Array = are_right(got).repeat(8, axis=-1)
+            return each
+
+        def are_scales(got: Array, codes: list[Array] = scales.codes) -> Array:
+            near: Array = (bits(np.ascontiguousarray(got)) == np.stack(codes)).any(axis=0)
+            return near
+
+        cache, of_blocks = f"paged_{x}_cache", f"{x}_scale_cache"
+        found[cache] = _written(a[cache], layout, where, value, are_halves)
+        found[of_blocks] = _written(
+            a[of_blocks], layout, where, partial(_of_e4m3, scales.codes[0]), are_scales
+        )
+    return found
+
+
 EXACT: dict[str, Formula] = {
+    "nvfp4_quantize_append_paged_kv_cache_with_slot_mapping": (
+        nvfp4_quantize_append_paged_kv_cache_with_slot_mapping
+    ),
     "nvfp4_kv_dequant": nvfp4_kv_dequant,
     "mxfp8_quantize": mxfp8_quantize,
     "fp4_quantize": fp4_quantize,

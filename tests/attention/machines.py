@@ -19,6 +19,7 @@ from fi_ffi.ops.attention.backends import (
     fa3_lacks,
 )
 from fi_ffi.ops.call.releases import release_in_force
+from fi_ffi.ops.call.row import Row
 
 from tests.helpers import kernels
 from tests.helpers.calls import HostArray
@@ -51,8 +52,8 @@ class Cpu:
     def place(self, host: np.ndarray) -> Any:
         return HostArray(host) if host.size else Nothing(host, self.device)
 
-    def need(self, module: str) -> None:
-        """Skip the test where the kernels in use lack a module."""
+    def need(self, module: str | Row) -> None:
+        """Skip the test where the kernels in use lack a module, or an op."""
 
     def backend(
         self, op: str, asked: str, kernel: Kernel, custom_mask: bool, is_paged: bool = False
@@ -129,7 +130,7 @@ class Gpu(Cpu):
             pytest.skip(later)
         return super().backend(op, asked, kernel, custom_mask, is_paged)
 
-    def need(self, module: str) -> None:
+    def need(self, module: str | Row) -> None:
         kernels.need(module)
 
     def need_group(self, group: int) -> None:

@@ -16,7 +16,7 @@ def needs(op) -> None:
     row = op.row
     if row.capabilities and machine.capability(0)[0] not in row.capabilities:
         pytest.skip(f"{row.name} is for compute capability {row.capabilities}")
-    kernels.need(row.module_on(machine.capability(0)))
+    kernels.need(row)
 
 
 @pytest.mark.parametrize(("op", "dtypes", "sizes", "more"), CALLS)

@@ -14,6 +14,7 @@ from fi_ffi.cli.cases import Case
 from fi_ffi.ops.call.row import Row
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.table import norm, page
+from fi_ffi.reference import MOVES
 from fi_ffi.reference.arrays import wide
 
 # From one vector of 8 to the largest in use; 24, 127 and 1001 are not powers of two.
@@ -32,9 +33,10 @@ EVERY_CALL = [
     for dtypes in itertools.product(*op.row.dtypes.values())
     if not lacks(op.row, dict(zip(op.row.dtypes, dtypes, strict=True)))
 ]
-# Those of the norm family, and of the page family.
+# Those of the norm family, and those of the page family that only move bytes.
 CALLS, CALLS_PAGE = (
-    [call for call in EVERY_CALL if call.values[0].row in family.ROWS] for family in (norm, page)
+    [call for call in EVERY_CALL if call.values[0].row in rows]
+    for rows in (norm.ROWS, [row for row in page.ROWS if row.name in MOVES])
 )
 
 

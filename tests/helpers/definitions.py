@@ -618,6 +618,24 @@ def _(a):
     return {"valueE2M1": halves, "scaleFP8SF": scales}
 
 
+@defines("nvfp4_quantize_append_paged_kv_cache_with_slot_mapping")
+def _(a):
+    names = ("paged_k_cache", "paged_v_cache", "k_scale_cache", "v_scale_cache")
+    found = {name: a[name].copy() for name in names}
+    size = a["paged_k_cache"].shape[2 if a["kv_layout"] == "HND" else 1]
+    for token, slot in enumerate(map(int, a["slot_mapping"])):
+        if not 0 <= slot < size * len(a["paged_k_cache"]):
+            continue
+        page, entry = divmod(slot, size)
+        at = np.s_[page, :, entry] if a["kv_layout"] == "HND" else np.s_[page, entry]
+        for x, new in (("k", a["append_key"]), ("v", a["append_value"])):
+            of_all = 1 / float(a[f"{x}_scale"][0])
+            quotients, codes = _blocks(new[token], 16, 6, of_all, False)
+            found[f"paged_{x}_cache"][at] = _bytes_of_halves(quotients)
+            found[f"{x}_scale_cache"][at] = np.array(_BYTES)[codes.astype(int)]
+    return found
+
+
 @defines("nvfp4_kv_quant")
 def _(a):
     quotients, codes = _blocks(a["input"], 16, 6, 1 / float(a["global_scale"][0]), False)

@@ -50,13 +50,13 @@ def check(case: Case, place: Callable[[np.ndarray], Any], stream: object = None)
 
 def check_on(machine: Any, case: Case) -> float:
     """The same on one of `attention.machines`, where its kernels have the op."""
-    machine.need(case.row.module)
+    machine.need(case.row)
     return check(case, machine.place, machine.stream)
 
 
 def check_replayed(machine: Any, case: Case) -> float:
     """Recorded, what is only written poisoned, and made again, twice."""
-    machine.need(case.row.module)
+    machine.need(case.row)
     placed = {name: machine.place(array) for name, array in case.arrays.items()}
     descs = {name: array.desc() for name, array in placed.items()}
 

@@ -13,8 +13,11 @@ from collections.abc import Iterator
 import pytest
 
 from fi_ffi.errors import LoaderError
-from fi_ffi.loader import search
+from fi_ffi.loader import machine, search
 from fi_ffi.loader.kernels import KernelSource
+from fi_ffi.ops.call.releases import fits, release_in_force
+from fi_ffi.ops.call.row import Row
+from fi_ffi.ops.functions import OPS
 
 # What `search.find_module` raises, in a traceback or by itself; its last line is the advice.
 _MISSING = re.compile(r"no kernels of module '([^']+)'.*:\n(?:  .*\n)*(.*)")
@@ -52,8 +55,13 @@ def why_not(module: str, device: int = 0) -> str:
     return ""
 
 
-def need(module: str, device: int = 0) -> None:
-    """Skip the test where the kernels at hand have no such module for a GPU."""
+def need(module: str | Row, device: int = 0) -> None:
+    """Skip the test where the kernels at hand have no such module for a GPU, or no such op."""
+    if isinstance(module, Row):
+        release = release_in_force()
+        if not any(fits(row, release) for row in OPS[module.name].rows):
+            pytest.skip(f"{module.name} is not in FlashInfer {release}")
+        module = module.module_on(machine.capability(device))
     if why := why_not(module, device):
         pytest.skip(why)
 

@@ -255,7 +255,7 @@ def not_linux(patch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def no_ensurepip(patch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     patch.setattr(environment.importlib.util, "find_spec", lambda name: None)
     patch.setenv("PATH", "")
-    environment._create(environment.Environment(tmp_path / "env"))
+    environment.create(environment.Environment(tmp_path / "env"))
 
 
 LAST_AXIS = "Last axis not contiguous"

@@ -150,7 +150,7 @@ def test_names_that_are_too_long(root, monkeypatch, tmp_path):
         files.load_file(LONG)
     with pytest.raises(KernelNotFoundError, match="null byte"):
         files.load_file("a\0b.so")
-    locked = environment._locked(type(tmp_path)(LONG), print)
+    locked = environment.lock_folder(type(tmp_path)(LONG), print)
     with pytest.raises(BuildError, match="File name too long; name another --build-dir"), locked:
         pass
     monkeypatch.setenv("FI_FFI_CACHE_DIR", LONG)

@@ -191,13 +191,18 @@ def test_inspect(folder, tmp_path, library):
     torch = compiler.library(source, tmp_path / "libtorch.so", "-Wl,-soname,libtorch.so")
     needing = compiler.library(SOURCE, tmp_path / "needing.so", "-Wl,--no-as-needed", str(torch))
     empty = compiler.library(source, tmp_path / "empty.so")
-    members = {f"a/{path.name}": path.read_bytes() for path in (needing, empty)}
+    extension = compiler.library(
+        source, tmp_path / "extension.so", "-Wl,--no-as-needed", str(torch)
+    )
+    members = {f"a/{path.name}": path.read_bytes() for path in (needing, empty, extension)}
     (tmp_path / "a-1-py3-none-any.whl").write_bytes(make_wheel(members, info="a-1.dist-info"))
     found = json.loads(inspected(tmp_path / "a-1-py3-none-any.whl", "--json"))["libraries"]
     assert [*found["needing"]["functions"]] == ["ask", "make"]
     text = inspected(tmp_path / "a-1-py3-none-any.whl")
     assert "no: it links libtorch.so" in text
-    assert "no: it exports no function of TVM-FFI" in text
+    why = {line.split()[0]: line.partition("no: ")[2] for line in text.splitlines()}
+    assert why["empty"] == "it exports no function of TVM-FFI"
+    assert why["extension"] == "it exports no function of TVM-FFI and links libtorch.so"
 
 
 def test_tokenspeed_kernel(root):

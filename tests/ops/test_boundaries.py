@@ -44,6 +44,7 @@ from tests.ops.test_results import (
     MERGES,
     NORMS,
     ROUTERS,
+    SLOTS,
     TOP_K,
     TOP_KS,
 )
@@ -265,6 +266,13 @@ BOUNDS = [
     # Blocks of 16 or 32 with a scale each: 48 kB of shared memory have a number, and scales.
     B("nvfp4_kv_dequant", "blocks", range(1, 49148 + 1), {"n": 1}),
     B(("nvfp4_kv_dequant", "nvfp4_kv_quant"), "n", range(INT // 48 + 1), {"blocks": 3}, f"{INT}"),
+    # A block for a token and a head; pages, and tokens of one, are counted in uint32_t.
+    B(SLOTS, "nnz", range(INT), {"rows": same, "num_kv_heads": 1}),
+    B(SLOTS, "num_kv_heads", range(GRID)),
+    B(SLOTS, "num_pages", range(UINT), {"num_kv_heads": 1}),
+    B(SLOTS, "page_size", range(1, UINT), {"num_kv_heads": 1}),
+    B(SLOTS, "head_dim", (64, 128, 256, 512)),
+    *(B(SLOTS, "rows", range(nnz, FAR), {"nnz": nnz}, "a row for every slot") for nnz in (0, 9)),
     B("nvfp4_kv_quant", "blocks", range(1, INT // 16 + 1), {"n": 1}, f"1|{INT}"),
     *(B("block_scale_interleave", "swizzled", (experts * count,),
         {"n": experts, "rows": rows, "cols": columns}, "whole tiles")

@@ -90,3 +90,50 @@ def test_the_reference_refuses_wrong_indices(row, wrong, rng):
         OPS[row.name](**case.arrays)
     assert (caught.value.op, caught.value.argument) == (row.name, name)
     assert {n: a.tobytes() for n, a in case.arrays.items()} == before
+
+
+SLOTS = OPS["nvfp4_quantize_append_paged_kv_cache_with_slot_mapping"].row
+
+
+def test_the_check_of_slots_can_fail(rng):
+    """A token of no slot is written nowhere; each element and each scale that is off is seen."""
+    case = make_case(SLOTS, {"nnz": 9, "num_pages": 4, "page_size": 3, "num_kv_heads": 2,
+                             "head_dim": 64}, {"H": "float16", "I": "int64"}, rng)  # fmt: skip
+    assert ((case.arrays["slot_mapping"] < 0) | (case.arrays["slot_mapping"] >= 12)).any()
+    called = OPS[SLOTS.name]
+    placed = {name: HostArray(array) for name, array in case.arrays.items()}
+    called(**{name: array.desc() for name, array in placed.items()})
+    kept = [slot for slot in case.arrays["slot_mapping"].tolist() if 0 <= slot < 12]
+    for name in case.expected:
+        got = placed[name].get()
+        assert case.error(name, got)[1] == 0
+        changed = (got.view(np.uint8) != case.arrays[name].view(np.uint8)).any(axis=(2, 3))
+        assert {*np.flatnonzero(changed).tolist()} == {*kept}
+        for slot in range(12):
+            wrong = got.copy()
+            # A power of two more, or another sign: a neighbour could be as near.
+            wrong.view(np.uint8)[divmod(slot, 3)][rng.integers(2), rng.integers(4)] ^= 0x28
+            assert case.error(name, wrong)[1] > 1
+
+
+@pytest.mark.parametrize(
+    ("argument", "shape"),
+    [("append_key", (8, 2, 64)), ("append_key", (9, 3, 64)), ("append_key", (9, 2, 32)),
+     ("append_value", (10, 2, 64)), ("append_value", (9, 2, 64, 1)),
+     ("k_scale_cache", (4, 3, 2, 8)), ("v_scale_cache", (4, 2, 3, 4)),
+     ("paged_v_cache", (4, 3, 2, 64)), ("v_scale", (2,))],
+)  # fmt: skip
+def test_shapes_that_do_not_go_together_are_refused(argument, shape, rng):
+    case = make_case(SLOTS, {"nnz": 9, "rows": 9, "num_pages": 4, "page_size": 3,
+                             "num_kv_heads": 2, "head_dim": 64},
+                     {"H": "float16", "I": "int32"}, rng)  # fmt: skip
+    dtype = case.arrays[argument].dtype
+    given = {argument: np.zeros(shape, dtype)}
+    if argument == "append_key":
+        given["append_value"] = given[argument]
+    arrays = {name: array.copy() for name, array in case.arrays.items()} | given
+    with pytest.raises(fi_ffi.ArgumentError) as caught:
+        OPS[SLOTS.name](**arrays)
+    assert caught.value.op == SLOTS.name
+    for name in {*case.expected} - {*given}:
+        assert arrays[name].tobytes() == case.arrays[name].tobytes()

@@ -51,10 +51,11 @@ ROUTERS = tuple(name for name, op in OPS.items() if op.row.module == "dsv3_route
 CHAIN = "chain_speculative_sampling"
 MERGES = ("merge_state", "merge_state_in_place", "merge_states")
 APPENDS = ("append_paged_kv_cache", "append_paged_mla_kv_cache")
+SLOTS = "nvfp4_quantize_append_paged_kv_cache_with_slot_mapping"
 # What is moved, or quantised by a rule that is exact, has no bound: it is the same bits.
 BIT_FOR_BIT = {
     "packbits", "segment_packbits", "concat_mla_k", "block_scale_interleave", "mxfp8_quantize",
-    "block_scale_interleave_reverse", "fp4_quantize", "nvfp4_kv_quant", *APPENDS,
+    "block_scale_interleave_reverse", "fp4_quantize", "nvfp4_kv_quant", *APPENDS, SLOTS,
 }  # fmt: skip
 BOTH = (False, True)
 
@@ -234,6 +235,10 @@ LINES: dict[str, Line] = {
         every_dtype=True),
     "tiles back": Line(["block_scale_interleave_reverse"], "n rows cols", [
         (1, 128, 4), (3, 256, 12), (2, 1024, 1028)]),
+    # Every head size, and grids of one and of many heads.
+    "slots": Line([SLOTS], "nnz num_pages page_size num_kv_heads head_dim", [
+        (1, 1, 1, 1, 64), (7, 3, 5, 3, 128), (40, 4, 16, 8, 256), (9, 2, 64, 2, 512)],
+        grid(kv_layout=("NHD", "HND")), every_dtype=True),
     "mxfp8": Line(["mxfp8_quantize"], "n k", [(1, 32), (7, 96), (130, 64), (3, 1024), (9, 160)],
                   grid(sfSwizzleLayout=(0, 1, 2), alignment=(32, 96, 128)), every_dtype=True),
     "fp4": Line(["fp4_quantize"], "n half", [(1, 16), (7, 48), (130, 32), (3, 512)], [
@@ -563,7 +568,7 @@ def placed_of(machine: Any, case: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 def test_scratch_serves_calls_of_any_size(name, machine, rng):
     """One buffer, zero before the first: rows that are shared and rows that are not in turn."""
     op = OPS[name]
-    machine.need(op.row.module)
+    machine.need(op.row)
     (own,) = {arg.name for arg in op.row.tensors} & {*SCRATCH}
     scratch = machine.place(np.zeros(2**20, np.uint8))
     few, many = _SIZES_IN_TURN[name]
@@ -585,7 +590,7 @@ def test_scratch_serves_calls_of_any_size(name, machine, rng):
 def test_streams_have_scratch_of_their_own(name, machine, rng):
     """Calls one after the other on each of several streams; rows that are shared take turns."""
     op = OPS[name]
-    machine.need(op.row.module)
+    machine.need(op.row)
     long = 40000 if machine.is_gpu else 2500
     sizes = {**inputs_of(op.row).small, "n": 6, "r": 6, "h": long, "d": long, "top_k": 64}
     calls = []
@@ -605,7 +610,7 @@ def test_streams_have_scratch_of_their_own(name, machine, rng):
 def test_the_same_each_time(name, machine, rng):
     """Deterministic is bit for bit, and in the same order."""
     op = OPS[name]
-    machine.need(op.row.module)
+    machine.need(op.row)
     more = known(op, {"deterministic": True, "is_deterministic": True})
     for sizes in ({"n": 20, "r": 20, "h": 3000, "d": 3000, "top_k": 100},
                   *[{"n": 20, "r": 20, "h": 128256, "d": 131072, "top_k": 500}] * machine.is_gpu

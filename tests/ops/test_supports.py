@@ -19,7 +19,7 @@ from fi_ffi.errors import ArgumentError, KernelNotFoundError, LoaderError
 from fi_ffi.loader import machine, search
 from fi_ffi.loader.fetch.pinned_wheels import PinnedKernels
 from fi_ffi.loader.fetch.wheels_lock import the_lock
-from fi_ffi.ops.call.releases import span_of
+from fi_ffi.ops.call.releases import fits, span_of
 from fi_ffi.ops.call.support import WORDS
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.plans.rows import ROWS as ATTENTION
@@ -342,6 +342,8 @@ def test_the_matrix_agrees_with_the_list():
             capability = capability_of(sm)
             if op.row.capabilities and capability[0] not in op.row.capabilities:
                 assert answer.status == "refused"
+            elif not any(fits(row, DEFAULT) for row in op.rows):
+                assert answer.status == "refused" and f"not in {DEFAULT}" in answer.reason
             elif codes is None:
                 assert answer.status == "missing"
                 assert answer.build

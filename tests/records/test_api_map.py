@@ -5,7 +5,9 @@ tests/releases/test_api.py holds it against FlashInfer's own names.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -14,8 +16,10 @@ from fi_ffi import comm
 from fi_ffi.catalogue.api_map import ApiName, release, rows
 from tools.entries import entries_of
 
-OF_VLLM = "vLLM: "
-NAMES = [row for row in rows() if not row.section.startswith(OF_VLLM)]
+OF_VLLM, OF_ENGINES = "vLLM: ", "engines: "
+NAMES = [row for row in rows() if not row.section.startswith((OF_VLLM, OF_ENGINES))]
+IMPORTS = [row for row in rows() if row.section.startswith(OF_ENGINES)]
+RECORD = json.loads((Path(__file__).parents[2] / "tools/data/engine-names.json").read_text())
 OPERATORS = [row for row in rows() if row.section.startswith(OF_VLLM)]
 # How many there are in each of vLLM's groups, where a row may answer for two dtypes or directions.
 GROUPS = {
@@ -40,7 +44,7 @@ def test_the_names_are_fi_ffis():
 
 def test_the_entries_are_in_the_catalogue():
     record = entries_of(release())
-    for row in rows():
+    for row in (*NAMES, *OPERATORS):
         for entry in row.entries:
             family, _, symbol = entry.rpartition(".")
             groups = record.of_family(family)
@@ -53,9 +57,16 @@ def test_each_row_answers():
     assert all(row.ops or row.entries or row.reason for row in rows())
     # Both of a name's places, where FlashInfer exports it twice, say the same.
     said: dict[str, set[tuple[object, ...]]] = {}
-    for row in NAMES:
+    for row in (*NAMES, *IMPORTS):
         said.setdefault(row.name, set()).add((row.ops, row.entries, row.reason))
     assert not {name for name, answers in said.items() if len(answers) > 1}
+
+
+def test_what_engines_import_has_a_row():
+    """And what no engine imports has none."""
+    known = {row.name for row in NAMES}
+    assert {row.name for row in IMPORTS} == {*RECORD["names"]} - known
+    assert len(RECORD["names"]) > 200 and {*RECORD["engines"]} == {"vllm", "sglang"}
 
 
 def test_every_operator_of_vllms_has_a_row():

@@ -10,7 +10,7 @@ import pytest
 
 from fi_ffi.catalogue.api_map import release
 
-from tests.records.test_api_map import NAMES, label
+from tests.records.test_api_map import IMPORTS, NAMES, RECORD, label
 
 # Packages of FlashInfer's whose `__init__` exports are for its users.
 PACKAGES = (
@@ -96,6 +96,14 @@ def test_every_name_is_flashinfers(modules):
             if name.startswith(f"{row.section}.")
         )
         assert row.name in names or stars, f"{label(row)} is not there"
+
+
+def test_entries_that_engines_take_are_flashinfers(interface):
+    """Of the release that they were read with."""
+    exported = {key.name for key in interface(RECORD["flashinfer"]).exports}
+    for row in IMPORTS:
+        for entry in row.entries:
+            assert entry.rpartition(".")[2] in exported, f"{label(row)}: no {entry}"
 
 
 def test_no_public_name_lacks_a_row(modules):

@@ -145,7 +145,7 @@ PLACES = {
     "the same": (f"objects/{SHA256[:2]}/{SHA256}/norm.so", lambda: cache.find(SHA256, "norm.so")),
     "the user's pins": ("wheels.lock", lock_in_use),
     "a wheel": (f"wheels/{WHEEL}", lambda: [*search._local()]),
-    "a build's file": ("build/env-1/build.ninja", building._open_root),
+    "a build's file": ("build/env-1/build.ninja", building.open_root),
 }
 NOWHERE = "http://127.0.0.1:9/a"
 
@@ -354,7 +354,7 @@ def test_a_build_folder_of_another_user(root, tmp_path):
     another(folder)
     with (
         pytest.raises(ArtifactError, match=f"belongs to user {OTHER}"),
-        building._locked(folder, print),
+        building.lock_folder(folder, print),
     ):
         pass
 

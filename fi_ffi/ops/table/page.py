@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from fi_ffi.ops.call.row import KvLayout, Row, Tensor, Vector
+from fi_ffi.ops.call.arguments import INT32_MAX
+from fi_ffi.ops.call.row import KvLayout, Row, Rule, Tensor, Vector
 
 _SOURCE = "csrc/flashinfer_page_binding.cu"
 _T: dict[str, tuple[str, ...]] = {"T": ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")}
@@ -91,7 +92,69 @@ def _row(
     )
 
 
+# A quantised cache: bytes of two elements, and a scale for each block of 16.
+_TO_APPEND: dict[str, Any] = {"dtype": "H", "in_vectors": False}
+_PACKED: dict[str, Any] = {
+    "axes": "num_pages page_size num_kv_heads head_dim/2", "dtype": "uint8", "kv": True,
+    "writes": True, "doc": "two e2m1 elements in a byte, the first in the low half",
+}  # fmt: skip
+_SCALES: dict[str, Any] = {
+    "axes": "num_pages page_size num_kv_heads head_dim/16", "dtype": "float8_e4m3fn", "kv": True,
+    "writes": True, "doc": "the scale of every 16 elements: `largest / 6 / {}`",
+}  # fmt: skip
+_FP4_CACHES = tuple(
+    Tensor(name, **{**fields, "doc": fields["doc"].format(name[0] + "_scale")})
+    for name, fields in (
+        ("paged_k_cache", _PACKED),
+        ("paged_v_cache", _PACKED),
+        ("k_scale_cache", _SCALES),
+        ("v_scale_cache", _SCALES),
+    )
+)
+_POSITIVE = "scale of all {}, positive and finite"
+
 ROWS = (
+    Row(
+        "nvfp4_quantize_append_paged_kv_cache_with_slot_mapping",
+        "page",
+        "nvfp4_quantize_append_paged_kv_cache_with_slot_mapping",
+        _SOURCE,
+        "Quantise the keys and values of new tokens to NVFP4, and write each to its slot of a "
+        "paged cache. Rows after the last slot are not read.",
+        (
+            Tensor("append_key", "rows num_kv_heads head_dim", doc="keys", **_TO_APPEND),
+            Tensor("append_value", "rows num_kv_heads head_dim", doc="values", **_TO_APPEND),
+            Tensor(
+                "slot_mapping",
+                "nnz",
+                "I",
+                "page * page_size + entry of each token; a token whose slot is negative, or beyond "
+                "the cache, is skipped. Two tokens of one slot are a race",
+                contiguous=True,
+                no_index="slots outside the cache are skipped",
+            ),
+            *_FP4_CACHES,
+            Tensor("k_scale", "1", "float32", f"{_POSITIVE.format('keys')}: else the kernel traps"),
+            Tensor(
+                "v_scale", "1", "float32", f"{_POSITIVE.format('values')}: else the kernel traps"
+            ),
+            KvLayout(strided=False),
+        ),
+        dtypes={"H": ("float16", "bfloat16"), "I": ("int32", "int64")},
+        releases=">=0.6.15",
+        vector=Vector(()),
+        offset_limit=2**63,
+        nothing_axis="nnz",
+        requires=(
+            "head_dim in (64, 128, 256, 512)",
+            "num_kv_heads <= 65535",
+            "page_size >= 1",
+            f"nnz <= {INT32_MAX}",
+            f"num_pages <= {2**32 - 1}",
+            f"page_size <= {2**32 - 1}",
+            Rule("append_key", "nnz <= rows", "a row for every slot"),
+        ),
+    ),
     _row(
         "append_paged_kv_cache",
         "Append the keys and values of new tokens to a paged cache.",

@@ -68,5 +68,26 @@ _OWN = Inputs(
     usual={"nnz": 32, "b": 4, "page_size": 16, "num_kv_heads": 8, "head_dim": 128, **_FIXED},
     make=make,
 )
+
+
+def make_slots(call: Call) -> None:
+    """Slots of any order, each once; some of the tokens have none, or one beyond the cache."""
+    sizes, rng, nnz = call.sizes, call.rng, call.sizes["nnz"]
+    sizes.setdefault("rows", nnz + 2)
+    room = sizes["num_pages"] * sizes["page_size"]
+    slots = rng.permutation(max(room, nnz))[:nnz]
+    slots[rng.permutation(nnz)[: nnz // 4]] = rng.choice([-1, -7, room, room + 3], nnz // 4)
+    call.default(
+        slot_mapping=np.where(slots < room + 4, slots, -1),
+        k_scale=np.exp(rng.uniform(-7, -4, 1)),
+        v_scale=np.exp(rng.uniform(-7, -4, 1)),
+    )
+
+
+_SLOTS = Inputs(
+    small={"nnz": 6, "num_pages": 3, "page_size": 4, "num_kv_heads": 2, "head_dim": 64},
+    usual={"nnz": 64, "num_pages": 9, "page_size": 16, "num_kv_heads": 8, "head_dim": 128},
+    make=make_slots,
+)
 # By module, or by op.
-INPUTS = {"page": _OWN}
+INPUTS = {"page": _OWN, "nvfp4_quantize_append_paged_kv_cache_with_slot_mapping": _SLOTS}

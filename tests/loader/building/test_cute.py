@@ -75,6 +75,7 @@ def test_what_flashinfer_does_not_name_is_named_by_its_options() -> None:
         "kda_decode:gate=0,heads=8": "b64_t1_h8_d128_nogate",
         "mla_decode:dtype=e4m3,page_size=128,lengths=equal": "float8_e4m3fn_p128_equal_split",
         "rmsnorm_cute:dtype=f16,contiguous=0": "float16_4096_bias0_strided",
+        "qk_rmsnorm_cute:head_size=64,weight_bias=1": "bfloat16_d64_bias1",
         "rmsnorm_fp4quant:scale=ue8m0,block_size=32,swizzled=1":
             "bfloat16_4096_ue8m0x32_swizzled",
     }  # fmt: skip
@@ -88,7 +89,8 @@ def test_what_flashinfer_does_not_name_is_named_by_its_options() -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "gdn_prefill", "kda_decode", "rmsnorm_cute", "rmsnorm_fp4quant",
+        "gdn_prefill", "kda_decode", "rmsnorm_cute", "rmsnorm_fp4quant", "qk_rmsnorm_cute",
+        "qk_rmsnorm_cute:dtype=f16,head_size=96,weight_bias=1",
         "gdn_prefill:state=bf16,cu_seqlens=i32,alpha=0,initial_state=0,checkpoints=f32,indices=i32",
         "gdn_prefill:dtype=f16,state=e5m2,beta=0,initial_state=e4m3",
         "kda_decode:batch=3,heads=8,head_size=64,gate=0", "rmsnorm_cute:dtype=f16,contiguous=0",
