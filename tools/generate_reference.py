@@ -1,4 +1,4 @@
-"""Write docs/reference.md: docstrings, in the order of tools/data/reference.md (`--check`: compare).
+"""Write docs/reference.md: docstrings, in the order of tools/data/reference.md; `--check` compares.
 
 A line there that begins with `@` names a class or function, and after a colon its members.
 """
