@@ -374,7 +374,8 @@ def topk_topp(made, probs, top_k, side):
     tokens that it must keep."""
     (rows, vocab), out = probs.shape, poisoned(*probs.shape)
     ranked = probs.double().sort(-1, descending=True).values
-    top_p, counts = [], [min(k, vocab) // 3 for k in top_k]
+    # Of a few hundred tokens: sums that p can tell apart in float32.
+    top_p, counts = [], [min(k, vocab, 2100) // 3 for k in top_k]
     for row, k, at in zip(ranked, top_k, counts, strict=True):
         sums = (row[:k] / row[:k].sum()).cumsum(0)
         top_p.append(float(sums[at] - (sums[at] - (sums[at - 1] if at else 0)) / 2))
@@ -559,8 +560,11 @@ def test_queries_and_latents(library, drawn, tokens, heads, dtype):
         row = cache[page, at * 576 : (at + 1) * 576]
         scales = cache[page, page_size * 576 + at * 8 : page_size * 576 + (at + 1) * 8]
         blocks = turned_kv[i, :448].reshape(7, 64)
-        exponents = torch.ceil(torch.log2(blocks.abs().amax(-1).clamp(min=1e-4) / 448))
-        assert scales.tolist() == [*(exponents + 127).int().tolist(), 0]
+        logs = torch.log2(blocks.abs().amax(-1).clamp(min=1e-4) / 448)
+        exponents = scales[:7].double() - 127
+        # Of a power of two the kernel's logarithm may be a little more.
+        assert (torch.ceil(logs - 1e-5) <= exponents).all()
+        assert (exponents <= torch.ceil(logs + 1e-5)).all() and scales[7] == 0
         got = row[:448].view(torch.float8_e4m3fn).double().reshape(7, 64)
         unit = 2.0 ** exponents[:, None]
         assert off(got * unit, blocks, 2.0**-4 * 1.01, float(unit.max()) * 2.0**-9) <= 1
