@@ -265,6 +265,30 @@ def test_unknown_and_missing_keywords(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_size_by_its_other_name(kind):
+    """FlashInfer's decode says `head_dim`, its prefill `head_dim_qk`; a plan takes one of them."""
+    case = Case(kind)
+    own = [name for name in ("head_dim", "head_dim_qk") if name in case.options]
+    for name in own:
+        value, other = case.options.pop(name), {"head_dim", "head_dim_qk"}.difference(own).pop()
+        plan = case.plan(**{other: value})
+        assert getattr(plan.options, name) == value
+        case.run(plan)
+        case.check()
+        with pytest.raises(TypeError, match=other):
+            case.plan(**{name: value, other: value})
+    assert own or kind == "mla"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_plan_is_prepared_by_its_run(kind):
+    plan = Case(kind).plan()
+    assert not hasattr(plan, "prepare")
+    with pytest.raises(AttributeError, match=r"fi_ffi\.prepare\(plan\.\w*run, \.\.\.\)"):
+        plan.prepare  # noqa: B018
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_numbers_of_numpy_are_numbers(kind):
     case = Case(kind)
     numbers = {name: np.int64(value) for name, value in case.options.items() if type(value) is int}

@@ -173,6 +173,10 @@ def check_keywords(op: str, known: Collection[str], names: Iterable[str]) -> Non
             raise TypeError(f"{op}() got an unexpected keyword argument {name!r}{near}")
 
 
+# FlashInfer's plans have one of two names for a size: each plan takes both.
+_SAME = {"head_dim": "head_dim_qk", "head_dim_qk": "head_dim"}
+
+
 class Options:
     """A plan's checked options, as attributes."""
 
@@ -192,6 +196,9 @@ class Options:
 
     def __init__(self, **options: Any) -> None:
         """Check a plan's keywords. A `TypeError` names the plan, as for a plain Python call."""
+        for name, other in _SAME.items():
+            if name in options.keys() - self.table and other in self.table.keys() - options:
+                options[other] = options.pop(name)
         check_keywords(self.op, self.table, options)
         missing = [name for name in self.table if name in self.required and name not in options]
         if missing:

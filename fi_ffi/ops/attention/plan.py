@@ -150,6 +150,12 @@ class Plan:
         """The bytes of both workspaces that the batch in force needs, or needs at most."""
         return WorkspaceSize(self._needs.float_bytes, self._placed.end)
 
+    @property
+    def prepare(self) -> NoReturn:
+        """A plan has no `prepare`: prepare one of its runs."""
+        call = f"fi_ffi.prepare(plan.{self._run_methods[0]}, ...)"
+        raise AttributeError(f"a {type(self).__name__} is prepared by a run: {call}")
+
     # Hooks for plan classes.
 
     def _choose_rows(self) -> Sequence[Row]:
