@@ -7,7 +7,7 @@ schedule, and each run writes the rest.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn
 
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.function import Frame, array_values
@@ -150,11 +150,13 @@ class Plan:
         """The bytes of both workspaces that the batch in force needs, or needs at most."""
         return WorkspaceSize(self._needs.float_bytes, self._placed.end)
 
-    @property
-    def prepare(self) -> NoReturn:
-        """A plan has no `prepare`: prepare one of its runs."""
-        call = f"fi_ffi.prepare(plan.{self._run_methods[0]}, ...)"
-        raise AttributeError(f"a {type(self).__name__} is prepared by a run: {call}")
+    if not TYPE_CHECKING:  # it would have a type checker accept any name
+
+        def __getattr__(self, name: str) -> NoReturn:
+            told = f"{type(self).__name__!r} has no {name!r}"
+            if name == "prepare":
+                told += f": prepare a run, fi_ffi.prepare(plan.{self._run_methods[0]}, ...)"
+            raise AttributeError(told)
 
     # Hooks for plan classes.
 
