@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import fi_ffi
 from fi_ffi.capability.known_issues import KNOWN_ISSUES
 from fi_ffi.loader.fetch.wheels_lock import the_lock
 from fi_ffi.ops.functions import OPS
@@ -93,3 +95,19 @@ def test_pages_are_short():
         words.words(page.read_text()) for page in words.pages() if not words.is_generated(page)
     ]
     assert sum(counts) <= 35_400
+
+
+def test_which_release_has_what():
+    """The README's table says what `supports` does."""
+    lines = (ROOT / "README.md").read_text().splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("| | 0.6.13"))
+    rows = [re.split(r" ?\| ?", line)[1:-1] for line in lines[start : start + 6]]
+    releases = [cell.partition(",")[0] for cell in rows[0][1:]]
+    for names, *cells in rows[2:]:
+        for name in re.findall("`([^`]+)`", names):
+            for release, cell in zip(releases, cells, strict=True):
+                answer = getattr(fi_ffi, name).supports(90, release=release)
+                told = "fetched" if answer else "`fi-ffi build`" if answer.build else "not in it"
+                if answer and "pins none" in answer.reason:
+                    told = "install its wheel"
+                assert cell == told, (name, release, answer)
