@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
-from html import escape
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -17,21 +16,10 @@ sys.path.insert(0, str(ROOT))
 from generated import write_or_check  # noqa: E402
 
 from tools import layers  # noqa: E402
+from tools.drawing import arrow, picture, rect, words  # noqa: E402
 
 TARGET = ROOT / "docs" / "layers.svg"
 BOX, HEIGHT, GAP_X, GAP_Y, MARGIN = 118, 34, 22, 46, 26  # pixels
-STYLE = """
-text { font: 14px system-ui, sans-serif; fill: #1f2328; text-anchor: middle }
-.note { font-size: 12px; fill: #59636e }
-.paper { fill: #ffffff } .zone { fill: #eaf3ec; stroke: #2f7d3b }
-.box { fill: #ffffff; stroke: #59636e } .core { stroke: #2f7d3b; stroke-width: 1.5 }
-.arrow { fill: none; stroke: #8c959f } .up { stroke: #b35900; stroke-dasharray: 5 4 }
-@media (prefers-color-scheme: dark) {
-  text { fill: #e6edf3 } .note { fill: #9198a1 } .paper { fill: #161b22 }
-  .zone { fill: #12261a; stroke: #56b366 } .box { fill: #161b22; stroke: #9198a1 }
-  .core { stroke: #56b366 } .arrow { stroke: #6e7681 } .up { stroke: #f0883e }
-}
-"""
 Graph = Mapping[str, set[str]]
 Places = dict[str, tuple[float, float]]
 
@@ -112,7 +100,7 @@ def arrows(of: Graph, where: Places, kind: str) -> Iterator[str]:
                 bend = (end - start) / 2
                 bends = f"C{x0:g},{start + bend:g} {x1:g},{end - bend:g}"
                 ends = f"M{x0:g},{start:g} {bends} {x1:g},{end:g}"
-            yield f'<path class="{kind}" d="{ends}" marker-end="url(#head)"/>'
+            yield arrow(ends, kind)
 
 
 def drawn() -> str:
@@ -125,26 +113,15 @@ def drawn() -> str:
     left, upper = min(xs) - BOX / 2 - 12, min(ys) - HEIGHT / 2 - 30
     zone = max(xs) - min(xs) + BOX + 24, max(ys) - min(ys) + HEIGHT + 42
     lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" role="img">',
-        "<title>The layers of the package and their imports</title>",
-        f"<style>{STYLE}</style>",
-        '<marker id="head" viewBox="0 0 8 8" refX="4" refY="4" markerWidth="7" markerHeight="7" '
-        'orient="auto"><path d="M0,0 L8,4 L0,8 z" fill="#8c959f"/></marker>',
-        f'<rect class="paper" width="{width:g}" height="{height:g}"/>',
-        f'<rect class="zone" x="{left:g}" y="{upper:g}" width="{zone[0]:g}" '
-        f'height="{zone[1]:g}" rx="8"/>',
-        f'<text class="note" x="{left + zone[0] / 2:g}" y="{upper + 18:g}">the core</text>',
+        rect(left, upper, *zone, "zone", 8),
+        words(left + zone[0] / 2, upper + 18, "the core", "note"),
         *arrows(reduced(below), where, "arrow"),
         *arrows(above, where, "arrow up"),
     ]
     for name, (x, y) in where.items():
         kind = "box core" if name in core else "box"
-        lines.append(
-            f'<rect class="{kind}" x="{x - BOX / 2:g}" y="{y - HEIGHT / 2:g}" width="{BOX}" '
-            f'height="{HEIGHT}" rx="5"/>'
-        )
-        lines.append(f'<text x="{x:g}" y="{y + 5:g}">{escape(name)}</text>')
-    return "\n".join([*lines, "</svg>"]) + "\n"
+        lines += [rect(x - BOX / 2, y - HEIGHT / 2, BOX, HEIGHT, kind), words(x, y + 5, name)]
+    return picture("The layers of the package and their imports", width, height, lines)
 
 
 if __name__ == "__main__":
