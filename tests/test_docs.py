@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import shutil
@@ -111,3 +112,17 @@ def test_which_release_has_what():
                 if answer and "pins none" in answer.reason:
                     told = "install its wheel"
                 assert cell == told, (name, release, answer)
+
+
+def test_options_of_wrappers_are_there():
+    """What the table sends a reader to is an option of the plan, or an argument of its run."""
+    page = (ROOT / "docs" / "howto" / "from-flashinfer.md").read_text()
+    rows = re.search(r"^## Options of wrappers$.*?(?=^## )", page, re.M | re.S)[0].splitlines()
+    own = {*inspect.signature(fi_ffi.BatchPrefillPlan).parameters, "rope_scale", "sink"}
+    own |= {*inspect.signature(fi_ffi.BatchPrefillPlan.paged_run).parameters, "custom_mask"}
+    for row in rows:
+        theirs, _, here = (row.split(" | ") + [""] * 3)[:3]
+        named = re.findall(r"`(\w+)=", here)
+        if here.startswith("the same"):
+            named += set(re.findall(r"`(\w+)`", theirs)) - {"head_dim", "q_scale", "k_scale"}
+        assert own.issuperset(set(named) - {"v_scale", "enable_pdl"}), row
