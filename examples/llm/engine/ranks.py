@@ -227,7 +227,9 @@ class Actors:
     def _run(self, packed):
         self.answers = [rank.run.remote(packed) for rank in self.ranks]
 
-    def queue(self, order):
+    def queue(self, order, late=None):
+        if late:  # from here, masks cannot follow
+            order.more["bits"] = late()
         self._run(pickle.dumps(order))  # once, and in the call: an object of its store takes longer
         self.queued += 1
         return self.queued
