@@ -242,7 +242,7 @@ FAULTS = {
     ),
     "gpt_oss limit": ("gpt_oss", engine.KINDS["gpt_oss"], "arranged", but(swiglu_limit=7)),
     "gpt_oss halves": (
-        "gpt_oss_mxfp4", engine.weights, "mxfp4",
+        "gpt_oss_mxfp4", engine.weights, "fours",
         lambda real: lambda blocks, scales: real(blocks << 4 | blocks >> 4, scales),
     ),
     "gate": ("qwen3_next", engine.model.Model, "gate", lambda real: lambda *args: None),

@@ -58,6 +58,7 @@ def runner_of(job, ranks=None, followers=(), index=None):
             config = of_rank(config, ranks.size)
         with device.loading():
             model = Model(device, config, weights, job, group)
+        model.experts.arrange(model.layers)
     if ranks:
         ranks.barrier()  # a kernel waits for the others, but not for as long as they may load
     return Runner(model, replace(job, num_pages=model.num_pages), followers)

@@ -1,0 +1,113 @@
+"""Mixtures of experts by FlashInfer's kernels, which want 4-bit weights in an order of their own."""
+
+import numpy as np
+
+import fi_ffi
+
+from .device import columns
+from .weights import Blocks, Fours
+
+EACH, LEAST = 128, 256  # sizes of 4-bit weights are multiples of the one, and not below the other
+
+
+def room(size):
+    return max(-(-size // EACH) * EACH, LEAST)
+
+
+def padded(x, axis, size, fill=0):
+    """An array that is as large along an axis."""
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = 0, size - x.shape[axis]
+    return np.pad(x, widths, constant_values=fill)
+
+
+class Experts:
+    """The experts of a model on a device; `placed` gives a layer's weights as the kernels do."""
+
+    def __init__(self, device, config, max_tokens):
+        self.device, self.config, self.max_tokens = device, config, max_tokens
+        self.moe, self.wide = None, None
+
+    def placed(self, layer):
+        """A layer with weights as there are kernels for: in 4 bits, or else widened."""
+        if not isinstance(fc1 := layer.get("fc1"), Fours):
+            return layer
+        is_known = fi_ffi.cutlass_fused_moe.supports(mode="mxfp4") if self.device.is_gpu else True
+        if not is_known:
+            return layer | {name: layer[name].widened() for name in ("fc1", "fc2")}
+        hidden, inner = room(self.config.hidden), room(self.config.expert_intermediate)
+
+        def halves(x, fill=0):
+            """Both halves of its rows, each as large."""
+            parts = np.split(x, 2, axis=1)
+            return np.concatenate([padded(part, 1, inner, fill) for part in parts], axis=1)
+
+        fc2 = layer["fc2"]
+        return layer | {
+            "fc1": Fours(
+                padded(halves(fc1.values), 2, hidden // 2),
+                ordered(padded(halves(fc1.scales, 127), 2, hidden // 32, 127)),
+            ),
+            "fc2": Fours(
+                padded(padded(fc2.values, 1, hidden), 2, inner // 2),
+                ordered(padded(padded(fc2.scales, 1, hidden, 127), 2, inner // 32, 127)),
+            ),
+            "fc1_bias": halves(layer["fc1_bias"]),
+            "fc2_bias": padded(layer["fc2_bias"], 1, hidden),
+        }
+
+    def arrange(self, layers):
+        """Put 4-bit weights, which are on the device by now, in the order of the kernels."""
+        for layer in layers:
+            for name in ("fc1", "fc2"):
+                if not isinstance(weight := layer.get(name), Fours):
+                    continue
+                for e in range(weight.values.shape[0]):
+                    one = weight.values.rows(e, e + 1)
+                    spare = self.device.scratch(f"an expert's {name}", one.shape, "uint8")
+                    self.device.copy(spare, one)
+                    fi_ffi.interleave_moe_weights_for_sm90_mixed_gemm(
+                        spare, one, "fp4", stream=self.device.stream
+                    )
+
+    def __call__(self, out, x, chosen, shares, layer):
+        """out = what each token's experts give, by their shares."""
+        fc1, fc2, scales = layer["fc1"], layer["fc2"], None
+        if self.moe is None:
+            self.moe = self._kernels(fc1)
+        if isinstance(fc1, tuple):
+            (fc1, *scales), (fc2, scale) = fc1, fc2
+            scales.append(scale)
+        more = {f"{name}_expert_biases": layer.get(f"{name}_bias") for name in ("fc1", "fc2")}
+        more |= {name: layer.get(name) for name in ("swiglu_alpha", "swiglu_beta", "swiglu_limit")}
+        n, hidden = x.shape
+        if not self.wide:
+            self.moe(out, x, chosen, shares, fc1, fc2, scales, **more)
+            return
+        every, wide, mixed = (part.rows(0, n) for part in self.wide)
+        self.device.give(columns(wide, 0, hidden), x, every)
+        self.moe(mixed, wide, chosen, shares, fc1, fc2, scales, **more)
+        self.device.take(out, columns(mixed, 0, hidden), every)
+
+    def _kernels(self, fc1):
+        kind, device, config = self.config.dtype, self.device, self.config
+        if isinstance(fc1, Blocks):
+            return fi_ffi.FusedMoe(
+                kind, "float8_e4m3fn", kind, device=device.name, use_deepseek_fp8_block_scale=True
+            )
+        if not isinstance(fc1, Fours):
+            return fi_ffi.FusedMoe(kind, device=device.name)
+        if (hidden := room(config.hidden)) != config.hidden:  # rows with zeros at their end
+            every = device.put(np.arange(self.max_tokens, dtype=np.int32))
+            parts = [device.empty((self.max_tokens, hidden), kind) for _ in "xy"]
+            device.zero(parts[0])
+            self.wide = every, *parts
+        return fi_ffi.FusedMoe(kind, "uint8", kind, device=device.name, use_w4_group_scaling=True)
+
+
+def ordered(scales):
+    """Scales as the kernels in use read them: those of some releases are in blocks."""
+    experts, rows, groups = scales.shape
+    out = np.empty((experts, groups // 4, rows * 4), np.uint8)
+    fi_ffi.interleave_moe_scales_for_sm90_mixed_gemm(scales, out)
+    return out
