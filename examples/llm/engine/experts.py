@@ -1,12 +1,16 @@
-"""Mixtures of experts by FlashInfer's kernels, which want 4-bit weights in an order of their own."""
+"""Mixtures of experts by FlashInfer's kernels; 4-bit weights in the order that these read."""
 
 import numpy as np
 
 import fi_ffi
+from fi_ffi.loader.distributions import is_in
+from fi_ffi.ops.call.releases import release_in_force
+from fi_ffi.ops.moe.interface import FOLDED_RELEASES
 
 from .device import columns
 from .weights import Blocks, Fours
 
+HOPPER = 90  # whose kernels the CPU computes as
 EACH, LEAST = 128, 256  # sizes of 4-bit weights are multiples of the one, and not below the other
 
 
@@ -21,6 +25,11 @@ def padded(x, axis, size, fill=0):
     return np.pad(x, widths, constant_values=fill)
 
 
+def kernels_of(sm):
+    """Whether a GPU, or with None this machine's, multiplies MXFP4 with bfloat16."""
+    return fi_ffi.cutlass_fused_moe.supports(sm=sm, mode="mxfp4")
+
+
 class Experts:
     """The experts of a model on a device; `placed` gives a layer's weights as the kernels do."""
 
@@ -32,8 +41,7 @@ class Experts:
         """A layer with weights as there are kernels for: in 4 bits, or else widened."""
         if not isinstance(fc1 := layer.get("fc1"), Fours):
             return layer
-        is_known = fi_ffi.cutlass_fused_moe.supports(mode="mxfp4") if self.device.is_gpu else True
-        if not is_known:
+        if not kernels_of(None if self.device.is_gpu else HOPPER):
             return layer | {name: layer[name].widened() for name in ("fc1", "fc2")}
         hidden, inner = room(self.config.hidden), room(self.config.expert_intermediate)
 
@@ -108,6 +116,8 @@ class Experts:
 def ordered(scales):
     """Scales as the kernels in use read them: those of some releases are in blocks."""
     experts, rows, groups = scales.shape
-    out = np.empty((experts, groups // 4, rows * 4), np.uint8)
+    is_folded = is_in(release_in_force(), FOLDED_RELEASES)
+    shape = (rows // 64, groups // 4, 16, 16) if is_folded else (groups // 4, rows * 4)
+    out = np.empty((experts, *shape), np.uint8)
     fi_ffi.interleave_moe_scales_for_sm90_mixed_gemm(scales, out)
     return out
