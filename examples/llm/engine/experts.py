@@ -11,6 +11,9 @@ from .device import columns
 from .weights import Blocks, Fours
 
 HOPPER = 90  # whose kernels the CPU computes as
+# By what weights are: their dtype, and the flag of their kernels.
+KINDS = {Blocks: ("float8_e4m3fn", "use_deepseek_fp8_block_scale"),
+         Fours: ("uint8", "use_w4_group_scaling")}  # fmt: skip
 EACH, LEAST = 128, 256  # sizes of 4-bit weights are multiples of the one, and not below the other
 
 
@@ -98,19 +101,15 @@ class Experts:
         self.device.take(out, columns(mixed, 0, hidden), every)
 
     def _kernels(self, fc1):
-        kind, device, config = self.config.dtype, self.device, self.config
-        if isinstance(fc1, Blocks):
-            return fi_ffi.FusedMoe(
-                kind, "float8_e4m3fn", kind, device=device.name, use_deepseek_fp8_block_scale=True
-            )
-        if not isinstance(fc1, Fours):
-            return fi_ffi.FusedMoe(kind, device=device.name)
-        if (hidden := room(config.hidden)) != config.hidden:  # rows with zeros at their end
+        kind, device, hidden = self.config.dtype, self.device, room(self.config.hidden)
+        weight, flag = KINDS.get(type(fc1), (kind, None))
+        if isinstance(fc1, Fours) and hidden != self.config.hidden:  # rows end with zeros
             every = device.put(np.arange(self.max_tokens, dtype=np.int32))
             parts = [device.empty((self.max_tokens, hidden), kind) for _ in "xy"]
             device.zero(parts[0])
             self.wide = every, *parts
-        return fi_ffi.FusedMoe(kind, "uint8", kind, device=device.name, use_w4_group_scaling=True)
+        flags = {flag: True} if flag else {}
+        return fi_ffi.FusedMoe(kind, weight, kind, device=device.name, **flags)
 
 
 def ordered(scales):
