@@ -21,11 +21,17 @@ def room(size):
     return max(-(-size // EACH) * EACH, LEAST)
 
 
-def padded(x, axis, size, fill=0):
-    """An array that is as large along an axis."""
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = 0, size - x.shape[axis]
-    return np.pad(x, widths, constant_values=fill)
+def grown(x, halves, rows, columns, fill=0):
+    """[experts, halves * rows, columns] of fewer in each half, and fewer columns."""
+    parts = x.reshape(len(x), halves, -1, x.shape[-1])
+    more = [(0, 0), (0, 0), (0, rows - parts.shape[2]), (0, columns - parts.shape[3])]
+    return np.pad(parts, more, constant_values=fill).reshape(len(x), -1, columns)
+
+
+def fitted(weight, halves, rows, columns):
+    """`Fours` of these sizes, which are multiples of what kernels take."""
+    scales = grown(weight.scales, halves, rows, columns // 32, 127)
+    return Fours(grown(weight.values, halves, rows, columns // 2), ordered(scales))
 
 
 def kernels_of(sm):
@@ -42,29 +48,17 @@ class Experts:
 
     def placed(self, layer):
         """A layer with weights as there are kernels for: in 4 bits, or else widened."""
-        if not isinstance(fc1 := layer.get("fc1"), Fours):
+        if not isinstance(layer.get("fc1"), Fours):
             return layer
         if not kernels_of(None if self.device.is_gpu else HOPPER):
             return layer | {name: layer[name].widened() for name in ("fc1", "fc2")}
         hidden, inner = room(self.config.hidden), room(self.config.expert_intermediate)
-
-        def halves(x, fill=0):
-            """Both halves of its rows, each as large."""
-            parts = np.split(x, 2, axis=1)
-            return np.concatenate([padded(part, 1, inner, fill) for part in parts], axis=1)
-
-        fc2 = layer["fc2"]
+        bias = {name: layer[name][..., None] for name in ("fc1_bias", "fc2_bias")}
         return layer | {
-            "fc1": Fours(
-                padded(halves(fc1.values), 2, hidden // 2),
-                ordered(padded(halves(fc1.scales, 127), 2, hidden // 32, 127)),
-            ),
-            "fc2": Fours(
-                padded(padded(fc2.values, 1, hidden), 2, inner // 2),
-                ordered(padded(padded(fc2.scales, 1, hidden, 127), 2, inner // 32, 127)),
-            ),
-            "fc1_bias": halves(layer["fc1_bias"]),
-            "fc2_bias": padded(layer["fc2_bias"], 1, hidden),
+            "fc1": fitted(layer["fc1"], 2, inner, hidden),
+            "fc2": fitted(layer["fc2"], 1, hidden, inner),
+            "fc1_bias": grown(bias["fc1_bias"], 2, inner, 1)[..., 0],
+            "fc2_bias": grown(bias["fc2_bias"], 1, hidden, 1)[..., 0],
         }
 
     def arrange(self, layers):
