@@ -13,6 +13,7 @@ from engine import Sampling
 
 import fi_ffi
 
+from tests.llm.forward import e2m1
 from tests.llm.serving import KINDS, MORE, check_empty, greedy, texts
 
 LENGTHS = (1, 5, 40, 17, 100)
@@ -242,7 +243,7 @@ FAULTS = {
     ),
     "gpt_oss limit": ("gpt_oss", engine.KINDS["gpt_oss"], "arranged", but(swiglu_limit=7)),
     "gpt_oss halves": (
-        "gpt_oss_mxfp4", engine.weights, "mxfp4",
+        "gpt_oss_mxfp4", engine.weights, "fours",
         lambda real: lambda blocks, scales: real(blocks << 4 | blocks >> 4, scales),
     ),
     "gate": ("qwen3_next", engine.model.Model, "gate", lambda real: lambda *args: None),
@@ -271,6 +272,39 @@ def test_a_fault_is_seen(serve, fault, monkeypatch):
     error = max(serving.error(request) for request in requests)
     print(f"{fault}: {error:.1f} of the bound")
     assert error > 1
+
+
+# With sizes that kernels take as they are, and with smaller ones, which are filled up.
+@pytest.mark.parametrize(("hidden", "inner", "bits"), [(256, 384, 4.25), (128, 96, None)])
+@pytest.mark.parametrize("release", ["0.6.13", "0.6.18"])  # scales in rows, and folded
+def test_experts_stay_in_4_bits(serve, where, hidden, inner, bits, release, put_release):
+    if where == "cpu":  # kernels are those of one release
+        put_release(release)
+    serving = serve("gpt_oss_mxfp4", hidden_size=hidden, intermediate_size=inner)
+    made = serving.engine()
+    layers = made.model.layers
+    parts = [part for layer in layers for name in ("fc1", "fc2") for part in layer[name]]
+    assert all(part.dtype.name == "uint8" for part in parts)
+    if where == "cpu":
+        axes = {len(layer[name].scales.shape) for layer in layers for name in ("fc1", "fc2")}
+        assert axes == {5 if release == "0.6.18" else 3}
+    if bits:
+        elements = len(layers) * 8 * 3 * hidden * inner
+        assert 8 * sum(part.span_bytes for part in parts) == bits * elements
+    request = made.submit(serving.prompt(30), greedy())
+    made.run()
+    assert serving.error(request) <= 1
+
+
+def test_widened(rng):
+    """4 bits in bfloat16, where no kernels take them; each number and power, exactly."""
+    blocks = rng.integers(0, 256, (3, 5, 4, 16)).astype(np.uint8)
+    scales = rng.integers(64, 190, (3, 5, 4)).astype(np.uint8)
+    values = np.stack([e2m1(blocks.astype(float) % 16), e2m1(blocks // 16 + 0.0)], -1)
+    expected = values.reshape(3, 5, 4, 32) * 2.0 ** (scales[..., None].astype(float) - 127)
+    got = engine.weights.fours(blocks, scales).widened()
+    assert got.dtype == ml_dtypes.bfloat16
+    assert (got.astype(np.float64) == expected.reshape(3, 5, 128)).all()
 
 
 class Found(dict):

@@ -237,7 +237,7 @@ class EvenThenOdd:
 
 
 def test_masks_follow_each_token(serve):
-    """A request waits for its token before the next is drawn; its neighbours do not."""
+    """Each request draws in every step, and its mask knows the token of the step before."""
     serving = serve("llama", vocab_size=1000)
     engine = serving.engine()
     grammars = [EvenThenOdd(1000) for _ in range(3)]
@@ -254,6 +254,51 @@ def test_masks_follow_each_token(serve):
         assert tokens and all(a < b and a % 2 != b % 2 for a, b in itertools.pairwise(tokens))
         assert request.finished == ("length" if len(tokens) == 4 else "error")
     check_empty(engine)
+
+
+def steps_of(engine):
+    """How many steps are queued until nothing is left to do."""
+    count, queue = 0, engine.runner.queue
+
+    def counted(*given):
+        nonlocal count
+        count += 1
+        return queue(*given)
+
+    engine.runner.queue = counted
+    engine.run()
+    engine.runner.queue = queue
+    return count
+
+
+@pytest.mark.parametrize("neighbours", [0, 2])
+def test_a_grammar_draws_in_every_step(serve, neighbours):
+    """One step for the prompt and its first token, one for each other, and none for `length`."""
+    serving = serve("llama", vocab_size=1000)
+    engine = serving.engine()
+    sampling = Sampling(temperature=0, max_tokens=9, ignore_eos=True)
+    request = engine.request(serving.prompt(5), sampling, Ascending())
+    engine.waiting.append(request)
+    others = [engine.submit(serving.prompt(5), sampling) for _ in range(neighbours)]
+    assert steps_of(engine) == 9
+    assert len(request.tokens) == 9
+    assert all(b == a + 1 for a, b in itertools.pairwise(request.tokens))
+    assert all(len(other.tokens) == 9 for other in others)
+    check_empty(engine)
+
+
+class Ascending:
+    """A grammar: of each token the next one follows."""
+
+    last = 99
+
+    def fill(self, bits, row):
+        allowed = np.arange(bits.shape[1] * 32) == self.last + 1
+        bits[row] = np.packbits(allowed, bitorder="little").view(np.int32)
+
+    def accept(self, token):
+        fits, self.last = token == self.last + 1, token
+        return fits
 
 
 def test_what_others_ask_for_changes_nothing(serve, where):

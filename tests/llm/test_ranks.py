@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -37,7 +38,7 @@ from fi_ffi.errors import ArgumentError, HangError, LoaderError
 
 from tests.llm.process import ServerProcess, children
 from tests.llm.serving import KINDS, MORE, Serving, check_empty, greedy, texts
-from tests.llm.test_processors import adjusted, log_softmax
+from tests.llm.test_processors import EvenThenOdd, adjusted, log_softmax
 
 LENGTHS = (1, 40, 17)
 # Sizes of which each of four ranks has some, and in fp8 whole blocks.
@@ -282,6 +283,19 @@ def test_weights_are_handed_on_by_their_files(split):
     assert np.array_equal(pickle.loads(handed)("model.embed_tokens.weight"), whole)
 
 
+def by_masks(engine, prompts):
+    """Tokens of requests with a grammar each, which takes no token but those that fit."""
+    drawn = Sampling(temperature=0, max_tokens=4, ignore_eos=True)
+    ruled = [engine.request(prompt, drawn, EvenThenOdd(257)) for prompt in prompts]
+    engine.waiting.extend(ruled)
+    engine.run()
+    for request in ruled:
+        tokens = request.tokens
+        assert tokens and all(a < b and a % 2 != b % 2 for a, b in itertools.pairwise(tokens))
+        assert request.finished == ("length" if len(tokens) == 4 else "error")
+    return [request.tokens for request in ruled]
+
+
 def test_actors_of_ray(split, where):
     """Two ranks that Ray has placed: one rank's tokens; the scheduler is in this process."""
     ray = pytest.importorskip("ray", reason="ray is not installed")
@@ -295,6 +309,7 @@ def test_actors_of_ray(split, where):
         )
         serving.engines.append(others)
         assert texts(actors, prompts, greedy()) == texts(others, prompts, greedy())
+        assert by_masks(actors, prompts) == by_masks(others, prompts)
         check_empty(actors)
         actors.close()
     finally:

@@ -31,7 +31,7 @@ class Simulated(Engine):
             queue=self._queued, tokens=self._told, admit=lambda r: None, place=lambda *given: None
         )
 
-    def _queued(self, work: Any) -> Any:
+    def _queued(self, work: Any, arrived: Any) -> Any:
         assert sum(count for _, count in work) <= 50
         assert len({request.slot for request, _ in work}) == len(work)
         for request, count in work:

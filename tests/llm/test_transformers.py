@@ -9,7 +9,7 @@ from tiny import make_tiny
 from tests.llm.forward import Forward
 from tests.llm.serving import LAYERS, MORE
 
-KINDS = ("llama", "qwen3", "qwen3_moe", "gpt_oss", "qwen3_next", *MORE)
+KINDS = ("llama", "qwen3", "qwen3_moe", "gpt_oss", "gpt_oss_mxfp4", "qwen3_next", *MORE)
 FEW = {"num_hidden_layers": 2}
 
 
@@ -19,9 +19,10 @@ def test_logits(kind, tmp_path, rng):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     path = make_tiny(tmp_path, kind, rng, **LAYERS.get(kind, FEW))
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float32, attn_implementation="eager"
-    )
+    given = {"dtype": torch.float32, "attn_implementation": "eager"}
+    if kind == "gpt_oss_mxfp4":
+        given["quantization_config"] = transformers.Mxfp4Config(dequantize=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, **given)
     tokens = rng.integers(0, 256, 60)
     with torch.inference_mode():
         got = model(torch.from_numpy(tokens[None])).logits[0].double().numpy()

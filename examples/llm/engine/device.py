@@ -105,9 +105,9 @@ class Device:
         self.launch("give", (words, index.shape[0]), table, values, index, step, words)
 
     def put(self, host):
-        """A copy of a numpy array, or of both of `Blocks`."""
-        if isinstance(host, Blocks):
-            return Blocks(*map(self.put, host))
+        """A copy of a numpy array, or of both of `Blocks` or `Fours`."""
+        if isinstance(host, tuple):
+            return type(host)(*map(self.put, host))
         out = self.empty(host.shape, str(host.dtype))
         self.write(out, host)
         return out

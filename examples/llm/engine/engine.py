@@ -2,9 +2,11 @@
 
 A step is queued on the stream before the tokens of the step before it have arrived: a token
 goes from one step to the next on the device, and the host reads it meanwhile.  So the GPU
-does not wait for Python, and that a request has ended is seen one step later.
+does not wait for Python, and that a request has ended is seen one step later.  A grammar's mask
+needs that token: it follows while the step's logits are computed.
 """
 
+import functools
 import itertools
 from collections import deque
 from dataclasses import dataclass, field
@@ -142,11 +144,10 @@ class Engine(Requests):
             if request.finished is None and request.slot is not None:
                 self._remember(request)
         self._admit()
-        work = self._schedule()
-        before, self.queued = self.queued, self.steps.queue(work) if work else None
-        if before is None:
-            return [] if work else None
-        return self._arrived(before)
+        work, before = self._schedule(), self.queued
+        arrived = functools.cache(lambda: self._arrived(before) if before else [])
+        self.queued = self.steps.queue(work, arrived) if work else None
+        return arrived() if work or before else None
 
     def run(self):
         """Steps until nothing is left to do."""
@@ -230,8 +231,6 @@ class Engine(Requests):
         for request in sorted(self.running, key=lambda r: r.is_new):
             if request.slot is None:  # it has made way
                 continue
-            if request.grammar and request.drawn > len(request.tokens):
-                continue  # which token may follow is known when the last one has arrived
             count = min(request.length - request.computed, room)
             if request.sampling.prompt_logprobs and not request.drawn:
                 count = min(count, echoed + 1)

@@ -10,6 +10,7 @@ import fi_ffi
 
 from .config import LINEAR
 from .device import columns, view
+from .experts import Experts
 from .products import Norm
 from .weights import BLOCK, Blocks, of_layer
 
@@ -51,9 +52,10 @@ class Model:
         self.embed = device.put(weights("model.embed_tokens.weight"))
         self.head = self.embed if config.tied else device.put(weights("lm_head.weight"))
         self.norm = device.put(weights("model.norm.weight"))
+        self.experts = Experts(device, config, self.max_tokens)
         self.layers = []
         for i in range(len(config.layers)):
-            layer = of_layer(weights, config, i)
+            layer = self.experts.placed(of_layer(weights, config, i))
             self.layers.append({name: device.put(array) for name, array in layer.items()})
         if config.is_hybrid:
             self._make_states()
@@ -78,8 +80,6 @@ class Model:
             self.add_norm, self.rms = fi_ffi.gemma_fused_add_rmsnorm, fi_ffi.gemma_rmsnorm
         # Whether products are not added to the residual at once.
         self.is_apart = group is not None or "attended_norm" in self.layers[0]
-        if config.experts:
-            self.experts = self._make_experts()
 
     def _fitting(self, page):
         """Pages that the rest of the memory has room for, on each rank, and no more than requests
@@ -119,16 +119,6 @@ class Model:
                 h=config.key_heads, hv=config.value_heads, state_dtype="float32"
             ))
         )  # fmt: skip
-
-    def _make_experts(self):
-        """FlashInfer's mixture of experts, for the weights that there are."""
-        kind = self.config.dtype
-        weight = next(layer["fc1"] for layer in self.layers if "fc1" in layer)
-        if not isinstance(weight, Blocks):
-            return fi_ffi.FusedMoe(kind, device=self.device.name)
-        return fi_ffi.FusedMoe(
-            kind, "float8_e4m3fn", kind, device=self.device.name, use_deepseek_fp8_block_scale=True
-        )
 
     def clear(self, slot):
         """Forget what a slot's request before has left."""
@@ -296,14 +286,8 @@ class Model:
             config.experts, config.top_k, int(config.norm_topk), int(config.has_shared),
             block=32,
         )  # fmt: skip
-        fc1, fc2, scales = layer["fc1"], layer["fc2"], None
-        if isinstance(fc1, Blocks):
-            (fc1, *scales), (fc2, scale) = fc1, fc2
-            scales.append(scale)
         out = self.scratch("mixed", n, config.hidden)
-        more = {f"{name}_expert_biases": layer.get(f"{name}_bias") for name in ("fc1", "fc2")}
-        more |= {name: layer.get(name) for name in ("swiglu_alpha", "swiglu_beta", "swiglu_limit")}
-        self.experts(out, x, chosen, shares, fc1, fc2, scales, **more)
+        self.experts(out, x, chosen, shares, layer)
         return out
 
     def biased(self, x, layer, name):

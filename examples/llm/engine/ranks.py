@@ -58,6 +58,7 @@ def runner_of(job, ranks=None, followers=(), index=None):
             config = of_rank(config, ranks.size)
         with device.loading():
             model = Model(device, config, weights, job, group)
+        model.experts.arrange(model.layers)
     if ranks:
         ranks.barrier()  # a kernel waits for the others, but not for as long as they may load
     return Runner(model, replace(job, num_pages=model.num_pages), followers)
@@ -227,7 +228,9 @@ class Actors:
     def _run(self, packed):
         self.answers = [rank.run.remote(packed) for rank in self.ranks]
 
-    def queue(self, order):
+    def queue(self, order, late=None):
+        if late:  # from here, masks cannot follow
+            order.more["bits"] = late()
         self._run(pickle.dumps(order))  # once, and in the call: an object of its store takes longer
         self.queued += 1
         return self.queued

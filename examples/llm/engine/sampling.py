@@ -105,7 +105,8 @@ def adjustments(requests, vocab, eos):
     """What is done to the logits of a step's requests, in the order of their rows, as arrays.
 
     `places` (row * vocabulary + token) of logits to which `values` are added; `masked` rows, of
-    which only the tokens in `bits` are left.  `eos` ends a text.  Empty where no request asks.
+    which only the tokens in `bits` are left: all, until `masks` fills them.  `eos` ends a text.
+    Empty where no request asks.
     """
     those = [(row, request) for row, request in enumerate(requests) if request.is_adjusted]
     if not those:
@@ -118,14 +119,22 @@ def adjustments(requests, vocab, eos):
             more = np.concatenate([more, np.full(len(eos), -np.inf, np.float32)])
         places.append(tokens + np.int32(row * vocab))
         values.append(more)
-    masked = [(row, request) for row, request in those if request.grammar]
-    bits = np.empty((len(masked), -(-vocab // 32)), np.int32)
-    for i, (_, request) in enumerate(masked):
-        request.grammar.fill(bits, i)
+    masked = [row for row, request in those if request.grammar]
     return {
         "places": np.concatenate(places), "values": np.concatenate(values),
-        "masked": np.array([row for row, _ in masked], np.int32), "bits": bits,
+        "masked": np.array(masked, np.int32),
+        "bits": np.full((len(masked), -(-vocab // 32)), -1, np.int32),
     }  # fmt: skip
+
+
+def masks(requests, bits, arrived):
+    """The rows of those with a grammar, once `arrived()` has told it the tokens before."""
+    arrived()
+    those = (request for request in requests if request.grammar)
+    for row, request in enumerate(those):
+        if request.finished is None:  # else its token is not taken
+            request.grammar.fill(bits, row)
+    return bits
 
 
 def room_for_adjustments(slots, config):

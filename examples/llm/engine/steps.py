@@ -13,7 +13,15 @@ import fi_ffi
 from .config import LINEAR
 from .model import FEW, PIECES, Batch
 from .pages import SCRAP
-from .sampling import Sampler, adjustments, columns_of, keep, room_for_adjustments, uniform
+from .sampling import (
+    Sampler,
+    adjustments,
+    columns_of,
+    keep,
+    masks,
+    room_for_adjustments,
+    uniform,
+)
 
 # Query heads a key head for which decode kernels are quicker; from four on those of prefill,
 # which use tensor cores.
@@ -101,8 +109,10 @@ class Steps:
         """Its pages, from one on."""
         self.table[request.slot, start : len(request.pages)] = request.pages[start:]
 
-    def queue(self, work):
-        """(request, tokens) of each, the tokens of the prompt or the one drawn last."""
+    def queue(self, work, arrived):
+        """(request, tokens) of each, the tokens of the prompt or the one drawn last; `arrived()`
+        takes in the step before, which masks need.
+        """
         is_decode = not any(request.is_new for request, _ in work)
         size = next(n for n in self.sizes if n >= len(work)) if is_decode else 0
         sampled = [r for r, count in work if r.computed + count == r.length]
@@ -119,7 +129,9 @@ class Steps:
         )  # fmt: skip
         self.cleared, self.counted = [], []
         self.runner.on_logits = self.on_logits and functools.partial(self.on_logits, sampled)
-        arriving = self.runner.queue(order)
+        late = functools.partial(masks, sampled, more.get("bits"), arrived)
+        is_masked = any(r.grammar for r in sampled)
+        arriving = self.runner.queue(order, late if is_masked else None)
         for request, count in work:
             request.computed += count
             request.echoed = max(request.echoed, request.computed)
@@ -261,8 +273,8 @@ class Runner:
         """Whether no rank is lost."""
         return self.model.group is None or self.model.group.is_open
 
-    def queue(self, order):
-        """Launch a step; what `tokens` takes."""
+    def queue(self, order, late=None):
+        """Launch a step; what `tokens` takes.  The masks that `late()` gives follow the logits."""
         if self.followers:
             packed = pickle.dumps(order)
             for orders, _ in self.followers:
@@ -275,6 +287,8 @@ class Runner:
             given = self._upload(order)
             draws, told = order.is_plain and not self.on_logits, None
             logits, tokens = self._forward(given, order, draws)
+            if late:
+                self._follow(given["bits"], late())
             if not draws:
                 tokens, told = self._sample(logits, given, order)
             arriving = next(self.arriving).rows(0, order.sampled)
@@ -327,12 +341,19 @@ class Runner:
         if order.size:
             self.placed[key] = given, end
         more, end = self._place(order.more, end)
-        staging, memory = next(self.staging)
+        self.staged = staging, memory = next(self.staging)
         parts = [values.tobytes() for values in (order.host | order.more).values()]
         whole = b"".join(part + bytes(-len(part) % ALIGNED) for part in parts)
         memory[: len(whole)] = np.frombuffer(whole, np.uint8)
         self.device.copy(self.inputs.rows(0, end), staging.rows(0, end))
         return given | more
+
+    def _follow(self, x, values):
+        """Copy an array that `_upload` has copied, with other values."""
+        (staging, memory), start = self.staged, x.ptr - self.inputs.ptr
+        end = start + x.span_bytes
+        memory[start:end] = np.frombuffer(values.tobytes(), np.uint8)
+        self.device.copy(self.inputs.rows(start, end), staging.rows(start, end))
 
     def _place(self, arrays, at):
         """The tensors for arrays from there on, and where the last one ends."""

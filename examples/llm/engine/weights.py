@@ -31,6 +31,24 @@ class Blocks(NamedTuple):
         return self.values.shape
 
 
+class Fours(NamedTuple):
+    """Matrices in MXFP4, in numbers of 4 bits and a power of 2 for each 32 of a row; here or on a
+    device.
+    """
+
+    values: object  # [..., n, k / 2] uint8: two numbers, the first in the lower half
+    scales: object  # [..., n, k / 32] uint8: exponents, and 127
+
+    def widened(self):
+        """In bfloat16, which has them all."""
+        with np.errstate(over="ignore"):
+            powers = np.ldexp(1.0, np.arange(256)[:, None] - 127)
+            known = (powers * np.array(E2M1)).astype(ml_dtypes.bfloat16)
+        both = np.stack([self.values & 15, self.values >> 4], axis=-1)
+        both = both.reshape(*self.scales.shape, 32)
+        return known[self.scales[..., None], both].reshape(*self.scales.shape[:-1], -1)
+
+
 class Parts:
     """An array that nobody has put together: its parts, as they follow each other in memory."""
 
@@ -174,7 +192,7 @@ def together(arrays, is_stack=False):
 
 def whole(array):
     """The array itself, of `Parts` and of `Blocks` of them."""
-    return Blocks(*map(whole, array)) if isinstance(array, Blocks) else np.asarray(array)
+    return type(array)(*map(whole, array)) if isinstance(array, tuple) else np.asarray(array)
 
 
 def with_one(layer):
@@ -188,7 +206,7 @@ def with_one(layer):
 def one(weights, name):
     """A tensor.  One in fp8 has scales of its blocks, or one of all, which each block gets."""
     if f"{name}_blocks" in weights:
-        return mxfp4(weights(f"{name}_blocks"), weights(f"{name}_scales")).swapaxes(1, 2)
+        return fours(weights(f"{name}_blocks"), weights(f"{name}_scales"))
     tensor, known = weights(name), [f"{name}_{end}" for end in ("scale_inv", "scale")]
     if tensor.dtype.name != "float8_e4m3fn":
         return tensor
@@ -205,10 +223,6 @@ def one(weights, name):
 E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]
 
 
-def mxfp4(blocks, scales):
-    """[..., n, 16] bytes of two numbers and [..., n] exponents, as bfloat16, which has them all."""
-    with np.errstate(over="ignore"):
-        powers = np.ldexp(1.0, np.arange(256)[:, None] - 127)
-        known = (powers * np.array(E2M1)).astype(ml_dtypes.bfloat16)
-    both = np.stack([blocks & 15, blocks >> 4], axis=-1)
-    return known[scales[..., None, None], both].reshape(*scales.shape[:-1], -1)
+def fours(blocks, scales):
+    """Of [..., n, k / 32, 16] bytes."""
+    return Fours(blocks.reshape(*scales.shape[:-1], -1), scales)

@@ -5,7 +5,7 @@ from typing import ClassVar
 import numpy as np
 
 from .. import config
-from ..weights import whole
+from ..weights import Fours, whole
 
 
 class GptOss(config.WithoutLinear, config.Config):
@@ -25,7 +25,9 @@ class GptOss(config.WithoutLinear, config.Config):
         return config.FULL if i % 2 else config.SLIDING
 
     def sparse(self):
-        """Gate and what it is multiplied with take turns in a row, and matrices are transposed."""
+        """Gate and what it is multiplied with take turns in a row, and matrices are transposed
+        unless they are in 4 bits.
+        """
         count, hidden, size = self.experts, self.hidden, self.expert_intermediate
         return {
             "router": {"mlp.router.weight": (count, hidden)},
@@ -41,9 +43,9 @@ class GptOss(config.WithoutLinear, config.Config):
         layer = {short: whole(array) for short, array in layer.items()}
         every = np.ones(self.experts, np.float32)
         return layer | {
-            "fc1": up_and_gate(layer["fc1"].swapaxes(1, 2)),
+            "fc1": up_and_gate(upright(layer["fc1"])),
             "fc1_bias": up_and_gate(layer["fc1_bias"]),
-            "fc2": layer["fc2"].swapaxes(1, 2),
+            "fc2": upright(layer["fc2"]),
             "router_bias": layer["router_bias"].astype(np.float32),
             "sinks": layer["sinks"].astype(np.float32),
             "swiglu_alpha": np.float32(1.702) * every,
@@ -52,6 +54,12 @@ class GptOss(config.WithoutLinear, config.Config):
         }
 
 
+def upright(x):
+    return x if isinstance(x, Fours) else x.swapaxes(1, 2)
+
+
 def up_and_gate(x):
     """Rows in turn as halves: first what the gate is multiplied with."""
+    if isinstance(x, Fours):
+        return Fours(*map(up_and_gate, x))
     return np.concatenate([x[:, 1::2], x[:, ::2]], axis=1)
