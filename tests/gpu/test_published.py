@@ -169,6 +169,27 @@ def test_rope(library, drawn, entry, size, dim, interleave, dtype):
 
 
 @pytest.mark.parametrize("interleave", [False, True])
+def test_a_typed_op_by_their_library(library, drawn, monkeypatch, interleave):
+    """A folder of theirs is a source as any: FlashInfer's ops find a module that has its name."""
+    monkeypatch.setenv("FI_FFI_RELEASE", "0.6.13")
+    fi_ffi.use_kernels(FOLDER)
+    try:
+        tokens, size, dtype = 44, 128, torch.float16
+        q, k = drawn(tokens, 4, size, dtype=dtype), drawn(tokens, 2, size, dtype=dtype)
+        outs = poisoned(*q.shape, dtype=dtype), poisoned(*k.shape, dtype=dtype)
+        ids = torch.arange(tokens, dtype=torch.int32, device="cuda") * 5
+        fi_ffi.apply_rope_pos_ids(q, k, *outs, ids, interleave=interleave, rope_theta=1e4)
+        with pytest.raises(fi_ffi.KernelNotFoundError, match="norm"):
+            fi_ffi.rmsnorm(outs[0].flatten(1), q.flatten(1), q[0].flatten())
+    finally:
+        fi_ffi.use_kernels(None)
+    used = 1e4 ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+    for x, out in zip((q, k), outs, strict=True):
+        expected = turned(x, ids.cpu(), size, used, interleave)
+        assert off(out, expected, half(dtype), 3 * half(dtype)) <= 1
+
+
+@pytest.mark.parametrize("interleave", [False, True])
 @pytest.mark.parametrize("fused", [False, True])
 def test_rope_and_cache(library, drawn, fused, interleave):
     """Keys and values may go to their places in a cache in the same launch."""
