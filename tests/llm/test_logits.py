@@ -291,7 +291,7 @@ def test_experts_stay_in_4_bits(serve, where, hidden, inner, bits, release, put_
     if bits:
         elements = len(layers) * 8 * 3 * hidden * inner
         assert 8 * sum(part.span_bytes for part in parts) == bits * elements
-    request = made.submit(serving.prompt(30), greedy())
+    request = made.submit(serving.prompt(9), greedy(3))
     made.run()
     assert serving.error(request) <= 1
 
