@@ -130,10 +130,20 @@ def test_no_error_shows_a_default_of_fi_ffis_own() -> None:
 def test_a_plans_unknown_option_names_the_nearest() -> None:
     indptr, pages = np.array([0, 1], np.int32), np.zeros(1, np.int32)
     common = {"num_qo_heads": 8, "num_kv_heads": 2, "page_size": 16, "device": "cpu"}
-    with pytest.raises(TypeError, match="'head_dim'; the nearest: head_dim_qk, head_dim_vo"):
-        fi_ffi.BatchPrefillPlan(indptr, head_dim=64, **common)  # type: ignore[call-arg]
-    with pytest.raises(TypeError, match="'head_dim_qk'; the nearest: head_dim"):
-        fi_ffi.BatchDecodePlan(indptr, pages, pages + 1, head_dim_qk=64, **common)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="'head_dim_q'; the nearest: head_dim_qk, head_dim_vo"):
+        fi_ffi.BatchPrefillPlan(indptr, head_dim_q=64, **common)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="'head_dim_vo'; the nearest: head_dim"):
+        fi_ffi.BatchDecodePlan(indptr, pages, pages + 1, head_dim_vo=64, **common)  # type: ignore[call-arg]
+
+
+def test_a_cascade_takes_either_name_of_a_size() -> None:
+    starts, pages = np.array([0, 1], np.int32), np.zeros(1, np.int32)
+    options = {"num_qo_heads": 8, "num_kv_heads": 2, "page_size": 16, "device": "cpu"}
+    arrays = [starts], [starts], [pages], [pages + 1]
+    for name in ("head_dim", "head_dim_qk"):
+        plan = fi_ffi.MultiLevelCascadePlan(*arrays, **options, **{name: 64})
+        assert plan.levels[0].options.head_dim_qk == 64
+        assert fi_ffi.MultiLevelCascadePlan.supports(90, **{name: 64})
 
 
 def test_an_axis_of_one_size_says_its_shape() -> None:

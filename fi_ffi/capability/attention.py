@@ -9,7 +9,13 @@ from typing import Any
 from fi_ffi.capability.judgement import Query, judge
 from fi_ffi.errors import ArgumentError
 from fi_ffi.ops.attention.backends import Kernel, Target, choose_backend
-from fi_ffi.ops.attention.options import DecodeOptions, MlaOptions, Options, PrefillOptions
+from fi_ffi.ops.attention.options import (
+    DecodeOptions,
+    MlaOptions,
+    Options,
+    PrefillOptions,
+    by_own_names,
+)
 from fi_ffi.ops.attention.rows import FP8
 from fi_ffi.ops.call.row import Row
 from fi_ffi.ops.call.support import MISSING, REFUSED, Support
@@ -75,7 +81,8 @@ def _target(op: str, query: Query) -> Target:
 
 def _plan(op: str, query: Query, given: Mapping[str, Any], planned_as: str = "") -> _Choice:
     name = planned_as or op
-    options = _OPTIONS[name](**_REQUIRED[name] | dict(given))
+    own = by_own_names(_OPTIONS[name].table, given)
+    options = _OPTIONS[name](**_REQUIRED[name] | own)
     backend, _, rows = options.choose(_target(op, query))
     # A prefill has ragged and paged runs; other plans have one run.
     is_ragged = options.page_size is None

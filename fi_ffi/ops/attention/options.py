@@ -173,8 +173,17 @@ def check_keywords(op: str, known: Collection[str], names: Iterable[str]) -> Non
             raise TypeError(f"{op}() got an unexpected keyword argument {name!r}{near}")
 
 
-# FlashInfer's plans have one of two names for a size: each plan takes both.
+# FlashInfer's plans have one of two names for a size: a plan takes either.
 _SAME = {"head_dim": "head_dim_qk", "head_dim_qk": "head_dim"}
+
+
+def by_own_names(known: Collection[str], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options by the names that a plan has for them."""
+    given = dict(options)
+    for name, own in _SAME.items():
+        if name in given and name not in known and own not in given:
+            given[own] = given.pop(name)
+    return given
 
 
 class Options:
@@ -196,9 +205,7 @@ class Options:
 
     def __init__(self, **options: Any) -> None:
         """Check a plan's keywords. A `TypeError` names the plan, as for a plain Python call."""
-        for name, other in _SAME.items():
-            if name in options.keys() - self.table and other in self.table.keys() - options:
-                options[other] = options.pop(name)
+        options = by_own_names(self.table, options)
         check_keywords(self.op, self.table, options)
         missing = [name for name in self.table if name in self.required and name not in options]
         if missing:

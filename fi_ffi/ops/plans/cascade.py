@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING, Any
 from fi_ffi.abi.interop import TensorLike
 from fi_ffi.ops import functions
 from fi_ffi.ops.attention.arrays import Indptr, host_ints
-from fi_ffi.ops.attention.options import PrefillOptions, SignatureWithOptions, check_keywords
+from fi_ffi.ops.attention.options import (
+    PrefillOptions,
+    SignatureWithOptions,
+    by_own_names,
+    check_keywords,
+)
 from fi_ffi.ops.attention.prefill import BatchPrefillPlan
 from fi_ffi.ops.attention.workspace import Workspace
 from fi_ffi.ops.call.arguments import Refusal, check_int
@@ -56,12 +61,15 @@ class _Cascade:
         merged = functions.merge_state_in_place.supports(sm, **where)
         return merged if planned and not merged else planned
 
-    def _check_options(self, options: Mapping[str, object]) -> None:
+    def _checked(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the options of all levels, by the names that these have for them."""
+        options = by_own_names(CascadeKeywords.__annotations__, given)
         check_keywords(self.op, CascadeKeywords.__annotations__, options)
         size = options.get("head_dim_vo") or options.get("head_dim_qk")
         if size not in _MERGED_HEAD_DIMS and size is not None:
             expected = f"one of {_MERGED_HEAD_DIMS}, which can be merged"
             raise self._refuse("head_dim_qk", size, expected)
+        return options
 
     def _plan(
         self, levels: _Levels, workspaces: Sequence[Workspace | None] | None, **options: Any
@@ -142,13 +150,13 @@ class MultiLevelCascadePlan(_Cascade):
         workspaces: Sequence[Workspace | None] | None = None,
         **options: Unpack[CascadeKeywords],
     ) -> None:
-        self._check_options(options)
+        own = self._checked(options)
         arrays = self._arrays(
             qo_indptr_arr, paged_kv_indptr_arr, paged_kv_indices_arr, paged_kv_last_page_len_arr
         )
         levels = [each | {"page_size": page_size} for each in arrays]
         levels[-1]["causal"] = causal
-        self._plan(levels, workspaces, **options)
+        self._plan(levels, workspaces, **own)
 
     def _arrays(self, *arrays: Sequence[TensorLike]) -> _Levels:
         """Return each level's arrays, by their names in `BatchPrefillPlan`."""
@@ -242,13 +250,11 @@ class SharedPrefixPlan(_Cascade):
         workspaces: Sequence[Workspace | None] | None = None,
         **options: Unpack[CascadeKeywords],
     ) -> None:
-        self._check_options(options)
-        shared, own = self._arrays(
+        own = self._checked(options)
+        shared, last = self._arrays(
             num_shared, qo_indptr, paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len
         )
-        self._plan(
-            [shared, own | {"page_size": page_size, "causal": causal}], workspaces, **options
-        )
+        self._plan([shared, last | {"page_size": page_size, "causal": causal}], workspaces, **own)
 
     def _arrays(self, num_shared: int, *own: Any) -> _Levels:
         """Return the arrays of the shared keys, and the requests' own by their names in
