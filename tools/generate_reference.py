@@ -117,7 +117,7 @@ def _parameters(text: str) -> Iterator[str]:
 def _entry(level: int, name: str, value: Any) -> Iterator[str]:
     yield f"{'#' * level} `{name}`"
     is_error = isinstance(value, type) and issubclass(value, BaseException)
-    if isinstance(value, property | type(found("DType").itemsize)) or is_error:
+    if isinstance(value, property) or is_error:
         call = None
     else:
         call = _signature(name, value) if callable(value) else None
