@@ -31,8 +31,6 @@ _numbers = itertools.count(1)  # numbers of calls, in log lines and file names o
 class call_log:  # a verb, as `open` is
     """Log the calls of all threads, until `close()` or the end of a `with` block.
 
-    Each call is written before it is made, so that it is in the log if the process crashes:
-
     Each call is written before it is made, so that a crash of the process leaves it in the log.
 
     Args:
