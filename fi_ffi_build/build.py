@@ -42,6 +42,8 @@ from fi_ffi_build.functions import compile_functions
 from fi_ffi_build.questions import ask, question_of
 from fi_ffi_build.wheel_writer import WheelContents, write_wheel
 
+# Packages whose `__init__` imports what kernels do not need.
+_BARE = ("flashinfer", "flashinfer.cute_dsl")
 _NINJA_STATUS = "[%f/%t] "
 _STATUS = re.compile(r"\[(\d+)/(\d+)\] ")
 _ERROR_LINE = re.compile(
@@ -236,9 +238,10 @@ def _make_cute(workshop: Workshop, requests: Sequence[Request]) -> list[dict[str
         workshop,
         [question_of(request, workshop.release) for request in requests],
         dsl,
-        [torch, None],
         workshop.folder / dsl.packages.name,
         "FlashInfer",
+        torch=torch,
+        bare=_BARE,
     )
     _refuse(answer["failed"], [], workshop)
     return list(answer["modules"])

@@ -55,26 +55,29 @@ def compile_functions(
     workshop: Workshop | Bench,
     requests: Sequence[dict[str, object]],
     dsl: cute_install.CuteDsl,
-    packages: Sequence[Path | None],
     folder: Path,
     whose: str,
+    *,
+    torch: Path | None,
+    others: Path | None = None,
+    bare: Sequence[str] = (),
 ) -> Any:
     """Call functions for every architecture and return the modules and the failures.
 
-    `packages` are the folders of torch and of other distributions.
+    `torch` and `others` are the folders of torch and of other distributions. Of the packages in
+    `bare` no `__init__` is run.
     """
     answers: dict[str, Any] = {"modules": [], "failed": {}}
     name, total = f"{len(requests)} of CuTe DSL", len(workshop.architectures)
     for done, architecture in enumerate(workshop.architectures):
         workshop.report(Progress("compile", name, done, total))
         major, _, minor = architecture.rstrip("af").partition(".")
-        torch, others = (path and str(path) for path in packages)
         question: dict[str, object] = {
             "packages": str(dsl.packages),
             "runtime": str(dsl.runtime),
-            "torch": torch,
-            "others": others,
-            "bare": ["flashinfer", "flashinfer.cute_dsl"] if whose == "FlashInfer" else [],
+            "torch": torch and str(torch),
+            "others": others and str(others),
+            "bare": bare,
             "whose": whose,
             "cxx": workshop.cxx,
             "arch": f"sm_{architecture.replace('.', '')}",
@@ -198,10 +201,12 @@ def build_functions(
 
         dsl = cute_install.install_cute_dsl(made, SpecifierSet(str(dsl_wanted)), tell)
         torch = None if torch_requirement else cute_install.install_torch(made, tell)
-        packages = [torch, _install_others(bench, sorted(others.values()))]
+        installed = _install_others(bench, sorted(others.values()))
         # Compiled each time: nothing tells whether what a function imports has changed.
         with tempfile.TemporaryDirectory(dir=bench.folder) as folder:
-            answer = compile_functions(bench, requests, dsl, packages, Path(folder), "the function")
+            answer = compile_functions(
+                bench, requests, dsl, Path(folder), "the function", torch=torch, others=installed
+            )
             for text, reason in answer["failed"].items():
                 raise BuildError(f"{text}: {reason}{_hint(reason)}", str(bench.log))
             return [_keep(Path(one["library"]), Path(output)) for one in answer["modules"]]

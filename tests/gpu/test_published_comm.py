@@ -87,6 +87,26 @@ def close(got, expected, parts=1):
     assert off(got, expected.to(got.device), allowed, allowed) <= 1
 
 
+def fused(drawn, devices, tokens):
+    """The weights of each rank's norm, and its outputs: the sum, with the residual, and normed."""
+    weight = [drawn(devices[:1], HIDDEN)[0].to(device) for device in devices]
+    outs = [
+        [poisoned(tokens, HIDDEN, dtype=torch.bfloat16).to(device) for _ in "abc"]
+        for device in devices
+    ]
+    return weight, outs
+
+
+def check_fused(pattern, outs, summed, residual, weight):
+    plain, added, norm = outs
+    if pattern == PLAIN:
+        close(plain, summed, 2)
+    else:
+        total = summed + residual.double().to("cuda:0")
+        close(added, total, 2)
+        close(norm, normed(total, weight.to("cuda:0")), 3)
+
+
 def on_first(tensors):
     return [tensor.double().to("cuda:0") for tensor in tensors]
 
@@ -99,11 +119,7 @@ def test_all_reduce(group, drawn, tokens, one_shot, pattern):
     for _ in range(ROUNDS):
         x, residual = (drawn(devices, tokens, HIDDEN) for _ in "ab")
         residual = [residual[0].to(device) for device in devices]
-        weight = [drawn(devices[:1], HIDDEN)[0].to(device) for device in devices]
-        outs = [
-            [poisoned(tokens, HIDDEN, dtype=torch.bfloat16).to(device) for _ in "abc"]
-            for device in devices
-        ]
+        weight, outs = fused(drawn, devices, tokens)
 
         def arguments(rank, workspace):
             plain, added, norm = outs[rank]  # noqa: B023
@@ -117,13 +133,8 @@ def test_all_reduce(group, drawn, tokens, one_shot, pattern):
 
         call("trtllm_allreduce_fusion", arguments)
         whole = sum(on_first(x))
-        for rank, (plain, added, norm) in enumerate(outs):
-            if pattern == PLAIN:
-                close(plain, whole, 2)
-            else:
-                total = whole + residual[0].double().to("cuda:0")
-                close(added, total, 2)
-                close(norm, normed(total, weight[rank].to("cuda:0")), 3)
+        for rank, of_rank in enumerate(outs):
+            check_fused(pattern, of_rank, whole, residual[rank], weight[rank])
 
 
 @pytest.mark.parametrize("tokens", [2, 24])
@@ -157,11 +168,7 @@ def test_reduce_scatter(group, drawn, tokens, one_shot, pattern):
     call, devices = group
     for _ in range(ROUNDS):
         x, residual = drawn(devices, RANKS * tokens, HIDDEN), drawn(devices, tokens, HIDDEN)
-        weight = [drawn(devices[:1], HIDDEN)[0].to(device) for device in devices]
-        outs = [
-            [poisoned(tokens, HIDDEN, dtype=torch.bfloat16).to(device) for _ in "abc"]
-            for device in devices
-        ]
+        weight, outs = fused(drawn, devices, tokens)
 
         def arguments(rank, workspace):
             plain, added, norm = outs[rank]  # noqa: B023
@@ -175,11 +182,6 @@ def test_reduce_scatter(group, drawn, tokens, one_shot, pattern):
 
         call("trtllm_reducescatter_fusion", arguments)
         whole = sum(on_first(x))
-        for rank, (plain, added, norm) in enumerate(outs):
+        for rank, of_rank in enumerate(outs):
             mine = whole[rank * tokens : (rank + 1) * tokens]
-            if pattern == PLAIN:
-                close(plain, mine, 2)
-            else:
-                total = mine + residual[rank].double().to("cuda:0")
-                close(added, total, 2)
-                close(norm, normed(total, weight[rank].to("cuda:0")), 3)
+            check_fused(pattern, of_rank, mine, residual[rank], weight[rank])
