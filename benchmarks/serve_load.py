@@ -112,7 +112,7 @@ class Server:
         words = [sys.executable, str(ROOT / "examples/llm/serve.py"), "--model", str(model)]
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.child = subprocess.Popen(
-            [*words, "--port", "0", *SERVER, *flags], stdout=self.log, stderr=subprocess.STDOUT
+            [*words, "--port", "0", *flags], stdout=self.log, stderr=subprocess.STDOUT
         )
         end = time.monotonic() + STARTS_S
         while "running on http" not in (told := self.output()):
@@ -140,7 +140,7 @@ def run(given: argparse.Namespace) -> int:
         try:
             if given.url is None:
                 model = written(Path(folder), given.model, given.seed)
-                server = Server(model, given.flags)
+                server = Server(model, [*SERVER, *given.flags])
             url = given.url or server.url  # type: ignore[union-attr]
             rounds = []
             for n in range(given.repeats + 1):  # the first warms up: graphs are recorded

@@ -11,6 +11,7 @@ an error, /health says so for LINGER seconds, and then the process ends with sta
 import argparse
 import contextlib
 import ipaddress
+import multiprocessing
 import socket
 import sys
 import tempfile
@@ -19,8 +20,8 @@ from pathlib import Path
 
 import early
 
-if __name__ == "__mp_main__" and "--cpu" not in sys.argv:
-    early.begin()  # the process of the engine, beside its imports
+if multiprocessing.current_process().name == "engine" and "--cpu" not in sys.argv:
+    early.begin()  # beside the imports; other processes import this file too
 
 import uvicorn
 from engine import Config, Weights, end_process, load, verify
@@ -62,7 +63,9 @@ def arguments(words=None):
                         "that")  # fmt: skip
     parser.add_argument("--grace", type=float, default=10,
                         help="seconds for requests to end after SIGTERM or SIGINT")  # fmt: skip
-    parser.add_argument("--xgrammar", metavar="FOLDER", help="that has the package xgrammar")
+    parser.add_argument(
+        "--xgrammar", metavar="FOLDER", help="that has the package xgrammar, or none"
+    )
     return parser.parse_args(words)
 
 

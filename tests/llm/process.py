@@ -34,6 +34,8 @@ class ServerProcess:
         cpu = ["--cpu"] if where == "cpu" else []
         if "--num-pages" not in flags:  # by default one server takes a GPU's memory
             flags = (*flags, "--num-pages", "1024")
+        if "--xgrammar" not in flags:  # an installed one would add processes
+            flags = (*flags, "--xgrammar", "none")
         self.folder = tempfile.TemporaryDirectory()
         file = SERVE
         if program is not None:

@@ -605,7 +605,7 @@ FAULTS = {
         ),
     ),
     "embedding": (
-        engine.device.Cpu, "take",
+        engine.device.Device, "take",
         lambda real: lambda self, out, table, index, start=0, *last: real(
             self, out, table, index, start + bool(last), *last
         ),

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers import grammars
+
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
@@ -55,3 +57,34 @@ def test_on_the_cpu(bench, tmp_path, capsys, rate):
     assert found["failed"] == 0
     assert 8 * 4 <= found["tokens"][0] <= 8 * 9
     assert 0 < found["first_ms_50"] <= found["first_ms_99"]
+
+
+def test_clients_of_every_kind(monkeypatch, tmp_path, capsys):
+    """benchmarks/serve_mixed.py: each kind is answered, and the pages come back."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    bench = importlib.import_module("serve_mixed")
+    given = ["--model", "tiny", "--seconds", "4", "--clients", "16", "--long", "200",
+             "--xgrammar", str(grammars.package()), "--output", str(tmp_path),
+             "--", "--cpu", "--num-pages", "500", "--max-batch", "8"]  # fmt: skip
+    assert bench.run(bench.parsed(given)) == 0
+    assert "all pages are back" in capsys.readouterr().out
+    (file,) = tmp_path.iterdir()
+    found = json.loads(file.read_text())["found"]
+    assert {*found["kinds"]} == {"text", "schema", "long", "choices", "polite"}
+    assert found["left"] and found["tokens"] and not found["rejected"]
+
+
+@pytest.mark.parametrize(
+    ("text", "ends", "is_right"),
+    [('{"a": 3, "b": true, "c": null}', {0: "stop"}, True),
+     ('{"a": 4, "b": true, "c": null}', {0: "stop"}, False),
+     ('{"a": 3, "b": 1, "c": null}', {0: "stop"}, False),
+     ('{"a": 3, "b": true', {0: "length"}, False),
+     ('{"a": 3, "b": true, "c": null}', {}, False)],
+)  # fmt: skip
+def test_what_is_judged_of_json(monkeypatch, text, ends, is_right):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    bench = importlib.import_module("serve_mixed")
+    schema = {"required": ["a", "b", "c"], "properties": {"a": {"enum": [3]}}}
+    body = {"response_format": {"json_schema": {"schema": schema}}}
+    assert (bench.Clients.fault("schema", body, {0: text}, ends) is None) is is_right

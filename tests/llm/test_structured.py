@@ -7,13 +7,14 @@ import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 
 from tests.helpers import grammars
-from tests.llm.process import ServerProcess
+from tests.llm.process import ServerProcess, children
 
 SCHEMA = {
     "type": "object",
@@ -83,6 +84,18 @@ def test_json_by_a_schema(asks):
     ):  # fmt: skip
         text += chunk.choices[0].text
     check_pet(text)
+
+
+def test_only_the_engine_opens_the_gpu(asks, structured, where):
+    """Schemas are tried in a process that imports the same file, with bounded addresses."""
+    answer = asks.completions.create(
+        model="tiny", prompt="A pet", max_tokens=200, extra_body={"response_format": FORMAT}
+    )
+    check_pet(answer.choices[0].text)
+    (process,) = children(structured[where].child.pid)
+    for trial in children(process):
+        maps = Path(f"/proc/{trial}/maps").read_text()
+        assert "libxgrammar" in maps and "libcuda.so" not in maps
 
 
 def test_several_choices_have_a_state_each(asks):

@@ -27,7 +27,12 @@ MEMORY = 8 << 30  # bytes of addresses that a process which tries schemas may ha
 
 
 def library(folder=None):
-    """The library in a folder with the package xgrammar, or that of the installed one, or None."""
+    """The library in a folder with the package xgrammar, or that of the installed one.
+
+    None where there is none, or the folder is "none".
+    """
+    if folder == "none":
+        return None
     if folder is None:
         try:
             folder = importlib.metadata.distribution("xgrammar").locate_file("")
