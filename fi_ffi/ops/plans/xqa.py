@@ -99,10 +99,10 @@ def xqa(
         rcp_out_scale: factor of a float8_e4m3fn output.
 
     The rest of each request's last page must not hold NaN or infinities. The module depends on the
-    dtypes, page_size, head_dim, the query heads that share a key, and whether there is a window; the
-    wheels have head_dim 64, 128 and 256, and 1, 2, 4 or 8 query heads a key head. On SM90, one query with an fp8 cache takes a kernel that multiplies
-    in fp8; that kernel ignores masks, so several queries do not take it. NVFP4 caches are not
-    supported here: use `fi_ffi.module`.
+    dtypes, page_size, head_dim, the query heads that share a key, and whether there is a window.
+    The wheels have head_dim 64, 128 and 256, and 1, 2, 4 or 8 query heads a key head. On SM90, one
+    query with an fp8 cache takes a kernel that multiplies in fp8; that kernel ignores masks, so
+    several queries do not take it. NVFP4 caches are not supported here: use `fi_ffi.module`.
 
     Raises `ArgumentError` and `ArgumentTypeError` before anything is launched, `ArchitectureError`
     on GPUs before SM90, and `KernelNotFoundError` if the kernels in use lack the module.
