@@ -90,8 +90,8 @@ def test_sets_without_keys(nothing, n, sets, machine, rng):
 
 @pytest.mark.parametrize("row", [PAIR, IN_PLACE], ids=lambda row: row.name)
 def test_two_states_without_keys(row, machine, rng):
-    """At FlashInfer's own infinity nothing is what comes out; at the other it is NaN up to
-    0.7.1, which docs/attention.md tells."""
+    """At FlashInfer's own infinity nothing is what comes out; at the other it is NaN before
+    0.7.0, which docs/attention.md tells."""
     one, both = ("s_a", "s_b") if row is PAIR else ("s", "s_other")
     out_v, out_s = ("v_merged", "s_merged") if row is PAIR else ("v", "s")
     values = {name: np.zeros((4, 3, 128)) for name in ("v_a", "v_b", "v", "v_other")}

@@ -301,9 +301,9 @@ class BatchPrefillPlan(Plan):
                 [heads] float32. fa2 has no `v_scale`.
             k_cache_sf, v_cache_sf: scales of NVFP4 keys and values (`kv_data_type` uint8, head_dim
                 / 2 bytes a head): float8_e4m3fn, one for 16 elements. The shape is that of the keys
-                (values) with a last axis of head_dim / 16, and strides are an eighth of theirs.
-                Pass the scale of the whole key tensor as `k_scale`; multiply the output by that of
-                the values.
+                (values) with a last axis of head_dim / 16, and strides are an eighth of theirs
+                (those of pages may differ, from FlashInfer 0.6.15 on). Pass the scale of the whole
+                key tensor as `k_scale`; multiply the output by that of the values.
             enable_pdl: programmatic dependent launch (SM90 and later).
         """
         if self.options.page_size is None:

@@ -286,8 +286,8 @@ def cutlass_fused_moe(
         enable_alltoall: do not write rows of tokens without an expert of this rank.
         activation_type: "Swiglu", "Geglu", "SwigluBias", "SwigluStep", "GegluTanh", "Gelu", "Relu",
             "Silu", "Relu2", "Identity", or FlashInfer's `ActivationType`.
-        profile_ids: the tactics of both multiplications, from `FusedMoe.profile`; None is the
-            kernels' own choice.
+        profile_ids: the tactics of both multiplications, from `FusedMoe.profile`; None, or -1, is
+            the kernels' own choice.
         swizzled_input_sf: False if `input_sf` is in rows, each of a multiple of 4 scales.
         use_deepseek_fp8_block_scale, use_w4_group_scaling, use_mxfp8_act_scaling,
             use_packed_weights: as in `FusedMoe`.

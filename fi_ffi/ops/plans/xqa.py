@@ -82,8 +82,8 @@ def xqa(
         workspace_buffer: uint8 scratch that no other stream uses. By default each stream has
             scratch and semaphores allocated by fi_ffi.
         semaphores: uint32, [batch_size * num_kv_heads] or more, for several queries times
-            ceil(q_seq_len * num_q_heads / num_kv_heads / 32). All 0 before the first call; the
-            kernel resets them.
+            ceil(q_seq_len * num_q_heads / num_kv_heads / 32). All 0 before the first call, and
+            after an aborted one; the kernel resets them.
         sinks: [num_kv_heads, num_q_heads / num_kv_heads] float32: one more logit in each head's
             softmax.
         q_scale: a number, or [1] float32 on the device.
@@ -96,11 +96,13 @@ def xqa(
             uint16. Bit j of row i (lowest first, 16 a word) says whether query i sees the key of
             query j. Every query must see its own key, and sees all earlier keys.
         sm_count: multiprocessors to use, at most and by default all of the device's.
+        rcp_out_scale: factor of a float8_e4m3fn output.
 
-    The module depends on the dtypes, page_size, head_dim, the query heads that share a key, and
-    whether there is a window. On SM90, one query with an fp8 cache takes a kernel that multiplies
-    in fp8; that kernel ignores masks, so several queries do not take it. NVFP4 caches are not
-    supported here: use `fi_ffi.module`.
+    The rest of each request's last page must not hold NaN or infinities. The module depends on the
+    dtypes, page_size, head_dim, the query heads that share a key, and whether there is a window.
+    The wheels have head_dim 64, 128 and 256, and 1, 2, 4 or 8 query heads a key head. On SM90, one
+    query with an fp8 cache takes a kernel that multiplies in fp8; that kernel ignores masks, so
+    several queries do not take it. NVFP4 caches are not supported here: use `fi_ffi.module`.
 
     Raises `ArgumentError` and `ArgumentTypeError` before anything is launched, `ArchitectureError`
     on GPUs before SM90, and `KernelNotFoundError` if the kernels in use lack the module.

@@ -385,7 +385,7 @@ def gdn_decode(
             GPU: each request's slot. No request may write a slot that another reads or writes,
             because their order is undefined. A negative index means no request. bfloat16 states
             then read and write slot 0, with undefined results. float32 states are not written, and
-            for one token `output` is 0.
+            for one token `output` is 0, for several unchanged.
         output_state_indices: [b] of the same dtype: the slot to write, if it is another. A negative
             index is slot 0; for float32 states and several tokens it is none.
         intermediate_states_buffer: [b, t, HV, 128, 128] of the states' dtype, for several tokens:
@@ -396,7 +396,8 @@ def gdn_decode(
             indices.
 
     H, HV, t, dtypes, `scale` and the options are compiled into modules, which
-    `gdn_decode.supports(...)` names. Indices are on the GPU and not checked.
+    `gdn_decode.supports(...)` names. Indices are on the GPU and not checked. On a GPU tensors are
+    aligned to 32 bytes (16 with float32 states).
 
     Raises `ArgumentError` and `ArgumentTypeError` before anything is launched, and
     `KernelNotFoundError` if the kernels in use lack the module.

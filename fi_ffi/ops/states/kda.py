@@ -331,7 +331,8 @@ def recurrent_kda(
         ssm_state_indices: int32, each request's slots: [n], or with `num_spec_tokens` [n, t]: the
             state after token i goes to the i-th. By default they are counted from 0. No request may
             write a slot that another reads or writes. A token with a negative index is no token.
-            Its `output` is unchanged, or 0 with `num_spec_tokens`.
+            Its `output` is unchanged, or 0 with `num_spec_tokens`, which also clears tokens after
+            the last request.
         num_spec_tokens: t - 1, for several tokens.
         num_accepted_tokens: [n] int32, with `num_spec_tokens`: which of a request's slots to start
             from, counted from 1; the first by default.
