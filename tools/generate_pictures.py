@@ -35,7 +35,7 @@ SETTINGS = {
     "installed": "the environment's flashinfer-jit-cache",
     "jit": "FLASHINFER_WORKSPACE_BASE moves it",
     "local": "FI_FFI_WHEELS, FI_FFI_CACHE_DIR",
-    "remote": "wheels.lock, FI_FFI_LOCK; FI_FFI_OFFLINE=1 takes it out",
+    "remote": "wheels.lock, FI_FFI_LOCK; FI_FFI_OFFLINE=1: from the cache only",
 }
 
 
