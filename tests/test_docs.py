@@ -14,6 +14,7 @@ import pytest
 
 import fi_ffi
 from fi_ffi.capability.known_issues import KNOWN_ISSUES
+from fi_ffi.loader import search
 from fi_ffi.loader.fetch.wheels_lock import the_lock
 from fi_ffi.ops.functions import OPS
 from tools.entries import entries_of
@@ -126,3 +127,17 @@ def test_options_of_wrappers_are_there():
         if here.startswith("the same"):
             named += set(re.findall(r"`(\w+)`", theirs)) - {"head_dim", "q_scale", "k_scale"}
         assert own.issuperset(set(named) - {"v_scale", "enable_pdl"}), row
+
+
+def test_the_search_order_is_the_codes():
+    """The places of loading.md's table, which `doctor` prints and the picture draws."""
+    import generate_pictures as pictures
+
+    page = (ROOT / "docs" / "loading.md").read_text()
+    rows = re.findall(r"^\| (\w+) \| ([^|]+\|[^|]+)", page.partition("## Which CUDA")[0], re.M)
+    assert [kind for kind, _ in rows] == ["explicit", *search.kinds_asked()]
+    drawn = (ROOT / "docs" / "search.svg").read_text()
+    for kind, told in rows:
+        named = {*re.findall(r"FI_FFI_\w+|FLASHINFER_\w+", told)}
+        assert named <= {*re.findall(r"\w+", pictures.SETTINGS[kind])}, kind
+        assert f">{kind}<" in drawn and all(name in drawn for name in named)

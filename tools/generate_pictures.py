@@ -35,7 +35,7 @@ SETTINGS = {
     "installed": "the environment's flashinfer-jit-cache",
     "jit": "FLASHINFER_WORKSPACE_BASE moves it",
     "local": "FI_FFI_WHEELS, FI_FFI_CACHE_DIR",
-    "remote": "wheels.lock, FI_FFI_LOCK; FI_FFI_OFFLINE=1 takes it out",
+    "remote": "wheels.lock, FI_FFI_LOCK; FI_FFI_OFFLINE=1: cache only",
 }
 
 
@@ -139,7 +139,8 @@ def places() -> str:
         lines += [arrow(f"M136,{y + 18} L196,{y + 18}"), words(166, y + 12, "has it", "note")]
         lines += [rect(202, y, 98, 36, "full"), words(251, y + 23, "check, load")]
         if at + 1 < len(kinds):
-            lines += [arrow(f"M76,{y + 36} L76,{y + 58}"), words(84, y + 54, "no", "left note")]
+            said = "none named" if kind == "explicit" else "no"
+            lines += [arrow(f"M76,{y + 36} L76,{y + 58}"), words(84, y + 54, said, "left note")]
     y = 48 + 62 * len(kinds)
     lines += [arrow(f"M76,{y - 26} L76,{y - 4}"), words(84, y - 8, "no", "left note")]
     lines += [
