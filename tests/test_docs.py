@@ -96,7 +96,7 @@ def test_pages_are_short():
     counts = [
         words.words(page.read_text()) for page in words.pages() if not words.is_generated(page)
     ]
-    assert sum(counts) <= 34_600
+    assert sum(counts) <= 25_000
 
 
 def test_which_release_has_what():

@@ -335,7 +335,7 @@ RAISED: list[HERE] = [
      in_environment("FI_FFI_OFFLINE", "1", lambda: asking.check_permission("norm.so"))),
     ("No GPU", errors.LoaderError,
      lambda: machine._attribute.__wrapped__(machine.device_count(), 75)),
-    ("libcudart is missing", errors.LoaderError, no_cudart),
+    ("A CUDA library is missing", errors.LoaderError, no_cudart),
     (ANOTHER_CUDA, errors.AbiError, with_another_cuda),
     (ANOTHER_CUDA, errors.AbiError, lambda: machine.check_cuda(11, "norm.so")),
     (ANOTHER_CUDA, errors.LoaderError, with_an_old_driver),
