@@ -19,7 +19,7 @@ from fi_ffi.loader import machine
 from fi_ffi.ops.attention.arrays import Arrays, Batch
 from fi_ffi.ops.attention.backends import Target, multiprocessors, release_for
 from fi_ffi.ops.attention.bind import Binder, BoundRow, BoundRuns, RunNames
-from fi_ffi.ops.attention.options import Options, SignatureWithOptions
+from fi_ffi.ops.attention.options import Options, SignatureWithOptions, take_any_name
 from fi_ffi.ops.attention.rows import FORMS
 from fi_ffi.ops.attention.run import Packing, launch_run
 from fi_ffi.ops.attention.schedule import Captured, Planner, allocate, place
@@ -67,6 +67,7 @@ class Plan:
 
     def __init_subclass__(cls) -> None:
         cls._refuse = Refusal(cls.op)
+        take_any_name(cls)
 
     def __init__(
         self,
