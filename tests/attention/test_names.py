@@ -160,6 +160,29 @@ def test_by_position_and_by_another_name():
     case.check()
 
 
+def test_options_by_position_are_told():
+    """As FlashInfer's `plan` takes them."""
+    case = Case("decode")
+    arrays = [*case.arrays.values()]
+    with pytest.raises(TypeError, match=r"3 by position \(indptr, indices, last_page_len\), not 7"):
+        case.cls(*arrays, 8, 2, 64, 16)
+    plan = case.plan()
+    with pytest.raises(TypeError, match=r"replan\(\) takes 3 by position .*, not 4: .* by name"):
+        plan.replan(*arrays, 16)
+    case.run(plan)
+    case.check()
+
+
+@pytest.mark.parametrize("kind", ["paged", "decode", "mla"])
+def test_what_wrappers_have_and_plans_lack(kind):
+    plan = Case(kind).plan()
+    with pytest.raises(AttributeError, match=r"'plan': the constructor plans, and replan\(...\)"):
+        plan.plan()
+    if kind == "paged":
+        with pytest.raises(AttributeError, match="'run', but ragged_run and paged_run"):
+            plan.run()
+
+
 @pytest.mark.parametrize("plan", ["BlockSparseAttentionPlan", "BatchDecodePlan", "single_decode"])
 def test_supports_takes_other_names(plan):
     ask = getattr(fi_ffi, plan).supports

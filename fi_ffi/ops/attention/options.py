@@ -204,7 +204,7 @@ def by_own_names(
     others, named = other_names(known), dict[str, Any]()
     for name, value in given.items():
         own = others.get(name, name)
-        if own in named or own in positional or (own != name and own in given):
+        if own in named or (own != name and (own in given or own in positional)):
             expected = f"{own} or {name}, which is the same, not both"
             raise ArgumentTypeError(op, name, got=shown(value), expected=expected)
         named[own] = value
@@ -220,14 +220,22 @@ def take_any_name(cls: type) -> None:
 
 def _by_any_name(function: Callable[..., None]) -> Callable[..., None]:
     code = function.__code__
-    names = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
+    most, count = code.co_argcount - 1, code.co_argcount - 1 + code.co_kwonlyargcount
+    names = code.co_varnames[1 : 1 + count]
     others = frozenset(other_names(names))
 
     @wraps(function)
     def call(self: Any, *args: Any, **named: Any) -> None:
         if not others.isdisjoint(named):
             named = by_own_names(self.op, names, named, names[: len(args)])
-        function(self, *args, **named)
+        try:
+            function(self, *args, **named)
+        except TypeError:
+            if len(args) <= most:
+                raise
+            told = f"takes {most} by position ({', '.join(names[:most])}), not {len(args)}"
+            told = f"{self.op}.{function.__name__}() {told}: pass the others by name"
+            raise TypeError(told) from None
 
     return call
 

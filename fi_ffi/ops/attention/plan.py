@@ -154,9 +154,13 @@ class Plan:
     if not TYPE_CHECKING:  # it would have a type checker accept any name
 
         def __getattr__(self, name: str) -> NoReturn:
-            told = f"{type(self).__name__!r} has no {name!r}"
+            told, runs = f"{type(self).__name__!r} has no {name!r}", self._run_methods
             if name == "prepare":
-                told += f": prepare a run, fi_ffi.prepare(plan.{self._run_methods[0]}, ...)"
+                told += f": prepare a run, fi_ffi.prepare(plan.{runs[0]}, ...)"
+            elif name == "plan":
+                told += ": the constructor plans, and replan(...) takes the next batch"
+            elif name == "run":
+                told += f", but {' and '.join(runs)}"
             raise AttributeError(told)
 
     # Hooks for plan classes.
