@@ -116,11 +116,16 @@ def test_which_release_has_what():
 
 
 def test_options_of_wrappers_are_there():
-    """What the table sends a reader to is an option of the plan, or an argument of its run."""
+    """What the table sends a reader to is an option of the plan, or an argument of its run.
+
+    tests/releases/test_wrappers.py holds each row for each of FlashInfer's wrappers.
+    """
     page = (ROOT / "docs" / "howto" / "from-flashinfer.md").read_text()
     rows = re.search(r"^## Options of wrappers$.*?(?=^## )", page, re.M | re.S)[0].splitlines()
     own = {*inspect.signature(fi_ffi.BatchPrefillPlan).parameters, "rope_scale", "sink"}
     own |= {*inspect.signature(fi_ffi.BatchPrefillPlan.paged_run).parameters, "custom_mask"}
+    own |= {*inspect.signature(fi_ffi.BatchMlaPlan).parameters}
+    own |= {*inspect.signature(fi_ffi.BatchMlaPlan.run).parameters}
     for row in rows:
         theirs, _, here = (row.split(" | ") + [""] * 3)[:3]
         named = re.findall(r"`(\w+)=", here)

@@ -1,6 +1,7 @@
 """Write docs/reference.md: docstrings, in the order of tools/data/reference.md; `--check` compares.
 
-A line there that begins with `@` names a class or function, and after a colon its members.
+A line there that begins with `@ ` names a class or function, and after a colon its members. For
+`@names` stand the several names of plans' arguments.
 """
 
 from __future__ import annotations
@@ -145,9 +146,20 @@ def entries(line: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def names() -> str:
+    """An item for each argument of plans that has several names."""
+    same = importlib.import_module("fi_ffi.ops.attention.options").SAME
+    return "\n".join(f"- {', '.join(f'`{name}`' for name in group)}" for group in same)
+
+
+def _line(line: str) -> str:
+    if line == "@names":
+        return names()
+    return entries(line) if line.startswith("@ ") else line
+
+
 def text() -> str:
-    lines = TEMPLATE.read_text().splitlines()
-    return "\n".join(entries(line) if line.startswith("@ ") else line for line in lines) + "\n"
+    return "\n".join(map(_line, TEMPLATE.read_text().splitlines())) + "\n"
 
 
 if __name__ == "__main__":

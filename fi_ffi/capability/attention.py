@@ -81,7 +81,7 @@ def _target(op: str, query: Query) -> Target:
 
 def _plan(op: str, query: Query, given: Mapping[str, Any], planned_as: str = "") -> _Choice:
     name = planned_as or op
-    own = by_own_names(_OPTIONS[name].table, given)
+    own = by_own_names(op, _OPTIONS[name].table, given)
     options = _OPTIONS[name](**_REQUIRED[name] | own)
     backend, _, rows = options.choose(_target(op, query))
     # A prefill has ragged and paged runs; other plans have one run.
@@ -95,15 +95,14 @@ def _cascade(op: str, query: Query, given: Mapping[str, Any]) -> _Choice:
 
 
 def _sparse(op: str, query: Query, given: Mapping[str, Any]) -> _Choice:
-    """Choose as for a prefill over pages, with another name for the head size."""
-    changed = dict(given)
-    changed["head_dim_qk"] = changed.pop("head_dim", 128)
-    return _plan(op, query, changed, "BatchPrefillPlan")
+    """Choose as for a prefill over pages."""
+    return _plan(op, query, given, "BatchPrefillPlan")
 
 
 def _single_kernel(
     op: str, known: Mapping[str, Any], given: Mapping[str, Any]
 ) -> tuple[Kernel, dict[str, Any]]:
+    given = by_own_names(op, known, given)
     unknown = [name for name in given if name not in known]
     if unknown:
         raise TypeError(f"{op}.supports() got an unexpected keyword argument {unknown[0]!r}")

@@ -270,6 +270,7 @@ library.renew_after_fork(globals(), "_lock", threading.RLock)
 # Places searched so far, in order, and an iterator of the next ones.
 _places: tuple[list[Candidate], Iterator[Candidate]] = ([], candidates())
 _location: str | None = None  # as `use_source` was told
+_named = os.environ.get(RELEASE)  # when it was last read
 
 
 def use_source(location: str | os.PathLike[str] | None) -> None:
@@ -284,8 +285,18 @@ def use_source(location: str | os.PathLike[str] | None) -> None:
     generation.advance()
 
 
+def _follow_release() -> None:
+    """Search again if FI_FFI_RELEASE has changed since the search."""
+    global _named
+    named = os.environ.get(RELEASE)
+    if named != _named:
+        _named = named
+        use_source(_location)
+
+
 def places() -> Iterator[Candidate]:
-    """Yield every place to search for kernels, in order; each is searched once."""
+    """Yield every place to search for kernels, in order; each is searched once for a release."""
+    _follow_release()
     # Bound once, so that a concurrent `use_source` does not mix two choices.
     (found, following), done = _places, 0
     while True:
@@ -403,7 +414,6 @@ def _listed_here(source: KernelSource, module: str) -> Sequence[str]:
     return []
 
 
-@generation.cached
 def decided() -> tuple[str, str]:
     """Return the release in force, or "", and what determines it.
 
@@ -411,6 +421,13 @@ def decided() -> tuple[str, str]:
     on this machine, or the lock's default: the one that would be fetched. The driver is not asked,
     so that calls on the CPU use no GPU.
     """
+    _follow_release()
+    return _decided()
+
+
+@generation.cached
+def _decided() -> tuple[str, str]:
+    """Decide for this generation."""
     named = named_release()
     here = candidates(_location, but="remote")
     place = next((place for place in here if place.source is not None), None)

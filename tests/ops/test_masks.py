@@ -136,3 +136,10 @@ def test_numbers_of_heads(value):
     with pytest.raises(fi_ffi.ArgumentError, match="expected .*int") as caught:
         fi_ffi.alibi_slopes(value)
     assert (caught.value.op, caught.value.argument) == ("alibi_slopes", "num_heads")
+
+
+def test_a_mask_of_all_requests_side_by_side_is_told(rng):
+    """FlashInfer takes one flat mask, and the plan's lengths to split it."""
+    flat = np.concatenate([mask.ravel() for mask in masks_of(rng, LENS)])
+    with pytest.raises(fi_ffi.ArgumentError, match=r"\[qo_len, kv_len\] of each request, which"):
+        fi_ffi.pack_custom_mask(flat)

@@ -13,10 +13,13 @@ from fi_ffi.ops.call.releases import fits, release_in_force
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.moe import kernels
 
+from tests.helpers import xqa_calls
+from tests.helpers.calls import HostArray
 from tests.helpers.cases import default_dtypes, make_case
 from tests.helpers.decode_calls import DecodeCall
 from tests.helpers.inputs import inputs_of
 from tests.helpers.moe_layers import a as layer
+from tests.helpers.plan_calls import KINDS, SINGLES, Case, Single
 
 RELEASES = ["0.6.3", "0.6.13", "0.6.18", "0.7.0", "0.7.2.post1"]
 CHANGED = [name for name, op in OPS.items() if len(op.rows) > 1]
@@ -38,6 +41,51 @@ def test_ops_have_the_arguments_of_the_release(release, put_release):
         assert op.row is (fitting or op.rows)[0]
         assert [*op.__signature__.parameters][:-1] == [arg.name for arg in op.row.given], name
     assert release == "0.6.13" or before != {name: op.row for name, op in OPS.items()}
+
+
+def test_the_variable_is_followed_while_the_process_runs(monkeypatch, put_release, rng):
+    """`supports` and plans read it each time; calls are of the release that these were of."""
+    put_release("0.6.13")
+    for release in [*rng.permutation([each for each in RELEASES if each != "0.6.13"]), ""]:
+        monkeypatch.setenv("FI_FFI_RELEASE", release)
+        assert fi_ffi.rmsnorm.supports(90).release == (release or search.default_release())
+        assert fi_ffi.BatchDecodePlan.supports(90).release == (release or search.default_release())
+        for op in OPS.values():
+            fitting = [row for row in op.rows if fits(row, release_in_force())]
+            assert op.row is (fitting or op.rows)[0]
+        kept = generation.number
+        assert fi_ffi.rmsnorm.supports(90, release="0.6.3").release == "0.6.3"
+        assert generation.number == kept
+
+
+@pytest.mark.parametrize("release", RELEASES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_plans_on_the_cpu_are_of_the_release(release, kind, monkeypatch, put_release):
+    put_release("0.6.18")
+    monkeypatch.setenv("FI_FFI_RELEASE", release)
+    case = Case(kind)
+    plan = case.plan()
+    case.replan(plan)
+    case.run(plan)
+    case.check()
+    assert plan.module.count("_planabi2") == (kind == "mla" and release >= "0.7.0")
+
+
+@pytest.mark.parametrize("release", RELEASES)
+@pytest.mark.parametrize("op", SINGLES)
+def test_single_requests_on_the_cpu_are_of_the_release(release, op, put_release):
+    put_release(release)
+    case = Single(op)
+    case.run()
+    case.check()
+
+
+@pytest.mark.parametrize("release", RELEASES)
+@pytest.mark.parametrize("drafts", [1, 5])
+def test_xqa_on_the_cpu_is_of_the_release(release, drafts, put_release, rng):
+    put_release(release)
+    spec = xqa_calls.Spec(queries=drafts, lengths=(5, 16, 300))
+    assert xqa_calls.Batch(spec, rng).check(HostArray) <= 1
 
 
 @pytest.mark.parametrize("name", CHANGED)

@@ -207,6 +207,15 @@ def test_a_call_is_within_its_budget(calls: dict[str, Call], name: str) -> None:
     assert is_near, f"this budget holds nothing any more; lower it: {text}"
 
 
+@pytest.mark.parametrize("kind", ["decode", "paged", "MLA"])
+def test_names_that_are_not_used_cost_a_frame(calls: dict[str, Call], kind: str) -> None:
+    """A replan by a plan's own names looks up none."""
+    lines, functions = counted(calls[replans.REPLANS[kind]])
+    found = {line: n for line, n in lines.items() if line.file.endswith("attention/options.py")}
+    assert {line.function for line in found} == {"call"}
+    assert sum(found.values()) <= 24 and functions["frozenset.isdisjoint"] == 1, found
+
+
 # The most instructions that `as_desc` takes to read a torch tensor, beyond the tensor's own code.
 TORCH = {"float16": 105, "int32": 100}
 # Of a tensor whose kind was seen before; of the dtypes of a complex tensor's parts also is_neg.

@@ -9,10 +9,10 @@ an `Option` with the check and the default. The plans' docstrings say what the o
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, TypedDict, get_type_hints
 
-from fi_ffi.errors import nearest
+from fi_ffi.errors import ArgumentTypeError, nearest
 from fi_ffi.loader.distributions import is_in
 from fi_ffi.ops.attention.backends import (
     BACKENDS,
@@ -42,7 +42,7 @@ from fi_ffi.ops.attention.rows import (
     UNIFORM,
 )
 from fi_ffi.ops.attention.sizes import BY_QUERY, Geometry
-from fi_ffi.ops.call.arguments import Refusal, check_choice, check_flag, check_int
+from fi_ffi.ops.call.arguments import Refusal, check_choice, check_flag, check_int, shown
 from fi_ffi.ops.call.row import Row
 
 Check = Callable[[str, str, Any], Any]
@@ -173,17 +173,71 @@ def check_keywords(op: str, known: Collection[str], names: Iterable[str]) -> Non
             raise TypeError(f"{op}() got an unexpected keyword argument {name!r}{near}")
 
 
-# FlashInfer's plans have one of two names for a size: a plan takes either.
-_SAME = {"head_dim": "head_dim_qk", "head_dim_qk": "head_dim"}
+# FlashInfer's wrappers have several names for an argument. A plan has one of them, or some, and
+# takes another for the first that it has.
+SAME: tuple[tuple[str, ...], ...] = (
+    ("head_dim", "head_dim_qk"),
+    ("paged_kv_last_page_len_arr", "paged_kv_last_page_len"),
+    *(
+        tuple(f"{prefix}{array}{half}" for prefix in ("paged_kv_", "kv_", ""))
+        for array in ("indptr", "indices", "last_page_len")
+        for half in ("", "_p", "_d")
+    ),
+)
 
 
-def by_own_names(known: Collection[str], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options by the names that a plan has for them."""
-    given = dict(options)
-    for name, own in _SAME.items():
-        if name in given and name not in known and own not in given:
-            given[own] = given.pop(name)
-    return given
+def other_names(known: Iterable[str]) -> dict[str, str]:
+    """Return other names for these arguments, and which of them each stands for."""
+    known = dict.fromkeys(known)
+    others = dict[str, str]()
+    for group in SAME:
+        own = next((name for name in group if name in known), None)
+        if own is not None:
+            others |= {name: own for name in group if name not in known}
+    return others
+
+
+def by_own_names(
+    op: str, known: Iterable[str], given: Mapping[str, Any], positional: Collection[str] = ()
+) -> dict[str, Any]:
+    """Return arguments by the names that a plan has for them; refuse one that has two values."""
+    others, named = other_names(known), dict[str, Any]()
+    for name, value in given.items():
+        own = others.get(name, name)
+        if own in named or (own != name and (own in given or own in positional)):
+            expected = f"{own} or {name}, which is the same, not both"
+            raise ArgumentTypeError(op, name, got=shown(value), expected=expected)
+        named[own] = value
+    return named
+
+
+def take_any_name(cls: type) -> None:
+    """Let a class of plans take other names for the arguments of its own methods."""
+    for method in ("__init__", "replan"):
+        if method in vars(cls):
+            setattr(cls, method, _by_any_name(vars(cls)[method]))
+
+
+def _by_any_name(function: Callable[..., None]) -> Callable[..., None]:
+    code = function.__code__
+    most, count = code.co_argcount - 1, code.co_argcount - 1 + code.co_kwonlyargcount
+    names = code.co_varnames[1 : 1 + count]
+    others = frozenset(other_names(names))
+
+    @wraps(function)
+    def call(self: Any, *args: Any, **named: Any) -> None:
+        if not others.isdisjoint(named):
+            named = by_own_names(self.op, names, named, names[: len(args)])
+        try:
+            function(self, *args, **named)
+        except TypeError:
+            if len(args) <= most:
+                raise
+            told = f"takes {most} by position ({', '.join(names[:most])}), not {len(args)}"
+            told = f"{self.op}.{function.__name__}() {told}: pass the others by name"
+            raise TypeError(told) from None
+
+    return call
 
 
 class Options:
@@ -205,7 +259,7 @@ class Options:
 
     def __init__(self, **options: Any) -> None:
         """Check a plan's keywords. A `TypeError` names the plan, as for a plain Python call."""
-        options = by_own_names(self.table, options)
+        options = by_own_names(self.op, self.table, options)
         check_keywords(self.op, self.table, options)
         missing = [name for name in self.table if name in self.required and name not in options]
         if missing:
@@ -292,10 +346,10 @@ class SignatureWithOptions:
         self._options = options
 
     def __get__(self, instance: object, owner: type) -> Any:
-        from inspect import Parameter, signature
+        from inspect import Parameter, signature, unwrap
 
         options: type[Options] = self._options or owner._options_class  # type: ignore[attr-defined]
-        init: Any = owner.__init__  # type: ignore[misc]
+        init: Any = unwrap(owner.__init__)  # type: ignore[misc]
         *parameters, last = [*signature(init).parameters.values()][1:]
         unpacked = re.fullmatch(r"Unpack\[(\w+)\]", str(last.annotation))
         if unpacked is None:

@@ -19,7 +19,7 @@ from fi_ffi.loader import machine
 from fi_ffi.ops.attention.arrays import Arrays, Batch
 from fi_ffi.ops.attention.backends import Target, multiprocessors, release_for
 from fi_ffi.ops.attention.bind import Binder, BoundRow, BoundRuns, RunNames
-from fi_ffi.ops.attention.options import Options, SignatureWithOptions
+from fi_ffi.ops.attention.options import Options, SignatureWithOptions, take_any_name
 from fi_ffi.ops.attention.rows import FORMS
 from fi_ffi.ops.attention.run import Packing, launch_run
 from fi_ffi.ops.attention.schedule import Captured, Planner, allocate, place
@@ -67,6 +67,7 @@ class Plan:
 
     def __init_subclass__(cls) -> None:
         cls._refuse = Refusal(cls.op)
+        take_any_name(cls)
 
     def __init__(
         self,
@@ -153,9 +154,13 @@ class Plan:
     if not TYPE_CHECKING:  # it would have a type checker accept any name
 
         def __getattr__(self, name: str) -> NoReturn:
-            told = f"{type(self).__name__!r} has no {name!r}"
+            told, runs = f"{type(self).__name__!r} has no {name!r}", self._run_methods
             if name == "prepare":
-                told += f": prepare a run, fi_ffi.prepare(plan.{self._run_methods[0]}, ...)"
+                told += f": prepare a run, fi_ffi.prepare(plan.{runs[0]}, ...)"
+            elif name == "plan":
+                told += ": the constructor plans, and replan(...) takes the next batch"
+            elif name == "run":
+                told += f", but {' and '.join(runs)}"
             raise AttributeError(told)
 
     # Hooks for plan classes.

@@ -14,6 +14,7 @@ from fi_ffi.ops.attention.options import (
     SignatureWithOptions,
     by_own_names,
     check_keywords,
+    take_any_name,
 )
 from fi_ffi.ops.attention.prefill import BatchPrefillPlan
 from fi_ffi.ops.attention.workspace import Workspace
@@ -47,6 +48,7 @@ class _Cascade:
 
     def __init_subclass__(cls) -> None:
         cls._refuse = Refusal(cls.op)
+        take_any_name(cls)
 
     def __repr__(self) -> str:
         levels = getattr(self, "levels", ())
@@ -63,7 +65,7 @@ class _Cascade:
 
     def _checked(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return the options of all levels, by the names that these have for them."""
-        options = by_own_names(CascadeKeywords.__annotations__, given)
+        options = by_own_names(self.op, CascadeKeywords.__annotations__, given)
         check_keywords(self.op, CascadeKeywords.__annotations__, options)
         size = options.get("head_dim_vo") or options.get("head_dim_qk")
         if size not in _MERGED_HEAD_DIMS and size is not None:

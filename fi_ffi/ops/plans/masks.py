@@ -70,7 +70,8 @@ def _boolean(value: object, ranks: tuple[int, ...], where: str = "") -> numpy.nd
     if array.dtype != np.bool_:
         raise _refused(f"{type(value).__qualname__} of {array.dtype}")
     if array.ndim not in ranks:
-        raise _refused(f"bool of shape {array.shape}{where}", "shape [qo_len, kv_len]")
+        flat = " of each request, which FlashInfer's mask has side by side" * (array.ndim == 1)
+        raise _refused(f"bool of shape {array.shape}{where}", f"shape [qo_len, kv_len]{flat}")
     return array
 
 

@@ -278,10 +278,10 @@ def mla_run(
     page_size: int,
     sm_scale: float,
     return_lse_base_on_e: bool,
-    *,
+    *no_scales: None,
     compiled: Compiled,
 ) -> Writes:
-    """batch_mla's `run`.
+    """batch_mla's `run`. From 0.6.14 on it has arguments for the scales of an fp8 cache.
 
     A row that sees no key has a logarithm of minus infinity, unlike in other entries. The kernel
     writes -5e4 if it has split the request.
@@ -392,25 +392,19 @@ def xqa_wrapper(
     sinks: Array | None,
     k_cache: Array,
     v_cache: Array,
-    k_sf: Array | None,
-    v_sf: Array | None,
-    page_table: Array,
-    max_seq_len: int,
-    seq_lens: Array,
-    batch_size: int,
-    kv_scale: float,
-    kv_scale_tensor: Array | None,
-    q_seq_len: int,
-    mask: Array | None,
-    semaphores: Array,
-    scratch: Array,
-    enable_pdl: bool,
-    *,
+    *more: Any,
     compiled: Compiled,
 ) -> Writes:
-    """XQA. Only fp8 keys are scaled; the kernel ignores a scale of others."""
-    if k_sf is not None or v_sf is not None:
-        raise ValueError("keys of 4 bits need a GPU")
+    """XQA. Only fp8 keys are scaled; the kernel ignores a scale of others.
+
+    From 0.6.7 on `more` begins with the two scales of keys of 4 bits; from 0.6.16 on it has the
+    starts of queries before the mask.
+    """
+    *more, mask, semaphores, _, _ = more  # type: ignore[assignment]
+    sizes, rest = (more[:7], more[7:]) if len(more) == 7 else (more[2:9], more[:2] + more[9:])
+    page_table, _, seq_lens, batch_size, kv_scale, kv_scale_tensor, q_seq_len = sizes
+    if any(value is not None for value in rest):
+        raise ValueError("keys of 4 bits, and numbers of queries that differ, need a GPU")
     if (q_seq_len > 1) != (mask is not None):
         raise ValueError("a mask with several queries of each request, and no mask with one")
     if semaphores.any():

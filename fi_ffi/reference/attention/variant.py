@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -142,15 +142,11 @@ def fa2(
     prefix_len: Array | None,
     token_positions: Array | None,
     max_item_len: Array | None,
-    k_block_scales: Array | None,
-    v_block_scales: Array | None,
-    logits_soft_cap: float,
-    sm_scale: float,
-    rope_rcp_scale: float,
-    rope_rcp_theta: float,
-    token_positions_len: int,
+    *more: Any,
 ) -> Variant:
-    """Parse the arguments of batch prefill with fa2."""
+    """Parse the arguments of batch prefill with fa2; `more` is two block scales, which releases
+    before 0.6.10 lack, and five numbers."""
+    logits_soft_cap, sm_scale, rope_rcp_scale, rope_rcp_theta, token_positions_len = more[-5:]
     call.only(masks.NONE, masks.CAUSAL, masks.CUSTOM, *([masks.MULTI_ITEM] if call.paged else ()))
     if call.window_left >= 0 and not call.compiled.use_sliding_window:
         # The kernels would skip the tiles outside the window, but show the others whole.
@@ -168,7 +164,7 @@ def fa2_single(call: Call, mask: Array | None, slopes: Array | None, *more: floa
     # This kernel skips no tiles, so without sliding windows it has no window at all.
     call = call if call.compiled.use_sliding_window else call._replace(window_left=-1)
     start = np.zeros(1, np.int32)
-    return fa2(call, mask, start, slopes, None, None, None, *more, 0)  # type: ignore[arg-type,call-arg]
+    return fa2(call, mask, start, slopes, None, None, None, *more, 0)
 
 
 def fa3(
