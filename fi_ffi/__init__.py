@@ -210,6 +210,7 @@ support.judge.fill(_service("fi_ffi.capability.answer", "judge_asked"))
 support.docstring.fill(_service("fi_ffi.catalogue.docs", "docstring"))
 services.adviser.fill(_service("fi_ffi.catalogue.advice"))
 services.published.fill(_service("fi_ffi.loader.fetch.pinned_wheels", "published"))
+services.libraries.fill(_service("fi_ffi.loader.fetch.published", "places_of"))
 services.device_code.fill(_service("fi_ffi.loader.fetch.cubins", "serve"))
 _optional("fi_ffi.export")  # by which other libraries read a TensorDesc
 

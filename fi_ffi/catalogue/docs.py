@@ -115,7 +115,7 @@ def docstring(row: Row) -> str:
         "Raises `ArgumentError` or `ArgumentTypeError` before anything is launched, `AbiError` "
         f"if the kernel file has another interface, `KernelError` with the kernel's own message"
         f"{other}.",
-        f"Kernel: `{row.symbol}` of module `{row.module}`, FlashInfer {row.releases}, "
+        f"Kernel: `{row.symbol}` of module `{row.module}`, {row.package} {row.releases}, "
         f"`{row.source}`.",
     )
     stream = "stream: the CUDA stream; CUDA tensors need it, or an open `fi_ffi.stream(...)` scope."

@@ -522,3 +522,10 @@ class _tgv_gemm(Op):
         out: TensorLike = ..., pdl: bool = False, *, stream: object = None,
     ) -> None: ...
 tgv_gemm: _tgv_gemm
+
+class _fused_topk_topp_renorm(Op):
+    def __call__(
+        self, probs: TensorLike, top_ks: TensorLike, top_ps: TensorLike, out: TensorLike,
+        workspace: TensorLike | None = None, *, stream: object = None,
+    ) -> None: ...
+fused_topk_topp_renorm: _fused_topk_topp_renorm

@@ -72,6 +72,11 @@ NO_ARRAYS = {"maybe_top_k_arr": None, "maybe_top_p_arr": None, "maybe_min_p_arr"
 DRAWS = (*SAMPLERS, "sampling_from_logits")
 PAGED = (*QUANTISE[1:], *APPENDS)
 TINY = ("tinygemm2", "tinygemm2_nobias")
+OF_BOTH = "fused_topk_topp_renorm"
+WORKSPACES = (
+    (1, 129, 37887), (3, 1000, 111615), (2, 32_000, 117503), (1, 129_280, 133119),
+    (7, 129_280, 925695),
+)  # fmt: skip
 SM100 = ("fp4_gemm", "mxfp8_gemm", "bf16_gemm", "bmm_bf16", "bmm_mxfp8", "tgv_gemm")
 TURNED = "fused_qk_rmsnorm_rope"
 ONE_TOKEN = {"nnz": 1, "num_qo_heads": 1, "num_kv_heads": 1}
@@ -460,6 +465,15 @@ BOUNDS = [
     B("tgv_gemm", "n", range((INT // 2 - 1) // 24 + 1), {"k": 8, "m": 24}, "."),
     B(SM100, "tactic", range(-1, FAR)),
     B(SM100[:-1], "workspace_size", range(32 * 2**20, FAR)),
+    # fused_topk_topp.cu of tokenspeed-kernel: 128 tokens are sorted, a grid's y counts rows,
+    # offsets are ints; a size is a float on the way to the workspace's.
+    B(OF_BOTH, "h", range(129, 2**24 + 1), {"n": 1, "workspace_size": UINT}),
+    B(OF_BOTH, "n", range(GRID), {"h": 129, "workspace_size": 2 * UINT}),
+    B(OF_BOTH, "n", range(INT // 65536 + 1), {"h": 65536, "workspace_size": 2 * UINT},
+      f"{INT} elements"),
+    # What the library's own function told for these rows and tokens.
+    *(B(OF_BOTH, "workspace_size", range(most, FAR), {"n": n, "h": h})
+      for n, h, most in WORKSPACES),
 ]  # fmt: skip
 
 
@@ -513,6 +527,7 @@ MAJORS = {
     **dict.fromkeys(("mxfp8_quantize", "nvfp4_kv_quant", "fp4_quantize", "fp4_batched_quantize",
                      "fp4_gemm", "mxfp8_gemm", "bmm_mxfp8"), BLACKWELL),
     **dict.fromkeys(("bf16_gemm", "bmm_bf16", "tgv_gemm"), (10,)),
+    OF_BOTH: (9, 10),
 }  # fmt: skip
 GPUS = [(7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1), (13, 0)]
 
