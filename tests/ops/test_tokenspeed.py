@@ -1,0 +1,44 @@
+"""What is special about the ops of tokenspeed-kernel."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import fi_ffi
+from fi_ffi.reference import tokenspeed
+
+from tests.ops.test_boundaries import WORKSPACES
+
+
+@pytest.mark.parametrize(("n", "h", "size"), WORKSPACES)
+def test_bytes_of_topk_topp(n, h, size):
+    """As the library's own function told."""
+    assert fi_ffi.fused_topk_topp_workspace_size(n, h) == size
+
+
+def test_bytes_of_topk_topp_refused():
+    for wrong in (-1, 1.5, "1", None):
+        with pytest.raises(fi_ffi.ArgumentError, match="batch_size"):
+            fi_ffi.fused_topk_topp_workspace_size(wrong, 4096)
+        with pytest.raises(fi_ffi.ArgumentError, match="vocab_size"):
+            fi_ffi.fused_topk_topp_workspace_size(1, wrong)
+
+
+def test_the_judge_of_topk_topp(rng):
+    """It takes what float32 may keep, and no token more, less or other."""
+    p = np.sort(rng.uniform(1, 2, 200))[::-1].astype(np.float32).astype(np.float64)
+    p /= p.sum()
+
+    def error(count, k, top_p, first=0):
+        kept = np.zeros_like(p)
+        kept[first : first + count] = p[first : first + count]
+        (judged,) = tokenspeed.fused_topk_topp_renorm(
+            {"probs": p[None], "top_ks": np.array([k]), "top_ps": np.array([top_p])}
+        ).values()
+        return judged((kept / max(kept.sum(), 1e-30))[None])[1]
+
+    half = (p[:20].sum() + p[19] / 2) / p[:50].sum()  # between the sums of 20 and of 21
+    assert error(21, 50, half) <= 1 and error(50, 50, 1.0) <= 1
+    assert min(error(count, 50, half) for count in (20, 22, 50)) > 1
+    assert error(21, 50, half, first=1) > 1 and error(51, 50, 1.0) > 1 and error(0, 1, 1.0) > 1
