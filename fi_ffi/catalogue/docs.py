@@ -37,6 +37,7 @@ def _kind_of_tensor(arg: Tensor) -> str:
     how += ["in NHD order"] if arg.kv else []
     how += ["the last two axes transposed in memory"] if arg.transposed else []
     how += ["on the host"] if arg.host else []
+    how += ["also on cuda_host"] if arg.mapped else []
     how += [f"one of {arg.parts} parts, side by side"] if arg.parts > 1 else []
     how += [f"aligned to {arg.alignment} bytes"] if arg.alignment > 1 else []
     shape = ", ".join(arg.axis_names)

@@ -523,6 +523,38 @@ class _tgv_gemm(Op):
     ) -> None: ...
 tgv_gemm: _tgv_gemm
 
+class _transfer_kv_per_layer(Op):
+    def __call__(
+        self, src_k: TensorLike, dst_k: TensorLike, src_v: TensorLike, dst_v: TensorLike,
+        src_indices: TensorLike, dst_indices: TensorLike, block_quota: int = 2,
+        num_warps_per_block: int = 32, *, stream: object = None,
+    ) -> None: ...
+transfer_kv_per_layer: _transfer_kv_per_layer
+
+class _transfer_kv_per_layer_mla(Op):
+    def __call__(
+        self, src: TensorLike, dst: TensorLike, src_indices: TensorLike, dst_indices: TensorLike,
+        block_quota: int = 2, num_warps_per_block: int = 32, *, stream: object = None,
+    ) -> None: ...
+transfer_kv_per_layer_mla: _transfer_kv_per_layer_mla
+
+class _transfer_kv_per_layer_pf_lf(Op):
+    def __call__(
+        self, src_k: TensorLike, dst_k: TensorLike, src_v: TensorLike, dst_v: TensorLike,
+        src_indices: TensorLike, dst_indices: TensorLike, layer_id: int, block_quota: int = 2,
+        num_warps_per_block: int = 32, *, stream: object = None,
+    ) -> None: ...
+transfer_kv_per_layer_pf_lf: _transfer_kv_per_layer_pf_lf
+transfer_kv_per_layer_ph_lf: _transfer_kv_per_layer_pf_lf
+
+class _transfer_kv_per_layer_mla_pf_lf(Op):
+    def __call__(
+        self, src: TensorLike, dst: TensorLike, src_indices: TensorLike, dst_indices: TensorLike,
+        layer_id: int, block_quota: int = 2, num_warps_per_block: int = 32, *,
+        stream: object = None,
+    ) -> None: ...
+transfer_kv_per_layer_mla_pf_lf: _transfer_kv_per_layer_mla_pf_lf
+
 class _fused_topk_topp_renorm(Op):
     def __call__(
         self, probs: TensorLike, top_ks: TensorLike, top_ps: TensorLike, out: TensorLike,

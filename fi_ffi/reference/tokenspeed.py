@@ -6,7 +6,7 @@ import numpy as np
 
 from fi_ffi.ops.table.tokenspeed import ALL_TOKENS
 from fi_ffi.reference.arrays import Array
-from fi_ffi.reference.formula import SLACK, Exact, Formula, Inputs, OneOfMany
+from fi_ffi.reference.formula import SLACK, Exact, Formula, Inputs, Move, OneOfMany
 from fi_ffi.reference.renorm import top_p_error, top_p_renormed, top_p_slack
 
 # The error of sums of the most tokens that are sorted.
@@ -68,4 +68,35 @@ def fused_topk_topp_renorm(a: Inputs) -> Exact:
     return {"out": OneOfMany(value, judge)}
 
 
+def _chosen(source: Array, tokens: Array, layer: int, page_size: int) -> Array:
+    """Return one layer of tokens of a cache."""
+    if page_size:
+        pages, places = np.divmod(tokens, page_size)
+        return source[pages, :, places, layer]
+    return source[tokens] if source.ndim == 2 else source[tokens, layer]
+
+
+def transfer(a: Inputs) -> dict[str, Array]:
+    """Copy the tokens of one layer, keys and values or latents."""
+    moved = {}
+    for name in (name for name in a if name in ("src", "src_k", "src_v")):
+        source, target = a[name], name.replace("src", "dst")
+        page_size = source.shape[2] if source.ndim == 5 else 0
+        moved[target] = a[target].copy()
+        moved[target][a["dst_indices"]] = _chosen(
+            source, a["src_indices"], a.get("layer_id", 0), page_size
+        )
+    return moved
+
+
+MOVES: dict[str, Move] = dict.fromkeys(
+    (
+        "transfer_kv_per_layer",
+        "transfer_kv_per_layer_mla",
+        "transfer_kv_per_layer_pf_lf",
+        "transfer_kv_per_layer_mla_pf_lf",
+        "transfer_kv_per_layer_ph_lf",
+    ),
+    transfer,
+)
 EXACT: dict[str, Formula] = {"fused_topk_topp_renorm": fused_topk_topp_renorm}

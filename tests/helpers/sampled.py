@@ -61,19 +61,6 @@ def _(a):
     return {"renorm_probs": found}
 
 
-@defines("fused_topk_topp_renorm")
-def _(a):
-    """The fewest of the k greatest that have `top_p` of their sum, over their own."""
-    found = np.zeros(a["probs"].shape)
-    for row, k, top_p, kept in zip(a["probs"], a["top_ks"], a["top_ps"], found, strict=True):
-        best = sorted(range(len(row)), key=lambda i, row=row: (-row[i], i))[: int(k)]
-        enough, count = float(top_p) * math.fsum(row[best]), 1
-        while math.fsum(row[best[:count]]) < enough:
-            count += 1
-        kept[best[:count]] = row[best[:count]] / math.fsum(row[best[:count]])
-    return {"out": found}
-
-
 def _seed(a: dict) -> tuple[int, int]:
     """The seed and the offset, from arrays or from numbers."""
     found = (

@@ -33,8 +33,8 @@ from tests.helpers.inputs import inputs_of
 from tests.helpers.limits import FAR, Bound, Floats, misjudged, unbounded
 from tests.helpers.prepared_calls import refusal_of
 from tests.helpers.rope_calls import ANGLES, APPLY, COS_SIN, LLAMA_31, QUANTISE
-from tests.helpers.sampled import DEFINITIONS
 from tests.helpers.sampling_calls import SAMPLERS
+from tests.helpers.tokenspeed import DEFINITIONS
 from tests.ops.test_limits import described
 from tests.ops.test_results import (
     APPENDS,
@@ -77,6 +77,10 @@ WORKSPACES = (
     (1, 129, 37887), (3, 1000, 111615), (2, 32_000, 117503), (1, 129_280, 133119),
     (7, 129_280, 925695),
 )  # fmt: skip
+BY_TOKEN = tuple(
+    f"transfer_kv_per_layer{of}" for of in ("", "_mla", "_pf_lf", "_mla_pf_lf")
+)  # fmt: skip
+BY_HEAD = "transfer_kv_per_layer_ph_lf"
 SM100 = ("fp4_gemm", "mxfp8_gemm", "bf16_gemm", "bmm_bf16", "bmm_mxfp8", "tgv_gemm")
 TURNED = "fused_qk_rmsnorm_rope"
 ONE_TOKEN = {"nnz": 1, "num_qo_heads": 1, "num_kv_heads": 1}
@@ -471,6 +475,15 @@ BOUNDS = [
     B(OF_BOTH, "n", range(GRID), {"h": 129, "workspace_size": 2 * UINT}),
     B(OF_BOTH, "n", range(INT // 65536 + 1), {"h": 65536, "workspace_size": 2 * UINT},
       f"{INT} elements"),
+    # kvcacheio_transfer.cu: 4, 8 or 16 bytes at a time, counted in an int, as tokens are.
+    B(BY_TOKEN, "item", range(0, INT, 4)),
+    B(BY_HEAD, "part", range(0, INT, 4), {"head_num": 1, "page_size": 1, "pages": 1}),
+    B([*BY_TOKEN, BY_HEAD], "n", range(INT)),
+    B(BY_HEAD, "head_num", range(1, FAR), {"part": 0}),
+    B(BY_HEAD, "page_size", range(1, FAR), {"part": 0}),
+    B([*BY_TOKEN[2:], BY_HEAD], "layer_id", range(3), {"layers": 3}, "a layer of|0 or more"),
+    B([*BY_TOKEN, BY_HEAD], "num_warps_per_block", range(1, 33)),
+    B([*BY_TOKEN, BY_HEAD], "block_quota", range(1, INT)),
     # What the library's own function told for these rows and tokens.
     *(B(OF_BOTH, "workspace_size", range(most, FAR), {"n": n, "h": h})
       for n, h, most in WORKSPACES),
@@ -527,7 +540,7 @@ MAJORS = {
     **dict.fromkeys(("mxfp8_quantize", "nvfp4_kv_quant", "fp4_quantize", "fp4_batched_quantize",
                      "fp4_gemm", "mxfp8_gemm", "bmm_mxfp8"), BLACKWELL),
     **dict.fromkeys(("bf16_gemm", "bmm_bf16", "tgv_gemm"), (10,)),
-    OF_BOTH: (9, 10),
+    **dict.fromkeys((OF_BOTH, *BY_TOKEN, BY_HEAD), (9, 10)),
 }  # fmt: skip
 GPUS = [(7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1), (13, 0)]
 

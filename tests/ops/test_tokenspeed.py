@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 
 import fi_ffi
+from fi_ffi.ops.call.compiled import CompiledRow
+from fi_ffi.ops.functions import OPS
 from fi_ffi.reference import tokenspeed
 
 from tests.ops.test_boundaries import WORKSPACES
+from tests.ops.test_limits import described
 
 
 @pytest.mark.parametrize(("n", "h", "size"), WORKSPACES)
@@ -42,3 +45,32 @@ def test_the_judge_of_topk_topp(rng):
     assert error(21, 50, half) <= 1 and error(50, 50, 1.0) <= 1
     assert min(error(count, 50, half) for count in (20, 22, 50)) > 1
     assert error(21, 50, half, first=1) > 1 and error(51, 50, 1.0) > 1 and error(0, 1, 1.0) > 1
+
+
+TRANSFERS = [OPS[name] for name in OPS if name.startswith("transfer_kv_")]
+
+
+@pytest.mark.parametrize("op", TRANSFERS, ids=lambda op: op.row.name)
+def test_where_a_cache_may_be(op):
+    """Page-locked memory does beside a GPU's, and no other host memory; indices are on the GPU."""
+    arrays = [arg.name for arg in op.row.tensors if arg.name[:3] in ("src", "dst")]
+    caches = [name for name in arrays if not name.endswith("indices")]
+
+    def error_of(device, *names, beside="cuda:0"):
+        on = {name: {"device": device if name in names else beside} for name in arrays}
+        try:
+            CompiledRow(op.row).check(**described(op.row, **on))
+        except fi_ffi.ArgumentError as error:
+            return error
+        return None
+
+    assert error_of("cuda:0") is None and error_of("cpu", beside="cpu") is None
+    for names in (caches[:1], caches[-1:], caches):
+        assert error_of("cuda_host", *names) is None and error_of("cuda_managed", *names) is None
+        words = "expected cuda:0, or page-locked memory: a TensorDesc on cuda_host"
+        error = error_of("cpu", *names)
+        assert error.argument == names[0] and words in str(error)
+        assert error_of("cuda:1", *names).argument == names[0]
+        error = error_of("cuda_host", *names, beside="cpu")  # the CPU's kernels take its own
+        assert error.argument == names[0]
+    assert error_of("cuda_host", "src_indices").argument == "src_indices"

@@ -58,6 +58,8 @@ class Tensor(Ranged):
     empty: bool = False
     # On the host, independent of the device of the others.
     host: bool = False
+    # It may be page-locked host memory, or managed memory, in a call on a GPU.
+    mapped: bool = False
     # The call's `kv_layout` orders the axes; `axes` is the NHD order.
     kv: bool = False
     # As the row's `offset_limit`, which applies if this is None.

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from fi_ffi.ops.call.arguments import INT32_MAX
 from fi_ffi.ops.call.notation import round_up
-from fi_ffi.ops.call.row import Absent, Row, Tensor, Vector
+from fi_ffi.ops.call.row import Absent, Arg, Row, Rule, Scalar, Tensor, Vector
 
 _OUT: dict[str, Any] = {"writes": True, "reads": False, "contiguous": True}
 # The libraries have code for sm_90a, sm_100a and sm_103a.
@@ -42,7 +43,85 @@ def topk_topp_bytes(sizes: Mapping[str, int]) -> int:
     return round_up(top_k, 256) + 2 * round_up(4 * n * MOST_TOKENS, 256) + top_p + 255
 
 
+# Caches of bytes: tokens of one layer ("lf"), pages of one token with all its layers ("pf"), and
+# pages with all tokens of a head together, and all layers of each ("ph").
+_LAYER, _TOKEN_FIRST = "{}_tokens item", "{}_tokens layers item"
+_HEADS, _HEAD_FIRST = "{}_tokens head_num part", "pages head_num page_size layers part"
+_MOVED: dict[str, Any] = {"dtype": "uint8", "contiguous": True, "mapped": True}
+_PLACES: dict[str, Any] = {"axes": "n", "dtype": "int64", "contiguous": True}
+_LAYER_ID = Scalar("layer_id", int, None, "the layer of the source that is copied", low=0)
+_HAS_LAYER = Rule("layer_id", "layer_id < layers", "a layer of the source")
+_SPREAD = (
+    Scalar("block_quota", int, 2, "blocks of threads, at most", low=1, high=INT32_MAX),
+    Scalar("num_warps_per_block", int, 32, "warps of each", low=1, high=32),
+)
+_FROM_PAGES = {
+    "_pf_lf": (
+        _LAYER_ID,
+        Absent("item_size", "int", of="item"),
+        Absent("src_layout_dim", "int", of="layers * item"),
+    ),
+    "_ph_lf": (
+        _LAYER_ID,
+        Absent("item_size", "int", of="head_num * part"),
+        Absent("src_layout_dim", "int", of="layers * head_num * part"),
+        Absent("page_size", "int", of="page_size"),
+        Absent("head_num", "int", of="head_num"),
+    ),
+    "": (Absent("item_size", "int", of="item"),),
+}
+_FROM = {"_pf_lf": _TOKEN_FIRST, "_ph_lf": _HEAD_FIRST, "": _LAYER}
+_OF_WHAT = {
+    "_pf_lf": "one layer of tokens, from a cache that has a token's layers together",
+    "_ph_lf": "one layer of tokens, from pages that have a head's tokens together",
+    "": "tokens",
+}
+
+
+def _transfer(layout: str, is_mla: bool = False) -> Row:
+    """Return the row that copies tokens of one layer."""
+    by_head = layout == "_ph_lf"
+    of_source, of_target = _FROM[layout].format("src"), (_HEADS if by_head else _LAYER)
+    size, room = ("part", "pages * page_size") if by_head else ("item", "src_tokens")
+    tensors: list[Arg] = []
+    for side, what in (("", "latents"),) if is_mla else (("_k", "keys"), ("_v", "values")):
+        tensors += [
+            Tensor(f"src{side}", of_source, doc=f"{what}, as bytes", **_MOVED),
+            Tensor(
+                f"dst{side}", of_target.format("dst"), doc="receives them", writes=True, **_MOVED
+            ),
+        ]
+    return _row(
+        f"transfer_kv_per_layer{'_mla' * is_mla}{layout}", "kvcacheio", "kvcacheio_transfer.cu",
+        f"Copy {_OF_WHAT[layout]}: `dst[dst_indices] = src[src_indices]`, between GPU memory and "
+        "page-locked host memory, or within either. The host may read what is written there "
+        "after the stream is synchronised.",
+        *tensors,
+        Tensor(
+            "src_indices", doc="the tokens", index=(f"0 <= src_indices < {room}",), **_PLACES
+        ),
+        Tensor(
+            "dst_indices", doc="their places, each once", index=("0 <= dst_indices < dst_tokens",),
+            **_PLACES,
+        ),
+        *_FROM_PAGES[layout],
+        *_SPREAD,
+        vector=Vector((size,)),
+        nothing_axis="n",
+        requires=(
+            f"{size} % 4 == 0", f"{size} <= {INT32_MAX}", f"n <= {INT32_MAX}",
+            *(("head_num >= 1", "page_size >= 1") if by_head else ()),
+            *((_HAS_LAYER,) if layout else ()),
+        ),
+    )  # fmt: skip
+
+
 ROWS = (
+    _transfer(""),
+    _transfer("", is_mla=True),
+    _transfer("_pf_lf"),
+    _transfer("_pf_lf", is_mla=True),
+    _transfer("_ph_lf"),
     _row(
         "fused_topk_topp_renorm", "fused_topk_topp",
         "fused_topk_topp/fused_topk_topp_binding.cu",

@@ -19,8 +19,28 @@ def make_topk_topp(call: Call) -> None:
     )
 
 
+def make_transfer(call: Call) -> None:
+    """Tokens of any order, and places of which each is there once."""
+    sizes, rng = call.sizes, call.rng
+    if "layer_id" in {arg.name for arg in call.row.given}:
+        call.scalars.setdefault("layer_id", int(rng.integers(sizes["layers"])))
+    by_head = call.row.name.endswith("_ph_lf")
+    room = sizes["pages"] * sizes["page_size"] if by_head else sizes["src_tokens"]
+    call.default(
+        src_indices=rng.integers(0, max(room, 1), sizes["n"]),
+        dst_indices=rng.permutation(max(sizes["dst_tokens"], sizes["n"]))[: sizes["n"]],
+    )
+
+
 # By module, or by op.
 INPUTS = {
+    "tokenspeed-kernel/kvcacheio": Inputs(
+        small={"n": 5, "src_tokens": 12, "dst_tokens": 9, "item": 24, "layers": 3,
+               "pages": 3, "page_size": 4, "head_num": 2, "part": 8},
+        usual={"n": 70, "src_tokens": 100, "dst_tokens": 128, "item": 2048, "layers": 3,
+               "pages": 9, "page_size": 16, "head_num": 8, "part": 256},
+        make=make_transfer,
+    ),
     "fused_topk_topp_renorm": Inputs(
         small={"n": 4, "h": 144}, usual={"n": 32, "h": 4096}, make=make_topk_topp,
         variants={"own scratch": {"without": ("workspace",)}},
