@@ -523,6 +523,29 @@ class _tgv_gemm(Op):
     ) -> None: ...
 tgv_gemm: _tgv_gemm
 
+class _softmax_topk_flash(Op):
+    def __call__(
+        self, input: TensorLike, correction_bias: TensorLike, topk_indices: TensorLike,
+        topk_weights: TensorLike, num_experts_real: int, scaling_factor: float,
+        renormalize: bool = False, enable_pdl: bool = False, *, stream: object = None,
+    ) -> None: ...
+softmax_topk_flash: _softmax_topk_flash
+
+class _softplus_sqrt_topk_flash(Op):
+    def __call__(
+        self, input: TensorLike, correction_bias: TensorLike, topk_indices: TensorLike,
+        topk_weights: TensorLike, routed_scaling_factor: float, *, stream: object = None,
+    ) -> None: ...
+softplus_sqrt_topk_flash: _softplus_sqrt_topk_flash
+
+class _hash_softplus_sqrt_topk_flash(Op):
+    def __call__(
+        self, input: TensorLike, input_ids: TensorLike, hash_indices_table: TensorLike,
+        topk_indices: TensorLike, topk_weights: TensorLike, routed_scaling_factor: float, *,
+        stream: object = None,
+    ) -> None: ...
+hash_softplus_sqrt_topk_flash: _hash_softplus_sqrt_topk_flash
+
 class _transfer_kv_per_layer(Op):
     def __call__(
         self, src_k: TensorLike, dst_k: TensorLike, src_v: TensorLike, dst_v: TensorLike,

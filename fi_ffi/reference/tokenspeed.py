@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property, partial
+
 import numpy as np
 
 from fi_ffi.ops.table.tokenspeed import ALL_TOKENS
@@ -68,6 +71,120 @@ def fused_topk_topp_renorm(a: Inputs) -> Exact:
     return {"out": OneOfMany(value, judge)}
 
 
+@dataclass(frozen=True)
+class _Routing:
+    """The experts of each token in order, their weights, and what each may be off by.
+
+    If rounding could have put experts into another order, less is known of a token.
+    """
+
+    ranks: Array
+    # Of each rank, and what else it is computed of.
+    slack: Array
+    experts: Array
+    weights: Array
+    of_weights: Array
+    real: int
+
+    @cached_property
+    def is_clear(self) -> Array:
+        """Whether each token's experts are the ones, and in this order."""
+        ordered = -np.sort(-self.ranks, axis=1)[:, : self.experts.shape[1] + 1]
+        return np.asarray((-np.diff(ordered, axis=1) > 2 * self.slack).all(axis=1))
+
+    def shown(self, experts: Array) -> Array:
+        """Return experts, and -1 in place of those that do nothing."""
+        found: Array = np.where(experts < self.real, experts, -1)
+        return found
+
+    def error_of_experts(self, got: Array) -> tuple[float, float]:
+        chosen, rows = got.astype(np.int64), np.arange(len(got))[:, None]
+        if (chosen >= self.real).any() or (chosen < -1).any():
+            return np.inf, np.inf
+        if (chosen != self.shown(self.experts))[self.is_clear].any():
+            return np.inf, np.inf
+        last = np.sort(self.ranks, axis=1)[:, -self.experts.shape[1], None]
+        could_be = self.ranks >= last - 2 * self.slack
+        is_real = chosen >= 0
+        counts = np.zeros((len(got), self.ranks.shape[1]), np.int64)
+        np.add.at(counts, (np.broadcast_to(rows, got.shape)[is_real], chosen[is_real]), 1)
+        idle = np.count_nonzero(could_be[:, self.real :], axis=1)
+        is_right = (counts <= could_be).all() and ((~is_real).sum(axis=1) <= idle).all()
+        return (0.0, 0.0) if is_right else (np.inf, np.inf)
+
+    def error_of_weights(self, got: Array) -> tuple[float, float]:
+        """Of the others only that they are numbers."""
+        unclear = ~self.is_clear[:, None] & np.isfinite(got)
+        return _off(np.where(unclear, got, self.weights), self.of_weights, got)
+
+    @property
+    def expected(self) -> Exact:
+        return {
+            "topk_indices": OneOfMany(lambda: self.shown(self.experts), self.error_of_experts),
+            "topk_weights": OneOfMany(lambda: self.weights, self.error_of_weights),
+        }
+
+
+def _off(value: Array, slack: Array, got: Array) -> tuple[float, float]:
+    """Return the error of float32 that may be off by so much, and be rounded."""
+    error = np.where(np.isfinite(got), np.abs(got - value), np.inf)
+    allowed = slack + np.abs(value) * 2.0**-24 + np.finfo(np.float64).tiny
+    return float(error.max(initial=0)), float((error / allowed).max(initial=0))
+
+
+def _weighed(own: Array, slack: Array, factor: float, is_normed: bool) -> tuple[Array, Array]:
+    """Return weights and what they may be off by."""
+    total = own.sum(axis=1, keepdims=True) if is_normed else np.ones((len(own), 1))
+    of_total = slack.sum(axis=1, keepdims=True) if is_normed else 0.0
+    share = own / total
+    return factor * share, abs(factor) * (slack + share * of_total) / total
+
+
+def _routed(
+    scores: Array, of_scores: float, bias: Array, count: int, factor: float, *, is_normed: bool,
+    is_after: bool = False, real: int = 2**31,
+) -> Exact:  # fmt: skip
+    """Choose by scores, which are right to this part; `is_after`: a weight is what is left of a
+    rank without the bias."""
+    ranks = scores + bias
+    each = of_scores * scores + 2.0**-23 * (np.abs(ranks) + np.abs(bias))
+    experts = np.argsort(-ranks, axis=1, kind="stable")[:, :count]
+    own, left = (np.take_along_axis(x, experts, axis=1) for x in (scores, each))
+    slack = left if is_after else (of_scores + 2.0**-21) * own
+    weights = _weighed(own, slack + own * 2.0**-22, factor, is_normed)
+    most = each.max(axis=1, keepdims=True)
+    return _Routing(ranks, most, experts, *weights, real).expected
+
+
+# What exponentials of numbers around 10, and their sums, may be off by in float32.
+_EXPONENTIALS = 2.0**-19
+
+
+def softmax_topk_flash(a: Inputs) -> Exact:
+    powers = np.exp(a["input"] - a["input"].max(axis=1, keepdims=True, initial=-np.inf))
+    return _routed(
+        powers / powers.sum(axis=1, keepdims=True), _EXPONENTIALS, a["correction_bias"],
+        a["topk_indices"].shape[1], a["scaling_factor"], is_normed=a["renormalize"],
+        is_after=True, real=a["num_experts_real"],
+    )  # fmt: skip
+
+
+def softplus_sqrt_topk_flash(a: Inputs) -> Exact:
+    scores = np.sqrt(np.logaddexp(0, a["input"]))
+    factor, count = a["routed_scaling_factor"], a["topk_indices"].shape[1]
+    return _routed(scores, _EXPONENTIALS, a["correction_bias"], count, factor, is_normed=True)
+
+
+def hash_softplus_sqrt_topk_flash(a: Inputs) -> Exact:
+    experts = a["hash_indices_table"].astype(np.int64)[a["input_ids"].astype(np.int64)]
+    scores = np.sqrt(np.logaddexp(0, np.take_along_axis(a["input"], experts, axis=1)))
+    weights, slack = _weighed(scores, scores * _EXPONENTIALS, a["routed_scaling_factor"], True)
+    return {
+        "topk_indices": (experts.astype(np.int32), None),
+        "topk_weights": OneOfMany(lambda: weights, partial(_off, weights, slack)),
+    }
+
+
 def _chosen(source: Array, tokens: Array, layer: int, page_size: int) -> Array:
     """Return one layer of tokens of a cache."""
     if page_size:
@@ -99,4 +216,9 @@ MOVES: dict[str, Move] = dict.fromkeys(
     ),
     transfer,
 )
-EXACT: dict[str, Formula] = {"fused_topk_topp_renorm": fused_topk_topp_renorm}
+EXACT: dict[str, Formula] = {
+    "fused_topk_topp_renorm": fused_topk_topp_renorm,
+    "softmax_topk_flash": softmax_topk_flash,
+    "softplus_sqrt_topk_flash": softplus_sqrt_topk_flash,
+    "hash_softplus_sqrt_topk_flash": hash_softplus_sqrt_topk_flash,
+}

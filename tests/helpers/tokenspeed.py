@@ -25,6 +25,57 @@ def _(a):
     return {"out": found}
 
 
+def _chosen(a: dict, score, best) -> dict:
+    """Experts of each row by `best` of its scores, with these as weights."""
+    n, k = a["topk_indices"].shape
+    experts, weights = np.zeros((n, k), int), np.zeros((n, k))
+    for i, logits in enumerate(a["input"]):
+        scores = score(logits)
+        experts[i] = best(scores, i)[:k]
+        weights[i] = [scores[j] for j in experts[i]]
+    return {"topk_indices": experts, "topk_weights": weights}
+
+
+def _by_rank(a: dict):
+    bias = a["correction_bias"]
+    return lambda scores, _: sorted(range(len(scores)), key=lambda j: (-scores[j] - bias[j], j))
+
+
+def _softplus_root(logits) -> list[float]:
+    return [math.sqrt(max(x, 0) + math.log1p(math.exp(-abs(x)))) for x in logits]
+
+
+def _scaled(a: dict, found: dict) -> dict:
+    for weights in found["topk_weights"]:
+        weights *= a["routed_scaling_factor"] / math.fsum(weights)
+    return found
+
+
+@defines("softmax_topk_flash")
+def _(a):
+    def shares(logits):
+        powers = [math.exp(x - max(logits)) for x in logits]
+        return [power / math.fsum(powers) for power in powers]
+
+    found = _chosen(a, shares, _by_rank(a))
+    experts, weights = found["topk_indices"], found["topk_weights"]
+    experts[experts >= a["num_experts_real"]] = -1
+    for row in weights:
+        row *= a["scaling_factor"] / (math.fsum(row) if a["renormalize"] else 1)
+    return found
+
+
+@defines("softplus_sqrt_topk_flash")
+def _(a):
+    return _scaled(a, _chosen(a, _softplus_root, _by_rank(a)))
+
+
+@defines("hash_softplus_sqrt_topk_flash")
+def _(a):
+    table, tokens = a["hash_indices_table"], a["input_ids"].astype(int)
+    return _scaled(a, _chosen(a, _softplus_root, lambda _, i: table[tokens[i]].astype(int)))
+
+
 def _moved(a: dict, place) -> dict:
     """Tokens one after the other; `place` tells where in the source one is."""
     found = {}

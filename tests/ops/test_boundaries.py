@@ -81,6 +81,7 @@ BY_TOKEN = tuple(
     f"transfer_kv_per_layer{of}" for of in ("", "_mla", "_pf_lf", "_mla_pf_lf")
 )  # fmt: skip
 BY_HEAD = "transfer_kv_per_layer_ph_lf"
+OF_V4 = ("softplus_sqrt_topk_flash", "hash_softplus_sqrt_topk_flash")
 SM100 = ("fp4_gemm", "mxfp8_gemm", "bf16_gemm", "bmm_bf16", "bmm_mxfp8", "tgv_gemm")
 TURNED = "fused_qk_rmsnorm_rope"
 ONE_TOKEN = {"nnz": 1, "num_qo_heads": 1, "num_kv_heads": 1}
@@ -484,6 +485,20 @@ BOUNDS = [
     B([*BY_TOKEN[2:], BY_HEAD], "layer_id", range(3), {"layers": 3}, "a layer of|0 or more"),
     B([*BY_TOKEN, BY_HEAD], "num_warps_per_block", range(1, 33)),
     B([*BY_TOKEN, BY_HEAD], "block_quota", range(1, INT)),
+    # routing_flash.cu: these are compiled; offsets of logits are ints.
+    B("softmax_topk_flash", "experts", (384, 576, 768, 896), {"k": 8}),
+    B("softmax_topk_flash", "k", range(385), {"experts": 384}),
+    B("softmax_topk_flash", "k", range(0, 577, 4), {"experts": 576, "num_experts_real": 8}),
+    B("softmax_topk_flash", "scaling_factor", Floats(0.0)),
+    B(OF_V4, "routed_scaling_factor", Floats(0.0)),
+    B("softmax_topk_flash", "num_experts_real", range(1, 384), {"experts": 384},
+      "fewer than|1 or more"),
+    B("softmax_topk_flash", "k", range(0, 129, 4),
+      {"experts": 576, "num_experts_real": 8, "renormalize": True}, "128|576"),
+    B(OF_V4, "experts", (256, 384)),
+    B([*OF_V4, "softmax_topk_flash"], "n", range(INT // 384 + 1), {"experts": 384},
+      f"{INT} elements"),
+    B(OF_V4[1], "vocab", range(INT // 6 + 1), {"n": 0}, f"{INT} elements"),
     # What the library's own function told for these rows and tokens.
     *(B(OF_BOTH, "workspace_size", range(most, FAR), {"n": n, "h": h})
       for n, h, most in WORKSPACES),
@@ -540,7 +555,7 @@ MAJORS = {
     **dict.fromkeys(("mxfp8_quantize", "nvfp4_kv_quant", "fp4_quantize", "fp4_batched_quantize",
                      "fp4_gemm", "mxfp8_gemm", "bmm_mxfp8"), BLACKWELL),
     **dict.fromkeys(("bf16_gemm", "bmm_bf16", "tgv_gemm"), (10,)),
-    **dict.fromkeys((OF_BOTH, *BY_TOKEN, BY_HEAD), (9, 10)),
+    **dict.fromkeys((OF_BOTH, *BY_TOKEN, BY_HEAD, *OF_V4, "softmax_topk_flash"), (9, 10)),
 }  # fmt: skip
 GPUS = [(7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1), (13, 0)]
 

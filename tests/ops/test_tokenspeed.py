@@ -10,6 +10,8 @@ from fi_ffi.ops.call.compiled import CompiledRow
 from fi_ffi.ops.functions import OPS
 from fi_ffi.reference import tokenspeed
 
+from tests.helpers.cases import default_dtypes, make_case
+from tests.helpers.inputs import inputs_of
 from tests.ops.test_boundaries import WORKSPACES
 from tests.ops.test_limits import described
 
@@ -74,3 +76,51 @@ def test_where_a_cache_may_be(op):
         error = error_of("cuda_host", *names, beside="cpu")  # the CPU's kernels take its own
         assert error.argument == names[0]
     assert error_of("cuda_host", "src_indices").argument == "src_indices"
+
+
+ROUTES = [name for name in OPS if name.endswith("topk_flash")]
+
+
+@pytest.mark.parametrize("name", ROUTES)
+def test_the_judge_of_routes(name, rng):
+    """Nearly every token's experts are told apart from others, in another order too."""
+    row = OPS[name].row
+    case = make_case(row, inputs_of(row).usual, default_dtypes(row), rng)
+    right = {result: of(case, result) for result in case.expected}
+
+    def caught(result, change):
+        """The part of the changed tokens, each alone, that are found to be wrong."""
+        found = []
+        for i in range(100):
+            got = right[result].copy()
+            change(got[i])
+            if (got != right[result]).any():  # not two of those that do nothing
+                found.append(case.error(result, got)[1] > 1)
+        assert len(found) > 50
+        return np.mean(found)
+
+    def turn(row):
+        row[[0, -1]] = row[[-1, 0]]
+
+    def other(row):
+        row[-1] = next(e for e in range(256) if e not in row)
+
+    def same(row):
+        row[0] = row[1]
+
+    def idle(row):
+        row[np.argmax(row)] = -1
+
+    for result, got in right.items():
+        assert case.error(result, got)[1] <= 1
+    for change in (turn, other, same, idle):
+        assert caught("topk_indices", change) >= 0.95, change.__name__
+    for factor in (1 + 2.0**-12, np.nan, np.inf, 0):
+        assert caught("topk_weights", lambda row, factor=factor: row.__imul__(factor)) >= 0.95
+
+
+def of(case, result):
+    """A right result, as its dtype has it."""
+    expected = case.expected[result]
+    value = expected[0] if isinstance(expected, tuple) else expected.value()
+    return np.asarray(value).astype(case.arrays[result].dtype)

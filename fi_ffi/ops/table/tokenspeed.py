@@ -6,11 +6,12 @@ The rows' requirements follow its sources, `thirdparty/cuda/csrc`, and what an H
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from fi_ffi.ops.call.arguments import INT32_MAX
 from fi_ffi.ops.call.notation import round_up
-from fi_ffi.ops.call.row import Absent, Arg, Row, Rule, Scalar, Tensor, Vector
+from fi_ffi.ops.call.row import PDL, Absent, Arg, Row, Rule, Scalar, Tensor, Vector
 
 _OUT: dict[str, Any] = {"writes": True, "reads": False, "contiguous": True}
 # The libraries have code for sm_90a, sm_100a and sm_103a.
@@ -116,7 +117,82 @@ def _transfer(layout: str, is_mla: bool = False) -> Row:
     )  # fmt: skip
 
 
+# The kernels compute offsets of logits in ints.
+_LOGITS = Tensor(
+    "input", "n experts", "float32", "the router's logits", contiguous=True, alignment=16,
+    offset_limit=2**31,
+)  # fmt: skip
+_BIAS = Tensor(
+    "correction_bias", "experts", "float32", "of the ranks, not of the weights; above -100000",
+    contiguous=True, alignment=16,
+)  # fmt: skip
+_CHOSEN = Tensor("topk_indices", "n k", "int32", "the experts", **_OUT)
+_WEIGHTS = Tensor("topk_weights", "n k", "float32", "their weights", alignment=16, **_OUT)
+# What the two kernels for DeepSeek-V4 have in common; they take no other `renormalize`.
+_SCALED = (
+    replace(_CHOSEN, axes="n 6"),
+    replace(_WEIGHTS, axes="n 6"),
+    Absent("renormalize", "bool", value=1),
+    Scalar("routed_scaling_factor", float, None, "sum of a token's weights", low=0.0),
+)
+_V4: dict[str, Any] = {"requires": ("experts in (256, 384)",)}
+_FLASH = ("routing", "routing_flash.cu")
+
 ROWS = (
+    _row(
+        "softmax_topk_flash", *_FLASH,
+        "Choose the experts of each token that are first by `softmax(input) + correction_bias` "
+        "(ties by index), the first one first, with `softmax(input)` as weights.",
+        _LOGITS,
+        _BIAS,
+        replace(
+            _CHOSEN, dtype="I", doc="the experts; -1 for `num_experts_real` and those after it, "
+            "which do nothing",
+        ),
+        _WEIGHTS,
+        Scalar("num_experts_real", int, None, "how many experts do something", low=1),
+        Scalar("scaling_factor", float, None, "the weights are scaled by it", low=0.0),
+        Scalar("renormalize", bool, False, "divide the weights by their sum first"),
+        PDL,
+        dtypes={"I": ("int32", "int64")},
+        requires=(
+            "experts in (384, 576, 768, 896)",
+            "experts >= k",
+            Rule("topk_indices", "experts != 576 or k % 4 == 0", "a multiple of 4 of 576 experts"),
+            Rule(
+                "num_experts_real", "num_experts_real < experts",
+                "fewer than `input` has: the kernels take one or more that do nothing",
+            ),
+            Rule(
+                "renormalize", "not renormalize or (experts == 576 and k <= 128)",
+                "False, except for 576 experts and k <= 128: the kernels would ignore it",
+            ),
+        ),
+    ),
+    _row(
+        "softplus_sqrt_topk_flash", *_FLASH,
+        "Choose the 6 experts of each token that are first by `sqrt(softplus(input)) + "
+        "correction_bias` (ties by index), the first one first. Their weights are "
+        "`sqrt(softplus(input))`, scaled.",
+        _LOGITS, _BIAS, *_SCALED, **_V4,
+    ),
+    _row(
+        "hash_softplus_sqrt_topk_flash", *_FLASH,
+        "Take the 6 experts of each token from its row in a table. Their weights are "
+        "`sqrt(softplus(input))`, scaled.",
+        _LOGITS,
+        Tensor(
+            "input_ids", "n", "I", "the tokens", contiguous=True,
+            index=("0 <= input_ids < vocab",),
+        ),
+        Tensor(
+            "hash_indices_table", "vocab 6", "int32", "each token's experts", contiguous=True,
+            offset_limit=2**31, index=("0 <= hash_indices_table[input_ids] < experts",),
+        ),
+        *_SCALED,
+        dtypes={"I": ("int32", "int64")},
+        **_V4,
+    ),
     _transfer(""),
     _transfer("", is_mla=True),
     _transfer("_pf_lf"),

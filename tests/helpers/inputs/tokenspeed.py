@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from fi_ffi.ops.table.tokenspeed import ALL_TOKENS, MOST_TOKENS, topk_topp_bytes
 
 from tests.helpers.inputs.family import Call, Inputs
@@ -32,8 +34,42 @@ def make_transfer(call: Call) -> None:
     )
 
 
+EXPERTS = (384, 576, 768, 896)
+
+
+def make_routing(call: Call) -> None:
+    """Logits of any size, and biases that matter beside their scores; a table of experts."""
+    sizes, rng, n = call.sizes, call.rng, call.sizes["n"]
+    of_softmax = call.row.name == "softmax_topk_flash"
+    if of_softmax:
+        if call.scalars.setdefault("renormalize", False):
+            sizes |= {"experts": 576, "k": min(sizes["k"] // 4 * 4, 128)}
+        real = call.scalars.setdefault("num_experts_real", sizes["experts"] * 3 // 4)
+        sizes["experts"] = max(sizes["experts"], next((e for e in EXPERTS if e > real), 0))
+    experts = sizes["experts"]
+    bias = rng.uniform(-3, 3, experts) / (experts if of_softmax else 1)
+    table = np.argsort(rng.random((sizes.get("vocab", 0), experts)))[:, :6]
+    call.default(
+        input=rng.standard_normal((n, experts)) * np.exp(rng.uniform(-1, 1, (n, 1))),
+        correction_bias=bias,
+        input_ids=rng.integers(0, max(sizes["vocab"], 1), n),
+        hash_indices_table=table,
+    )
+
+
 # By module, or by op.
 INPUTS = {
+    "tokenspeed-kernel/routing": Inputs(
+        small={"n": 5, "experts": 256, "vocab": 9},
+        usual={"n": 300, "experts": 384, "vocab": 1000},
+        make=make_routing,
+    ),
+    "softmax_topk_flash": Inputs(
+        small={"n": 5, "experts": 384, "k": 7, "vocab": 1},
+        usual={"n": 3000, "experts": 768, "k": 12, "vocab": 1},
+        make=make_routing,
+        variants={"896 experts": {"num_experts_real": 800}, "scaled": {"renormalize": True}},
+    ),
     "tokenspeed-kernel/kvcacheio": Inputs(
         small={"n": 5, "src_tokens": 12, "dst_tokens": 9, "item": 24, "layers": 3,
                "pages": 3, "page_size": 4, "head_num": 2, "part": 8},
