@@ -523,6 +523,21 @@ class _tgv_gemm(Op):
     ) -> None: ...
 tgv_gemm: _tgv_gemm
 
+class _gptq_marlin_repack(Op):
+    def __call__(
+        self, out: TensorLike, b_q_weight: TensorLike, perm: TensorLike | None = None,
+        num_bits: int = ..., *, stream: object = None,
+    ) -> None: ...
+gptq_marlin_repack: _gptq_marlin_repack
+
+class _moe_align_block_size(Op):
+    def __call__(
+        self, topk_ids: TensorLike, num_experts: int, block_size: int, sorted_token_ids: TensorLike,
+        expert_ids: TensorLike, num_tokens_post_pad: TensorLike,
+        cumsum_buffer: TensorLike | None = None, *, stream: object = None,
+    ) -> None: ...
+moe_align_block_size: _moe_align_block_size
+
 class _softmax_topk_flash(Op):
     def __call__(
         self, input: TensorLike, correction_bias: TensorLike, topk_indices: TensorLike,

@@ -206,17 +206,84 @@ def transfer(a: Inputs) -> dict[str, Array]:
     return moved
 
 
-MOVES: dict[str, Move] = dict.fromkeys(
-    (
-        "transfer_kv_per_layer",
-        "transfer_kv_per_layer_mla",
-        "transfer_kv_per_layer_pf_lf",
-        "transfer_kv_per_layer_mla_pf_lf",
-        "transfer_kv_per_layer_ph_lf",
+# What a tile of 16 x 64 weights has in the eight that a thread takes: two columns of four.
+_ROWS, _COLUMNS = np.array([0, 1, 8, 9] * 2), np.repeat([0, 8], 4)
+# Which of these each integer has, by the bits of a weight.
+_OF_INTEGERS = {
+    4: np.array([[0, 2, 4, 6, 1, 3, 5, 7]]),
+    8: np.array([[0, 2, 1, 3], [4, 6, 5, 7]]),
+}
+
+
+def _order(bits: int) -> tuple[Array, Array]:
+    """Return the row and the column of each weight of a tile, in Marlin's order: by thread, by
+    warp, by integer."""
+    thread, warp = np.arange(32)[:, None, None, None], np.arange(4)[None, :, None, None]
+    of = _OF_INTEGERS[bits][None, None]
+    rows = 2 * (thread % 4) + _ROWS[of] + 0 * warp
+    columns = 16 * warp + thread // 4 + _COLUMNS[of]
+    return rows.reshape(-1, 32 // bits), columns.reshape(-1, 32 // bits)
+
+
+def _unpacked(words: Array, bits: int) -> Array:
+    """Return the numbers of each integer on a new last axis, the lowest first."""
+    each: Array = words.astype(np.int64)[..., None] >> np.arange(0, 32, bits) & (2**bits - 1)
+    return each
+
+
+def gptq_marlin_repack(a: Inputs) -> dict[str, Array]:
+    bits, packed = a["num_bits"], a["b_q_weight"]
+    rows, n = len(packed) * 32 // bits, packed.shape[1]
+    weights = np.swapaxes(_unpacked(packed, bits), 1, 2).reshape(rows, n)
+    if "perm" in a and a["perm"].size:
+        weights = weights[a["perm"]]
+    down, right = _order(bits)
+    tiles = weights.reshape(rows // 16, 16, n // 64, 64).swapaxes(1, 2)[:, :, down, right]
+    words = (tiles << np.arange(0, 32, bits)).sum(axis=-1)
+    return {"out": words.astype(np.uint32).view(np.int32).reshape(a["out"].shape)}
+
+
+def moe_align_block_size(a: Inputs) -> Exact:
+    """Which route of an expert comes first is left open."""
+    ids, size = a["topk_ids"].astype(np.int64).ravel(), a["block_size"]
+    most, none = len(a["sorted_token_ids"]), ids.size
+    used, counts = np.unique(ids, return_counts=True)
+    blocks = -(-counts // size)
+    places = np.full(most, none)
+    starts = np.cumsum(blocks * size) - blocks * size
+    for expert, start, count in zip(used, starts, counts, strict=True):
+        places[start : start + count] = np.flatnonzero(ids == expert)
+    experts = a["expert_ids"].astype(np.int32)
+    experts[: blocks.sum()] = np.repeat(used, blocks)
+
+    def judge(got: Array) -> tuple[float, float]:
+        found = got.astype(np.int64)
+        for start, count in zip(starts, counts, strict=True):
+            found[start : start + count].sort()
+        return (0.0, 0.0) if (found == places).all() else (np.inf, np.inf)
+
+    return {
+        "sorted_token_ids": OneOfMany(lambda: places, judge),
+        "expert_ids": (experts, None),
+        "num_tokens_post_pad": (np.array([blocks.sum() * size], np.int32), None),
+    }
+
+
+MOVES: dict[str, Move] = {
+    "gptq_marlin_repack": gptq_marlin_repack,
+    **dict.fromkeys(
+        (
+            "transfer_kv_per_layer",
+            "transfer_kv_per_layer_mla",
+            "transfer_kv_per_layer_pf_lf",
+            "transfer_kv_per_layer_mla_pf_lf",
+            "transfer_kv_per_layer_ph_lf",
+        ),
+        transfer,
     ),
-    transfer,
-)
+}
 EXACT: dict[str, Formula] = {
+    "moe_align_block_size": moe_align_block_size,
     "fused_topk_topp_renorm": fused_topk_topp_renorm,
     "softmax_topk_flash": softmax_topk_flash,
     "softplus_sqrt_topk_flash": softplus_sqrt_topk_flash,

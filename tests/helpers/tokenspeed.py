@@ -76,6 +76,47 @@ def _(a):
     return _scaled(a, _chosen(a, _softplus_root, lambda _, i: table[tokens[i]].astype(int)))
 
 
+@defines("gptq_marlin_repack")
+def _(a):
+    """Each weight from where it is to its place: see the layout of mma.m16n8k16's operands."""
+    bits, weights = a["num_bits"], a["b_q_weight"].view(np.uint32).astype(object)
+    each, (tiles, columns) = 32 // bits, a["out"].shape
+    words = [[0] * columns for _ in range(tiles)]
+    for k in range(16 * tiles):
+        row = int(a["perm"][k]) if "perm" in a else k
+        for n in range(weights.shape[1]):
+            value = weights[row // each][n] >> row % each * bits & 2**bits - 1
+            thread = k % 8 // 2 + n % 8 * 4
+            # Of a thread's 8 weights in 16 columns: two rows, 8 rows on, 8 columns on.
+            number = k % 2 + k % 16 // 8 * 2 + n % 16 // 8 * 4
+            if bits == 4:
+                place = (number % 2) * 4 + number // 2
+                at = thread * 4 + n % 64 // 16
+            else:
+                place = number % 2 * 2 + number % 4 // 2
+                at = thread * 8 + n % 64 // 16 * 2 + number // 4
+            words[k // 16][n // 64 * (16 * 64 // each) + at] |= value << place * bits
+    return {"out": np.array(words, np.uint32).view(np.int32)}
+
+
+@defines("moe_align_block_size")
+def _(a):
+    routes: dict[int, list[int]] = {}
+    for route, expert in enumerate(a["topk_ids"].ravel()):
+        routes.setdefault(int(expert), []).append(route)
+    count, size = a["topk_ids"].size, a["block_size"]
+    places: list[int] = []
+    experts = [*a["expert_ids"]]
+    for expert in sorted(routes):
+        for first in range(0, len(routes[expert]), size):
+            experts[len(places) // size] = expert
+            block = routes[expert][first : first + size]
+            places += block + [count] * (size - len(block))
+    rest = [count] * (len(a["sorted_token_ids"]) - len(places))
+    return {"sorted_token_ids": places + rest, "expert_ids": experts,
+            "num_tokens_post_pad": [len(places)]}  # fmt: skip
+
+
 def _moved(a: dict, place) -> dict:
     """Tokens one after the other; `place` tells where in the source one is."""
     found = {}

@@ -499,6 +499,26 @@ BOUNDS = [
     B([*OF_V4, "softmax_topk_flash"], "n", range(INT // 384 + 1), {"experts": 384},
       f"{INT} elements"),
     B(OF_V4[1], "vocab", range(INT // 6 + 1), {"n": 0}, f"{INT} elements"),
+    # gptq_marlin_repack.cu: tiles of 16 x 64, offsets in ints.
+    B("gptq_marlin_repack", "num_bits", range(4, 9, 4), {
+        "words": lambda bits: 2 * bits // 2, "columns": lambda bits: 64 * bits // 2}),
+    B("gptq_marlin_repack", "n", range(0, INT // 4 + 1, 64), {
+        "columns": lambda size: 2 * size, "tiles": 2, "words": 4}, f"64|{INT} elements"),
+    B("gptq_marlin_repack", "words", (4,), {"tiles": 2}, "num_bits / 2 rows"),
+    B("gptq_marlin_repack", "columns", (128,), {"n": 64}, "num_bits / 2 columns"),
+    # moe_align_kernel.cu: 16 bytes at a time, numbers of routes in an int.
+    B("moe_align_block_size", "most", range(100, INT - 3, 4), {
+        "tokens": 5, "k": 3, "num_experts": 12, "block_size": 8, "blocks": INT},
+      "4|or more|at most"),
+    B("moe_align_block_size", "num_experts", range(2, 8193), {
+        "most": INT - 4, "blocks": INT}),
+    B("moe_align_block_size", "block_size", range(1, INT - 3), {
+        "tokens": 1, "k": 1, "most": INT - 4, "blocks": INT}, "or more"),
+    B("moe_align_block_size", "blocks", range(13, FAR), {
+        "tokens": 5, "k": 3, "most": 100, "block_size": 8}, "or more"),
+    B("moe_align_block_size", "starts", range(8193, FAR), says="bytes or more"),
+    *(B("moe_align_block_size", one, range(1, 13), {other: 1, "most": 96, "blocks": 12},
+        "or more|1") for one, other in (("tokens", "k"), ("k", "tokens"))),
     # What the library's own function told for these rows and tokens.
     *(B(OF_BOTH, "workspace_size", range(most, FAR), {"n": n, "h": h})
       for n, h, most in WORKSPACES),
@@ -555,7 +575,8 @@ MAJORS = {
     **dict.fromkeys(("mxfp8_quantize", "nvfp4_kv_quant", "fp4_quantize", "fp4_batched_quantize",
                      "fp4_gemm", "mxfp8_gemm", "bmm_mxfp8"), BLACKWELL),
     **dict.fromkeys(("bf16_gemm", "bmm_bf16", "tgv_gemm"), (10,)),
-    **dict.fromkeys((OF_BOTH, *BY_TOKEN, BY_HEAD, *OF_V4, "softmax_topk_flash"), (9, 10)),
+    **dict.fromkeys((OF_BOTH, *BY_TOKEN, BY_HEAD, *OF_V4, "softmax_topk_flash",
+                     "gptq_marlin_repack", "moe_align_block_size"), (9, 10)),
 }  # fmt: skip
 GPUS = [(7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1), (13, 0)]
 

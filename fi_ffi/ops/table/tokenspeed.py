@@ -138,7 +138,75 @@ _SCALED = (
 _V4: dict[str, Any] = {"requires": ("experts in (256, 384)",)}
 _FLASH = ("routing", "routing_flash.cu")
 
+# Marlin's kernels read weights in tiles of 16 x 64, and count them in ints.
+_REPACK = _row(
+    "gptq_marlin_repack", "marlin", "gptq_marlin_repack.cu",
+    "Put quantised weights [k, n] into the order in which Marlin's kernels read them.",
+    Tensor("out", "tiles columns", "int32", "the same bits: 16 rows of weights in each", **_OUT),
+    Tensor(
+        "b_q_weight", "words n", "int32",
+        "`32 // num_bits` rows of weights in each, the first in the low bits",
+        contiguous=True, alignment=16, no_index="weights",
+    ),
+    Tensor(
+        "perm", "16*tiles", "int32", "which row of the weights becomes each row; None: its own",
+        contiguous=True, alignment=16, optional=True, empty=True,
+        index=("0 <= perm < 16 * tiles",),
+    ),
+    Absent("size_k", "int", of="16 * tiles"),
+    Absent("size_n", "int", of="n"),
+    Scalar("num_bits", int, None, "bits of a weight", low=4, high=8, multiple_of=4),
+    offset_limit=2**31,
+    requires=(
+        "n % 64 == 0",
+        Rule("b_q_weight", "2 * words == tiles * num_bits", "num_bits / 2 rows for each of `out`"),
+        Rule("out", "2 * columns == n * num_bits", "num_bits / 2 columns for each of the weights"),
+    ),
+)  # fmt: skip
+
+
+_MOST_EXPERTS = 8192
+_ALIGN = _row(
+    "moe_align_block_size", "marlin_moe", "marlin_moe/moe_align_kernel.cu",
+    "Sort the routes of tokens to experts, tokens * k in all, by expert, and fill up each "
+    "expert's to whole blocks.",
+    Tensor(
+        "topk_ids", "tokens k", "int32", "the experts of each token; -1: none", contiguous=True,
+        offset_limit=2**31, index=("-1 <= topk_ids < num_experts - 1",),
+    ),
+    Scalar("num_experts", int, None, "how many, and one for -1", low=2, high=_MOST_EXPERTS),
+    Scalar("block_size", int, None, "routes in a block", low=1, high=INT32_MAX),
+    Tensor(
+        "sorted_token_ids", "most", "int32", "each block's routes, in any order, and then as many "
+        "`tokens * k` as make it whole; `tokens * k` after the last block", alignment=16, **_OUT,
+    ),
+    Tensor(
+        "expert_ids", "blocks", "int32", "each block's expert; nothing is written after the last",
+        writes=True, contiguous=True, no_index="written",
+    ),
+    Tensor("num_tokens_post_pad", "1", "int32", "how many there are in all blocks", **_OUT),
+    Tensor(
+        "cumsum_buffer", "starts", "int32", f"scratch of {_MOST_EXPERTS + 1} integers",
+        bytes=4 * (_MOST_EXPERTS + 1), **_OUT,
+    ),
+    Absent("pad_sorted_token_ids", "bool", value=1),
+    requires=(
+        "tokens >= 1",
+        "k >= 1",
+        "most % 4 == 0",
+        f"most <= {INT32_MAX - 3}",
+        Rule(
+            "sorted_token_ids",
+            "most >= tokens * k + min(tokens * k, num_experts) * (block_size - 1)",
+            "tokens * k + min(tokens * k, num_experts) * (block_size - 1) or more",
+        ),
+        Rule("expert_ids", "blocks * block_size >= most", "most / block_size or more"),
+    ),
+)  # fmt: skip
+
 ROWS = (
+    _REPACK,
+    _ALIGN,
     _row(
         "softmax_topk_flash", *_FLASH,
         "Choose the experts of each token that are first by `softmax(input) + correction_bias` "

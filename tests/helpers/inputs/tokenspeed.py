@@ -57,8 +57,38 @@ def make_routing(call: Call) -> None:
     )
 
 
+def make_repack(call: Call) -> None:
+    sizes, bits = call.sizes, call.scalars.setdefault("num_bits", 4)
+    sizes |= {"words": sizes["tiles"] * bits // 2, "columns": sizes["n"] * bits // 2}
+    call.default(perm=call.rng.permutation(16 * sizes["tiles"]))
+
+
+def make_align(call: Call) -> None:
+    """Experts of which some have no token, and tokens of which some have no expert."""
+    sizes, experts = call.sizes, call.scalars.setdefault("num_experts", 12)
+    block = call.scalars.setdefault("block_size", 8)
+    routes = sizes["tokens"] * sizes["k"]
+    most = routes + min(routes, experts) * (block - 1)
+    sizes["most"] = max(sizes.get("most", 0), -(-most // 4) * 4)
+    sizes["blocks"] = max(sizes.get("blocks", 0), -(-sizes["most"] // block))
+    sizes.setdefault("starts", 8193)
+    kinds = call.rng.integers(-1, experts - 1, max(experts // 2, 1))
+    call.default(topk_ids=call.rng.choice(kinds, (sizes["tokens"], sizes["k"])))
+
+
 # By module, or by op.
 INPUTS = {
+    "gptq_marlin_repack": Inputs(
+        small={"tiles": 2, "n": 64}, usual={"tiles": 32, "n": 1024}, make=make_repack,
+        variants={"8 bits": {"num_bits": 8}, "as they are": {"without": ("perm",)}},
+    ),
+    "moe_align_block_size": Inputs(
+        small={"tokens": 9, "k": 3}, usual={"tokens": 700, "k": 6}, make=make_align,
+        variants={"own scratch": {"without": ("cumsum_buffer",)},
+                  "many experts": {"num_experts": 257, "block_size": 16},
+                  "2000 experts": {"num_experts": 2000, "block_size": 64},
+                  "5000 experts": {"num_experts": 5000, "block_size": 32}},
+    ),
     "tokenspeed-kernel/routing": Inputs(
         small={"n": 5, "experts": 256, "vocab": 9},
         usual={"n": 300, "experts": 384, "vocab": 1000},
