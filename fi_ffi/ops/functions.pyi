@@ -523,6 +523,17 @@ class _tgv_gemm(Op):
     ) -> None: ...
 tgv_gemm: _tgv_gemm
 
+class _moe_wna16_marlin_gemm_bf16(Op):
+    def __call__(
+        self, a: TensorLike, c: TensorLike, b_q_weight: TensorLike, b_scales: TensorLike,
+        workspace: TensorLike | None = None, sorted_token_ids: TensorLike = ...,
+        expert_ids: TensorLike = ..., num_tokens_post_padded: TensorLike = ...,
+        topk_weights: TensorLike = ..., c_tmp: TensorLike | None = None, moe_block_size: int = ...,
+        mul_topk_weights: bool = False, *, stream: object = None,
+    ) -> None: ...
+moe_wna16_marlin_gemm_bf16: _moe_wna16_marlin_gemm_bf16
+moe_wna16_marlin_gemm_bf16_ep: _moe_wna16_marlin_gemm_bf16
+
 class _gptq_marlin_repack(Op):
     def __call__(
         self, out: TensorLike, b_q_weight: TensorLike, perm: TensorLike | None = None,

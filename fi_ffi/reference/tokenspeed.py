@@ -269,6 +269,47 @@ def moe_align_block_size(a: Inputs) -> Exact:
     }
 
 
+_E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+_FP4 = np.concatenate([_E2M1, -_E2M1])
+
+
+def _unmarlin(words: Array, scales: Array) -> Array:
+    """Return an expert's weights [k, n] in MXFP4."""
+    k, n = 32 * len(scales), scales.shape[1]
+    tiles = np.empty((k // 16, n // 64, 16, 64))
+    down, right = _order(4)
+    codes = _unpacked(words, 4).reshape(k // 16, n // 64, *down.shape)
+    tiles[:, :, down, right] = _FP4[codes]
+    # Of 64 columns, which has each scale.
+    eights = np.array([0, 16, 8, 24, 32, 48, 40, 56])
+    columns = np.argsort((eights + np.arange(8)[:, None]).ravel())
+    each = scales.reshape(k // 32, n // 64, 64)[:, :, columns].reshape(k // 32, n)
+    whole: Array = tiles.swapaxes(1, 2).reshape(k, n) * each.repeat(32, axis=0)
+    return whole
+
+
+def moe_wna16_marlin_gemm(a: Inputs) -> Exact:
+    """A product is rounded, its weight as well, and what they give."""
+    size, top_k, is_weighed = a["moe_block_size"], a["topk_weights"].shape[1], a["mul_topk_weights"]
+    value, allowed = a["c"].copy(), np.zeros(a["c"].shape)
+    tokens, shares = a["a"], a["topk_weights"].ravel()
+    experts = a["expert_ids"].astype(int)[: int(a["num_tokens_post_padded"][0]) // size]
+    routes = a["sorted_token_ids"].astype(int)
+    for block, expert in enumerate(experts):
+        some = routes[block * size : (block + 1) * size]
+        some = some[some < len(value)]
+        if expert < 0 or not len(some):
+            continue
+        weights = _unmarlin(a["b_q_weight"][expert], a["b_scales"][expert])
+        share = shares[some, None] if is_weighed else np.ones((len(some), 1))
+        own = tokens[some // top_k]
+        value[some] = own @ weights * share
+        sums = np.abs(own) @ np.abs(weights) * np.abs(share)
+        allowed[some] = sums * 2.0**-18 + np.abs(value[some]) * (3 if is_weighed else 1) * 2.0**-8
+
+    return {"c": OneOfMany(lambda: value, partial(_off, value, allowed * 1.01))}
+
+
 MOVES: dict[str, Move] = {
     "gptq_marlin_repack": gptq_marlin_repack,
     **dict.fromkeys(
@@ -284,6 +325,8 @@ MOVES: dict[str, Move] = {
 }
 EXACT: dict[str, Formula] = {
     "moe_align_block_size": moe_align_block_size,
+    "moe_wna16_marlin_gemm_bf16": moe_wna16_marlin_gemm,
+    "moe_wna16_marlin_gemm_bf16_ep": moe_wna16_marlin_gemm,
     "fused_topk_topp_renorm": fused_topk_topp_renorm,
     "softmax_topk_flash": softmax_topk_flash,
     "softplus_sqrt_topk_flash": softplus_sqrt_topk_flash,

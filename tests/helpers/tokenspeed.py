@@ -76,9 +76,22 @@ def _(a):
     return _scaled(a, _chosen(a, _softplus_root, lambda _, i: table[tokens[i]].astype(int)))
 
 
+def _in_marlin(k: int, n: int, bits: int) -> tuple[int, int]:
+    """The integer of its row of tiles that has a weight, and where in it: see the layout of
+    mma.m16n8k16's operands."""
+    thread = k % 8 // 2 + n % 8 * 4
+    # Of a thread's 8 weights in 16 columns: two rows, 8 rows on, 8 columns on.
+    number = k % 2 + k % 16 // 8 * 2 + n % 16 // 8 * 4
+    if bits == 4:
+        place, at = number % 2 * 4 + number // 2, thread * 4 + n % 64 // 16
+    else:
+        place, at = number % 2 * 2 + number % 4 // 2, thread * 8 + n % 64 // 16 * 2 + number // 4
+    return n // 64 * (16 * 64 * bits // 32) + at, place * bits
+
+
 @defines("gptq_marlin_repack")
 def _(a):
-    """Each weight from where it is to its place: see the layout of mma.m16n8k16's operands."""
+    """Each weight from where it is to its place."""
     bits, weights = a["num_bits"], a["b_q_weight"].view(np.uint32).astype(object)
     each, (tiles, columns) = 32 // bits, a["out"].shape
     words = [[0] * columns for _ in range(tiles)]
@@ -86,17 +99,38 @@ def _(a):
         row = int(a["perm"][k]) if "perm" in a else k
         for n in range(weights.shape[1]):
             value = weights[row // each][n] >> row % each * bits & 2**bits - 1
-            thread = k % 8 // 2 + n % 8 * 4
-            # Of a thread's 8 weights in 16 columns: two rows, 8 rows on, 8 columns on.
-            number = k % 2 + k % 16 // 8 * 2 + n % 16 // 8 * 4
-            if bits == 4:
-                place = (number % 2) * 4 + number // 2
-                at = thread * 4 + n % 64 // 16
-            else:
-                place = number % 2 * 2 + number % 4 // 2
-                at = thread * 8 + n % 64 // 16 * 2 + number // 4
-            words[k // 16][n // 64 * (16 * 64 // each) + at] |= value << place * bits
+            at, place = _in_marlin(k, n, bits)
+            words[k // 16][at] |= value << place
     return {"out": np.array(words, np.uint32).view(np.int32)}
+
+
+_E2M1 = (0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6)
+
+
+@defines("moe_wna16_marlin_gemm_bf16", "moe_wna16_marlin_gemm_bf16_ep")
+def _(a):
+    """Route by route, weight by weight."""
+    found, (routes, columns) = a["c"].copy(), a["c"].shape
+    experts, k = len(a["b_scales"]), a["a"].shape[1]
+    matrices = np.zeros((experts, k, columns))
+    for e, row, n in np.ndindex(matrices.shape):
+        at, shift = _in_marlin(row, n, 4)
+        code = int(a["b_q_weight"][e, row // 16, at]) >> shift & 15
+        # Scales as marlin_permute_scales and mxfp4_marlin_process_scales of its caller place them.
+        j, i = n % 64 // 8, n % 8
+        place = i * 8 + j // 4 * 4 + [0, 2, 1, 3][j % 4]
+        scale = a["b_scales"][e, row // 32, n // 64 * 64 + place]
+        matrices[e, row, n] = _E2M1[code] * scale
+    size, top_k = a["moe_block_size"], a["topk_weights"].shape[1]
+    for place in range(int(a["num_tokens_post_padded"][0])):
+        route, expert = int(a["sorted_token_ids"][place]), int(a["expert_ids"][place // size])
+        if route >= routes or expert < 0:
+            continue
+        token, choice = divmod(route, top_k)
+        found[route] = [math.fsum(a["a"][token] * column) for column in matrices[expert].T]
+        if a["mul_topk_weights"]:
+            found[route] *= a["topk_weights"][token, choice]
+    return {"c": found}
 
 
 @defines("moe_align_block_size")

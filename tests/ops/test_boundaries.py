@@ -82,6 +82,7 @@ BY_TOKEN = tuple(
 )  # fmt: skip
 BY_HEAD = "transfer_kv_per_layer_ph_lf"
 OF_V4 = ("softplus_sqrt_topk_flash", "hash_softplus_sqrt_topk_flash")
+WNA16 = ("moe_wna16_marlin_gemm_bf16", "moe_wna16_marlin_gemm_bf16_ep")
 SM100 = ("fp4_gemm", "mxfp8_gemm", "bf16_gemm", "bmm_bf16", "bmm_mxfp8", "tgv_gemm")
 TURNED = "fused_qk_rmsnorm_rope"
 ONE_TOKEN = {"nnz": 1, "num_qo_heads": 1, "num_kv_heads": 1}
@@ -519,6 +520,18 @@ BOUNDS = [
     B("moe_align_block_size", "starts", range(8193, FAR), says="bytes or more"),
     *(B("moe_align_block_size", one, range(1, 13), {other: 1, "most": 96, "blocks": 12},
         "or more|1") for one, other in (("tokens", "k"), ("k", "tokens"))),
+    # moe_wna16_marlin.cuh: tiles of 64 x 128 at least, and what it counts in ints.
+    B(WNA16, "k", range(64, INT // 128, 64), {"n": 128}, f"64|{INT - 1}"),
+    B(WNA16, "n", range(0, INT // 64, 128), {"k": 64}, f"128|{INT - 1}"),
+    B(WNA16, "experts", range(INT // 16), {"k": 64, "n": 128, "m": 0, "routes": 0},
+      f"{512 * (INT - 1)}"),
+    B(WNA16, "most", range(2**22), {"k": 4096, "n": 8192, "blocks": INT}, f"{INT - 1}"),
+    B(WNA16, "routes", (8,), {"m": 4, "top_k": 2}, "m \\* top_k rows"),
+    B(WNA16, "blocks", range(12, FAR), {"most": 96, "moe_block_size": 8}, "or more"),
+    B(WNA16, "moe_block_size", (8, 16, 32, 48, 64), {"blocks": 100},
+      "8 or a mult|of 8|64 or less|8 or more"),
+    B(WNA16, "locks", range(4, FAR), says="bytes or more"),
+    B(WNA16, "sums", range(65536, FAR), says="bytes or more"),
     # What the library's own function told for these rows and tokens.
     *(B(OF_BOTH, "workspace_size", range(most, FAR), {"n": n, "h": h})
       for n, h, most in WORKSPACES),
@@ -576,7 +589,7 @@ MAJORS = {
                      "fp4_gemm", "mxfp8_gemm", "bmm_mxfp8"), BLACKWELL),
     **dict.fromkeys(("bf16_gemm", "bmm_bf16", "tgv_gemm"), (10,)),
     **dict.fromkeys((OF_BOTH, *BY_TOKEN, BY_HEAD, *OF_V4, "softmax_topk_flash",
-                     "gptq_marlin_repack", "moe_align_block_size"), (9, 10)),
+                     "gptq_marlin_repack", "moe_align_block_size", *WNA16), (9, 10)),
 }  # fmt: skip
 GPUS = [(7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1), (13, 0)]
 

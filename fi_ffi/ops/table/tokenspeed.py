@@ -204,7 +204,106 @@ _ALIGN = _row(
     ),
 )  # fmt: skip
 
+# What weights of e2m1 are called in marlin_moe/include/scalar_type.hpp: bits of the exponent, of
+# the mantissa, that there is a sign, and no infinity.
+_E2M1 = 2 | 1 << 8 | 1 << 16 | 1 << 49
+_INTS: dict[str, Any] = {"dtype": "int32", "contiguous": True}
+
+
+def _experts(is_ep: bool) -> Row:
+    """Return the row of products of tokens and experts; `is_ep`: blocks may have no expert."""
+    least, of_none = (-1, "; -1: none, and the block is left out") if is_ep else (0, "")
+    args = (
+        Tensor(
+            "a", "m k", "bfloat16", "the tokens", contiguous=True, alignment=16, offset_limit=2**31
+        ),
+        Tensor(
+            "c", "routes n", "bfloat16", "receives the products; rows of no block stay as they are",
+            writes=True, contiguous=True, alignment=16, offset_limit=2**31,
+        ),
+        Tensor(
+            "b_q_weight", "experts k/16 2*n", doc="weights of e2m1, by `gptq_marlin_repack`",
+            alignment=16, no_index="weights", **_INTS,
+        ),
+        Absent("b_bias"),
+        Tensor(
+            "b_scales", "experts k/32 n", "float8_e8m0fnu", "the scale of each 32 weights of a "
+            "column; of each 64 columns 0, 16, 8, 24, 32, 48, 40, 56, then these plus 1, to plus 7",
+            contiguous=True, alignment=16,
+        ),
+        *(Absent(name) for name in ("global_scale", "b_zeros", "g_idx", "perm")),
+        Tensor(
+            "workspace", "locks", doc="scratch of 4 integers for each multiprocessor, for one "
+            "stream at a time, zero before its first use; by default fi_ffi keeps one for each "
+            "stream",
+            writes=True, zeroed=True, bytes_per_multiprocessor=16, no_index="scratch", **_INTS,
+        ),
+        Tensor(
+            "sorted_token_ids", "most", doc="routes, token * top_k + choice, by "
+            "`moe_align_block_size`; in a block, m * top_k stands after them for none",
+            alignment=16, **_INTS,
+            index=("0 <= sorted_token_ids <= routes where columns(sorted_token_ids) < "
+                   "num_tokens_post_padded[0]",),
+        ),
+        Tensor(
+            "expert_ids", "blocks", doc=f"each block's expert{of_none}", **_INTS,
+            index=(f"{least} <= expert_ids < experts where columns(expert_ids) < "
+                   "num_tokens_post_padded[0] // moe_block_size",),
+        ),
+        Tensor(
+            "num_tokens_post_padded", "1", doc="how many routes are in blocks", **_INTS,
+            index=("0 <= num_tokens_post_padded <= most",),
+        ),
+        Tensor("topk_weights", "m top_k", "float32", "of routes", contiguous=True),
+        Absent("a_tmp"),
+        Tensor(
+            "c_tmp", "sums", "float32", "scratch of 65536 numbers for each multiprocessor",
+            alignment=16, bytes_per_multiprocessor=4 * 4 * 64 * 256, **_OUT,
+        ),
+        Scalar(
+            "moe_block_size", int, None, "routes in a block", low=8, high=64, multiple_of=8
+        ),
+        Absent("top_k", "int", of="top_k"),
+        Scalar("mul_topk_weights", bool, False, "multiply the products by `topk_weights`"),
+        Absent("is_ep", "bool", value=int(is_ep)),
+        Absent("b_q_type_id", "int", value=_E2M1),
+        Absent("size_m", "int", of="m"),
+        Absent("size_n", "int", of="n"),
+        Absent("size_k", "int", of="k"),
+        Absent("has_act_order", "bool"),
+        Absent("has_bias", "bool"),
+        Absent("is_k_full", "bool", value=1),
+        Absent("has_zp", "bool"),
+        Absent("num_groups", "int", of="k // 32"),
+        Absent("group_size", "int", value=32),
+        Absent("use_atomic_add", "bool"),
+        Absent("use_fp32_reduce", "bool", value=1),
+        Absent("is_zp_float", "bool"),
+    )  # fmt: skip
+    return _row(
+        f"moe_wna16_marlin_gemm_bf16{'_ep' * is_ep}", "marlin_moe",
+        "marlin_moe/moe_wna16_marlin.cuh",
+        "Multiply each route's token by its expert's weights in MXFP4.",
+        *args,
+        requires=(
+            "k >= 64", "k % 64 == 0", "n % 128 == 0",
+            # The kernel counts these in ints: weights and scales, and tiles of all blocks.
+            f"n * k <= {INT32_MAX}",
+            f"experts * n * k <= {512 * INT32_MAX}",
+            f"k // 64 * n // 128 * most // 8 <= {INT32_MAX}",
+            Rule("c", "routes == m * top_k", "m * top_k rows"),
+            Rule("expert_ids", "blocks * moe_block_size >= most", "most / moe_block_size or more"),
+            Rule(
+                "moe_block_size", "moe_block_size == 8 or moe_block_size % 16 == 0",
+                "8 or a multiple of 16",
+            ),
+        ),
+    )  # fmt: skip
+
+
 ROWS = (
+    _experts(is_ep=False),
+    _experts(is_ep=True),
     _REPACK,
     _ALIGN,
     _row(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from fi_ffi.loader import machine
 from fi_ffi.ops.table.tokenspeed import ALL_TOKENS, MOST_TOKENS, topk_topp_bytes
 
 from tests.helpers.inputs.family import Call, Inputs
@@ -76,8 +77,49 @@ def make_align(call: Call) -> None:
     call.default(topk_ids=call.rng.choice(kinds, (sizes["tokens"], sizes["k"])))
 
 
+def make_experts(call: Call) -> None:
+    """Routes in blocks, of which some are of no expert where that may be."""
+    sizes, rng, experts = call.sizes, call.rng, call.sizes["experts"]
+    size, routes = call.scalars.setdefault("moe_block_size", 16), sizes["m"] * sizes["top_k"]
+    sizes["routes"] = sizes.get("routes", routes)
+    ids = rng.integers(-1 if call.row.name.endswith("_ep") else 0, max(experts, 1), routes)
+    blocks: list[int] = []
+    places: list[int] = []
+    for expert in np.unique(ids).tolist():
+        mine = rng.permutation(np.flatnonzero(ids == expert)).tolist()
+        mine += [routes] * (-len(mine) % size)
+        blocks += [expert] * (len(mine) // size)
+        places += mine
+    sizes["most"] = max(sizes.get("most", 0), len(places) + 3)
+    sizes["blocks"] = max(sizes.get("blocks", 0), -(-sizes["most"] // size))
+    count = machine.multiprocessors(0) if machine.device_count() else 1
+    sizes["locks"] = max(sizes.get("locks", 0), 4 * count)
+    sizes["sums"] = max(sizes.get("sums", 0), 65536 * count)
+    k, n = sizes["k"], sizes["n"]
+    call.default(
+        b_q_weight=rng.integers(-(2**31), 2**31, (experts, k // 16, 2 * n)),
+        b_scales=2.0 ** rng.integers(-9, -2, (experts, k // 32, n)),
+        sorted_token_ids=np.array(places + [routes] * (sizes["most"] - len(places))),
+        expert_ids=np.array(blocks + [-7] * (sizes["blocks"] - len(blocks))),
+        num_tokens_post_padded=np.array([len(places)]),
+        topk_weights=rng.uniform(0.05, 1, (sizes["m"], sizes["top_k"])),
+    )
+
+
+_EXPERTS = Inputs(
+    small={"m": 4, "top_k": 2, "k": 64, "n": 128, "experts": 3},
+    usual={"m": 70, "top_k": 3, "k": 1024, "n": 512, "experts": 8},
+    make=make_experts,
+    variants={
+        "weighed": {"mul_topk_weights": True},
+        "own scratch": {"without": ("workspace", "c_tmp"), "mul_topk_weights": True},
+        **{f"blocks of {size}": {"moe_block_size": size} for size in (8, 32, 48, 64)},
+    },
+)
 # By module, or by op.
 INPUTS = {
+    "moe_wna16_marlin_gemm_bf16": _EXPERTS,
+    "moe_wna16_marlin_gemm_bf16_ep": _EXPERTS,
     "gptq_marlin_repack": Inputs(
         small={"tiles": 2, "n": 64}, usual={"tiles": 32, "n": 1024}, make=make_repack,
         variants={"8 bits": {"num_bits": 8}, "as they are": {"without": ("perm",)}},
