@@ -56,6 +56,9 @@ if TYPE_CHECKING:
     from fi_ffi.ops.on_host import batch_indices_positions as batch_indices_positions
     from fi_ffi.ops.on_host import checkpoint_cu_starts as checkpoint_cu_starts
     from fi_ffi.ops.on_host import cu_seqlens as cu_seqlens
+    from fi_ffi.ops.on_host import (
+        fused_topk_topp_workspace_size as fused_topk_topp_workspace_size,
+    )
     from fi_ffi.ops.on_host import gdn_prefill_workspace_size as gdn_prefill_workspace_size
     from fi_ffi.ops.on_host import packed_indptr as packed_indptr
     from fi_ffi.ops.on_host import seq_lens as seq_lens
@@ -120,6 +123,7 @@ _ON_HOST = (
     "batch_indices_positions",
     "checkpoint_cu_starts",
     "cu_seqlens",
+    "fused_topk_topp_workspace_size",
     "gdn_prefill_workspace_size",
     "packed_indptr",
     "seq_lens",
@@ -210,16 +214,18 @@ support.judge.fill(_service("fi_ffi.capability.answer", "judge_asked"))
 support.docstring.fill(_service("fi_ffi.catalogue.docs", "docstring"))
 services.adviser.fill(_service("fi_ffi.catalogue.advice"))
 services.published.fill(_service("fi_ffi.loader.fetch.pinned_wheels", "published"))
+services.libraries.fill(_service("fi_ffi.loader.fetch.published", "places_of"))
 services.device_code.fill(_service("fi_ffi.loader.fetch.cubins", "serve"))
 _optional("fi_ffi.export")  # by which other libraries read a TensorDesc
 
 
 def use_kernels(location: str | os.PathLike[str]) -> None:
-    """Take kernels from `location` from now on, and from nowhere else.
+    """Take FlashInfer's kernels from `location` from now on, and from nowhere else.
 
     `location` is a `flashinfer_jit_cache` wheel, or a directory in the jit-cache layout
     (`<module>/<module>.so`, or an installed `flashinfer_jit_cache`).  `FI_FFI_KERNELS` does the
-    same for the whole process.
+    same for the whole process.  A library of another distribution comes from `location` if it has
+    one of that name, and otherwise from the installed or pinned distribution.
 
     Raises `KernelNotFoundError` if nothing is there, and `ArtifactError` if the file is not such a
     wheel.

@@ -24,4 +24,5 @@ FAMILIES = (
     "routing",
     "mamba",
     "gemm_sm100",
+    "tokenspeed",
 )

@@ -56,8 +56,8 @@ PUBLISHED = """
 Of the {all} functions that tokenspeed-kernel 0.1.4 publishes, GPU tests call {called}, and compare
 what they give with float64, or exactly where numbers are copied or counted.
 
-| library | functions | called | not called, or wrong |
-|---|---|---|---|
+| library | functions | typed | called | not called, or wrong |
+|---|---|---|---|---|
 """
 Key = tuple[str, str]
 
@@ -147,7 +147,9 @@ def published() -> str:
             f"`{name}`: {why}" for name, why in (NOT_CALLED | WRONG).items() if name in functions
         ]
         called = sum(name in CALLED for name in functions)
-        lines.append(f"| {library} | {len(functions)} | {called} | {'; '.join(told)} |")
+        typed = sum(row.module == f"tokenspeed-kernel/{library}" for row in ROWS)
+        counts = f"{len(functions)} | {typed} | {called}"
+        lines.append(f"| {library} | {counts} | {'; '.join(told)} |")
     return head + "\n".join(lines) + "\n"
 
 

@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,13 +29,17 @@ from fi_ffi.catalogue.families import FAMILIES
 from fi_ffi.catalogue.modules import members
 from fi_ffi.errors import FiFfiError, printed
 from fi_ffi.loader import machine, search
+from fi_ffi.loader.distributions import split
 from fi_ffi.loader.fetch import pinned_wheels
+from fi_ffi.loader.fetch.published import PinnedLibraries
 from fi_ffi.loader.fetch.wheels_lock import PinnedWheel, the_lock
 from fi_ffi.loader.kernels import KernelSource, release_of
 from fi_ffi.loader.machine import CudaCode, architecture_named, sass_named
 from fi_ffi.loader.permission import fetching
+from fi_ffi.loader.runtime import check_version
 from fi_ffi.loader.search import Candidate, wanted_release
 from fi_ffi.module_names import parse
+from fi_ffi.modules import files
 from fi_ffi.ops.call.arguments import Refusal
 from fi_ffi.ops.call.releases import fits, span_of
 from fi_ffi.ops.call.row import Row, Tensor, form_on
@@ -46,6 +50,7 @@ GPU_RUNS = Path(catalogue.__file__).with_name("data") / "called.json"
 _refuse = Refusal("supports")
 _COMMAND = re.compile(r"`(fi-ffi build [^`]+)` makes it")
 _CUDA = re.compile(r"cu(\d{2})(\d)")
+_FETCHED = "nothing is here yet: it is fetched when it is first called, from the pinned wheel"
 DEFAULT_CUDA = f"cu{machine.CUDA_MAJORS[0]}0"
 Sm = int | float | str | tuple[int, int] | None
 
@@ -218,6 +223,8 @@ def judge(
         reason = f"it is in FlashInfer {span_of(forms)}, not in {release}"
         return Support(op, REFUSED, reason, release=release)
     row = form_on(fitting, query.capability)
+    if row.distribution:
+        return _in_distribution(op, row, query)
     name = module(release) if module else row.module_on(query.capability)
     refusal = _cuda_refusal(query) or _dtype_refusal(row, query) or _sm_refusal(row, query)
     if refusal:
@@ -225,8 +232,74 @@ def judge(
         build = how_built(name, query)[0] if is_other_cuda else None
         return Support(op, REFUSED, refusal, build, name, release)
     answer = replace(_available(name, query), op=op, module=name, release=release)
+    return _with_devices(answer, row.symbol, query)
+
+
+def _in_distribution(op: str, row: Row, query: Query) -> Support:
+    """Judge an op whose kernel is in another distribution's library: it is in no release of
+    FlashInfer, and no build makes it.
+    """
+    refusal = _dtype_refusal(row, query) or _sm_refusal(row, query)
+    if refusal:
+        return Support(op, REFUSED, refusal, None, row.module)
+    said = []
+    with fetching(False):
+        for asked in _asked_for_library(row, query):
+            answer = _in_library(asked, row, query)
+            if answer.status in (RUN, BUILT, UNKNOWN):
+                return replace(answer, op=op, module=row.module)
+            said.append(answer.reason)
+    reason = "; ".join(said) or f"no wheel of {row.distribution} for {query.cpu} is pinned"
+    advice = search.installing(row.distribution).rstrip(".")
+    return Support(op, MISSING, f"{reason}. {advice}", None, row.module)
+
+
+def _asked_for_library(row: Row, query: Query) -> Iterator[search.Answer]:
+    """Ask each place for the library of a row; without places, take the pinned wheel for the CPU as
+    it is recorded, whatever is here."""
+    if query.places:
+        for place in search.places_of(row.module, query.places):
+            yield search.ask(place, row.module, query.capability)
+        return
+    for pin in the_lock().distributions:
+        if (pin.name, pin.platform) == (row.distribution, f"linux-{query.cpu}"):
+            yield search.Answer(Candidate("remote", PinnedLibraries(pin)), search.LATER)
+
+
+def _in_library(said: search.Answer, row: Row, query: Query) -> Support:
+    """Judge by what a place says of a row's library."""
+    source = said.place.source
+    if source is None or said.status in (search.FAILS, search.LACKS):
+        return _answered(MISSING, said.reason)
+    try:
+        check_version(row.module, source, row.releases)
+    except FiFfiError as error:
+        return _answered(MISSING, str(error))
+    text = f"{row.module} of {source.version or source.location}"
+    if said.facts is not None and said.file is not None:
+        record, codes, how = files.recorded(said.file.sha256), said.facts.codes, ""
+    else:
+        assert isinstance(source, PinnedLibraries)
+        record = files.recorded_as(f"{source.location}: {split(row.module)[1]}")
+        how = f", and {_FETCHED}" if query.places else ", in the pinned wheel"
+        how += f" {source.pin.file}"
+        if record is None:
+            reason = f"what {text} is compiled for is not recorded; a call fetches it, and looks"
+            return _answered(UNKNOWN, reason)
+        codes = [*map(sass_named, record["architectures"])]
+    text += f" is compiled for {_code_names(codes)}"
+    if not _runs(codes, query):
+        return _answered(MISSING, f"{text} only")
+    support = replace(_answered(BUILT, text + how), place=said.place.kind, is_here=not how)
+    support = replace(support, release=source.version or "")
+    key = record["library"].replace(": ", "/") if record else row.module
+    return _with_devices(replace(support, module=key), row.symbol, query)
+
+
+def _with_devices(answer: Support, symbol: str, query: Query) -> Support:
+    """Add to an answer on which devices of the GPU's kind the entry was called."""
     if answer.status == BUILT and query.capability is not None:
-        devices = _devices_that_called(name, row.symbol, query)
+        devices = _devices_that_called(answer.module, symbol, query)
         ran = f"called on {' and '.join(devices)}" if devices else "not run here on such a GPU"
         status = RUN if devices else BUILT
         answer = replace(answer, status=status, reason=f"{answer.reason}; {ran}")
@@ -237,6 +310,9 @@ def _devices_that_called(module: str, symbol: str, query: Query) -> list[str]:
     """Return the devices of the GPU's compute capability on which the release's entry was called;
     without a symbol, any entry of the module."""
     family, symbol = key_of(module, symbol)
+    if "/" in module:  # another distribution's library, named with its version
+        runs = (run for run in gpu_runs() if run.capability == query.capability)
+        return [run.device for run in runs if (module, symbol) in run.entries]
     wanted = query.capability, query.release, query.cuda_major
     return [
         run.device
@@ -332,8 +408,8 @@ def _in_pinned(pin: PinnedWheel, name: str, query: Query) -> Support:
     """Judge a pinned wheel that is not here, by the record of its release."""
     answer = _published(name, replace(query, release=pin.release, cuda=pin.cuda), pin)
     if answer.status == BUILT:
-        how = "nothing is here yet: it is fetched when it is first called, from the pinned wheel"
-        return replace(answer, reason=f"{answer.reason}, and {how} {pin.file}", place="remote")
+        reason = f"{answer.reason}, and {_FETCHED} {pin.file}"
+        return replace(answer, reason=reason, place="remote")
     if answer.status == UNKNOWN:
         reason = f"{answer.reason}; a call fetches the pinned wheel {pin.file}, and looks"
         return replace(answer, reason=reason)

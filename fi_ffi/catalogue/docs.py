@@ -37,6 +37,7 @@ def _kind_of_tensor(arg: Tensor) -> str:
     how += ["in NHD order"] if arg.kv else []
     how += ["the last two axes transposed in memory"] if arg.transposed else []
     how += ["on the host"] if arg.host else []
+    how += ["also on cuda_host"] if arg.mapped else []
     how += [f"one of {arg.parts} parts, side by side"] if arg.parts > 1 else []
     how += [f"aligned to {arg.alignment} bytes"] if arg.alignment > 1 else []
     shape = ", ".join(arg.axis_names)
@@ -115,7 +116,7 @@ def docstring(row: Row) -> str:
         "Raises `ArgumentError` or `ArgumentTypeError` before anything is launched, `AbiError` "
         f"if the kernel file has another interface, `KernelError` with the kernel's own message"
         f"{other}.",
-        f"Kernel: `{row.symbol}` of module `{row.module}`, FlashInfer {row.releases}, "
+        f"Kernel: `{row.symbol}` of module `{row.module}`, {row.package} {row.releases}, "
         f"`{row.source}`.",
     )
     stream = "stream: the CUDA stream; CUDA tensors need it, or an open `fi_ffi.stream(...)` scope."

@@ -22,6 +22,7 @@ from fi_ffi.errors import FiFfiError, KernelNotFoundError, LoaderError
 from fi_ffi.loader import cache, distributions, machine, runtime, search, seed, tvm_ffi
 from fi_ffi.loader.fetch import progress, wheels_lock
 from fi_ffi.loader.permission import fetching, is_withheld, may_fetch
+from fi_ffi.modules import files
 from fi_ffi.ops.call.releases import fits
 from fi_ffi.ops.call.row import Row
 from fi_ffi.ops.functions import OPS
@@ -296,6 +297,20 @@ def _module_of(row: Row, device: int | None) -> str:
     return row.module_on(None if device is None else machine.capability(device))
 
 
+def _attest_row(module: str, row: Row, device: int | None) -> None:
+    """Attest a row's entry, or raise. A library that does not load without a GPU's driver is
+    attested by the signatures that it told on one.
+    """
+    try:
+        runtime.kernel_entry(module, row.signature, row.releases, device)
+    except LoaderError:
+        sha256 = search.find_module(module, device)[1].sha256
+        record = files.recorded(sha256) if device is None else None
+        told = record and record["functions"].get(row.symbol)
+        if told != files.as_recorded(row.signature):
+            raise
+
+
 def _attestation(module: str, device: int | None) -> Iterator[Finding]:
     attested = []
     release = search.release()
@@ -303,13 +318,13 @@ def _attestation(module: str, device: int | None) -> Iterator[Finding]:
         if _module_of(row, device) != module or (release and not fits(row, release)):
             continue
         try:
-            runtime.kernel_entry(module, row.signature, row.releases, device)
+            _attest_row(module, row, device)
             attested.append(row.name)
         except FiFfiError as error:
             if is_withheld(error):
                 yield Finding(f"{module} entries", "none", "not checked: needs libtvm_ffi", _FETCH)
                 return
-            advice = f"use kernels of FlashInfer {row.releases} for this op"
+            advice = f"use kernels of {row.package} {row.releases} for this op"
             yield Finding(f"{module}: {row.name}", "fail", str(error), advice)
     if attested:
         yield Finding(f"{module} entries", "ok", f"attested: {', '.join(attested)}")
@@ -416,5 +431,5 @@ def _attest(name: str, release: str, device: int | None) -> bool:
     # a family, or a function returned by its module: only the file is judged
     if row is None or row.factory:
         return False
-    runtime.kernel_entry(_module_of(row, device), row.signature, row.releases, device)
+    _attest_row(_module_of(row, device), row, device)
     return True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,9 +16,11 @@ from fi_ffi.cli import output
 from fi_ffi.cli.names import ResolvedName, named
 from fi_ffi.errors import ArchitectureError, FiFfiError, KernelNotFoundError
 from fi_ffi.loader import cache, machine, search
+from fi_ffi.loader.distributions import split
 from fi_ffi.loader.fetch import progress
 from fi_ffi.loader.fetch.pinned_wheels import PinnedKernels, pinned
-from fi_ffi.loader.kernels import facts_of
+from fi_ffi.loader.fetch.published import PinnedLibraries, libraries
+from fi_ffi.loader.kernels import KernelSource, facts_of
 from fi_ffi.loader.permission import fetching
 from fi_ffi.loader.search import wanted_release
 from fi_ffi.module_names import parse
@@ -56,7 +57,8 @@ def fetch(
 
     A NAME is an op (`rmsnorm`), a module (`norm`), an entry (`norm.rmsnorm`), or a family with the
     options of `fi-ffi build` (`batch_prefill:backend=fa3,dtype=bf16`). Modules come from the wheel
-    that wheels.lock pins. Those in the cache are not fetched again.
+    that wheels.lock pins, and those of other distributions from theirs. Those in the cache are not
+    fetched again.
 
     Exits with 1 if a module could not be fetched, and with 2 if a name is unknown.
     """
@@ -65,9 +67,14 @@ def fetch(
     capabilities = [one for one in wanted if one is not None]
     sources = _sources(release, capabilities)
     modules = _modules(names, sources, release, capabilities)
+    wanted_of: list[tuple[KernelSource, str]] = []
+    for module in modules:
+        distribution = split(module)[0]
+        having = [libraries(distribution)] if distribution else sources
+        wanted_of += [(source, module) for source in having]
     results = []
-    with progress.counter("modules", len(modules) * len(sources), quiet) as count:
-        for source, module in itertools.product(sources, modules):
+    with progress.counter("modules", len(wanted_of), quiet) as count:
+        for source, module in wanted_of:
             count(module)
             results.append(_put(source, module, capabilities if len(sources) == 1 else []))
     if as_json:
@@ -127,7 +134,7 @@ def _modules(
             (one,) = named([name], () if is_known else sources, release)
         modules += [one.module] if one.module else _of_op(one, release, capabilities)
     for module in modules:
-        if parse(module, release) is None:
+        if parse(module, release) is None and not split(module)[0]:
             _refuse_families(module, sources)
     return [*dict.fromkeys(modules)]
 
@@ -154,13 +161,16 @@ def _of_op(one: ResolvedName, release: str, capabilities: Sequence[Capability]) 
     return able
 
 
-def _put(source: PinnedKernels, module: str, capabilities: Sequence[Capability]) -> Put:
+def _put(source: KernelSource, module: str, capabilities: Sequence[Capability]) -> Put:
     """Put a module into the cache; report an error as this module's result."""
+    name = split(module)[1]
     try:
-        if module not in source.modules():
-            raise KernelNotFoundError(missing_module_message(source, module))
-        was_there = source.kept(module) is not None
-        file = source.file(module)
+        if name not in source.modules():
+            raise KernelNotFoundError(missing_module_message(source, name))
+        was_there = True  # an installed distribution's
+        if isinstance(source, (PinnedKernels, PinnedLibraries)):
+            was_there = source.kept(name) is not None
+        file = source.file(name)
         codes = facts_of(file).codes
         for capability in capabilities:
             reason = machine.unfit(codes, capability)

@@ -14,7 +14,7 @@ from fi_ffi.loader import cache, machine, tvm_ffi
 from fi_ffi.loader.elf import inspect_elf
 from fi_ffi.loader.fatbin import architectures
 from fi_ffi.loader.fetch import progress, published
-from fi_ffi.loader.kernels import KernelSource
+from fi_ffi.loader.kernels import KernelSource, open_source
 from fi_ffi.modules import files
 
 
@@ -41,7 +41,7 @@ def inspect(what: str, no_load: bool, as_json: bool) -> None:
             _print(document)
         return
     if path.is_file():
-        source: KernelSource = published.open_libraries(path)
+        source = open_source(path)
     elif "/" in what or path.suffix in (".so", ".whl"):
         raise click.BadParameter(f"{what} does not exist", param_hint="FILE")
     else:

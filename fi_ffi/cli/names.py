@@ -14,6 +14,7 @@ from fi_ffi.capability.judgement import entry_row, gpu_runs, judge
 from fi_ffi.capability.matrix import Line, lines
 from fi_ffi.catalogue.ahead_of_time import listed_in
 from fi_ffi.errors import LoaderError, nearest
+from fi_ffi.loader.distributions import split
 from fi_ffi.loader.kernels import KernelSource
 from fi_ffi.module_names import parse
 from fi_ffi.ops.table import ROWS
@@ -65,14 +66,16 @@ def _named(
 
 
 def _of(name: str, module: str, symbol: str) -> ResolvedName:
-    row = entry_row(module, symbol)
+    row = entry_row(module, symbol, ">=0" if split(module)[0] else ">=0.6.3")
     return ResolvedName(
         name, (Line(name, "", module, partial(judge, name, [row])),), module, symbol
     )
 
 
 def _is_module(name: str, sources: Sequence[KernelSource], release: str) -> bool:
-    return parse(name, release) is not None or name in _modules(sources, release)
+    of_others = {row.module for row in ROWS if row.distribution}
+    is_known = parse(name, release) is not None or name in of_others
+    return is_known or name in _modules(sources, release)
 
 
 def _modules(sources: Sequence[KernelSource], release: str) -> Iterator[str]:

@@ -46,7 +46,7 @@ def _depend(row: Row, rows: str) -> Iterator[bool]:
         yield _is_result(arg) and not _has_rows(arg, rows)
     for arg in inputs:  # integers of no row are indices, which count rows of the whole
         dtypes = row.dtypes.get(arg.dtype, (arg.dtype,))
-        yield not _has_rows(arg, rows) and any("int32" in dtype for dtype in dtypes)
+        yield not _has_rows(arg, rows) and not {"int32", "int64"}.isdisjoint(dtypes)
     for each in row.args:  # random numbers are drawn by a row's index
         yield "seed" in getattr(each, "name", "")
         yield isinstance(each, Scalar) and each.size_of == rows

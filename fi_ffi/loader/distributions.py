@@ -47,6 +47,20 @@ def installed(name: str) -> list[Distribution]:
     return found
 
 
+def canonical(name: str) -> str:
+    """Return a distribution's name as indexes compare it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def split(module: str) -> tuple[str, str]:
+    """Return the distribution that has a module, "" for FlashInfer's, and its name there.
+
+    "tokenspeed-kernel/routing" is the library `routing` of tokenspeed-kernel.
+    """
+    distribution, _, name = module.partition("/") if "/" in module else ("", "", module)
+    return distribution, name
+
+
 def hex_of(digest: str, origin: str, name: str = "it") -> str:
     """Return the sha256 in a field of RECORD, as hex."""
     algorithm, _, value = digest.partition("=")

@@ -22,11 +22,12 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Protocol
 
 from fi_ffi.errors import ArtifactError, KernelNotFoundError, LoaderError, let_through
 from fi_ffi.loader import cache, seed, trust
+from fi_ffi.loader.distributions import canonical
 from fi_ffi.loader.machine import CudaCode
 
 if TYPE_CHECKING:
@@ -56,11 +57,15 @@ class ModuleFile:
 class KernelSource(Protocol):
     """A place that provides modules.
 
-    `version` is the artifact's full version ("0.6.13+cu130"), or None if unknown.
+    `version` is the artifact's full version ("0.6.13+cu130"), or None if unknown. `distribution`
+    has the libraries, if they are not FlashInfer's modules.
     """
 
     @property
     def location(self) -> str: ...
+
+    @property
+    def distribution(self) -> str: ...
 
     @property
     def version(self) -> str | None: ...
@@ -78,7 +83,9 @@ class KernelSource(Protocol):
 
 def release_of(source: KernelSource) -> str | None:
     """Return FlashInfer's release: the version without the local part that names CUDA and SMs."""
-    return source.version.partition("+")[0] if source.version else None
+    if source.distribution or not source.version:
+        return None
+    return source.version.partition("+")[0]
 
 
 class KernelDirectory:
@@ -86,6 +93,8 @@ class KernelDirectory:
 
     `hashes` are those in the RECORD of the distribution that installed them.
     """
+
+    distribution = ""
 
     def __init__(
         self, location: Path, version: str | None = None, hashes: Mapping[Path, str] | None = None
@@ -129,11 +138,18 @@ def _modules_in(root: Path) -> list[str]:
 
 
 class KernelWheel:
-    """A `flashinfer_jit_cache` wheel; members are extracted to the cache, checked by RECORD."""
+    """A `flashinfer_jit_cache` wheel, or the libraries of another distribution's.
+
+    Members are extracted to the cache, checked by RECORD.
+    """
 
     def __init__(self, location: str, wheel: WheelReader) -> None:
         self.location = location
         self._wheel = wheel
+        name = canonical(wheel.dist_info.partition("-")[0])
+        is_flashinfers = any("jit_cache/" in member for member in wheel.members)
+        is_flashinfers |= name.startswith("flashinfer-jit-cache")
+        self.distribution = "" if is_flashinfers else name
 
     @property
     def version(self) -> str | None:
@@ -145,7 +161,8 @@ class KernelWheel:
 
     @functools.cached_property
     def _members(self) -> dict[str, str]:
-        return modules_of(self._wheel.members)
+        find = libraries_of if self.distribution else modules_of
+        return find(self._wheel.members)
 
     def modules(self) -> list[str]:
         return sorted(self._members)
@@ -169,6 +186,23 @@ def modules_of(members: Iterable[str]) -> dict[str, str]:
     """Return a wheel's members that are modules, by module name."""
     matches = ((re.fullmatch(_MEMBER, member), member) for member in members)
     return {match[1]: member for match, member in matches if match}
+
+
+def libraries_of(paths: Iterable[str]) -> dict[str, str]:
+    """Return those of a distribution's files that are libraries, by name.
+
+    Files of one name are told apart by as many of the folders above them as that takes.
+    """
+    every = [PurePosixPath(path) for path in paths if path.endswith(".so")]
+    found: dict[str, str] = {}
+    for path in every:
+        own = path.with_suffix("").parts
+        others = [other.with_suffix("").parts for other in every if other != path]
+        count = next(
+            n for n in range(1, len(own) + 1) if not any(o[-n:] == own[-n:] for o in others)
+        )
+        found["/".join(own[-count:])] = str(path)
+    return found
 
 
 def stored(module: str, sha256: str) -> ModuleFile | None:

@@ -42,6 +42,7 @@ from fi_ffi.loader import (
     trust,
     tvm_ffi,
 )
+from fi_ffi.loader.distributions import is_in, split
 from fi_ffi.loader.elf import FUNCTION_PREFIX, RUNTIME, inspect_elf, undefined
 from fi_ffi.loader.kernels import (
     Facts,
@@ -264,13 +265,25 @@ def kernel_entry(
             entry = _entries.get(key)  # another thread may have been faster
             if entry is None:
                 loaded = load(module, device)
+                check_version(module, loaded.source, releases)
                 entry = exported(loaded, declared.name)
                 entry.name = f"{module}.{declared.name}"
                 found = signature_of(loaded, entry, declared.name)
-                binary = f"binary (FlashInfer {loaded.source.version or 'of unknown release'})"
+                version = loaded.source.version or "of unknown release"
+                binary = f"binary ({loaded.source.distribution or 'FlashInfer'} {version})"
                 attest(entry, found, declared, releases, binary, str(loaded.file.path))
                 _entries[key] = entry
     return entry
+
+
+def check_version(module: str, source: KernelSource, releases: str) -> None:
+    """Raise `KernelNotFoundError` if a distribution's library is of none of these versions."""
+    distribution, version = split(module)[0], source.version
+    if source.distribution and distribution and version and not is_in(version, releases):
+        raise KernelNotFoundError(
+            f"{module} is typed for {distribution} {releases}, and {source.location} is of "
+            f"{version}: `pip install --no-deps '{distribution}{releases}'` installs another"
+        )
 
 
 def attest(
@@ -283,7 +296,7 @@ def attest(
     if own is None or not own.same_types(declared):
         raise AbiError(
             f"{entry.name}: the binary does not have the declared interface\n"
-            f"  declared (FlashInfer {releases}): {declared}\n"
+            f"  declared ({split(entry.name)[0] or 'FlashInfer'} {releases}): {declared}\n"
             f"  {binary}: {own or 'takes any arguments'}\n"
             f"  file: {path}"
         )

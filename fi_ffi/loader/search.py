@@ -6,6 +6,8 @@
   local       wheels in FI_FFI_WHEELS, or in `wheels/` of the fi_ffi cache
   remote      the pinned wheel: the cache if fetched before, else HTTP
 
+A library of another distribution is in the explicit place, or in the installed or pinned wheel.
+
 FI_FFI_SOURCES selects places and their order. FI_FFI_RELEASE and FI_FFI_CUDA ("cu130") override the
 choice made from the machine. Nothing is ever compiled.
 """
@@ -18,7 +20,7 @@ import os
 import platform
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +34,7 @@ from fi_ffi.errors import (
     let_through,
 )
 from fi_ffi.loader import cache, distributions, generation, machine, services, trust
-from fi_ffi.loader.distributions import Distribution, hex_of
+from fi_ffi.loader.distributions import Distribution, hex_of, split
 from fi_ffi.loader.kernels import (
     Facts,
     KernelDirectory,
@@ -294,8 +296,32 @@ def _follow_release() -> None:
         use_source(_location)
 
 
+def places_of(module: str, given: Iterable[Candidate] | None = None) -> Iterator[Candidate]:
+    """Yield every place to search for a module, in order.
+
+    The libraries of another distribution are where it is installed or pinned, unless the place that
+    was named has one of this name. `given` are FlashInfer's places, by default those of calls.
+    """
+    distribution, name = split(module)
+    given = places() if given is None else given
+    if not distribution:
+        yield from given
+        return
+    first = next(iter(given), None)
+    source = first.source if first is not None and first.kind == "explicit" else None
+    if first is not None and source is not None and name in source.modules():
+        yield first
+        return
+    for place in services.libraries.get()(distribution):
+        if place.kind in kinds_asked():
+            yield place
+        else:
+            note = f"{SOURCES} leaves out `{place.kind}`, where {distribution} is"
+            yield Candidate(place.kind, None, note)
+
+
 def places() -> Iterator[Candidate]:
-    """Yield every place to search for kernels, in order; each is searched once for a release."""
+    """Yield every place to search for FlashInfer's kernels, in order, each once for a release."""
     _follow_release()
     # Bound once, so that a concurrent `use_source` does not mix two choices.
     (found, following), done = _places, 0
@@ -373,7 +399,7 @@ def ask(
     `members` returns the modules that would do, by default those of this very name. Inside
     `fetching(False)` nothing is fetched, and the answer may be LATER.
     """
-    source = place.source
+    source, (_, module) = place.source, split(module)
     if source is None:
         return Answer(place, NONE, place.note)
     if place.sm and capability is not None:
@@ -450,7 +476,7 @@ def find_module(module: str, device: int | None = None) -> tuple[KernelSource, M
     capability = None if device is None else machine.capability(device)
     reasons, wrong_code = [], False
     withheld: FetchNotAllowed | None = None
-    for place in places():
+    for place in places_of(module):
         said = ask(place, module, capability)
         if said.status == HERE:
             assert place.source is not None
@@ -463,7 +489,8 @@ def find_module(module: str, device: int | None = None) -> tuple[KernelSource, M
         lacks = said.status == LACKS and place.source is not None
         reason = said.reason
         if lacks and place.source:
-            reason = services.adviser.get().missing_module_message(place.source, module)
+            name = split(module)[1]
+            reason = services.adviser.get().missing_module_message(place.source, name)
         reasons.append(f"{place.kind}: {reason}")
     kind = ArchitectureError if wrong_code else KernelNotFoundError
     where = "" if device is None else f" for cuda:{device}"
@@ -473,6 +500,8 @@ def find_module(module: str, device: int | None = None) -> tuple[KernelSource, M
 
 
 def _advice(module: str, device: int | None) -> str:
+    if distribution := split(module)[0]:
+        return installing(distribution)
     arch = None
     if device is not None:
         major, minor = machine.capability(device)
@@ -480,3 +509,11 @@ def _advice(module: str, device: int | None) -> str:
         arch = f"{major}.{minor}" + ("a" if major >= 9 else "")
     build = services.adviser.get().build_advice(module, release() or wanted_release(), arch)
     return f"{build} FI_FFI_KERNELS names a wheel.".lstrip()
+
+
+def installing(distribution: str) -> str:
+    """Return how to get a distribution's libraries, of which nothing is imported."""
+    return (
+        f"`pip install --no-deps {distribution}` installs its libraries; FI_FFI_KERNELS names its "
+        "wheel, or a folder of them."
+    )

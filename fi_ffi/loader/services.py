@@ -80,6 +80,9 @@ def _no_wheels(release: str | None) -> Iterator[Any]:
 # `fi_ffi.loader.fetch.pinned_wheels.published`: yields the pinned wheels of a release.
 published: Slot[Callable[[str | None], Iterator[Any]]] = Slot(_no_wheels)
 
+# `fi_ffi.loader.fetch.published.places_of`: yields where a distribution's libraries are.
+libraries: Slot[Callable[[str], Iterator[Any]]] = Slot(_no_wheels)
+
 
 class DeviceCodeServer(Protocol):
     """Answers one library's requests for device code."""

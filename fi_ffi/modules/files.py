@@ -33,10 +33,21 @@ def recorded(sha256: str) -> dict[str, Any] | None:
     return _records().get(sha256)
 
 
+def recorded_as(library: str) -> dict[str, Any] | None:
+    """Return the same by the library's name, as in "tokenspeed-kernel 0.1.4: routing"."""
+    return next((one for one in _records().values() if one["library"] == library), None)
+
+
+def as_recorded(signature: Signature) -> str:
+    """Return a signature as the records have it: types without names."""
+    return f"({', '.join(signature.params)}) -> {signature.result}"
+
+
 class KernelFile:
     """A single library, which is its own only module and which nothing vouches for."""
 
     version: str | None = None
+    distribution = ""
     trust = "unverified"
 
     def __init__(self, path: Path) -> None:

@@ -522,3 +522,91 @@ class _tgv_gemm(Op):
         out: TensorLike = ..., pdl: bool = False, *, stream: object = None,
     ) -> None: ...
 tgv_gemm: _tgv_gemm
+
+class _moe_wna16_marlin_gemm_bf16(Op):
+    def __call__(
+        self, a: TensorLike, c: TensorLike, b_q_weight: TensorLike, b_scales: TensorLike,
+        workspace: TensorLike | None = None, sorted_token_ids: TensorLike = ...,
+        expert_ids: TensorLike = ..., num_tokens_post_padded: TensorLike = ...,
+        topk_weights: TensorLike = ..., c_tmp: TensorLike | None = None, moe_block_size: int = ...,
+        mul_topk_weights: bool = False, *, stream: object = None,
+    ) -> None: ...
+moe_wna16_marlin_gemm_bf16: _moe_wna16_marlin_gemm_bf16
+moe_wna16_marlin_gemm_bf16_ep: _moe_wna16_marlin_gemm_bf16
+
+class _gptq_marlin_repack(Op):
+    def __call__(
+        self, out: TensorLike, b_q_weight: TensorLike, perm: TensorLike | None = None,
+        num_bits: int = ..., *, stream: object = None,
+    ) -> None: ...
+gptq_marlin_repack: _gptq_marlin_repack
+
+class _moe_align_block_size(Op):
+    def __call__(
+        self, topk_ids: TensorLike, num_experts: int, block_size: int, sorted_token_ids: TensorLike,
+        expert_ids: TensorLike, num_tokens_post_pad: TensorLike,
+        cumsum_buffer: TensorLike | None = None, *, stream: object = None,
+    ) -> None: ...
+moe_align_block_size: _moe_align_block_size
+
+class _softmax_topk_flash(Op):
+    def __call__(
+        self, input: TensorLike, correction_bias: TensorLike, topk_indices: TensorLike,
+        topk_weights: TensorLike, num_experts_real: int, scaling_factor: float,
+        renormalize: bool = False, enable_pdl: bool = False, *, stream: object = None,
+    ) -> None: ...
+softmax_topk_flash: _softmax_topk_flash
+
+class _softplus_sqrt_topk_flash(Op):
+    def __call__(
+        self, input: TensorLike, correction_bias: TensorLike, topk_indices: TensorLike,
+        topk_weights: TensorLike, routed_scaling_factor: float, *, stream: object = None,
+    ) -> None: ...
+softplus_sqrt_topk_flash: _softplus_sqrt_topk_flash
+
+class _hash_softplus_sqrt_topk_flash(Op):
+    def __call__(
+        self, input: TensorLike, input_ids: TensorLike, hash_indices_table: TensorLike,
+        topk_indices: TensorLike, topk_weights: TensorLike, routed_scaling_factor: float, *,
+        stream: object = None,
+    ) -> None: ...
+hash_softplus_sqrt_topk_flash: _hash_softplus_sqrt_topk_flash
+
+class _transfer_kv_per_layer(Op):
+    def __call__(
+        self, src_k: TensorLike, dst_k: TensorLike, src_v: TensorLike, dst_v: TensorLike,
+        src_indices: TensorLike, dst_indices: TensorLike, block_quota: int = 2,
+        num_warps_per_block: int = 32, *, stream: object = None,
+    ) -> None: ...
+transfer_kv_per_layer: _transfer_kv_per_layer
+
+class _transfer_kv_per_layer_mla(Op):
+    def __call__(
+        self, src: TensorLike, dst: TensorLike, src_indices: TensorLike, dst_indices: TensorLike,
+        block_quota: int = 2, num_warps_per_block: int = 32, *, stream: object = None,
+    ) -> None: ...
+transfer_kv_per_layer_mla: _transfer_kv_per_layer_mla
+
+class _transfer_kv_per_layer_pf_lf(Op):
+    def __call__(
+        self, src_k: TensorLike, dst_k: TensorLike, src_v: TensorLike, dst_v: TensorLike,
+        src_indices: TensorLike, dst_indices: TensorLike, layer_id: int, block_quota: int = 2,
+        num_warps_per_block: int = 32, *, stream: object = None,
+    ) -> None: ...
+transfer_kv_per_layer_pf_lf: _transfer_kv_per_layer_pf_lf
+transfer_kv_per_layer_ph_lf: _transfer_kv_per_layer_pf_lf
+
+class _transfer_kv_per_layer_mla_pf_lf(Op):
+    def __call__(
+        self, src: TensorLike, dst: TensorLike, src_indices: TensorLike, dst_indices: TensorLike,
+        layer_id: int, block_quota: int = 2, num_warps_per_block: int = 32, *,
+        stream: object = None,
+    ) -> None: ...
+transfer_kv_per_layer_mla_pf_lf: _transfer_kv_per_layer_mla_pf_lf
+
+class _fused_topk_topp_renorm(Op):
+    def __call__(
+        self, probs: TensorLike, top_ks: TensorLike, top_ps: TensorLike, out: TensorLike,
+        workspace: TensorLike | None = None, *, stream: object = None,
+    ) -> None: ...
+fused_topk_topp_renorm: _fused_topk_topp_renorm

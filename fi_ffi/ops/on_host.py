@@ -20,7 +20,7 @@ from fi_ffi.ops.call.arguments import (
     shown,
 )
 from fi_ffi.ops.call.memory import scratch_bytes
-from fi_ffi.ops.table import gdn, renorm
+from fi_ffi.ops.table import gdn, renorm, tokenspeed
 
 if TYPE_CHECKING:
     import numpy
@@ -160,6 +160,13 @@ def top_p_renorm_workspace_size(
         "is_deterministic": check_flag(op, "is_deterministic", is_deterministic),
     }
     return renorm.top_p_renorm_bytes(sizes)
+
+
+def fused_topk_topp_workspace_size(batch_size: int, vocab_size: int) -> int:
+    """Size in bytes of `workspace` for `fused_topk_topp_renorm` with these rows and tokens."""
+    op = "fused_topk_topp_workspace_size"
+    n, h = check_int(op, "batch_size", batch_size, 0), check_int(op, "vocab_size", vocab_size, 0)
+    return tokenspeed.topk_topp_bytes({"n": n, "h": h})
 
 
 def packed_indptr(indptr: numpy.typing.ArrayLike) -> Indices:

@@ -61,19 +61,21 @@ def top_p_slack(size: int, is_deterministic: bool) -> float:
     return float(2.0**-24 * (few if size < _BUCKETS or is_deterministic else few + 16 * size**0.5))
 
 
-def top_p_error(p: Array, got: Array, top_p: float, within: float) -> tuple[float, float]:
+def top_p_error(
+    p: Array, got: Array, top_p: float, within: float, is_counted: bool | None = None
+) -> tuple[float, float]:
     """Return the error of a row that is to be the greatest of `p` that sum to `top_p`, divided by
-    their sum.
+    their sum. Rows are counted in buckets, or searched, by their size.
 
     The result shows which elements were kept. They must be all elements from some value on, their
     sum must be enough, and it must not be enough without the least of them.
     """
-    total, size = p.sum(), len(p)
+    total, is_counted = p.sum(), len(p) >= _BUCKETS if is_counted is None else is_counted
     if not (got >= 0).all():
         return np.inf, np.inf
     if not total > _TINY:
         return _distance(got, p)
-    target = top_p * (total if size >= _BUCKETS else 1)
+    target = top_p * (total if is_counted else 1)
     kept = got > 0
     least = p[kept].min(initial=np.inf)
     chosen = p >= least
@@ -81,12 +83,12 @@ def top_p_error(p: Array, got: Array, top_p: float, within: float) -> tuple[floa
     is_all = not (p[~chosen] > 2.0**-100).any()
     slack = within * max(1.0, total)
     is_enough = mass >= target - slack or is_all
-    if not is_enough and size >= _BUCKETS and target >= total - slack:
+    if not is_enough and is_counted and target >= total - slack:
         is_enough = _lost_the_least(p, p[~chosen])
     if not is_enough or (without >= target + slack and without > 0):
         return np.inf, np.inf
     # A search that ends at its first step takes the sum of all for 1.
-    sums = {float(mass), 1.0} if is_all and size < _BUCKETS and top_p < 1 else {float(mass)}
+    sums = {float(mass), 1.0} if is_all and not is_counted and top_p < 1 else {float(mass)}
     return min(
         (_distance(got, np.where(chosen, p, 0) / one) for one in sums), key=lambda error: error[1]
     )
@@ -112,11 +114,11 @@ def _distance(got: Array, value: Array) -> tuple[float, float]:
     return float(error.max(initial=0)), float((error / allowed).max(initial=0))
 
 
-def _top_p_renormed(p: Array, top_p: float) -> Array:
+def top_p_renormed(p: Array, top_p: float, is_counted: bool | None = None) -> Array:
     """Return the greatest that sum to at least `top_p`, including ties, divided by their sum."""
-    total = p.sum()
-    target, size = top_p, len(p)
-    if size >= _BUCKETS:
+    total, target = p.sum(), top_p
+    is_counted = len(p) >= _BUCKETS if is_counted is None else is_counted
+    if is_counted:
         target *= total
     elif top_p >= 1:
         return p / total if total > _TINY else p
@@ -124,7 +126,7 @@ def _top_p_renormed(p: Array, top_p: float) -> Array:
     enough = np.flatnonzero(np.cumsum(order) >= target)
     if len(enough):
         threshold = order[enough[0]]
-    elif size < _BUCKETS:
+    elif not is_counted:
         return np.where(p > 0, p, 0)
     else:
         threshold = order[-1]
@@ -139,7 +141,7 @@ def top_p_renorm_probs(a: Inputs) -> Exact:
     tops = [float(np.float32(a["top_p_val"] if per_row is None else per_row[i])) for i in rows]
 
     def value() -> Array:
-        made = [_top_p_renormed(p, top_p) for p, top_p in zip(a["probs"], tops, strict=True)]
+        made = [top_p_renormed(p, top_p) for p, top_p in zip(a["probs"], tops, strict=True)]
         return np.reshape(made, a["probs"].shape)
 
     def judge(got: Array) -> tuple[float, float]:

@@ -24,6 +24,7 @@ from tests.loader.server import File, Server, kernel_members, make_wheel, sha256
 
 NAME = "flashinfer_jit_cache-0.6.13+cu130-cp39-abi3-linux.whl"
 MODULES = sorted({row.module for row in ROWS})
+OF_FLASHINFER = [name for name in MODULES if "/" not in name]
 
 
 @pytest.fixture
@@ -69,9 +70,12 @@ def test_nothing_is_fetched_unasked(bare, web, tmp_path):
     assert not list((tmp_path / "cache").rglob("*.so"))
     found = {finding["check"]: finding for finding in json.loads(done.stdout)}
     assert found["kernels: remote"]["status"] == "ok"
-    unfetched = found[", ".join(f"{name}{on}" for name in MODULES for on in on_each_gpu())]
+    unfetched = found[", ".join(f"{name}{on}" for name in OF_FLASHINFER for on in on_each_gpu())]
     assert (unfetched["status"], unfetched["found"]) == ("none", "not fetched yet")
     assert "fi-ffi doctor --fetch" in unfetched["advice"]
+    # The lock of this test pins no other distribution.
+    others = [f"{name}{on}" for name in MODULES if "/" in name for on in on_each_gpu()]
+    assert "pip install --no-deps tokenspeed-kernel" in found[", ".join(others)]["advice"]
 
 
 def on_each_gpu() -> list[str]:

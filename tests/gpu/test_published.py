@@ -401,6 +401,7 @@ def topk_topp(made, probs, top_k, side):
         sums = (row[:k] / row[:k].sum()).cumsum(0)
         top_p.append(float(sums[at] - (sums[at] - (sums[at - 1] if at else 0)) / 2))
     size = made.fused_topk_topp_workspace_size(rows, vocab)
+    assert size == fi_ffi.fused_topk_topp_workspace_size(rows, vocab)
     workspace = torch.empty(size, dtype=torch.uint8, device="cuda")
     numbers = torch.tensor(top_k, dtype=torch.int32, device="cuda")
     top_p = torch.tensor(top_p, dtype=torch.float32, device="cuda")

@@ -12,7 +12,9 @@ from fi_ffi.abi.function import Entry
 from fi_ffi.capability.judgement import key_of
 from fi_ffi.cli.cuda import gpus
 from fi_ffi.loader import search
+from fi_ffi.loader.distributions import split
 from fi_ffi.module_names import parse
+from fi_ffi.modules import files
 from tools.entries import entries_of
 
 # More arguments than these ask a function for its signature, and call nothing.
@@ -86,7 +88,10 @@ def by_family(names: set[str], release: str | None) -> list[tuple[str, str]]:
     found = set()
     for name in names:
         module, _, symbol = name.rpartition(".")
-        if parse(module) is not None:
+        if split(module)[0]:  # another distribution's library, which is named with its version
+            record = files.recorded(search.find_module(module)[1].sha256)
+            found |= {(record["library"].replace(": ", "/"), symbol)} if record else set()
+        elif parse(module) is not None:
             found.add(key_of(module, symbol))
         elif symbol in methods and not module.startswith(("fi_ffi", "ffi", "reference")):
             found.add((methods[symbol], symbol))

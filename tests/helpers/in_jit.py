@@ -27,6 +27,9 @@ TOLD = {
     "nvfp4_kv_dequant": ("output",),
     **dict.fromkeys(("fp4_gemm", "mxfp8_gemm", "bf16_gemm", "bmm_bf16", "bmm_mxfp8"), ("out",)),
     "bmm_fp8": ("D",),
+    "gptq_marlin_repack": ("out",),
+    "moe_align_block_size": ("sorted_token_ids", "num_tokens_post_pad"),
+    "softmax_topk_flash": ("topk_indices", "topk_weights"),
 }
 
 

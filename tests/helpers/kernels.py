@@ -35,7 +35,8 @@ def why_missing(text: object) -> str:
     found = _MISSING.search(str(text))
     if found is None:
         return ""
-    said = {search.ask(place, found[1]).status for place in _here()}
+    here = (place for place in search.places_of(found[1]) if place.kind != "remote")
+    said = {search.ask(place, found[1]).status for place in here}
     return "" if search.FAILS in said else f"no kernels of module {found[1]!r}: {found[2]}"
 
 

@@ -27,7 +27,8 @@ DIVIDED = [name for name in sorted(OPS.keys() - PARTS) if rows_of(name)]
 MOVES = ("all-gather", "all-to-all", "collective-permute", "all-reduce")
 # Of what device memory an op's rows are, besides its own row.
 DEPENDENT = {
-    "another's rows": ("append_paged_kv_cache", "rope_quantize_append_paged_kv_cache"),
+    "another's rows": ("append_paged_kv_cache", "rope_quantize_append_paged_kv_cache",
+                       "transfer_kv_per_layer"),
     "starts of requests": ("apply_rope", "gdn_prefill", "segment_packbits"),
     "a row's number": ("sampling_from_probs", "chain_speculative_sampling", "packbits",
                        "fused_qk_rmsnorm_rope", "radix_topk_page_table_transform"),

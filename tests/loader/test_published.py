@@ -13,10 +13,15 @@ import pytest
 from click.testing import CliRunner
 
 import fi_ffi
+from fi_ffi.abi.signature import Signature
+from fi_ffi.capability import judgement
 from fi_ffi.cli import main
-from fi_ffi.errors import ArgumentError, ArtifactError, FetchError, KernelNotFoundError
+from fi_ffi.errors import AbiError, ArgumentError, ArtifactError, FetchError, KernelNotFoundError
+from fi_ffi.loader import kernels, runtime, search
 from fi_ffi.loader.fetch import published, wheels_lock
+from fi_ffi.loader.permission import fetching, is_withheld
 from fi_ffi.modules import files
+from fi_ffi.ops.table import ROWS
 from tools.published import CALLED, NOT_CALLED, SIGNATURES
 
 from tests.gpu import test_published, test_published_comm
@@ -92,7 +97,7 @@ def folder(root, wheel, tmp_path, monkeypatch):
 def test_names_of_libraries():
     """By their files; as many folders as tell files of one name apart."""
     paths = ["p/a.so", "p/x/b.so", "p/y/b.so", "p/c.py", "q/x/b.so"]
-    assert published.libraries_of(paths) == {
+    assert kernels.libraries_of(paths) == {
         "a": "p/a.so", "p/x/b": "p/x/b.so", "y/b": "p/y/b.so", "q/x/b": "q/x/b.so",
     }  # fmt: skip
 
@@ -175,6 +180,99 @@ def test_a_pin_for_other_machines(folder, wheel, monkeypatch):
         fi_ffi.module("own", distribution="some-kernels")
 
 
+MAKE = Signature("make", (), "ffi.Module")
+OWN = "some-kernels/own"
+
+
+@pytest.fixture
+def searched(folder, monkeypatch):
+    """The folder of the pinned wheel; kernels are searched from the start."""
+    for name in ("KERNELS", "SOURCES", "RELEASE"):
+        monkeypatch.delenv(f"FI_FFI_{name}", raising=False)
+    runtime.use_source(None)
+    yield folder
+    monkeypatch.undo()
+    runtime.use_source(None)
+
+
+def test_an_entry_of_a_distributions_library_is_attested(searched):
+    """As FlashInfer's: by its signature, and by the distribution's version."""
+    entry = runtime.kernel_entry(OWN, MAKE, ">=1.0")
+    assert entry.name == "some-kernels/own.make"
+    assert entry()
+    words = r"some-kernels/own.make: .*\(some-kernels >=1.0\).*binary \(some-kernels 1.0\)"
+    with pytest.raises(AbiError, match=f"(?s){words}"):
+        runtime.kernel_entry(OWN, Signature("make", ("int",), "ffi.Module"), ">=1.0")
+    words = "own is typed for some-kernels >=1.1,<2, and some-kernels 1.0 is of 1.0: `pip install"
+    with pytest.raises(KernelNotFoundError, match=words):
+        runtime.kernel_entry(OWN, Signature("make", (), "void"), ">=1.1,<2")
+
+
+@pytest.mark.parametrize("named", ["folder", "wheel"])
+def test_the_named_place_comes_first(searched, library, tmp_path, monkeypatch, named):
+    """If it has a library of that name; it has no release of FlashInfer's."""
+    place = searched / FILE
+    if named == "folder":
+        place = tmp_path / "objs"
+        (place / "own").mkdir(parents=True)
+        (place / "own" / "own.so").write_bytes(library)
+    monkeypatch.setenv("FI_FFI_KERNELS", str(place))
+    runtime.use_source(None)
+    source, file, _ = search.find_module(OWN)
+    assert source.location == str(place) and search.release() is None
+    assert file.module == "own" and search.find_module("own")[1].path == file.path
+    assert runtime.kernel_entry(OWN, MAKE, ">=1.0")()
+    with pytest.raises(KernelNotFoundError, match="some-kernels 1.0 has no module other"):
+        search.find_module("some-kernels/other")
+
+
+def test_a_release_of_flashinfer_says_nothing_of_a_distribution(searched, built_wheel, monkeypatch):
+    monkeypatch.setenv("FI_FFI_KERNELS", str(built_wheel))
+    runtime.use_source(None)
+    assert search.find_module(OWN)[0].location == "some-kernels 1.0"
+
+
+def test_where_no_place_has_a_distribution(searched, monkeypatch):
+    """What is missing is said, and how to get it; FI_FFI_SOURCES may leave a place out."""
+    words = "no kernels of module 'some-kernel/own':.*not installed, and not pinned.*nearest: "
+    advice = ".*`pip install --no-deps some-kernel` installs its libraries"
+    with pytest.raises(KernelNotFoundError, match=f"(?s){words}some-kernels{advice}"):
+        search.find_module("some-kernel/own")
+    with fetching(False), pytest.raises(KernelNotFoundError, match="unasked") as raised:
+        search.find_module(OWN)
+    assert is_withheld(raised.value)
+    monkeypatch.setenv("FI_FFI_SOURCES", "installed,local")
+    with pytest.raises(KernelNotFoundError, match="leaves out `remote`, where some-kernels is"):
+        search.find_module(OWN)
+
+
+def test_a_row_has_the_signature_that_a_gpu_told():
+    for row in ROWS:
+        if row.distribution:
+            record = files.recorded_as(f"{row.module.replace('/', ' 0.1.4: ')}")
+            assert record["functions"][row.symbol] == files.as_recorded(row.signature), row.name
+
+
+@pytest.mark.parametrize("name", sorted({row.name for row in ROWS if row.distribution}))
+def test_supports(root, name, monkeypatch):
+    """By what was recorded of the pinned wheel, whatever FlashInfer's release is."""
+    monkeypatch.setenv("FI_FFI_OFFLINE", "1")
+    wheels_lock.the_lock.cache_clear()
+    ask = getattr(fi_ffi, name).supports
+    module = getattr(fi_ffi, name).row.module
+    for asked in ({"release": "0.6.3"}, {"cuda": "cu134"}, {"release": "0.7.2.post1"}):
+        answer = ask(sm=90, **asked)
+        assert answer and (answer.module, answer.release) == (module, "0.1.4")
+        assert "compiled for sm_90a, sm_100a, sm_103a" in answer.reason
+        assert "in the pinned wheel tokenspeed_kernel-0.1.4" in answer.reason
+    refused = ask(sm=80, release="0.6.13")
+    assert refused.status == "refused" and refused.build is None
+    monkeypatch.setattr(judgement, "the_lock", lambda: wheels_lock.Lock(Path("none"), "0.6.13", ()))
+    missing = ask(sm=90, release="0.6.13")
+    assert missing.status == "missing"
+    assert "`pip install --no-deps tokenspeed-kernel`" in missing.reason
+
+
 def inspected(*arguments: object) -> str:
     result = CliRunner().invoke(main, ["inspect", *map(str, arguments)], env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
@@ -223,6 +321,13 @@ def test_tokenspeed_kernel(root):
     assert [*document["functions"]] == ["silu_and_mul_fuse_nvfp4_quant"]
     (signature,) = document["functions"].values()
     assert signature == "(DLTensor*, DLTensor*, DLTensor*, DLTensor*, bool) -> void"
+    told = CliRunner().invoke(main, ["fetch", "fused_topk_topp_renorm", "--quiet", "--json"])
+    assert told.exit_code == 0, told.output
+    (put,) = json.loads(told.output)["modules"]
+    assert (put["status"], put["size"]) == ("fetched", 760_728)
+    asked = ["doctor", "fused_topk_topp_renorm", "--sm", "90", "--json"]
+    (told,) = json.loads(CliRunner().invoke(main, asked).output)
+    assert told["works"] and told["is_here"] and "entry attested" in told["reason"]
 
 
 def test_every_entry_has_a_gpu_test_or_a_reason():

@@ -269,6 +269,7 @@ class Source:
     """A source that has names only: whoever opens a module fails."""
 
     location = "the wheel"
+    distribution = ""
 
     def __init__(self, *names: str, version: str | None = "0.6.13+cu130") -> None:
         self.names, self.version = names, version

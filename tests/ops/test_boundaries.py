@@ -33,8 +33,8 @@ from tests.helpers.inputs import inputs_of
 from tests.helpers.limits import FAR, Bound, Floats, misjudged, unbounded
 from tests.helpers.prepared_calls import refusal_of
 from tests.helpers.rope_calls import ANGLES, APPLY, COS_SIN, LLAMA_31, QUANTISE
-from tests.helpers.sampled import DEFINITIONS
 from tests.helpers.sampling_calls import SAMPLERS
+from tests.helpers.tokenspeed import DEFINITIONS
 from tests.ops.test_limits import described
 from tests.ops.test_results import (
     APPENDS,
@@ -72,6 +72,17 @@ NO_ARRAYS = {"maybe_top_k_arr": None, "maybe_top_p_arr": None, "maybe_min_p_arr"
 DRAWS = (*SAMPLERS, "sampling_from_logits")
 PAGED = (*QUANTISE[1:], *APPENDS)
 TINY = ("tinygemm2", "tinygemm2_nobias")
+OF_BOTH = "fused_topk_topp_renorm"
+WORKSPACES = (
+    (1, 129, 37887), (3, 1000, 111615), (2, 32_000, 117503), (1, 129_280, 133119),
+    (7, 129_280, 925695),
+)  # fmt: skip
+BY_TOKEN = tuple(
+    f"transfer_kv_per_layer{of}" for of in ("", "_mla", "_pf_lf", "_mla_pf_lf")
+)  # fmt: skip
+BY_HEAD = "transfer_kv_per_layer_ph_lf"
+OF_V4 = ("softplus_sqrt_topk_flash", "hash_softplus_sqrt_topk_flash")
+WNA16 = ("moe_wna16_marlin_gemm_bf16", "moe_wna16_marlin_gemm_bf16_ep")
 SM100 = ("fp4_gemm", "mxfp8_gemm", "bf16_gemm", "bmm_bf16", "bmm_mxfp8", "tgv_gemm")
 TURNED = "fused_qk_rmsnorm_rope"
 ONE_TOKEN = {"nnz": 1, "num_qo_heads": 1, "num_kv_heads": 1}
@@ -460,6 +471,70 @@ BOUNDS = [
     B("tgv_gemm", "n", range((INT // 2 - 1) // 24 + 1), {"k": 8, "m": 24}, "."),
     B(SM100, "tactic", range(-1, FAR)),
     B(SM100[:-1], "workspace_size", range(32 * 2**20, FAR)),
+    # fused_topk_topp.cu of tokenspeed-kernel: 128 tokens are sorted, a grid's y counts rows,
+    # offsets are ints; a size is a float on the way to the workspace's.
+    B(OF_BOTH, "h", range(129, 2**24 + 1), {"n": 1, "workspace_size": UINT}),
+    B(OF_BOTH, "n", range(GRID), {"h": 129, "workspace_size": 2 * UINT}),
+    B(OF_BOTH, "n", range(INT // 65536 + 1), {"h": 65536, "workspace_size": 2 * UINT},
+      f"{INT} elements"),
+    # kvcacheio_transfer.cu: 4, 8 or 16 bytes at a time, counted in an int, as tokens are.
+    B(BY_TOKEN, "item", range(0, INT, 4)),
+    B(BY_HEAD, "part", range(0, INT, 4), {"head_num": 1, "page_size": 1, "pages": 1}),
+    B([*BY_TOKEN, BY_HEAD], "n", range(INT)),
+    B(BY_HEAD, "head_num", range(1, FAR), {"part": 0}),
+    B(BY_HEAD, "page_size", range(1, FAR), {"part": 0}),
+    B([*BY_TOKEN[2:], BY_HEAD], "layer_id", range(3), {"layers": 3}, "a layer of|0 or more"),
+    B([*BY_TOKEN, BY_HEAD], "num_warps_per_block", range(1, 33)),
+    B([*BY_TOKEN, BY_HEAD], "block_quota", range(1, INT)),
+    # routing_flash.cu: these are compiled; offsets of logits are ints.
+    B("softmax_topk_flash", "experts", (384, 576, 768, 896), {"k": 8}),
+    B("softmax_topk_flash", "k", range(385), {"experts": 384}),
+    B("softmax_topk_flash", "k", range(0, 577, 4), {"experts": 576, "num_experts_real": 8}),
+    B("softmax_topk_flash", "scaling_factor", Floats(0.0)),
+    B(OF_V4, "routed_scaling_factor", Floats(0.0)),
+    B("softmax_topk_flash", "num_experts_real", range(1, 384), {"experts": 384},
+      "fewer than|1 or more"),
+    B("softmax_topk_flash", "k", range(0, 129, 4),
+      {"experts": 576, "num_experts_real": 8, "renormalize": True}, "128|576"),
+    B(OF_V4, "experts", (256, 384)),
+    B([*OF_V4, "softmax_topk_flash"], "n", range(INT // 384 + 1), {"experts": 384},
+      f"{INT} elements"),
+    B(OF_V4[1], "vocab", range(INT // 6 + 1), {"n": 0}, f"{INT} elements"),
+    # gptq_marlin_repack.cu: tiles of 16 x 64, offsets in ints.
+    B("gptq_marlin_repack", "num_bits", range(4, 9, 4), {
+        "words": lambda bits: 2 * bits // 2, "columns": lambda bits: 64 * bits // 2}),
+    B("gptq_marlin_repack", "n", range(0, INT // 4 + 1, 64), {
+        "columns": lambda size: 2 * size, "tiles": 2, "words": 4}, f"64|{INT} elements"),
+    B("gptq_marlin_repack", "words", (4,), {"tiles": 2}, "num_bits / 2 rows"),
+    B("gptq_marlin_repack", "columns", (128,), {"n": 64}, "num_bits / 2 columns"),
+    # moe_align_kernel.cu: 16 bytes at a time, numbers of routes in an int.
+    B("moe_align_block_size", "most", range(100, INT - 3, 4), {
+        "tokens": 5, "k": 3, "num_experts": 12, "block_size": 8, "blocks": INT},
+      "4|or more|at most"),
+    B("moe_align_block_size", "num_experts", range(2, 8193), {
+        "most": INT - 4, "blocks": INT}),
+    B("moe_align_block_size", "block_size", range(1, INT - 3), {
+        "tokens": 1, "k": 1, "most": INT - 4, "blocks": INT}, "or more"),
+    B("moe_align_block_size", "blocks", range(13, FAR), {
+        "tokens": 5, "k": 3, "most": 100, "block_size": 8}, "or more"),
+    B("moe_align_block_size", "starts", range(8193, FAR), says="bytes or more"),
+    *(B("moe_align_block_size", one, range(1, 13), {other: 1, "most": 96, "blocks": 12},
+        "or more|1") for one, other in (("tokens", "k"), ("k", "tokens"))),
+    # moe_wna16_marlin.cuh: tiles of 64 x 128 at least, and what it counts in ints.
+    B(WNA16, "k", range(64, INT // 128, 64), {"n": 128}, f"64|{INT - 1}"),
+    B(WNA16, "n", range(0, INT // 64, 128), {"k": 64}, f"128|{INT - 1}"),
+    B(WNA16, "experts", range(INT // 16), {"k": 64, "n": 128, "m": 0, "routes": 0},
+      f"{512 * (INT - 1)}"),
+    B(WNA16, "most", range(2**22), {"k": 4096, "n": 8192, "blocks": INT}, f"{INT - 1}"),
+    B(WNA16, "routes", (8,), {"m": 4, "top_k": 2}, "m \\* top_k rows"),
+    B(WNA16, "blocks", range(12, FAR), {"most": 96, "moe_block_size": 8}, "or more"),
+    B(WNA16, "moe_block_size", (8, 16, 32, 48, 64), {"blocks": 100},
+      "8 or a mult|of 8|64 or less|8 or more"),
+    B(WNA16, "locks", range(4, FAR), says="bytes or more"),
+    B(WNA16, "sums", range(65536, FAR), says="bytes or more"),
+    # What the library's own function told for these rows and tokens.
+    *(B(OF_BOTH, "workspace_size", range(most, FAR), {"n": n, "h": h})
+      for n, h, most in WORKSPACES),
 ]  # fmt: skip
 
 
@@ -513,6 +588,8 @@ MAJORS = {
     **dict.fromkeys(("mxfp8_quantize", "nvfp4_kv_quant", "fp4_quantize", "fp4_batched_quantize",
                      "fp4_gemm", "mxfp8_gemm", "bmm_mxfp8"), BLACKWELL),
     **dict.fromkeys(("bf16_gemm", "bmm_bf16", "tgv_gemm"), (10,)),
+    **dict.fromkeys((OF_BOTH, *BY_TOKEN, BY_HEAD, *OF_V4, "softmax_topk_flash",
+                     "gptq_marlin_repack", "moe_align_block_size", *WNA16), (9, 10)),
 }  # fmt: skip
 GPUS = [(7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1), (13, 0)]
 

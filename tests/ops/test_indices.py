@@ -221,7 +221,8 @@ def wrong_values(case: Case, arg: Tensor) -> list[int]:
     limits = np.iinfo(case.arrays[arg.name].dtype)
     found = [limits.max, limits.max - 1]
     if not (arg.name == LEFT_OUT and case.row.module == "rope"):
-        found += [-1, -2, limits.min]
+        has_none = any(text.startswith("-1 <= ") for text in arg.index)
+        found += [-2 if has_none else -1, -2, limits.min]
     for text in arg.index:
         words = text.split()
         # Half a condition, or the end of a whole one.

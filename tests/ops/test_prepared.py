@@ -172,6 +172,8 @@ def test_nothing_to_do(op, dtypes, more):
         pytest.skip("every sequence has a token: test_gdn.py has no sequence")
     if op.row.name == "seq_chunk_cumsum":
         pytest.skip("the number of all pieces is always written: test_mamba.py has no sequence")
+    if op.row.name == "moe_align_block_size":
+        pytest.skip("the number of all routes is always written, and there is one")
     sizes = {**inputs_of(op.row).small, "n": 0, "nnz": 0}
     told = {name: value for name, value in more.items() if name != "in place"}
     case = make_case(op.row, sizes, dtypes, np.random.default_rng(), **told)

@@ -20,7 +20,7 @@ from fi_ffi.reference.formula import as_inputs
 
 from tests.helpers.cases import default_dtypes, make_case
 from tests.helpers.inputs import inputs_of
-from tests.helpers.sampled import DEFINITIONS
+from tests.helpers.tokenspeed import DEFINITIONS
 
 OF_FORMULAS = {row.formula: row for row in reversed(ROWS)}
 

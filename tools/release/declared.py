@@ -110,7 +110,7 @@ def _form(row: Row) -> Form:
 
 def _of_rows(rows: Iterable[Row]) -> Iterator[tuple[tuple[str, str, Key], Form]]:
     for row in rows:
-        if not row.is_in_python:
+        if not row.is_in_python and not row.distribution:
             yield _entry(row), _form(row)
 
 

@@ -132,6 +132,8 @@ library.renew_after_fork(globals(), "_locks", dict)
 class PinnedKernels:
     """A pinned wheel as a source; nothing is fetched before a module is requested."""
 
+    distribution = ""
+
     def __init__(self, pin: PinnedWheel) -> None:
         self.pin, self.location = pin, pin.url
         self.version: str | None = f"{pin.release}+{pin.cuda}"

@@ -14,8 +14,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import PurePosixPath
 
 from fi_ffi.errors import (
     ArgumentError,
@@ -27,34 +27,18 @@ from fi_ffi.errors import (
     nearest,
 )
 from fi_ffi.loader import seed
-from fi_ffi.loader.distributions import Distribution, hex_of, installed
-from fi_ffi.loader.fetch.asking import check_permission
+from fi_ffi.loader.distributions import Distribution, canonical, hex_of, installed
+from fi_ffi.loader.fetch.asking import Cooldown, check_permission
 from fi_ffi.loader.fetch.index import stored_record
 from fi_ffi.loader.fetch.remote import RemoteWheel
 from fi_ffi.loader.fetch.urls import check_url, is_file_url
 from fi_ffi.loader.fetch.wheels_lock import PinnedDistribution, the_lock, this_platform
-from fi_ffi.loader.kernels import KernelSource, KernelWheel, ModuleFile, hashed_file, stored
+from fi_ffi.loader.kernels import KernelSource, ModuleFile, hashed_file, libraries_of, stored
+from fi_ffi.loader.search import Candidate
 from fi_ffi.loader.wheel import Recorded, Wheel, WheelReader
 
 _ASKING = 60.0  # seconds in which pip has to answer
 _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?")
-
-
-def libraries_of(paths: Iterable[str]) -> dict[str, str]:
-    """Return those of a distribution's files that are libraries, by name.
-
-    Files of one name are told apart by as many of the folders above them as that takes.
-    """
-    every = [PurePosixPath(path) for path in paths if path.endswith(".so")]
-    found: dict[str, str] = {}
-    for path in every:
-        own = path.with_suffix("").parts
-        others = [other.with_suffix("").parts for other in every if other != path]
-        count = next(
-            n for n in range(1, len(own) + 1) if not any(o[-n:] == own[-n:] for o in others)
-        )
-        found["/".join(own[-count:])] = str(path)
-    return found
 
 
 class InstalledLibraries:
@@ -64,6 +48,7 @@ class InstalledLibraries:
 
     def __init__(self, found: Distribution) -> None:
         self.location, self.version = str(found.info.parent), found.version
+        self.distribution = canonical(found.name)
         record = {member: (path, digest) for member, path, digest in found.record()}
         self._files = {name: record[member] for name, member in libraries_of(record).items()}
 
@@ -81,22 +66,15 @@ class InstalledLibraries:
         return file
 
 
-class WheelLibraries(KernelWheel):
-    """The libraries of any wheel."""
-
-    @functools.cached_property
-    def _members(self) -> dict[str, str]:
-        return libraries_of(self._wheel.members)
-
-
 class PinnedLibraries:
     """The libraries of a pinned wheel; what was fetched before is found without asking a server."""
 
     trust = "record-pinned"
 
     def __init__(self, pin: PinnedDistribution) -> None:
-        self.pin, self.version = pin, pin.version
+        self.pin, self.version, self.distribution = pin, pin.version, pin.name
         self.location = f"{pin.name} {pin.version}"
+        self._cooldown = Cooldown()
 
     @functools.cached_property
     def _record(self) -> Mapping[str, Recorded]:
@@ -111,12 +89,13 @@ class PinnedLibraries:
         if whole is not None:
             return Wheel(whole[0], record_sha256=pin.record_sha256, stored=whole)
         check_permission(f"what is pinned of {pin.file}")
-        return RemoteWheel(
-            pin.url or address_of(pin),
-            sha256=pin.sha256,
-            size=pin.size,
-            record_sha256=pin.record_sha256,
-        )
+        with self._cooldown.asking():
+            return RemoteWheel(
+                pin.url or address_of(pin),
+                sha256=pin.sha256,
+                size=pin.size,
+                record_sha256=pin.record_sha256,
+            )
 
     @functools.cached_property
     def _members(self) -> dict[str, str]:
@@ -130,10 +109,12 @@ class PinnedLibraries:
         return self._record[self._members[module]].sha256
 
     def file(self, module: str) -> ModuleFile:
-        member = self._members[module]
-        sha256 = self._record[member].sha256
-        kept = stored(PurePosixPath(member).stem, sha256)
-        return kept or ModuleFile(module, self._wheel.extract(member), sha256)
+        found, sha256 = self.kept(module), self.sha256_of(module)
+        return found or ModuleFile(module, self._wheel.extract(self._members[module]), sha256)
+
+    def kept(self, module: str) -> ModuleFile | None:
+        """Return a library that is already on this machine, or None."""
+        return stored(PurePosixPath(self._members[module]).stem, self.sha256_of(module))
 
 
 def libraries(distribution: str) -> KernelSource:
@@ -144,21 +125,27 @@ def libraries(distribution: str) -> KernelSource:
     if not isinstance(distribution, str) or not _NAME.fullmatch(distribution):
         expected = "a distribution's name, such as 'tokenspeed-kernel'"
         raise ArgumentError("module", "distribution", got=repr(distribution), expected=expected)
-    name = _canonical(distribution)
+    name = canonical(distribution)
     for found in installed(name.replace("-", "_")):
-        if _canonical(found.name) == name:
+        if canonical(found.name) == name:
             return InstalledLibraries(found)
     lock = the_lock()
     pins = [pin for pin in lock.distributions if pin.name == name]
     for pin in pins:
         if pin.platform == this_platform():
-            return PinnedLibraries(pin)
+            return _pinned(pin)
     known = sorted({pin.name for pin in lock.distributions})
     has = f"pinned for {', '.join(pin.platform for pin in pins)} alone" if pins else "not pinned"
     raise KernelNotFoundError(
         f"{distribution} is not installed, and {has} in {lock.path.name}, which has "
         f"{', '.join(known) or 'no distribution'}{nearest(name, known)}"
     )
+
+
+@functools.cache
+def _pinned(pin: PinnedDistribution) -> PinnedLibraries:
+    """Return a pinned wheel's libraries; what refused to answer is not asked again at once."""
+    return PinnedLibraries(pin)
 
 
 def library_of(distribution: str, name: str) -> tuple[KernelSource, ModuleFile]:
@@ -176,9 +163,14 @@ def library_of(distribution: str, name: str) -> tuple[KernelSource, ModuleFile]:
     return source, source.file(name)
 
 
-def open_libraries(path: Path) -> WheelLibraries:
-    """Return the libraries of a wheel's file."""
-    return WheelLibraries(str(path), Wheel(path))
+def places_of(distribution: str) -> Iterator[Candidate]:
+    """Yield where a distribution's libraries are, or why there are none."""
+    try:
+        source = libraries(distribution)
+    except KernelNotFoundError as error:
+        yield Candidate("remote", None, str(error))
+        return
+    yield Candidate("remote" if isinstance(source, PinnedLibraries) else "installed", source)
 
 
 def address_of(pin: PinnedDistribution) -> str:
@@ -236,7 +228,3 @@ def _report(arguments: Sequence[str], file: str) -> str:
             "not be imported, or give the path of the library"
         )
     return done.stdout
-
-
-def _canonical(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()

@@ -39,11 +39,12 @@ class PinnedWheel:
     sm: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PinnedDistribution:
     """A wheel of another distribution, whose libraries may be fetched.
 
-    Without a `url`, pip says where the package index has it.
+    Without a `url`, pip says where the package index has it. Entries of a lock that is read again
+    are others.
     """
 
     name: str

@@ -27,7 +27,7 @@ from fi_ffi.ops.call import cuda, memory, notation
 from fi_ffi.ops.call.checks import CompileOptions, call_text
 from fi_ffi.ops.call.codegen import FUNCTIONS, Writer
 from fi_ffi.ops.call.launch import LaunchTarget, launch
-from fi_ffi.ops.call.refuse import DEVICE_TYPES, Refusals
+from fi_ffi.ops.call.refuse import DEVICE_TYPES, MAPPED, Refusals
 from fi_ffi.ops.call.releases import GUARDED, entry_for
 from fi_ffi.ops.call.row import (
     KV_LAYOUTS,
@@ -322,11 +322,14 @@ class CompiledRow:
 
     def _device_of(self, present: Sequence[tuple[Tensor, TensorDesc]]) -> Device:
         first, of = (self.device if self.options.bound else None), ""
-        for arg, desc in present:
+        for arg, desc in sorted(present, key=lambda pair: pair[0].mapped):
             device, expected = desc.kind.device, ""
             if arg.host:
                 if device.type != "cpu":
                     expected = "an array on the host: it is read before anything is launched"
+            elif arg.mapped and first is not None and first.is_cuda and device is not first:
+                if device.type not in MAPPED:
+                    expected = f"{first}, or page-locked memory: a TensorDesc on cuda_host"
             elif device.type not in DEVICE_TYPES:
                 expected = " or ".join(DEVICE_TYPES)
             elif first is None:

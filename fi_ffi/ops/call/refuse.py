@@ -19,6 +19,7 @@ from fi_ffi.ops.call.row import Required, Row, Scalar, Tensor
 
 _BLOCK_THREADS = 1024  # CUDA's limit, on every GPU
 DEVICE_TYPES = ("cpu", "cuda")
+MAPPED = ("cuda_host", "cuda_managed")  # host memory that a GPU reads and writes over the bus
 
 
 def unlimited(arg: Scalar) -> Scalar:

@@ -50,8 +50,8 @@ _SPAN = f">=({NUMBER})(?:,<({NUMBER}))?"
 
 
 def fits(row: Row, release: str) -> bool:
-    """Whether the row's interface is that of a FlashInfer release."""
-    return is_in(release, row.releases)
+    """Whether the row's interface is that of a FlashInfer release, or of none of them."""
+    return is_in(release, row.releases) or bool(row.distribution)
 
 
 class HasReleases(Protocol):

@@ -15,6 +15,7 @@ from typing import Any
 from fi_ffi.abi.signature import Signature
 from fi_ffi.abi.tensor import TensorDesc, frozen
 from fi_ffi.errors import ArgumentTypeError
+from fi_ffi.loader.distributions import split
 from fi_ffi.ops.call.notation import Condition, parse_axis, parse_expression
 
 
@@ -57,6 +58,8 @@ class Tensor(Ranged):
     empty: bool = False
     # On the host, independent of the device of the others.
     host: bool = False
+    # It may be page-locked host memory, or managed memory, in a call on a GPU.
+    mapped: bool = False
     # The call's `kv_layout` orders the axes; `axes` is the NHD order.
     kv: bool = False
     # As the row's `offset_limit`, which applies if this is None.
@@ -356,7 +359,11 @@ class Vector:
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One op: a kernel entry with one way of calling it."""
+    """One op: a kernel entry with one way of calling it.
+
+    `module` is FlashInfer's, or "DISTRIBUTION/LIBRARY" of another distribution, as in
+    "tokenspeed-kernel/routing". `releases` are then that distribution's versions.
+    """
 
     name: str
     module: str
@@ -365,7 +372,7 @@ class Row:
     doc: str
     args: tuple[Arg, ...]
     dtypes: dict[str, tuple[str, ...]]
-    # FlashInfer releases that have exactly this interface, as a version specifier.
+    # Releases that have exactly this interface, as a version specifier.
     releases: str
     # The module's function that makes the object whose method the entry is; "" for a function.
     factory: str = ""
@@ -405,6 +412,16 @@ class Row:
     order: tuple[str, ...] = ()
     # Returns the row for the module compiled for these dtypes, by name of a given tensor.
     compiled_for: Callable[[Row, Mapping[str, str]], Row] | None = None
+
+    @property
+    def distribution(self) -> str:
+        """The distribution that has the kernel; "" for FlashInfer's."""
+        return split(self.module)[0]
+
+    @property
+    def package(self) -> str:
+        """Whose releases `releases` are."""
+        return self.distribution or "FlashInfer"
 
     @cached_property
     def slots(self) -> tuple[Arg, ...]:

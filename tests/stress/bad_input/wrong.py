@@ -110,7 +110,7 @@ _DEVICES: list[Any] = [
 def _device(rng, desc, arg, row) -> Wrong:
     new = rng.choice(_DEVICES)
     told = new if isinstance(new, str) else type(new).__name__
-    is_known = arg is not None and new != str(desc.device)
+    is_known = arg is not None and new != str(desc.device) and not arg.mapped
     return _to(f"device {told}", desc, ALONE if is_known else MAYBE, device=new)
 
 
