@@ -67,7 +67,7 @@ _TENSOR = "a TensorDesc, or an object with __dlpack__ or a (CUDA) array interfac
 _TYPESTR = {"f": "float", "i": "int", "u": "uint", "b": "bool"}
 
 
-# What a `TensorDesc` has: address, shape, strides, kind, and the object that keeps the memory alive.
+# What a `TensorDesc` has: address, shape, strides, kind, and what keeps the memory alive.
 Fields: TypeAlias = "tuple[int, tuple[int, ...], tuple[int, ...], TensorKind, object]"
 Adapter = Callable[[Any, str, str], TensorDesc]
 Reader = Callable[[Any, str, str], Fields]
@@ -86,7 +86,12 @@ def as_desc(value: object, op: str = "as_desc", argument: str = "value") -> Tens
     kind = type(value)
     if kind is TensorDesc:
         return value  # type: ignore[return-value]
-    return frozen(*READERS.get(kind, read)(value, op, argument))
+    made: Any = _new(Made)
+    made.ptr, made.shape, made.strides, made.kind, made.owner = READERS.get(kind, read)(
+        value, op, argument
+    )
+    made.__class__ = TensorDesc
+    return made  # type: ignore[no-any-return]
 
 
 def read(value: object, op: str, argument: str) -> Fields:

@@ -82,6 +82,7 @@ class BoundRow:
             frame = self._free[variant].pop()
         except (KeyError, IndexError):
             frame = variant.new_frame()
+            frame.pool = self._free.setdefault(variant, [])
         sources = self.sources
         if frame.sources is not sources or frame.version is not self.version:
             addresses = frame.addresses
@@ -97,11 +98,10 @@ class BoundRow:
 
     def give_back(self, frame: Frame) -> None:
         """Return a frame to the pool."""
-        variant: Variant = frame.variant
-        if frame.is_referred_to:
-            variant.give_back(frame)
+        if frame.has_objects and frame.is_referred_to:
+            frame.variant.give_back(frame)
         else:
-            self._free.setdefault(variant, []).append(frame)
+            frame.pool.append(frame)
 
 
 class Binder(NamedTuple):

@@ -157,11 +157,12 @@ class BatchDecodePlan(Plan):
         if bound is None:
             bound = self._bound_run(0, self._check_indices("paged_kv_indices", paged_kv_indices))
         rest = bound.rest
-        pages = paged_kv_indices, paged_kv_indptr, paged_kv_last_page_len
-        # Each chain of `is` holds if all are None.
-        no_numbers = sm_scale is q_scale is k_scale is rope_scale is rope_theta is None
-        no_arrays = alibi_slopes is pages[0] is pages[1] is pages[2] is None
-        if not (no_numbers and no_arrays) or self.options.pos_encoding_mode == "ALIBI":
+        no_numbers = sm_scale is None and q_scale is None and k_scale is None
+        no_positions = rope_scale is None and rope_theta is None and alibi_slopes is None
+        no_pages = paged_kv_indices is None and paged_kv_indptr is None
+        no_pages = no_pages and paged_kv_last_page_len is None
+        is_plain = no_numbers and no_positions and no_pages
+        if not is_plain or self.options.pos_encoding_mode == "ALIBI":
             values = bound.template.fresh()
             values.scales(self.options.head_dim, sm_scale, q_scale, k_scale)
             mode = self.options.pos_encoding_mode

@@ -219,7 +219,8 @@ class Writer(Checks):
                 number = parse_expression(other.of)[0].format_map(self.sizes)
                 lines.append(f"{words}[{self.layout.value(i)}] = {number}")
         if self.layout.last_dims > self.layout.first_dims:
-            lines.append("frame.dims[:] = dims__d0")
+            write = "frame.dims[:] = frame.written = dims__d0"
+            lines.append(f"if frame.written is not dims__d0: {write}")
         for i, arg in self.tensors:
             if arg.is_scratch:
                 at = self.layout.dims[i]
