@@ -127,6 +127,8 @@ class Writer(Checks):
         A decoder's layers, and most loops, repeat them. A call with another layout costs one more
         comparison (docs/performance.md has both).
         """
+        if not self.tensors and not self.options.known:
+            return [*checks]
         text = "\n".join(after)
         scratch = tuple(f"{arg.name}__" for _, arg in self.tensors if arg.is_scratch)
         kept = {name for name in _LOCALS.findall(text) if not name.startswith(scratch)}
@@ -182,7 +184,14 @@ class Writer(Checks):
     def _writes(self) -> list[str]:
         """Get a frame, and write into it what the memo of layouts does not have."""
         if self.options.bound:
-            lines = ["frame = bound_row.frame(variant)"]
+            lines = [
+                "try:",
+                "    frame = bound_row._free[variant].pop()",
+                "except (KeyError, IndexError):",
+                "    frame = bound_row.new_frame(variant)",
+                "is_other = frame.sources is not bound_row.sources",
+                "if is_other or frame.version is not bound_row.version: bound_row.write(frame)",
+            ]
         else:
             stream = "" if self.function == "pack" else "stream"
             lines = [
