@@ -157,12 +157,18 @@ class BatchDecodePlan(Plan):
         if bound is None:
             bound = self._bound_run(0, self._check_indices("paged_kv_indices", paged_kv_indices))
         rest = bound.rest
-        no_numbers = sm_scale is None and q_scale is None and k_scale is None
-        no_positions = rope_scale is None and rope_theta is None and alibi_slopes is None
-        no_pages = paged_kv_indices is None and paged_kv_indptr is None
-        no_pages = no_pages and paged_kv_last_page_len is None
-        is_plain = no_numbers and no_positions and no_pages
-        if not is_plain or self.options.pos_encoding_mode == "ALIBI":
+        if (
+            sm_scale is not None
+            or q_scale is not None
+            or k_scale is not None
+            or rope_scale is not None
+            or rope_theta is not None
+            or alibi_slopes is not None
+            or paged_kv_indices is not None
+            or paged_kv_indptr is not None
+            or paged_kv_last_page_len is not None
+            or self.options.pos_encoding_mode == "ALIBI"
+        ):
             values = bound.template.fresh()
             values.scales(self.options.head_dim, sm_scale, q_scale, k_scale)
             mode = self.options.pos_encoding_mode

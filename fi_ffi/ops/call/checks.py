@@ -130,9 +130,13 @@ class Checks:
             if arg.or_zeros:
                 device = f"{self.tensors[0][1].name}__kind.device"
                 lines.append(f"if {name} is None: {name} = zeros({device}, {arg.axes})")
-            lines += [f"if type({name}) is TensorDesc:", *_read_fields(name)]
+            is_desc = f"if type({name}) is TensorDesc:"
             if arg.may_be_none:
-                lines.append(f"elif {name} is None: {' = '.join(fields)} = None")
+                lines.append(f"if {name} is None:")
+                lines.append(f"    {' = '.join(fields[1:])} = None")
+                lines.append(f"    {fields[0]} = {name}__end = 0")
+                is_desc = f"el{is_desc}"
+            lines += [is_desc, *_read_fields(name)]
             given = f"{name}, {self.options.op!r}, {caller!r}"
             reader = f"readers.get(type({name}), read)"
             lines.append(f"else: {', '.join(fields)}, {name} = {reader}({given})")
@@ -542,8 +546,7 @@ class Checks:
             refusal = f"refuse.address({name!r}, {self._desc(arg)}, {mask} + 1)"
             if arg.optional:
                 test = f"{name}__p & {mask} or not {name}__p"
-                lines.append(f"if {name} is None: {name}__p = {name}__end = 0")
-                lines += ["else:", f"    {end}", f"    if {test}: {refusal}"]
+                lines += [f"if {name} is not None:", f"    {end}", f"    if {test}: {refusal}"]
             else:
                 lines.append(end)
                 required.setdefault(mask, []).append((f"{name}__p", refusal))
@@ -589,7 +592,8 @@ class Checks:
                 test = f"{p} < end0 and start0 < {end} or {p} < end1 and start1 < {end}"
                 of = f"{arg.name!r}, {self._desc(arg)}, bound_row.memory[:4]"
                 refusal = f"refuse.overlaps_workspace({of})"
-                lines.append(f"if {p} < last and first < {end} and ({test}): {refusal}")
+                present = f"{p} and " if arg.optional else ""
+                lines.append(f"if {present}{p} < last and first < {end} and ({test}): {refusal}")
         return lines
 
 
@@ -602,7 +606,11 @@ def _read_fields(name: str) -> list[str]:
 def _wrong_numbers(arg: Scalar) -> list[str]:
     """Return when a number cannot be written as it is."""
     name, wrong = arg.name, [f"type({arg.name}) is not {arg.type.__name__}"]
-    if arg.type is float:
+    if arg.type is bool:
+        return [f"{name} is not False and {name} is not True"]
+    if arg.type is float and arg.low is None and arg.high is None:
+        wrong.append(f"{name} - {name} != 0.0")  # of what is not finite the difference is NaN
+    elif arg.type is float:
         low = "-inf <" if arg.low is None else f"{float(arg.low)!r} <="
         high = "< inf" if arg.high is None else f"<= {float(arg.high)!r}"
         wrong.append(f"not {low} {name} {high}")
