@@ -224,12 +224,16 @@ class Frame:
         view = memoryview(ffi.buffer(memory)).cast("B")
         self.words, self.addresses, self.floats = view.cast("q"), view.cast("Q"), view.cast("d")
         self.layout, self.entry = layout, entry
-        # Written by `struct.pack_into`.
+        # The shapes and strides that calls write, and what was last written there.
         self.dims = view[8 * layout.first_dims : 8 * layout.last_dims]
+        self.written: bytes | None = None
         # The stream that was current before a call, restored after it.
         self.before = ffi.cast("TVMFFIStreamHandle *", memory + layout.before)
         self.before_word = layout.before
         self.words[layout.before] = NO_STREAM
+        # Owned by `launch`: the stream of the last call that was given one, and what sets it.
+        self.pointer: Any = None
+        self.set_stream: Any = None
         # The device that is current when a call begins, as CUDA writes it.
         self.device, self.device_word = ffi.cast("int *", memory + layout.device), layout.device
         self._result = ffi.cast("TVMFFIAny *", memory + layout.result)
@@ -241,10 +245,12 @@ class Frame:
         self._arrays: list[Array] = []
         # Each object's reference count, and how many of the references are this frame's own.
         self._references: list[tuple[memoryview, int]] = []
-        # Owned by the callers: the variant and the launch target that the frame was made for, and
-        # the plan's placement and schedule that it was last written for.
+        # Owned by the callers: the variant and the launch target that the frame was made for, where
+        # a plan keeps it between calls, and the plan's placement and schedule that it was last
+        # written for.
         self.variant: Any = None
         self.target: Any = None
+        self.pool: Any = None
         self.version: object = None
         self.sources: object = None
         for i, slot in enumerate(slots):

@@ -67,7 +67,14 @@ _TENSOR = "a TensorDesc, or an object with __dlpack__ or a (CUDA) array interfac
 _TYPESTR = {"f": "float", "i": "int", "u": "uint", "b": "bool"}
 
 
+# What a `TensorDesc` has: address, shape, strides, kind, and what keeps the memory alive.
+Fields: TypeAlias = "tuple[int, tuple[int, ...], tuple[int, ...], TensorKind, object]"
 Adapter = Callable[[Any, str, str], TensorDesc]
+Reader = Callable[[Any, str, str], Fields]
+
+# By type, what reads a tensor of a kind seen before without a descriptor; of all other tensors it
+# leaves the judgement to `read`. A tensor whose type is not here is read by `read`.
+READERS: dict[type, Reader] = {}
 
 
 def as_desc(value: object, op: str = "as_desc", argument: str = "value") -> TensorDesc:
@@ -79,6 +86,22 @@ def as_desc(value: object, op: str = "as_desc", argument: str = "value") -> Tens
     kind = type(value)
     if kind is TensorDesc:
         return value  # type: ignore[return-value]
+    made: Any = _new(Made)
+    made.ptr, made.shape, made.strides, made.kind, made.owner = READERS.get(kind, read)(
+        value, op, argument
+    )
+    made.__class__ = TensorDesc
+    return made  # type: ignore[no-any-return]
+
+
+def read(value: object, op: str, argument: str) -> Fields:
+    """Return the fields of a descriptor of any tensor, as `as_desc` makes it."""
+    desc = _described(value, op, argument)
+    return desc.ptr, desc.shape, desc.strides, desc.kind, desc.owner
+
+
+def _described(value: object, op: str, argument: str) -> TensorDesc:
+    kind = type(value)
     adapter = _ADAPTERS.get(kind)
     if adapter is None:
         adapter = _adapter_of(kind)
@@ -143,20 +166,26 @@ def _numpy_adapter(kind: type, library: Any) -> Adapter:
     kinds: dict[tuple[Any, int], TensorKind] = {}
     from_buffer, cast = ffi.from_buffer, ffi.cast
 
-    def read(array: Any, op: str, argument: str) -> TensorDesc:
-        flags = array.flags
-        if flags.c_contiguous and flags.writeable:
-            shape, dtype = array.shape, array.dtype
-            found = kinds.get((dtype, len(shape)))
-            if found is not None:
+    def read_known(array: Any, op: str, argument: str) -> Fields:
+        try:
+            flags = array.flags
+            if flags.c_contiguous and flags.writeable:
+                shape = array.shape
+                found = kinds[array.dtype, len(shape)]
                 address = int(cast("uintptr_t", from_buffer(array)))
-                return frozen(address, shape, c_strides(shape), found, array)
+                return address, shape, c_strides(shape), found, array
+        except Exception as error:
+            let_through(error)
+        return read(array, op, argument)
+
+    def describe(array: Any, op: str, argument: str) -> TensorDesc:
         desc = _from_array_interface(array, array.__array_interface__, op, argument, "cpu")
         if not desc.readonly:
             remember(kinds, (array.dtype, len(desc.shape)), desc.kind, _MAX_TYPES)
         return desc
 
-    return read
+    remember(READERS, kind, read_known, _MAX_TYPES)
+    return describe
 
 
 def _has_mask(kind: type) -> bool:
@@ -185,7 +214,7 @@ def _torch_adapter(kind: type, torch: Any) -> Adapter:
     has_cuda_only = torch.version.cuda is not None
     is_plain_type = kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__  # type: ignore[attr-defined]
 
-    def read(tensor: Any, op: str, argument: str) -> TensorDesc:
+    def read_known(tensor: Any, op: str, argument: str) -> Fields:
         try:
             # A tensor that is not dense raises when asked for its strides. Those and the shape are
             # read in every call: a tensor of inference_mode() has no version that tells of a
@@ -195,24 +224,15 @@ def _torch_adapter(kind: type, torch: Any) -> Adapter:
             where = tensor.get_device() if has_cuda_only else -1
             if where < 0:
                 where = tensor.device
-            found = kinds.get((tensor.dtype, where, len(strides)))
-            if found is None or (found[1] and tensor.is_neg()):
-                found = described(tensor, op, argument)
-            made: Any = _new(Made)
-            made.ptr, made.shape, made.strides = tensor.data_ptr(), tensor.shape, strides
-            made.kind, made.owner = found[0], tensor
-            made.__class__ = TensorDesc
-            return made  # type: ignore[no-any-return]
-        except RuntimeError as error:
+            found, may_be_negative = kinds[tensor.dtype, where, len(strides)]
+            if not (may_be_negative and tensor.is_neg()):
+                return tensor.data_ptr(), tensor.shape, strides, found, tensor
+        except Exception as error:  # of a kind not seen yet, or of a tensor that refused
             let_through(error)
-            failed = error
-        # `described` has a clearer message for most cases; it runs outside the except block, so
-        # that the error has no chained traceback.
-        described(tensor, op, argument)
-        raise failed
+        return read(tensor, op, argument)
 
-    def described(tensor: Any, op: str, argument: str) -> tuple[TensorKind, bool]:
-        """Return what is kept of a tensor seen for the first time; raise if no kernel can read
+    def describe(tensor: Any, op: str, argument: str) -> TensorDesc:
+        """Describe a tensor and keep what is not of this one alone; raise if no kernel can read
         it."""
         what = f"a {kind.__module__}.{kind.__qualname__}, which stands for a tensor"
         if is_plain_type:
@@ -228,11 +248,17 @@ def _torch_adapter(kind: type, torch: Any) -> Adapter:
         if where.type not in ("cpu", "cuda"):
             raise ArgumentError(op, argument, got=where, expected="a CPU or CUDA tensor")
         device = parse_device(f"{where.type}:{where.index or 0}" if where.type == "cuda" else "cpu")
+        made = frozen(
+            tensor.data_ptr(), tensor.shape, tensor.stride(),
+            tensor_kind(dtype, device, tensor.dim()), tensor,
+        )  # fmt: skip
         named = tensor.get_device() if where.type == "cuda" and has_cuda_only else where
-        made = tensor_kind(dtype, device, tensor.dim()), dtype.name in _MAY_BE_NEGATIVE
-        return remember(kinds, (tensor.dtype, named, tensor.dim()), made, _MAX_TYPES)
+        key = tensor.dtype, named, tensor.dim()
+        remember(kinds, key, (made.kind, dtype.name in _MAY_BE_NEGATIVE), _MAX_TYPES)
+        return made
 
-    return read
+    remember(READERS, kind, read_known, _MAX_TYPES)
+    return describe
 
 
 # The dtypes of complex tensors' parts: torch's conj().imag is a view with the sign turned.

@@ -242,7 +242,7 @@ def unpack(slot: Any, *, owned: bool) -> Any:
     if index < TypeIndex.OBJECT_BEGIN:
         raise AbiError(f"a TVM-FFI value of type index {index} has no Python form")
     handle = slot.v_ptr
-    made = library.type_index_of(handle or _pointed(slot, "void *"))
+    made = slot.v_obj.type_index if handle else _pointed(slot, "void *")
     if made != index:  # not released either: its real type is unknown
         raise AbiError(f"a TVM-FFI value of type index {index}, its object of {made}")
     if not owned:

@@ -235,7 +235,8 @@ class Batch:
     ) -> None:
         self._op, self._names, self._page_size = op, names, page_size
         # The arrays that planners read and that are copied to the device, by their names here.
-        views = self.views = dict[str, memoryview]()
+        views: dict[str, memoryview] = {}
+        self.views = views
         by_name = dict(zip(names, arrays, strict=True))
         qo, count, of_kv = None, None, by_name["kv_indptr"]
         if "qo_indptr" in by_name:

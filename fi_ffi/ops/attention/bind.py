@@ -55,6 +55,7 @@ class BoundRow:
         # Of the known axes: a getter of the sizes that each batch changes, and the fixed sizes.
         self.batch_sizes: Callable[[Any], tuple[int, ...]]
         self.own_sizes: tuple[int, ...] = ()
+        # The frames that no call has, by the variant that they were made for.
         self._free: dict[Variant, list[Frame]] = {}
 
     def put(self, name: str, value: Any) -> None:
@@ -76,32 +77,30 @@ class BoundRow:
         self.words[name] = words
         self.version = object()
 
-    def frame(self, variant: Variant) -> Frame:
-        """Take a frame for one call, with the bound arguments written into it."""
-        try:
-            frame = self._free[variant].pop()
-        except (KeyError, IndexError):
-            frame = variant.new_frame()
-        sources = self.sources
-        if frame.sources is not sources or frame.version is not self.version:
-            addresses = frame.addresses
-            if frame.version is not self.version:
-                for words in self.words.values():
-                    for word, value in words:
-                        addresses[word] = value
-                frame.version = self.version
-            for word, of, more in self.changing:
-                addresses[word] = sources[of] + more
-            frame.sources = sources
+    def new_frame(self, variant: Variant) -> Frame:
+        """Make a frame, which is given back to the pool."""
+        frame = variant.new_frame()
+        frame.pool = self._free.setdefault(variant, [])
         return frame
+
+    def write(self, frame: Frame) -> None:
+        """Write the bound arguments into a frame that has others', or none."""
+        addresses, sources = frame.addresses, self.sources
+        if frame.version is not self.version:
+            for words in self.words.values():
+                for word, value in words:
+                    addresses[word] = value
+            frame.version = self.version
+        for word, of, more in self.changing:
+            addresses[word] = sources[of] + more
+        frame.sources = sources
 
     def give_back(self, frame: Frame) -> None:
         """Return a frame to the pool."""
-        variant: Variant = frame.variant
-        if frame.is_referred_to:
-            variant.give_back(frame)
+        if frame.has_objects and frame.is_referred_to:
+            frame.variant.give_back(frame)
         else:
-            self._free.setdefault(variant, []).append(frame)
+            frame.pool.append(frame)
 
 
 class Binder(NamedTuple):

@@ -157,11 +157,18 @@ class BatchDecodePlan(Plan):
         if bound is None:
             bound = self._bound_run(0, self._check_indices("paged_kv_indices", paged_kv_indices))
         rest = bound.rest
-        pages = paged_kv_indices, paged_kv_indptr, paged_kv_last_page_len
-        # Each chain of `is` holds if all are None.
-        no_numbers = sm_scale is q_scale is k_scale is rope_scale is rope_theta is None
-        no_arrays = alibi_slopes is pages[0] is pages[1] is pages[2] is None
-        if not (no_numbers and no_arrays) or self.options.pos_encoding_mode == "ALIBI":
+        if (
+            sm_scale is not None
+            or q_scale is not None
+            or k_scale is not None
+            or rope_scale is not None
+            or rope_theta is not None
+            or alibi_slopes is not None
+            or paged_kv_indices is not None
+            or paged_kv_indptr is not None
+            or paged_kv_last_page_len is not None
+            or self.options.pos_encoding_mode == "ALIBI"
+        ):
             values = bound.template.fresh()
             values.scales(self.options.head_dim, sm_scale, q_scale, k_scale)
             mode = self.options.pos_encoding_mode

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.function import Frame, array_values
 from fi_ffi.abi.objects import Array
-from fi_ffi.abi.streams import handle_for
+from fi_ffi.abi.streams import current_scope, handle_for
 from fi_ffi.abi.tensor import Device, TensorDesc, parse_device
 from fi_ffi.errors import ArgumentTypeError
 from fi_ffi.loader import machine
@@ -21,14 +21,15 @@ from fi_ffi.ops.attention.backends import Target, multiprocessors, release_for
 from fi_ffi.ops.attention.bind import Binder, BoundRow, BoundRuns, RunNames
 from fi_ffi.ops.attention.options import Options, SignatureWithOptions, take_any_name
 from fi_ffi.ops.attention.rows import FORMS
-from fi_ffi.ops.attention.run import Packing, launch_run
+from fi_ffi.ops.attention.run import Packing
 from fi_ffi.ops.attention.schedule import Captured, Planner, allocate, place
 from fi_ffi.ops.attention.sizes import Need
 from fi_ffi.ops.attention.values import Values, without_options
 from fi_ffi.ops.attention.workspace import Workspace
-from fi_ffi.ops.call import cuda, hooks
+from fi_ffi.ops.call import cuda, hooks, memory
 from fi_ffi.ops.call.arguments import Refusal
 from fi_ffi.ops.call.forms import in_force
+from fi_ffi.ops.call.launch import launch
 from fi_ffi.ops.call.row import Row
 from fi_ffi.ops.call.support import Support, supports
 
@@ -233,9 +234,10 @@ class Plan:
             need = self._need_at_most(batch)
             if need is not None:
                 placed, have = self._placed, self.workspace
-                if need is self._needs and self._queue and placed.holds(need.int_bytes, batch):
+                if not self._queue or not placed.holds(need.int_bytes, batch):
+                    placed = place(placed, need, batch, num_indices, self.device)
+                elif need is self._needs:
                     return need, placed
-                placed = place(placed, need, batch, num_indices, self.device)
                 if self._owns_workspace or have is None or have._has(need.float_bytes, placed.end):
                     return need, placed
                 self._most.clear()  # this may be what larger batches needed
@@ -314,7 +316,7 @@ class Plan:
         code = self._planner.send(queue and queue.pointer)
         if code:
             cuda.check(code, "cudaMemcpyAsync")
-        stages.record(stage, 0 if queue is None else queue.handle)
+        stages.record(stage, queue and queue.pointer)
         if queue is not None and replayed is not None:
             cuda.synchronize(self.device)
         workspace._generation += 1
@@ -377,8 +379,29 @@ class Plan:
                 bound.give_back(frame)
 
     def _launch_frame(self, frame: Frame, stream: object) -> None:
-        """Launch a packed run after the plan's copies and before the next plan in the workspace."""
-        launch_run(self, self._check_current(), frame, stream)
+        """Launch a packed run after the plan's copies and before the next plan in the workspace, on
+        whichever streams these are."""
+        workspace, device, event = self._check_current(), self.device, None
+        if device.is_cuda and (type(stream) is not int or stream != workspace._stream):
+            scope = current_scope() if stream is None else None
+            if scope is not None and scope.device is device:
+                handle = scope.handle
+            else:
+                handle = handle_for(stream, device, self.op)
+                stream = stream if stream is None else handle
+            if handle != workspace._stream:
+                event = workspace._join(handle)
+        if frame.has_objects:
+            frame.place_objects()
+        if memory.recording() is not None:
+            memory.keep_for_graph(workspace, self._info)
+        if hooks.watcher is None:
+            launch(frame, stream)
+        else:
+            with hooks.running(self):
+                launch(frame, stream)
+        if event is not None:
+            event.record(handle)
 
     def _check_indices(self, name: str, indices: object) -> bool:
         """Whether the plan has the pages; raise unless exactly one of plan and run has them."""

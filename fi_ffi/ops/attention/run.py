@@ -1,4 +1,4 @@
-"""Runs of a plan: launched in the workspace's order, or prepared to be launched many times."""
+"""Runs of a plan, prepared to be launched many times."""
 
 from __future__ import annotations
 
@@ -7,38 +7,10 @@ from types import NoneType
 from typing import Any
 
 from fi_ffi.abi.function import Frame
-from fi_ffi.abi.streams import current_scope, handle_for
+from fi_ffi.abi.streams import handle_for
 from fi_ffi.abi.tensor import TensorDesc
 from fi_ffi.ops.attention.bind import BoundRow
-from fi_ffi.ops.attention.workspace import Workspace
-from fi_ffi.ops.call import hooks, memory
-from fi_ffi.ops.call.launch import launch
 from fi_ffi.ops.call.prepared import PackedCall, tensor_like
-
-
-def launch_run(plan: Any, workspace: Workspace, frame: Frame, stream: object) -> None:
-    """Launch a plan's packed run, ordered against the copies and runs on other streams."""
-    event, device = None, plan.device
-    if device.is_cuda and (type(stream) is not int or stream != workspace._stream):
-        scope = current_scope() if stream is None else None
-        if scope is not None and scope.device is device:
-            handle = scope.handle
-        else:
-            handle = handle_for(stream, device, plan.op)
-            stream = stream if stream is None else handle
-        if handle != workspace._stream:
-            event = workspace._join(handle)
-    if frame.has_objects:
-        frame.place_objects()
-    if memory.recording() is not None:
-        memory.keep_for_graph(workspace, plan._info)
-    if hooks.watcher is None:
-        launch(frame, stream)
-    else:
-        with hooks.running(plan):
-            launch(frame, stream)
-    if event is not None:
-        event.record(handle)
 
 
 class Packing:

@@ -18,7 +18,6 @@ from fi_ffi.ops.attention.sizes import Need, aligned
 from fi_ffi.ops.attention.workspace import Workspace
 from fi_ffi.ops.call import cuda
 from fi_ffi.ops.call.arguments import Refusal
-from fi_ffi.ops.call.compiled import Variant
 from fi_ffi.ops.call.launch import launch
 from fi_ffi.ops.call.row import Row
 from fi_ffi.ops.call.staging import Stage
@@ -53,7 +52,6 @@ class Planner:
         self._bound = binder.bind(row, binder.module, kinds, {})
         for name in ("batch_size", "total_num_rows"):
             self._bound.put(name, 0)
-        self._variant: Variant | None = None  # found when the first batch was read and is right
         # The frame that has a stage's addresses, and the stage's.
         self._frame: Frame | None = None
         self._ptr = 0
@@ -73,10 +71,7 @@ class Planner:
         if self._placed is not placed or self._workspace is not workspace:
             self._bind_places(workspace, stage.desc, placed, batch)
             self._placed, self._workspace, self._ptr = placed, workspace, 0
-        if self._variant is None:
-            self._variant, frame = bound.compiled.pack(bound)
-        else:
-            frame = bound.frame(self._variant)
+        _, frame = bound.compiled.pack(bound)
         try:
             words = frame.addresses
             if ptr != self._ptr or frame is not self._frame:
@@ -86,9 +81,11 @@ class Planner:
                 start = placed.kernel_bytes if self._has_sent else 0
                 target, count = workspace.int_buffer.ptr + start, placed.end - start
                 self.send = cuda.copying(target, ptr + start, count, self._device.is_cuda)
-            sources = batch.size, batch.room_for_rows
-            for word, of, more in self._of_batch:
-                words[word] = sources[of] + more
+            size = batch.size
+            for word, more in self._of_size:
+                words[word] = size + more
+            for word in self._of_rows:
+                words[word] = batch.room_for_rows
             launch(frame, stream)
             address = words[frame.layout.result + 1]
             info = frame.take_result()
@@ -103,21 +100,22 @@ class Planner:
         self, workspace: Workspace, stage: TensorDesc, placed: Arrays, batch: Batch
     ) -> None:
         """Bind the planner to a workspace and a placement. List the frame words that change with
-        the stage: the word, and an offset; and with each batch: the word, its source (requests 0,
-        queries 1), and an offset."""
+        the stage and with the number of requests, with an offset, and those that have the number of
+        queries."""
         bound, count = self._bound, placed.kernel_bytes
         bound.put("float_workspace_buffer", workspace.float_buffer)
         bound.put("int_workspace_buffer", workspace.int_buffer.rows(0, count))
         bound.put(_STAGING, stage.rows(0, count))
-        words, sources = bound.words, enumerate(("batch_size", "total_num_rows"))
+        words = bound.words
         self._of_stage = [(words[_STAGING][0][0], 0)] if _STAGING in words else []
-        self._of_batch = [(words[name][0][0], of, 0) for of, name in sources if name in words]
+        self._of_size = [(words["batch_size"][0][0], 0)] if "batch_size" in words else []
+        self._of_rows = [words["total_num_rows"][0][0]] if "total_num_rows" in words else []
         descs = placed.descs(stage, {name: len(view) for name, view in batch.views.items()})
         for argument, name in self._arrays.items():
             bound.put(argument, descs[name])
             (address, _), (length, _), *_ = words[argument]
             self._of_stage.append((address, placed.where(name)[0]))
-            self._of_batch.append((length, 0, len(batch.views[name]) - batch.size))
+            self._of_size.append((length, len(batch.views[name]) - batch.size))
 
 
 class Captured:

@@ -31,6 +31,8 @@ from fi_ffi.ops.call.row import (
 )
 
 _FAR = 2**62  # no tensor reaches this limit
+# The local variables of each tensor, as a reader returns them: address, shape, strides, kind.
+FIELDS = ("p", "shape", "strides", "kind")
 
 
 def parameters(row: Row) -> str:
@@ -114,23 +116,36 @@ class Checks:
 
     # Tensors, their kinds and shapes.
 
+    def _desc(self, arg: Tensor) -> str:
+        """Return the expression for a descriptor of an argument; of a missing one it is None."""
+        fields = ", ".join(f"{arg.name}__{field}" for field in FIELDS)
+        return f"describe({fields}, {arg.name})"
+
     def _kinds(self) -> list[str]:
         """Describe the tensors, and find the variant for their kinds."""
         lines, key = list[str](), list[str]()
         for _, arg in self.tensors:
-            name, kind, present = arg.name, f"{arg.name}.kind", ""
+            name, caller = arg.name, self.options.names.get(arg.name, arg.name)
+            fields = [f"{name}__{field}" for field in FIELDS]
             if arg.or_zeros:
-                first = self.tensors[0][1]
-                lines.append(f"if {name} is None: {name} = zeros({first.name}.device, {arg.axes})")
+                device = f"{self.tensors[0][1].name}__kind.device"
+                lines.append(f"if {name} is None: {name} = zeros({device}, {arg.axes})")
+            is_desc = f"if type({name}) is TensorDesc:"
             if arg.may_be_none:
-                kind, present = f"None if {name} is None else {kind}", f"{name} is not None and "
-            caller = self.options.names.get(name, name)
-            described = f"describe({name}, {self.options.op!r}, {caller!r})"
-            lines.append(f"if {present}type({name}) is not TensorDesc: {name} = {described}")
+                lines.append(f"if {name} is None:")
+                lines.append(f"    {' = '.join(fields[1:])} = None")
+                lines.append(f"    {fields[0]} = {name}__end = 0")
+                is_desc = f"el{is_desc}"
+            lines += [is_desc, *_read_fields(name)]
+            given = f"{name}, {self.options.op!r}, {caller!r}"
+            reader = f"readers.get(type({name}), read)"
+            lines.append(f"else: {', '.join(fields)}, {name} = {reader}({given})")
             if arg.is_loose:
-                lines.append(f"if {present}{name}.kind.rank != 1: {name} = as_vector({name})")
-            key.append(kind)
-        descs = "".join(f"{arg.name}, " for _, arg in self.tensors)
+                present = f"{name} is not None and " if arg.may_be_none else ""
+                lines.append(f"if {present}{name}__kind.rank != 1:")
+                lines += [f"    {name} = as_vector({self._desc(arg)})", *_read_fields(name)]
+            key.append(f"{name}__kind")
+        descs = "".join(f"{self._desc(arg)}, " for _, arg in self.tensors)
         layout, kv = self.row.kv_layout, "'NHD'"
         if layout is not None:
             kv = layout.name
@@ -170,7 +185,7 @@ class Checks:
         steps = [f"{name}__s{k}" for k in range(rank)]
         lines = []
         for of, targets in (("shape", names), ("strides", steps)):
-            source = f"{name}.{of}"
+            source = f"{name}__{of}"
             if arg.kv:
                 source = f"{source} if is_nhd else exchanged({source})"
             lines.append(f"{', '.join(targets)}, = {source}")
@@ -214,7 +229,7 @@ class Checks:
             wanted = known if axis.over == 1 else f"({known}) // {axis.over}"
             fixed = next((self.fixed_by[name] for name in axis.names if name in self.fixed_by), "")
             fixed = "" if fixed == arg.name else fixed
-            refusal = f"refuse.size({arg.name!r}, {arg.name}, {text!r}, {wanted}, {fixed!r})"
+            refusal = f"refuse.size({arg.name!r}, {self._desc(arg)}, {text!r}, {wanted}, {fixed!r})"
             return [f"if {size} != {wanted}: {refusal}"]
         ((name, times),) = unknown
         solved = f"size__{name}"
@@ -223,7 +238,8 @@ class Checks:
             assert (len(axis.terms), times, axis.more) == (1, 1, 0), f"{self.row.name}: {text}"
             return [f"{solved} = {size} * {axis.over}"]
         minus = "" if known == "0" else f" - ({known})"
-        unsolved = f"refuse.unsolved({arg.name!r}, {arg.name}, {text!r}, {size}, {known}, {times})"
+        of = f"{arg.name!r}, {self._desc(arg)}, {text!r}"
+        unsolved = f"refuse.unsolved({of}, {size}, {known}, {times})"
         if times == 1:
             return [f"{solved} = {size}{minus}", f"if {solved} < 0: {unsolved}"]
         return [
@@ -245,7 +261,8 @@ class Checks:
                 continue
             assert axis.names == (text,), f"{self.row.name}: {name} alone has {text}"
             if text in self.maybe:
-                refusal = f"{name!r}, {name}, {text!r}, size__{text}, {self.fixed_by[text]!r}"
+                of = f"{name!r}, {self._desc(arg)}, {text!r}"
+                refusal = f"{of}, size__{text}, {self.fixed_by[text]!r}"
                 inside += [
                     f"if size__{text} is None: size__{text} = {size}",
                     f"elif {size} != size__{text}: refuse.size({refusal})",
@@ -316,7 +333,11 @@ class Checks:
             have = f"{size} * {DTYPES[arg.dtype].itemsize}"
             asked = f"scratch{i}, variant.device, need, stream, {self.function == 'pack'}"
             lines.append(f"need = {need}")
-            lines.append(f"if {name} is None: {name} = scratch_for(refuse, {asked})")
+            lines += [
+                f"if {name} is None:",
+                f"    {name} = scratch_for(refuse, {asked})",
+                *_read_fields(name),
+            ]
             lines += self._read(arg, [size])
             if not arg.any_size:
                 lines.append(f"if {have} < need: refuse.scratch({name!r}, {have}, need)")
@@ -330,15 +351,22 @@ class Checks:
         lines = []
         for number, condition in enumerate(self.row.conditions):
             axis, names = condition.axis, condition.names
-            first = self.fixed_by.get(axis) or next(
-                (arg.name for _, arg in self.tensors if axis in arg.axis_variables), None
+            fixed_by = self.fixed_by.get(axis)
+            first = next(
+                (
+                    arg
+                    for _, arg in self.tensors
+                    if (axis in arg.axis_variables if fixed_by is None else arg.name == fixed_by)
+                ),
+                None,
             )
             if first is None or not {*names} <= self.sizes.keys():
                 continue
             sizes = [self.sizes[name] for name in names]
             maybe = [f"{self.sizes[name]} is None" for name in names if name in self.maybe]
             test = " or ".join([*maybe, condition.template.format_map(self.sizes)])
-            refusal = f"refuse.limit({first!r}, {first}, {number}, ({', '.join(sizes)},))"
+            of = f"{first.name!r}, {self._desc(first)}"
+            refusal = f"refuse.limit({of}, {number}, ({', '.join(sizes)},))"
             lines.append(f"if not ({test}): {refusal}")
         return lines
 
@@ -395,7 +423,7 @@ class Checks:
         if self.row.vector.threads:
             threads = f"min({threads}, {self.row.vector.threads})"
         count = " * ".join(self.sizes[name] for name in self.row.block)
-        refusal = f"refuse.block({arg.name!r}, {arg.name}, threads, {count})"
+        refusal = f"refuse.block({arg.name!r}, {self._desc(arg)}, threads, {count})"
         return [
             f"threads = max({threads}, 1)",
             f"if {count} * threads > 1024: {refusal}",
@@ -418,7 +446,7 @@ class Checks:
             reach = [f"{arg.name}__span > {limit}"] if arg.axis_names and limit < _FAR else []
             present = f"{arg.name} is not None and " if arg.optional else ""
             for those in filter(None, (wrong, reach)):
-                refusal = f"refuse.strides({arg.name!r}, {arg.name}, {step})"
+                refusal = f"refuse.strides({arg.name!r}, {self._desc(arg)}, {step})"
                 lines.append(f"if {present}({' or '.join(those)}): {refusal}")
             if item != "1":  # convert to bytes
                 lines.append(f"{arg.name}__span *= {item}")
@@ -426,9 +454,10 @@ class Checks:
             return lines
         same = [arg for _, arg in self.tensors if arg.name in self.row.same_strides]
         for arg in same[1:]:
-            first_name = same[0].name
-            refusal = f"refuse.same_strides({arg.name!r}, {arg.name}, {first_name!r}, {first_name})"
-            lines.append(f"if {arg.name}.strides != {first_name}.strides: {refusal}")
+            first = same[0]
+            of = f"{arg.name!r}, {self._desc(arg)}, {first.name!r}, {self._desc(first)}"
+            test = f"{arg.name}__strides != {first.name}__strides"
+            lines.append(f"if {test}: refuse.same_strides({of})")
         return lines
 
     def _wrong_strides(self, arg: Tensor, step: str) -> list[str]:
@@ -513,15 +542,13 @@ class Checks:
         lines, required = [], dict[str, list[tuple[str, str]]]()
         for _, arg in self.tensors:
             name, mask = arg.name, self.masks[arg.name]
-            start, end = f"{name}__p = {name}.ptr", f"{name}__end = {name}__p + {name}__span"
-            refusal = f"refuse.address({name!r}, {name}, {mask} + 1)"
+            end = f"{name}__end = {name}__p + {name}__span"
+            refusal = f"refuse.address({name!r}, {self._desc(arg)}, {mask} + 1)"
             if arg.optional:
                 test = f"{name}__p & {mask} or not {name}__p"
-                lines.append(f"if {name} is None: {name}__p = {name}__end = 0")
-                lines += ["else:", *(f"    {line}" for line in (start, end))]
-                lines.append(f"    if {test}: {refusal}")
+                lines += [f"if {name} is not None:", f"    {end}", f"    if {test}: {refusal}"]
             else:
-                lines += [start, end]
+                lines.append(end)
                 required.setdefault(mask, []).append((f"{name}__p", refusal))
         for mask, those in required.items():
             each = [p for p, _ in those]
@@ -544,13 +571,14 @@ class Checks:
             if any({a.name, b.name} == {*pair} for pair in self.row.in_place):
                 one = f"{a.name}__p == {b.name}__p"
                 same.append(f"({one} and {a.name}__p != 0)")
-                test += f" and not ({one} and {a.name}.strides == {b.name}.strides)"
+                test += f" and not ({one} and {a.name}__strides == {b.name}__strides)"
             optional = next((arg.name for arg in (b, a) if arg.optional), "")
             tests.setdefault(optional, []).append(f"({test})")
         if any(IN_PLACE in rule.names for rule in self.row.rules):
             lines.append(f"is_in_place = {' or '.join(same) or 'False'}")
         descs = ", ".join(
-            arg.name if arg.name not in self.options.bound else "None" for arg in self.row.tensors
+            self._desc(arg) if arg.name not in self.options.bound else "None"
+            for arg in self.row.tensors
         )
         for optional, those in tests.items():
             for at in range(0, len(those), 8):
@@ -562,17 +590,27 @@ class Checks:
             for _, arg in self.tensors:
                 p, end = f"{arg.name}__p", f"{arg.name}__end"
                 test = f"{p} < end0 and start0 < {end} or {p} < end1 and start1 < {end}"
-                refusal = (
-                    f"refuse.overlaps_workspace({arg.name!r}, {arg.name}, bound_row.memory[:4])"
-                )
-                lines.append(f"if {p} < last and first < {end} and ({test}): {refusal}")
+                of = f"{arg.name!r}, {self._desc(arg)}, bound_row.memory[:4]"
+                refusal = f"refuse.overlaps_workspace({of})"
+                present = f"{p} and " if arg.optional else ""
+                lines.append(f"if {present}{p} < last and first < {end} and ({test}): {refusal}")
         return lines
+
+
+def _read_fields(name: str) -> list[str]:
+    """Return the lines of a block that read a descriptor's fields."""
+    sources = ("ptr", "shape", "strides", "kind")
+    return [f"    {name}__{to} = {name}.{of}" for to, of in zip(FIELDS, sources, strict=True)]
 
 
 def _wrong_numbers(arg: Scalar) -> list[str]:
     """Return when a number cannot be written as it is."""
     name, wrong = arg.name, [f"type({arg.name}) is not {arg.type.__name__}"]
-    if arg.type is float:
+    if arg.type is bool:
+        return [f"{name} is not False and {name} is not True"]
+    if arg.type is float and arg.low is None and arg.high is None:
+        wrong.append(f"{name} - {name} != 0.0")  # of what is not finite the difference is NaN
+    elif arg.type is float:
         low = "-inf <" if arg.low is None else f"{float(arg.low)!r} <="
         high = "< inf" if arg.high is None else f"<= {float(arg.high)!r}"
         wrong.append(f"not {low} {name} {high}")

@@ -50,7 +50,8 @@ class Writer(Checks):
 
         def end() -> list[str]:
             sizes = ", ".join(f"{axis!r}: {size}" for axis, size in self.sizes.items())
-            return [f"return {_by_name(self.row.tensors)}, {{{sizes}}}"]
+            descs = ", ".join(f"{arg.name!r}: {self._desc(arg)}" for arg in self.row.tensors)
+            return [f"return {{{descs}}}, {{{sizes}}}"]
 
         return f"def check({parameters(self.row)}):", self._lines(end)
 
@@ -126,6 +127,8 @@ class Writer(Checks):
         A decoder's layers, and most loops, repeat them. A call with another layout costs one more
         comparison (docs/performance.md has both).
         """
+        if not self.tensors and not self.options.known:
+            return [*checks]
         text = "\n".join(after)
         scratch = tuple(f"{arg.name}__" for _, arg in self.tensors if arg.is_scratch)
         kept = {name for name in _LOCALS.findall(text) if not name.startswith(scratch)}
@@ -146,10 +149,13 @@ class Writer(Checks):
         """Return the source of the tensors' shapes and strides, without the first sizes of some."""
         layouts = []
         for _, arg in self.tensors:
-            rest = f"[{'variant.is_nhd' if arg.kv else 1}:]" * (arg.name in growing)
-            for of in (f"{arg.name}.shape{rest}", f"{arg.name}.strides"):
-                if not arg.is_scratch:
-                    layouts.append(f"None if {arg.name} is None else {of}" if arg.optional else of)
+            if arg.is_scratch:
+                continue
+            shape = f"{arg.name}__shape"
+            if arg.name in growing:
+                shape += f"[{'variant.is_nhd' if arg.kv else 1}:]"
+                shape = f"None if {arg.name} is None else {shape}" if arg.optional else shape
+            layouts += [shape, f"{arg.name}__strides"]
         return _listed(layouts)
 
     def _of_batch(self, checks: Sequence[str], kept: set[str]) -> list[str]:
@@ -178,7 +184,14 @@ class Writer(Checks):
     def _writes(self) -> list[str]:
         """Get a frame, and write into it what the memo of layouts does not have."""
         if self.options.bound:
-            lines = ["frame = bound_row.frame(variant)"]
+            lines = [
+                "try:",
+                "    frame = bound_row._free[variant].pop()",
+                "except (KeyError, IndexError):",
+                "    frame = bound_row.new_frame(variant)",
+                "is_other = frame.sources is not bound_row.sources",
+                "if is_other or frame.version is not bound_row.version: bound_row.write(frame)",
+            ]
         else:
             stream = "" if self.function == "pack" else "stream"
             lines = [
@@ -215,7 +228,8 @@ class Writer(Checks):
                 number = parse_expression(other.of)[0].format_map(self.sizes)
                 lines.append(f"{words}[{self.layout.value(i)}] = {number}")
         if self.layout.last_dims > self.layout.first_dims:
-            lines.append("frame.dims[:] = dims__d0")
+            write = "frame.dims[:] = frame.written = dims__d0"
+            lines.append(f"if frame.written is not dims__d0: {write}")
         for i, arg in self.tensors:
             if arg.is_scratch:
                 at = self.layout.dims[i]
@@ -243,7 +257,7 @@ class Writer(Checks):
             sizes = (" * ".join(self.dims[name][k] for k in axes) for axes in arg.view)
             return [*sizes, *(f"{name}__s{axes[-1]}" for axes in arg.view)]
         if arg.kv and self.row.kv_layout is not None and not self.row.kv_layout.strided:
-            return [f"*{name}.shape", f"*{name}.strides"]
+            return [f"*{name}__shape", f"*{name}__strides"]
         return [*self.dims[name], *(f"{name}__s{k}" for k in range(rank))]
 
     def _nothing(self) -> list[str]:
@@ -261,7 +275,7 @@ class Writer(Checks):
         """Return the expression that a packed call returns."""
         if self.options.bound:
             return f"return variant, {frame}"
-        scratch = "".join(f"{arg.name}, " for _, arg in self.tensors if arg.is_scratch)
+        scratch = "".join(f"{self._desc(arg)}, " for _, arg in self.tensors if arg.is_scratch)
         masks = "".join(f"{self.masks[arg.name]}, " for _, arg in self.tensors)
         return f"return variant, {frame}, ({scratch}), ({masks})"
 

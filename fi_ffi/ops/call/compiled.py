@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fi_ffi.abi.function import ARRAY, Entry, Frame, Slot, c_text
-from fi_ffi.abi.interop import as_desc
+from fi_ffi.abi.interop import READERS, read
 from fi_ffi.abi.streams import handle_for
 from fi_ffi.abi.tensor import (
     DTYPES,
@@ -19,6 +19,7 @@ from fi_ffi.abi.tensor import (
     TensorDesc,
     TensorKind,
     as_vector,
+    frozen,
     parse_device,
     tensor_kind,
 )
@@ -57,6 +58,15 @@ class _Keep:
 
 
 KEEP: Any = _Keep()  # an argument of an update that stays as it is
+
+
+def _describe(
+    ptr: int, shape: Any, strides: Any, kind: TensorKind | None, owner: object
+) -> TensorDesc | None:
+    """Return a descriptor of what was read of a tensor; None of a missing one."""
+    if kind is None or type(owner) is TensorDesc:
+        return owner  # type: ignore[return-value]
+    return frozen(ptr, shape, strides, kind, owner)
 
 
 Kinds = Mapping[str, TensorKind | None]  # of tensors by name; None for a missing one
@@ -247,11 +257,13 @@ class CompiledRow:
             "handle_for": handle_for,
             "add_variant": self._add_variant,
             "as_vector": as_vector,
-            "describe": as_desc,
+            "describe": _describe,
             "exchanged": exchanged,
             "inf": math.inf,
             "launch": launch,
             "own_handle": cuda.own_handle,
+            "read": read,
+            "readers": READERS,
             "refuse": self.refuse,
             "scratch_for": memory.scratch_for,
             "variants": self.variants,

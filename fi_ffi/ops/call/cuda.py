@@ -204,9 +204,10 @@ class Event:
         self._handle = handle[0]
         at_end_of(self, functools.partial(runtime.cudaEventDestroy, self._handle))
 
-    def record(self, stream: int) -> None:
-        """Record the event after the stream's work so far."""
-        code = self._runtime.cudaEventRecord(self._handle, pointer(stream))
+    def record(self, stream: Any) -> None:
+        """Record the event after the work so far of a stream: a handle, or a C pointer."""
+        where = pointer(stream) if type(stream) is int else stream
+        code = self._runtime.cudaEventRecord(self._handle, where)
         if code:
             check(code, "event")
 

@@ -38,13 +38,15 @@ _thread = _Thread()
 class LaunchTarget:
     """The device on which calls are made, and the function that sets its stream."""
 
-    __slots__ = ("device", "get_device", "index", "is_cuda", "op", "set_stream")
+    __slots__ = ("device", "get_device", "index", "is_cuda", "op", "set_none", "set_stream")
 
     def __init__(self, device: Device, op: str, is_guarded: bool) -> None:
         self.device, self.index, self.is_cuda, self.op = device, device.index, device.is_cuda, op
         self.set_stream: Callable[..., int] = functools.partial(
             library.lib.TVMFFIEnvSetStream, device.type_code, device.index
         )
+        # Nearly always no stream was current before a call.
+        self.set_none: Callable[[], int] = functools.partial(self.set_stream, ffi.NULL, ffi.NULL)
         # Writes the thread's current device. None where nobody has to ask: for a single GPU, which
         # is always current, and for entries that have a guard of their own.
         self.get_device: Callable[[Any], int] | None = None
@@ -88,13 +90,20 @@ def launch(frame: Frame, stream: object, is_watched: bool = False) -> None:
 
 def _call_on(frame: Frame, target: LaunchTarget, pointer: Any) -> None:
     """Set the stream, call, and restore the previous stream in every case."""
-    before, set_stream = frame.before, target.set_stream
+    if frame.pointer is not pointer:
+        frame.set_stream = functools.partial(target.set_stream, pointer, frame.before)
+        frame.pointer = pointer
+    words, word = frame.words, frame.before_word
     try:
-        code = set_stream(pointer, before) or frame.invoke()
+        code = frame.set_stream() or frame.invoke()
     finally:
-        if frame.words[frame.before_word] != NO_STREAM:
-            set_stream(before[0], ffi.NULL)
-            frame.words[frame.before_word] = NO_STREAM
+        before = words[word]
+        if before != NO_STREAM:
+            if before:
+                target.set_stream(frame.before[0], ffi.NULL)
+            else:
+                target.set_none()
+            words[word] = NO_STREAM
     if code:
         raise _error_of(frame)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.tensor import Device, TensorDesc
@@ -76,7 +77,7 @@ class StagePool:
         if self._stages[-1] is not stage:
             self._stages = [*[one for one in self._stages if one is not instead_of], stage]
 
-    def record(self, stage: Stage, stream: int) -> None:
+    def record(self, stage: Stage, stream: Any) -> None:
         """Record that copies from a piece were queued: it is free when the stream has done them."""
         self._put_last(stage, instead_of=stage)
         if stage.done is not None:
