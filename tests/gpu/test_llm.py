@@ -263,15 +263,13 @@ def _threads(name, args):
         return (args[8], len(args[4])), 256
     if name == "decays":
         return (args[5] * args[6], 1), 256
-    if name == "gated":
+    if name == "combined":
         return (args[3], len(args[0])), 256
     if name == "place":
         threads = args[17] // 8 * (args[15] + 2 * args[16]) if args[14] else 128
         return (threads, len(args[7])), 128
     if name == "merged":
         return (128 * args[0].shape[1], len(args[0])), 128
-    if name in ("biased", "scaled"):
-        return (args[2], len(args[0])), 256
     if name == "penalise":
         return (args[6], len(args[0])), 256
     if name in ("count", "add"):

@@ -10,6 +10,7 @@ import numpy as np
 
 from . import products
 
+PLUS, TIMES, SIGMOID, SILU = range(4)  # how `combined` does it
 # The model's dtype is handled by its bits: no headers are needed.
 SOURCE = r"""
 typedef unsigned short T;
@@ -165,32 +166,17 @@ __global__ void decays(float* alpha, float* beta, const T* ba, const float* a_lo
   beta[i] = sigmoid(load(ba[t * 2 * heads + h]));
 }
 
-// x *= sigmoid(gate), and by the gate as well where it is SiLU.
-__global__ void gated(T* x, const T* gate, long long gate_step, int width, int is_silu) {
+// x of each row and another number, as `how` says: their sum, their product, or x times the sigmoid
+// or SiLU of that number.  With a step of 0 all rows have the same.
+__global__ void combined(T* x, const T* others, long long step, int width, int how) {
   begin();
-  const T* row = gate + blockIdx.y * gate_step;
+  const T* row = others + blockIdx.y * step;
   for (int c = blockIdx.x * blockDim.x + threadIdx.x; c < width; c += gridDim.x * blockDim.x) {
-    float g = load(row[c]), factor = sigmoid(g) * (is_silu ? g : 1);
     T* to = x + blockIdx.y * (long long)width + c;
-    *to = store(load(*to) * factor);
+    const float a = load(*to), b = load(row[c]);
+    const float factor = how == 1 ? b : sigmoid(b) * (how == 3 ? b : 1);
+    *to = store(how ? a * factor : a + b);
   }
-}
-
-// x *= factor, which is rounded as x is.
-__global__ void scaled(T* x, float factor, int width) {
-  begin();
-  const float exact = load(store(factor));
-  T* row = x + blockIdx.y * (long long)width;
-  for (int c = blockIdx.x * blockDim.x + threadIdx.x; c < width; c += gridDim.x * blockDim.x)
-    row[c] = store(load(row[c]) * exact);
-}
-
-// x += bias, in each row.
-__global__ void biased(T* x, const T* bias, int width) {
-  begin();
-  T* row = x + blockIdx.y * (long long)width;
-  for (int c = blockIdx.x * blockDim.x + threadIdx.x; c < width; c += gridDim.x * blockDim.x)
-    row[c] = store(load(row[c]) + load(bias[c]));
 }
 
 // Of a token's row (q, k and v) each head of q and k normalised (is_normed) and turned by its
@@ -292,8 +278,7 @@ __global__ void merged(T* out, const T* parts, const float* lse, const int* star
   float most = mine, to[4] = {};
   for (int half = 16; half; half /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, half));
   const float share = lane < count ? exp2f(mine - most) : 0;
-  float sum = share;
-  for (int half = 16; half; half /= 2) sum += __shfl_xor_sync(~0u, sum, half);
+  const float sum = of_warp(share);
   for (int from = 0; from < count; from += MOST * groups) {
     if (from) read(from);
 #pragma unroll
@@ -331,27 +316,20 @@ __global__ void route(int* experts, float* shares, const float* logits, const fl
   float greatest = 0, whole = 0;
   for (int e = lane; e < count; e += 32) left[e] = row[e] + bias[e];
   for (int i = 0; i < chosen; i++) {
-    float best = -1e38f;
-    int place = count - 1;
+    Top best = {-1e38f, count - 1};
     __syncwarp();
     for (int e = lane; e < count; e += 32)
-      if (left[e] > best) { best = left[e]; place = e; }
-    for (int half = 16; half; half /= 2) {
-      const float other = __shfl_xor_sync(~0u, best, half);
-      const int there = __shfl_xor_sync(~0u, place, half);
-      if (other > best || (other == best && there < place)) { best = other; place = there; }
-    }
+      if (left[e] > best.most) best = {left[e], e};
+    best = of_warp(best);
     if (i == 0) {
-      greatest = best;
-      if (!is_normed) {
-        for (int e = lane; e < count; e += 32) whole += __expf(left[e] - greatest);
-        for (int half = 16; half; half /= 2) whole += __shfl_xor_sync(~0u, whole, half);
-      }
+      greatest = best.most;
+      for (int e = lane; e < count && !is_normed; e += 32) whole += __expf(left[e] - greatest);
+      whole = of_warp(whole);
     }
-    const float share = __expf(best - greatest);
+    const float share = __expf(best.most - greatest);
     if (is_normed) whole += share;
     __syncwarp();
-    if (lane == 0) { left[place] = -2e38f; experts[i] = place; shares[i] = share; }
+    if (lane == 0) { left[best.place] = -2e38f; experts[i] = best.place; shares[i] = share; }
   }
   __syncwarp();
   for (int i = lane; i < chosen; i += 32) shares[i] /= whole;
@@ -608,18 +586,10 @@ def decays(alpha, beta, ba, a_log, dt_bias, count, heads):
     beta[...] = sigmoid(b)
 
 
-def gated(x, gate, gate_step, width, is_silu):
-    g = gate.astype(np.float32)
-    x[...] = x.astype(np.float32) * sigmoid(g) * (g if is_silu else 1)
-
-
-def scaled(x, factor, width):
-    factor = np.asarray(factor).astype(x.dtype).astype(np.float32)
-    x[...] = x.astype(np.float32) * factor
-
-
-def biased(x, bias, width):
-    x[...] = x.astype(np.float32) + bias.astype(np.float32)
+def combined(x, others, step, width, how):
+    a, b = x.astype(np.float32), others.astype(np.float32)
+    factor = b if how == TIMES else sigmoid(b) * (b if how == SILU else 1)
+    x[...] = a * factor if how else a + b
 
 
 def place(
@@ -712,8 +682,8 @@ def logprobs(values, ids, logits, tokens, vocab, top):
 ON_CPU = {
     kernel.__name__: kernel
     for kernel in (
-        take, joined, give, convolve, decays, gated, scaled, biased, place, merged, route, draw,
-        penalise, count, add, allow, logprobs,
+        take, joined, give, convolve, decays, combined, place, merged, route, draw, penalise, count,
+        add, allow, logprobs,
     )
 }  # fmt: skip
 KERNELS = (*ON_CPU, "moved", *products.KERNELS)

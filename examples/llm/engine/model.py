@@ -11,6 +11,7 @@ import fi_ffi
 from .config import LINEAR
 from .device import columns, view
 from .experts import Experts
+from .glue import PLUS, SIGMOID, SILU, TIMES
 from .products import Norm
 from .weights import BLOCK, Blocks, of_layer
 
@@ -51,7 +52,9 @@ class Model:
         self.scratch = functools.lru_cache(4096)(self._scratch)  # described once
         self.embed = device.put(weights("model.embed_tokens.weight"))
         self.head = self.embed if config.tied else device.put(weights("lm_head.weight"))
-        self.norm = device.put(weights("model.norm.weight"))
+        self.norm, self.scale = device.put(weights("model.norm.weight")), None
+        if scale := config.embedding_scale:
+            self.scale = device.put(np.full(config.hidden, scale).astype(self.embed.dtype.numpy))
         self.experts = Experts(device, config, self.max_tokens)
         self.layers = []
         for i in range(len(config.layers)):
@@ -184,9 +187,8 @@ class Model:
         self.device.take(out, self.embed, tokens, start, latest)
         if self.group:
             self.group.all_reduce(out, stream=self.device.stream)
-        if scale := self.config.embedding_scale:
-            width = out.shape[1]
-            self.device.launch("scaled", (width, out.shape[0]), out, np.float32(scale), width)
+        if self.scale:
+            self.combine(out, self.scale, TIMES)
 
     def onto(self, residual, x, weight):
         """residual += x @ weight.T, or the product where it is not yet whole, has a norm of its own
@@ -293,9 +295,14 @@ class Model:
     def biased(self, x, layer, name):
         """x plus the bias of that name, where there is one."""
         if name in layer:
-            n, width = x.shape
-            self.device.launch("biased", (width, n), x, layer[name], width)
+            self.combine(x, layer[name], PLUS)
         return x
+
+    def combine(self, x, others, how):
+        """Rows of x with others, or each with the same one."""
+        n, width = x.shape
+        step = np.int64(others.strides[0] if len(others.shape) > 1 else 0)
+        self.device.launch("combined", (width, n), x, others, step, width, how)
 
     def attention(self, layer, x, residual, batch, cache, kind):
         """Of each token over its request's pages, its own key and value among them; see `onto`."""
@@ -316,7 +323,8 @@ class Model:
             attend(q, *cache, out, **more)
         out = view(out, n, heads * dim)
         if config.has_gate:
-            self.gate(out, columns(qkv, (heads + 2 * kv_heads) * dim, heads * dim), False)
+            gates = columns(qkv, (heads + 2 * kv_heads) * dim, heads * dim)
+            self.combine(out, gates, SIGMOID)
         x = self.onto(residual, out, layer["out"])
         self.biased(residual if x is None else x, layer, "out_bias")
         return x
@@ -345,11 +353,6 @@ class Model:
         )  # fmt: skip
         return q
 
-    def gate(self, x, gate, is_silu):
-        n, width = x.shape
-        step = np.int64(gate.strides[0])
-        self.device.launch("gated", (width, n), x, gate, step, width, int(is_silu))
-
     def linear_attention(self, layer, x, residual, batch, i):
         """A gated DeltaNet layer: its requests' states go from their slots and back."""
         config, n, b = self.config, x.shape[0], batch.slots.shape[0]
@@ -366,7 +369,7 @@ class Model:
         flat = view(out, n * heads, HEAD)
         fi_ffi.rmsnorm(flat, flat, layer["norm"], config.eps, **self.pdl)
         out = view(out, n, config.value_size)
-        self.gate(out, columns(qkvz, config.conv_size, config.value_size), True)
+        self.combine(out, columns(qkvz, config.conv_size, config.value_size), SILU)
         return self.onto(residual, out, layer["out"])
 
     def decoded(self, out, layer, pool, q, k, v, ba, batch):
