@@ -42,9 +42,7 @@ def arguments(words=None):
     parser.add_argument("--served-model-name", nargs="+", help="its names for clients")
     parser.add_argument("--cpu", action="store_true", help="the reference kernels, in numpy")
     parser.add_argument("--tp", type=int, default=1, help="GPUs that the model is split over")
-    parser.add_argument(
-        "--ray", action="store_true", help="ranks are placed by Ray, on any machine"
-    )
+    parser.add_argument("--ray", action="store_true", help="Ray places ranks, on any machine")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--allowed-host", nargs="+", default=[],
@@ -58,8 +56,7 @@ def arguments(words=None):
                         help="requests that wait at most; 429 for more")  # fmt: skip
     parser.add_argument("--max-body", type=int, default=Limits.max_body, help="bytes of a request")
     parser.add_argument("--body-seconds", type=float, default=Limits.body_seconds,
-                        help="seconds to receive a body; headers and slow reads get twice "
-                        "that")  # fmt: skip
+                        help="for a body; headers and slow reads get twice that")  # fmt: skip
     parser.add_argument("--grace", type=float, default=10,
                         help="seconds for requests to end after SIGTERM or SIGINT")  # fmt: skip
     parser.add_argument("--xgrammar", metavar="FOLDER", help="that has the package xgrammar")
@@ -136,9 +133,8 @@ def names_of(given):
 @contextlib.contextmanager
 def kept(given):
     """The port, from before a model is loaded until the server listens; OSError if it is taken."""
-    family, kind, _, _, address = socket.getaddrinfo(
-        given.host, given.port, type=socket.SOCK_STREAM
-    )[0]
+    found = socket.getaddrinfo(given.host, given.port, type=socket.SOCK_STREAM)
+    family, kind, _, _, address = found[0]
     with socket.socket(family, kind) as holder:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         holder.bind(address)

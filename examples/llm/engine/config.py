@@ -33,7 +33,6 @@ def within(low, high):
 
 
 def limited(name):
-    """The parameter of a request of that name."""
     return within(*LIMITS[name])
 
 
@@ -90,6 +89,8 @@ def words(error):
     """What one of pydantic's errors says, without Python's terms."""
     if error["type"] in ("model_type", "dict_type"):
         return "Input should be an object"
+    if error["type"] == "extra_forbidden":
+        return "there is no such field"
     return error["msg"].removeprefix("Value error, ")
 
 
@@ -106,9 +107,7 @@ def checked(kind, raw, file):
 
 
 class Generation(Checked):
-    """What generation_config.json gives for requests that do not say, by the names of `Sampling`,
-    and tokens that end a text.
-    """
+    """What generation_config.json gives, by the names of `Sampling`, and tokens that end a text."""
 
     temperature: limited("temperature") | None = None
     top_k: limited("top_k") | None = None
@@ -154,9 +153,7 @@ class Rope(Checked):
         return self
 
     def cos_sin(self, positions, dim, most):
-        """[positions, dim] float32: the cosines of a position's angles, then their sines, in a
-        model for `most` positions.
-        """
+        """[positions, dim] float32: cosines, then sines, in a model for `most` positions."""
         frequencies, larger = self.rope_theta ** -(np.arange(0, dim, 2) / dim), 1.0
         if self.rope_type == "linear":
             frequencies = frequencies / self.factor
@@ -333,27 +330,19 @@ class Config(Checked):
         return int(self.head_dim * self.rope.partial_rotary_factor)
 
     def rope_of(self, kind):
-        """That of a kind of layer."""
         return self.rope
 
     @property
     def eos(self):
-        """The tokens that end a text."""
         both = (self.eos_token_id, self.generation.eos_token_id)
         ends = [end if isinstance(end, list) else [end] for end in both]
         return tuple(dict.fromkeys(ends[0] + ends[1]))
 
     @property
     def sampling(self):
-        """What generation_config.json gives, by the names of `Sampling`."""
         return self.generation.model_dump(exclude={"eos_token_id"}, exclude_none=True)
 
-    @property
-    def is_hybrid(self):
-        return LINEAR in self.layers
-
     def is_sparse(self, i):
-        """Whether layer i is a mixture of experts."""
         return bool(self.experts)
 
     @property
@@ -372,7 +361,6 @@ class Config(Checked):
     # their shapes.  Of experts {} is the name.
 
     def table(self, i):
-        """All of layer i."""
         return self.norms() | (self.sparse() if self.is_sparse(i) else self.dense()) | self.outer(i)
 
     def arranged(self, layer, i):

@@ -51,27 +51,11 @@ def _packed(kinds):
     return struct.Struct("".join(["<", *map(FORMATS.__getitem__, kinds)]))
 
 
-def gpus():
-    """How many there are; 0 without a driver."""
-    from cuda.bindings import runtime
-
-    try:
-        error, count = runtime.cudaGetDeviceCount()
-    except RuntimeError:
-        return 0
-    return 0 if int(error) else count
-
-
-def default():
-    """ "cuda:0" where there is a GPU, or else "cpu"."""
-    return "cuda:0" if gpus() else "cpu"
-
-
 class Device:
     """What both have: named scratch memory."""
 
     def __init__(self):
-        self.named = {}
+        self.named, self.memory = {}, []
 
     def scratch(self, name, shape, dtype):
         """Memory of that name, the same each time; what was in it may be anything."""
@@ -100,7 +84,6 @@ class Device:
                     table.shape[0])  # fmt: skip
 
     def give(self, table, values, index):
-        """table[index[i]] = values[i]"""
         words, step = _words(values), np.int64(_words(table))
         self.launch("give", (words, index.shape[0]), table, values, index, step, words)
 
@@ -125,7 +108,6 @@ class Cpu(Device):
 
     def __init__(self, dtype):
         super().__init__()
-        self.memory = []
         self.wide = {}  # by address: a weight in float32, in which numpy multiplies
 
     def empty(self, shape, dtype):
@@ -147,16 +129,13 @@ class Cpu(Device):
 
     write = copy
 
-    def loading(self):
-        return contextlib.nullcontext()
+    scope = loading = contextlib.nullcontext
 
     def get(self, x):
         return np.array(x)
 
     def linear(self, out, x, weight, is_last=False, adds=False):
-        """out = x @ weight.T, or out + that; row by row, so that a row's result does not depend on
-        others.
-        """
+        """out = x @ weight.T, or out + that; row by row, so that none depends on another."""
         x, out = self._normed(*x) if isinstance(x, Norm) else np.asarray(x), np.asarray(out)
         if weight.ptr not in self.wide:
             self.wide[weight.ptr] = np.asarray(weight).astype(np.float32)
@@ -179,15 +158,10 @@ class Cpu(Device):
         tensors = (np.asarray(x) if isinstance(x, fi_ffi.TensorDesc) else x for x in args)
         glue.ON_CPU[name](*tensors)
 
-    def scope(self):
-        return contextlib.nullcontext()
+    def mark(self, *_):
+        """A point in the stream of work, to be waited for: here it is over."""
 
-    def mark(self):
-        """A point in the stream of work, to be waited for."""
-        return
-
-    def wait(self, mark, is_over=None):
-        pass
+    wait = mark
 
     def close(self, is_lost=False):
         self.memory.clear()
@@ -207,7 +181,6 @@ class Gpu(Device):
         self.is_frozen = False
         check(runtime.cudaSetDevice(index))
         self.stream = int(check(runtime.cudaStreamCreate()))
-        self.memory = []  # what frees it, and its address
         about = check(runtime.cudaGetDeviceProperties(index))
         self.multiprocessors = about.multiProcessorCount
         self.loader, self.of_kernels = None, (dtype, (about.major, about.minor))
@@ -230,7 +203,6 @@ class Gpu(Device):
 
     @functools.cached_property
     def kernels(self):
-        """Those of glue.py, by name."""
         return glue.loaded(glue.cubin(*self.of_kernels))
 
     def empty(self, shape, dtype):
@@ -243,14 +215,13 @@ class Gpu(Device):
         return self._allocated(x, self.cuda.cudaMallocHost, self.cuda.cudaFreeHost)
 
     def fitting(self, size):
-        """How many pages of so many bytes there is memory for."""
         self.wait(self.mark())
         free, total = check(self.cuda.cudaMemGetInfo())
         return int(max(free - max(KEPT, KEPT_PART * total), 0) // size)
 
     def _allocated(self, x, allocate, free):
         ptr = check(allocate(max(x.span_bytes, 1)))
-        self.memory.append((free, ptr))
+        self.memory.append((free, ptr))  # what frees it, and its address
         return x.at(ptr)
 
     def free(self, x):

@@ -34,11 +34,6 @@ def fitted(weight, halves, rows, columns):
     return Fours(grown(weight.values, halves, rows, columns // 2), ordered(scales))
 
 
-def kernels_of(sm):
-    """Whether a GPU, or with None this machine's, multiplies MXFP4 with bfloat16."""
-    return fi_ffi.cutlass_fused_moe.supports(sm=sm, mode="mxfp4")
-
-
 class Experts:
     """The experts of a model on a device; `placed` gives a layer's weights as the kernels do."""
 
@@ -50,7 +45,8 @@ class Experts:
         """A layer with weights as there are kernels for: in 4 bits, or else widened."""
         if not isinstance(layer.get("fc1"), Fours):
             return layer
-        if not kernels_of(None if self.device.is_gpu else HOPPER):
+        sm = None if self.device.is_gpu else HOPPER
+        if not fi_ffi.cutlass_fused_moe.supports(sm=sm, mode="mxfp4"):
             return layer | {name: layer[name].widened() for name in ("fc1", "fc2")}
         hidden, inner = room(self.config.hidden), room(self.config.expert_intermediate)
         bias = {name: layer[name][..., None] for name in ("fc1_bias", "fc2_bias")}

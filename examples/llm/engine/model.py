@@ -60,7 +60,7 @@ class Model:
         for i in range(len(config.layers)):
             layer = self.experts.placed(of_layer(weights, config, i))
             self.layers.append({name: device.put(array) for name, array in layer.items()})
-        if config.is_hybrid:
+        if LINEAR in config.layers:
             self._make_states()
         page = (2, job.page_size, config.kv_heads, config.head_dim)
         self.num_pages = job.num_pages or self._fitting(page)
@@ -77,17 +77,14 @@ class Model:
         # The last token drawn for each slot; one slot more is what pads batches.
         self.latest = self._zeros((self.slots + 1, 1), "int32")
         self.pdl = {"enable_pdl": device.has_pdl}
-        self.add_norm = fi_ffi.fused_add_rmsnorm
-        self.rms = fi_ffi.rmsnorm
-        if config.adds_one:
-            self.add_norm, self.rms = fi_ffi.gemma_fused_add_rmsnorm, fi_ffi.gemma_rmsnorm
+        norms = fi_ffi.fused_add_rmsnorm, fi_ffi.rmsnorm
+        of_gemma = fi_ffi.gemma_fused_add_rmsnorm, fi_ffi.gemma_rmsnorm
+        self.add_norm, self.rms = of_gemma if config.adds_one else norms
         # Whether products are not added to the residual at once.
         self.is_apart = group is not None or "attended_norm" in self.layers[0]
 
     def _fitting(self, page):
-        """Pages that the rest of the memory has room for, on each rank, and no more than requests
-        in all slots could have.
-        """
+        """Pages that each rank's memory has room for, and no more than all slots could use."""
         config, device = self.config, self.device
         size = 2 * math.prod(page) * (len(config.layers) - config.layers.count(LINEAR))
         pages = min(device.fitting(size), self.slots * -(-config.max_positions // page[1]) + 1)
@@ -124,10 +121,8 @@ class Model:
         )  # fmt: skip
 
     def clear(self, slot):
-        """Forget what a slot's request before has left."""
-        if self.config.is_hybrid:
-            self.device.zero(self.states.rows(slot, slot + 1))
-            self.device.zero(self.convs.rows(slot, slot + 1))
+        for kept in (self.states, self.convs) if LINEAR in self.config.layers else ():
+            self.device.zero(kept.rows(slot, slot + 1))
 
     def _scratch(self, name, count, *shape, dtype=None, most=None):
         """The first `count` of all rows there may be: what a graph has recorded never moves."""
@@ -293,7 +288,6 @@ class Model:
         return out
 
     def biased(self, x, layer, name):
-        """x plus the bias of that name, where there is one."""
         if name in layer:
             self.combine(x, layer[name], PLUS)
         return x
@@ -397,11 +391,8 @@ class Model:
     def convolved(self, layer, qkvz, batch, i):
         """q, k and v after the short convolution, each in memory of its own."""
         config, device, n, start, made = self.config, self.device, qkvz.shape[0], 0, []
-        for name, size in (
-            ("q", config.key_size),
-            ("k", config.key_size),
-            ("v", config.value_size),
-        ):
+        sizes = {"q": config.key_size, "k": config.key_size, "v": config.value_size}
+        for name, size in sizes.items():
             out = self.scratch(name, n, size)
             kept = columns(self.convs, (i * config.conv_size + start) * 3, size, 3)
             device.launch(

@@ -18,7 +18,9 @@ import uuid
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .device import Cpu, Gpu, gpus
+from fi_ffi.loader.machine import device_count
+
+from .device import Cpu, Gpu
 from .model import Model
 from .split import Split, of_rank
 from .steps import SIZES, Runner
@@ -140,7 +142,7 @@ def start(job, size, way):
     """A runner for `size` ranks, `way` of them: "threads", "processes" or "ray"."""
     of_rank(job.config, size)  # refused before anything is started
     if job.device != "cpu" and way != "ray":  # which has other machines
-        last, there = int(job.device[5:] or 0) + min(job.gpus, size) - 1, gpus()
+        last, there = int(job.device[5:] or 0) + min(job.gpus, size) - 1, device_count()
         if last >= there:
             raise ValueError(f"{size} ranks from {job.device} on need cuda:{last}, and this machine"
                              f" has {there} GPUs")  # fmt: skip

@@ -108,7 +108,10 @@ def adjustments(requests, vocab, eos):
     which only the tokens in `bits` are left: all, until `masks` fills them.  `eos` ends a text.
     Empty where no request asks.
     """
-    those = [(row, request) for row, request in enumerate(requests) if request.is_adjusted]
+    those = [
+        (row, r) for row, r in enumerate(requests)
+        if r.grammar or r.sampling.has_penalties or r.sampling.logit_bias or r.sampling.min_tokens
+    ]  # fmt: skip
     if not those:
         return {}
     places, values = [], []
@@ -138,7 +141,6 @@ def masks(requests, bits, arrived):
 
 
 def room_for_adjustments(slots, config):
-    """The most bytes of them."""
     biases, words = MOST_BIASES + len(config.eos), -(-config.vocab // 32)
     return slots * (8 * biases + 4 * (1 + words))
 
@@ -195,7 +197,6 @@ class Sampler:
         self.device.write(self.counts.rows(slot, slot + 1), row)
 
     def _adjust(self, logits, given, is_penalised):
-        """Change logits in their place."""
         launch, vocab = self.device.launch, self.vocab
         if is_penalised:
             launch("penalise", (vocab, logits.shape[0]), logits, self.counts, given["sampled"],
@@ -210,14 +211,13 @@ class Sampler:
 
         They are kept from row `start` on, for `download`.
         """
-        slots, device = self.model.slots, self.device
+        slots, device, vocab = self.model.slots, self.device, self.vocab
         if self.told is None:
             kinds = ((slots, TOP + 1), "float32"), ((slots, TOP), "int32")
             self.told = [(device.empty(*kind), device.in_turn(*kind)) for kind in kinds]
         n = min(logits.shape[0], slots - start)
         values, ids = (there.rows(start, start + n) for there, _ in self.told)
-        device.launch("logprobs", (1024, n), values, ids, logits, tokens, self.vocab, top,
-                      block=1024)  # fmt: skip
+        device.launch("logprobs", (1024, n), values, ids, logits, tokens, vocab, top, block=1024)
 
     def download(self, count):
         """Host arrays in which that many rows of `tell` arrive with the step's tokens."""

@@ -24,10 +24,7 @@ ONCE = ("o_proj.bias", "down_proj_bias")  # what is added to a sum: rank 0 has i
 
 
 def of_rank(config, size):
-    """The config of one of `size` ranks; ValueError, with the name, for what does not divide.
-
-    The vocabulary is as it was.
-    """
+    """One rank's config, with the vocabulary as it was; ValueError for what does not divide."""
     if size == 1:
         return config
     fields, parts = type(config).model_fields, {}
@@ -53,10 +50,9 @@ def key_of(name):
 
 
 class Split:
-    """One rank's part of each weight, by name; what is not its part is not read."""
+    """One rank's part of each weight of a whole model; what is not its part is not read."""
 
     def __init__(self, weights, config, rank, size):
-        """`config` is that of the whole model; what `weights(name)` gives may map a file."""
         self.weights, self.config, self.rank, self.size = weights, config, rank, size
 
     def __contains__(self, name):

@@ -13,15 +13,7 @@ import fi_ffi
 from .config import LINEAR
 from .model import FEW, PIECES, Batch
 from .pages import SCRAP
-from .sampling import (
-    Sampler,
-    adjustments,
-    columns_of,
-    keep,
-    masks,
-    room_for_adjustments,
-    uniform,
-)
+from .sampling import Sampler, adjustments, columns_of, keep, masks, room_for_adjustments, uniform
 
 # Query heads a key head for which decode kernels are quicker; from four on those of prefill,
 # which use tensor cores.
@@ -63,11 +55,6 @@ class Step:
     echoed: list  # (request, tokens of its prompt whose log probabilities are told)
 
 
-def _planned(plan, kind, *given, **more):
-    """A run of what `plan` gives for a kind of attention."""
-    return plan(kind)(*given, **more)
-
-
 def echo(request, count):
     """The tokens of its prompt that follow the next `count` ones, where these are to be told, and
     which of the ones the first of them follows.
@@ -79,10 +66,7 @@ def echo(request, count):
 
 
 class Steps:
-    """Makes the arrays of steps, which `runner` runs.
-
-    Decoding alone is padded to one of a few sizes of batch.
-    """
+    """Makes the arrays of steps, which `runner` runs; those of decoding alone in a few sizes."""
 
     def __init__(self, runner):
         self.runner, job = runner, runner.job
@@ -98,7 +82,6 @@ class Steps:
         self.columns, self.fixed = columns_of(self.slots + 1, vocab), {}
 
     def admit(self, request):
-        """Make its slot ready."""
         self.cleared.append(request.slot)
         if request.sampling.has_penalties:
             self.counted.append((request.slot, [*request.prompt], [*request.tokens]))
@@ -106,7 +89,6 @@ class Steps:
         self.place(request)
 
     def place(self, request, start=0):
-        """Its pages, from one on."""
         self.table[request.slot, start : len(request.pages)] = request.pages[start:]
 
     def queue(self, work, arrived):
@@ -196,7 +178,6 @@ class Steps:
         return {"uniform": np.array(numbers, np.float32), **columns}
 
     def _host(self, work, sampled):
-        """The arrays of any step."""
         slots = np.array([r.slot for r, _ in work])
         counts = np.array([count for _, count in work])
         computed = np.array([r.computed for r, _ in work])
@@ -253,12 +234,17 @@ class Runner:
         self.kinds = [kind for kind in self.config.windows if kind != LINEAR]
         per_key_head = self.config.heads // self.config.kv_heads
         self.is_narrow = per_key_head in GROUPS and not self.config.has_sinks
-        self.of_pieces = {
+        self.sizes = {
             "num_qo_heads": self.config.heads, "num_kv_heads": self.config.kv_heads,
-            "head_dim": self.config.head_dim, "page_size": job.page_size,
-            "q_data_type": self.config.dtype,
+            "page_size": job.page_size, "q_data_type": self.config.dtype,
         }  # fmt: skip
-        self.has_pieces = self._can_merge()
+        self.of_decode = self.sizes | {"head_dim": self.config.head_dim}
+        # Kernels for pieces have no sinks, and a window would be that of each piece.
+        has_window = any(self.config.windows[kind] >= 0 for kind in self.kinds)
+        is_plain = not self.config.has_sinks and not has_window
+        self.has_pieces = is_plain and self.device.is_gpu and bool(
+            fi_ffi.BatchDecodePlan.supports(**self.of_decode)
+        )  # fmt: skip
         self.sampler, self.on_logits = Sampler(model), None
         room = 12 * model.max_tokens + 72 * model.slots + 4 * self.max_indices
         room += 8 * FEW * PIECES + 1024
@@ -270,7 +256,6 @@ class Runner:
 
     @property
     def is_whole(self):
-        """Whether no rank is lost."""
         return self.model.group is None or self.model.group.is_open
 
     def queue(self, order, late=None):
@@ -288,7 +273,11 @@ class Runner:
             draws, told = order.is_plain and not self.on_logits, None
             logits, tokens = self._forward(given, order, draws)
             if late:
-                self._follow(given["bits"], late())
+                (staging, memory), bits = self.staged, given["bits"]
+                start = bits.ptr - self.inputs.ptr
+                end = start + bits.span_bytes
+                memory[start:end] = np.frombuffer(late().tobytes(), np.uint8)
+                self.device.copy(self.inputs.rows(start, end), staging.rows(start, end))
             if not draws:
                 tokens, told = self._sample(logits, given, order)
             arriving = next(self.arriving).rows(0, order.sampled)
@@ -348,13 +337,6 @@ class Runner:
         self.device.copy(self.inputs.rows(0, end), staging.rows(0, end))
         return given | more
 
-    def _follow(self, x, values):
-        """Copy an array that `_upload` has copied, with other values."""
-        (staging, memory), start = self.staged, x.ptr - self.inputs.ptr
-        end = start + x.span_bytes
-        memory[start:end] = np.frombuffer(values.tobytes(), np.uint8)
-        self.device.copy(self.inputs.rows(start, end), staging.rows(start, end))
-
     def _place(self, arrays, at):
         """The tensors for arrays from there on, and where the last one ends."""
         given, device = {}, self.device.name
@@ -374,7 +356,8 @@ class Runner:
             runs = {kind: self._attend(host, size, kind) for kind in self.kinds}
         else:  # when the first layer asks: the GPU has its first product to do by then
             plan = functools.cache(functools.partial(self._attend, host, size))
-            runs = {kind: functools.partial(_planned, plan, kind) for kind in self.kinds}
+            runs = {kind: lambda *given, of=kind, **more: plan(of)(*given, **more)
+                    for kind in self.kinds}  # fmt: skip
         if key in self.graphs:
             graph, found = self.graphs[key]
             graph.launch()
@@ -399,20 +382,11 @@ class Runner:
             self.device.is_frozen = False
         return found
 
-    def _can_merge(self):
-        """Whether this is a GPU with kernels for pieces, which have no sinks; a window would be
-        that of each piece.
-        """
-        config = self.config
-        if config.has_sinks or any(config.windows[kind] >= 0 for kind in self.kinds):
-            return False
-        return self.device.is_gpu and bool(fi_ffi.BatchDecodePlan.supports(**self.of_pieces))
-
     def _attend_in_pieces(self, given, size):
         """The run of a plan of any lengths, for which pieces are requests."""
         if size not in self.plans_of_pieces:
             self.plans_of_pieces[size] = fi_ffi.BatchDecodePlan(
-                size * PIECES, None, None, **self.of_pieces, device=self.device.name,
+                size * PIECES, None, None, **self.of_decode, device=self.device.name,
                 stream=self.device.stream,
             )  # fmt: skip
         return functools.partial(
@@ -444,18 +418,13 @@ class Runner:
         return plan.run if is_narrow else plan.paged_run
 
     def _options(self, size, kind):
-        """Of a plan."""
         config, window = self.config, self.config.windows[kind]
-        options = {
-            "num_qo_heads": config.heads, "num_kv_heads": config.kv_heads,
-            "page_size": self.job.page_size, "q_data_type": config.dtype, "window_left": window,
-            "device": self.device.name,
-        }  # fmt: skip
+        options = {"window_left": window, "device": self.device.name}
         if size:
             options["enable_cuda_graph"] = self.device.is_gpu
             options["max_num_indices"] = self.max_indices
             if self.is_narrow:
-                return options | {"head_dim": config.head_dim}
+                return self.of_decode | options
             options["backend"] = "fa2"  # splits long requests, with a window where it is causal
         options |= {"head_dim_qk": config.head_dim, "use_attention_sink": config.has_sinks}
-        return options | {"causal": not size or window >= 0}
+        return self.sizes | options | {"causal": not size or window >= 0}

@@ -32,9 +32,7 @@ class Blocks(NamedTuple):
 
 
 class Fours(NamedTuple):
-    """Matrices in MXFP4, in numbers of 4 bits and a power of 2 for each 32 of a row; here or on a
-    device.
-    """
+    """Matrices in MXFP4: numbers of 4 bits and a power of 2 for each 32; here or on a device."""
 
     values: object  # [..., n, k / 2] uint8: two numbers, the first in the lower half
     scales: object  # [..., n, k / 32] uint8: exponents, and 127
@@ -95,7 +93,6 @@ class Weights:
         return body[start:end].view(DTYPES[told["dtype"]]).reshape(told["shape"])
 
     def shape(self, name):
-        """That of a tensor, by the header of its file."""
         return tuple(self._find(name)[0]["shape"])
 
     def _find(self, name):
@@ -149,9 +146,7 @@ def verify(config, weights):
             name, shape = f"{name}_blocks", (shape[0], shape[2], shape[1] // 32, 16)
         # One that is missing is named by what reads it.
         if name in weights and (found := weights.shape(name)) != shape:
-            raise ValueError(
-                f"{weights.path}: {name} is of shape {found}; by config.json it is {shape}"
-            )
+            raise ValueError(f"{weights.path}: {name} is {found}; by config.json it is {shape}")
 
 
 def of_layer(weights, config, i):
@@ -196,9 +191,7 @@ def whole(array):
 
 
 def with_one(layer):
-    """Norms of heads that are by 1 + weight as the kernel takes them, which adds none: rounded once
-    more.
-    """
+    """Norms of heads by 1 + weight for a kernel that adds none: they are rounded once more."""
     known = {name: whole(layer[name]) for name in HEAD_NORMS if name in layer}
     return {name: (norm.astype(np.float32) + 1).astype(norm.dtype) for name, norm in known.items()}
 

@@ -28,11 +28,10 @@ MEMORY = 8 << 30  # bytes of addresses that a process which tries schemas may ha
 
 def library(folder=None):
     """The library in a folder with the package xgrammar, or that of the installed one, or None."""
-    if folder is None:
-        try:
-            folder = importlib.metadata.distribution("xgrammar").locate_file("")
-        except importlib.metadata.PackageNotFoundError:
-            return None
+    try:
+        folder = folder or importlib.metadata.distribution("xgrammar").locate_file("")
+    except importlib.metadata.PackageNotFoundError:
+        return None
     path = Path(str(folder)) / LIBRARY
     if not path.exists():
         raise ValueError(f"{path}: no such file")
@@ -44,7 +43,6 @@ def _type(name):
 
 
 def compiler(path, kind, words, vocab, eos):
-    """xgrammar's GrammarCompiler for a vocabulary."""
     fi_ffi.module(path)
     info = _type("TokenizerInfo")(words, kind, vocab, eos, False)
     return _type("GrammarCompiler")(info, 1, True, CACHE)
@@ -111,10 +109,7 @@ class Trial:
 
 
 class Grammars:
-    """Compiles schemas over a tokenizer's vocabulary; None for a library refuses them.
-
-    One thread calls it.  A schema has to compile within `seconds`.
-    """
+    """Compiles schemas, each within `seconds`, on one thread; without a library it refuses them."""
 
     def __init__(self, path, tokenizer, vocab, eos, seconds=5.0):
         self.compiler, self.seconds, self.has_end = None, seconds, bool(eos)
@@ -149,24 +144,18 @@ class Grammars:
         TimeoutError where it takes long, and this is not patient.
         """
         if self.compiler is None:
-            raise Refused(
-                f"{param}: this server has no xgrammar, which it takes for that", param=param
-            )
+            raise Refused(f"{param}: this server has no xgrammar, which that needs", param=param)
         if not self.has_end:
             raise Refused(f"{param}: the model has no token that ends a text", param=param)
-        text, is_strict = (
-            json.dumps({"type": "object"} if schema is None else schema),
-            schema is not None,
-        )
+        is_strict = schema is not None
+        text = json.dumps(schema if is_strict else {"type": "object"})
         if len(text) > MOST_SCHEMA:
             raise Refused(f"{param}: a schema has {MOST_SCHEMA} bytes at most", param=param)
         if wrong := self._try_out(text, is_strict, is_patient):
             raise Refused(f"{param}: {wrong}", param=param)
         made = compiled(self.compiler, text, is_strict)
-        grammar, bits = (
-            Grammar(self.matcher(made, None, False, -1, None)),
-            np.zeros(self.bits, "i4"),
-        )
+        grammar = Grammar(self.matcher(made, None, False, -1, None))
+        bits = np.zeros(self.bits, "i4")
         grammar.fill(bits, 0)
         if not bits.any():  # such as one that refers to itself alone
             raise Refused(f"{param}: no text fits the schema", param=param)
