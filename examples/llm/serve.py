@@ -86,8 +86,8 @@ class Process(uvicorn.Server):
         self.is_ending = self.should_exit = True
 
 
-def _later(seconds, function, *args):
-    timer = threading.Timer(seconds, function, args)
+def _later(seconds, function):
+    timer = threading.Timer(seconds, function)
     timer.daemon = True
     timer.start()
 
@@ -148,9 +148,8 @@ def main():
             parts = built(given)
     except (OSError, ValueError, KeyError) as wrong:
         sys.exit(f"serve.py: {wrong.args[0] if isinstance(wrong, KeyError) else wrong}")
-    limits = Limits(max_body=given.max_body, body_seconds=given.body_seconds,
-                    max_queue=given.max_queue, api_key=given.api_key,
-                    hosts=names_of(given))  # fmt: skip
+    names = "max_body", "body_seconds", "max_queue", "api_key"
+    limits = Limits(**{name: getattr(given, name) for name in names}, hosts=names_of(given))
     Connection.seconds = given.body_seconds
     config = uvicorn.Config(None, host=given.host, port=given.port, http=Connection, ws="none")
     server = Process(config)

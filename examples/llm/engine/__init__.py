@@ -4,13 +4,13 @@ from . import threads  # noqa: F401  (before numpy)
 from .config import Config
 from .engine import Engine, Request, Requests
 from .kinds import KINDS
-from .ranks import Job, alone, device_count, end_process, start, watch
+from .ranks import Job, alone, device_count, end_process, spawned, start, watch
 from .sampling import Sampling
 from .weights import Weights, verify
 
 __all__ = [
     "KINDS", "Config", "Engine", "Request", "Requests", "Sampling", "Weights", "alone",
-    "end_process", "load", "load_model", "verify", "watch",
+    "end_process", "load", "load_model", "spawned", "verify", "watch",
 ]  # fmt: skip
 
 

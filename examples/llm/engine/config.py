@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic.aliases import AliasChoices
 
 FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
 LARGEST = 2**24  # of any size
@@ -32,8 +33,10 @@ def within(low, high):
     return Annotated[type(high), Field(ge=low, le=high)]
 
 
-def limited(name):
-    return within(*LIMITS[name])
+def limited(base, *names):
+    """`base` with these parameters of a request, which may be left out."""
+    fields = {name: (within(*LIMITS[name]) | None, None) for name in names}
+    return create_model(base.__name__, __base__=base, **fields)
 
 
 def named(name, *others, **default):
@@ -106,15 +109,13 @@ def checked(kind, raw, file):
     raise ValueError(f"{file}: {where} is {error['input']!r:.100}: {words(error)}")
 
 
-class Generation(Checked):
+DRAWN = "temperature", "top_k", "top_p", "min_p", "repetition_penalty"
+
+
+class Generation(limited(Checked, *DRAWN)):
     """What generation_config.json gives, by the names of `Sampling`, and tokens that end a text."""
 
-    temperature: limited("temperature") | None = None
-    top_k: limited("top_k") | None = None
-    top_p: limited("top_p") | None = None
-    min_p: limited("min_p") | None = None
-    repetition_penalty: limited("repetition_penalty") | None = None
-    eos_token_id: Count | list[Count] = []
+    eos_token_id: Count | list[Count] = Field([])
 
 
 class Rope(Checked):
@@ -405,7 +406,3 @@ class Config(Checked):
 
 class WithoutExperts:
     experts = top_k = expert_intermediate = 0
-
-
-class WithoutLinear:
-    key_heads = value_heads = 0

@@ -35,7 +35,7 @@ def fitted(weight, halves, rows, columns):
 
 
 class Experts:
-    """The experts of a model on a device; `placed` gives a layer's weights as the kernels do."""
+    """The experts of a model on a device; `placed` gives a layer's weights as kernels want them."""
 
     def __init__(self, device, config, max_tokens):
         self.device, self.config, self.max_tokens = device, config, max_tokens
@@ -95,9 +95,7 @@ class Experts:
         weight, flag = KINDS.get(type(fc1), (kind, None))
         if isinstance(fc1, Fours) and hidden != self.config.hidden:  # rows end with zeros
             every = device.put(np.arange(self.max_tokens, dtype=np.int32))
-            parts = [device.empty((self.max_tokens, hidden), kind) for _ in "xy"]
-            device.zero(parts[0])
-            self.wide = every, *parts
+            self.wide = every, *(device.zeros((self.max_tokens, hidden), kind) for _ in "xy")
         flags = {flag: True} if flag else {}
         return fi_ffi.FusedMoe(kind, weight, kind, device=device.name, **flags)
 

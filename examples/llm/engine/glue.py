@@ -6,6 +6,8 @@ logits or probabilities with a number of the request's own, so that what a reque
 depend on where in the batch it is.
 """
 
+import re
+
 import numpy as np
 
 from . import products
@@ -511,6 +513,7 @@ __global__ void logprobs(float* values, int* ids, const float* logits, const int
 }
 }
 """
+KERNELS = *re.findall(r"__global__ void (\w+)\(", SOURCE), *products.KERNELS
 SOURCE += products.SOURCE
 
 
@@ -679,11 +682,4 @@ def logprobs(values, ids, logits, tokens, vocab, top):
     values[:, 1 : top + 1] = np.take_along_axis(exact, ids[:, :top], 1)
 
 
-ON_CPU = {
-    kernel.__name__: kernel
-    for kernel in (
-        take, joined, give, convolve, decays, combined, place, merged, route, draw, penalise, count,
-        add, allow, logprobs,
-    )
-}  # fmt: skip
-KERNELS = (*ON_CPU, "moved", *products.KERNELS)
+ON_CPU = {name: globals()[name] for name in KERNELS if name in globals()}

@@ -71,11 +71,11 @@ class Model:
         self.cos_sin = {kind: tables[rope] for kind, rope in ropes.items()}
         self.caches = [
             None if kind == LINEAR
-            else fi_ffi.split_paged_kv_cache(self._zeros((self.num_pages, *page), config.dtype))
+            else fi_ffi.split_paged_kv_cache(device.zeros((self.num_pages, *page), config.dtype))
             for kind in config.layers
         ]  # fmt: skip
         # The last token drawn for each slot; one slot more is what pads batches.
-        self.latest = self._zeros((self.slots + 1, 1), "int32")
+        self.latest = device.zeros((self.slots + 1, 1), "int32")
         self.pdl = {"enable_pdl": device.has_pdl}
         norms = fi_ffi.fused_add_rmsnorm, fi_ffi.rmsnorm
         of_gemma = fi_ffi.gemma_fused_add_rmsnorm, fi_ffi.gemma_rmsnorm
@@ -95,30 +95,22 @@ class Model:
             raise ValueError("no memory is left for pages of the cache")
         return pages
 
-    def _zeros(self, shape, dtype):
-        x = self.device.empty(shape, dtype)
-        self.device.zero(x)
-        return x
-
     def _make_states(self):
         """Of each slot: all layers' states side by side, so that a slot is cleared at once."""
-        config = self.config
-        count = config.layers.count(LINEAR)
-        state = (config.value_heads, HEAD, HEAD)
-        self.states = self._zeros((self.slots + 1, count, *state), "float32")
-        self.convs = self._zeros((self.slots + 1, count, config.conv_size, 3), config.dtype)
+        config, device = self.config, self.device
+        rooms = self.slots + 1, config.layers.count(LINEAR)
+        self.states = device.zeros((*rooms, config.value_heads, HEAD, HEAD), "float32")
+        self.convs = device.zeros((*rooms, config.conv_size, 3), config.dtype)
         # l2norm is RMSNorm with a weight of 1 / sqrt(HEAD).
         unit = np.full(HEAD, HEAD**-0.5, np.float32)
         like = self.layers[config.layers.index(LINEAR)]["norm"]
-        self.unit = self.device.put(unit.astype(like.dtype.numpy))
-        size = fi_ffi.gdn_prefill_workspace_size(self.device.name) if self.device.is_gpu else 0
-        self.gdn_scratch = self.device.empty((size,), "uint8") if size else None
-        self.has_decode = config.dtype == "bfloat16" and (
-            not self.device.is_gpu
-            or bool(fi_ffi.gdn_decode.supports(
-                h=config.key_heads, hv=config.value_heads, state_dtype="float32"
-            ))
-        )  # fmt: skip
+        self.unit = device.put(unit.astype(like.dtype.numpy))
+        size = fi_ffi.gdn_prefill_workspace_size(device.name) if device.is_gpu else 0
+        self.gdn_scratch = device.empty((size,), "uint8") if size else None
+        self.has_decode = config.dtype == "bfloat16"
+        if self.has_decode and device.is_gpu:
+            heads = {"h": config.key_heads, "hv": config.value_heads}
+            self.has_decode = bool(fi_ffi.gdn_decode.supports(**heads, state_dtype="float32"))
 
     def clear(self, slot):
         for kept in (self.states, self.convs) if LINEAR in self.config.layers else ():

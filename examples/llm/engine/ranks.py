@@ -130,12 +130,21 @@ LEAST_ROW = 512  # bytes of a row that FlashInfer's kernel of sums and norms tak
 LOADING_S = 600.0  # how long a rank waits for others that load
 LOOKS_S = 1.0  # between looks at the ranks
 PATIENCE_S = 10.0  # for a step that tells of a lost rank
-_spawn = multiprocessing.get_context("spawn")  # a fork would have this process's CUDA
+_spawn = multiprocessing.get_context("spawn")  # a fork would have this process's threads and CUDA
 # What brings the orders to ranks of this machine, what runs them, and as what.
 WAYS = {
     "threads": (queue.SimpleQueue, threading.Thread, follow),
     "processes": (_spawn.SimpleQueue, _spawn.Process, follow_alone),
 }
+
+
+def spawned(target, *args, **more):
+    """A pipe to a process, which runs `target` with its other end, and the process."""
+    pipe, there = _spawn.Pipe()
+    child = _spawn.Process(target=target, args=(there, *args), **more)
+    child.start()
+    there.close()
+    return pipe, child
 
 
 def start(job, size, way):

@@ -151,8 +151,7 @@ class Sampler:
     def __init__(self, model):
         self.model, self.device, self.vocab = model, model.device, model.config.vocab
         self.counts, self.told = None, None  # of each slot's tokens; what `tell` keeps
-        self.parts = self.device.empty((model.slots, PARTS), "int32")
-        self.device.zero(self.parts)
+        self.parts = self.device.zeros((model.slots, PARTS), "int32")
 
     def __call__(self, logits, given, order):
         """Tokens, int32 [n, 1]; they are kept as the last ones of their slots.
@@ -189,8 +188,7 @@ class Sampler:
     def count_anew(self, slot, prompt, drawn):
         """The counts of a slot whose new request has penalties."""
         if self.counts is None:
-            self.counts = self.device.empty((self.model.slots + 1, self.vocab), "int32")
-            self.device.zero(self.counts)
+            self.counts = self.device.zeros((self.model.slots + 1, self.vocab), "int32")
         row = np.zeros((1, self.vocab), np.int32)
         row[0, prompt] = IN_PROMPT
         np.add.at(row[0], drawn, 2)

@@ -34,12 +34,10 @@ def of_rank(config, size):
         if left:
             named = fields[name].validation_alias.choices[0]
             raise ValueError(f"config.json: {named} is {whole}, not a multiple of {size} ranks")
-    if config.kv_heads % size and size % config.kv_heads:
-        raise ValueError(
-            f"config.json: num_key_value_heads is {config.kv_heads}, "
-            f"neither a multiple nor a part of {size} ranks"
-        )
-    parts["kv_heads"] = max(config.kv_heads // size, 1)
+    if (heads := config.kv_heads) % size and size % heads:
+        raise ValueError(f"config.json: num_key_value_heads is {heads}, neither a multiple nor a "
+                         f"part of {size} ranks")  # fmt: skip
+    parts["kv_heads"] = max(heads // size, 1)
     return config.model_copy(update=parts)
 
 

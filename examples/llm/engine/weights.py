@@ -97,12 +97,10 @@ class Weights:
 
     def _find(self, name):
         """What its file tells of a tensor, and the bytes of all that are in it."""
-        if name not in self:
-            raise KeyError(f"{self.path} has no tensor {name}")
-        file = self.files[name]
-        if file not in self.opened:
+        file = self.files.get(name, "")
+        if file and file not in self.opened:
             self.opened[file] = mapped(self.path / file)
-        header, body = self.opened[file]
+        header, body = self.opened.get(file, ({}, None))
         if name not in header:
             raise KeyError(f"{self.path / file} has no tensor {name}")
         return header[name], body
@@ -166,10 +164,8 @@ def joined(weights, names):
     parts = [one(weights, name) for name in names]
     if len(parts) == 1:
         return parts[0]
-    of_blocks = [isinstance(part, Blocks) for part in parts]
-    if any(of_blocks) and not (
-        all(of_blocks) and all(part.shape[0] % BLOCK == 0 for part in parts)
-    ):
+    in_blocks = [part.shape[0] % BLOCK == 0 for part in parts if isinstance(part, Blocks)]
+    if in_blocks and not (all(in_blocks) and len(in_blocks) == len(parts)):
         raise ValueError(f"{' and '.join(names)}: here all or none are in fp8, in whole blocks")
     return together(parts)
 

@@ -32,6 +32,7 @@ MOST_LOGPROBS = 1 << 19  # of an answer, which is held until its last token
 # Tokens of an answer where the client does not say: OpenAI's for completions; of a chat, a
 # number that a small cache has room for.
 MAX_TOKENS = {CompletionBody: 16, ChatBody: 1024}
+ERRORS = {404: "there is no such path", 405: "the path has other methods"}
 
 
 def too_many():
@@ -146,7 +147,7 @@ class Api:
         if given is None:
             return max(min(MAX_TOKENS[type(body)], self.room - prompt), 1)
         if given == 0:
-            if not body.echo:
+            if not getattr(body, "echo", None):
                 raise Refused("max_tokens: it is 0 for `echo` alone", param="max_tokens")
             return 1  # of which nothing is told
         if prompt + given > self.room:
@@ -267,36 +268,31 @@ async def unless_gone(http, work, headers):
         while (await http.receive())["type"] != "http.disconnect":
             pass
 
-    work, gone = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    tasks = [asyncio.ensure_future(each) for each in (work, gone())]
     try:
-        await asyncio.wait([work, gone], return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if not tasks[0].done():
             return await nobody_reads()
-        return JSONResponse(work.result(), headers=headers)
+        return JSONResponse(tasks[0].result(), headers=headers)
     finally:
-        for task in (work, gone):
+        for task in tasks:
             task.cancel()
-            with contextlib.suppress(asyncio.CancelledError, Exception):
-                await task
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def refused(http, error):
-    headers = {"Retry-After": "1"} if error.status == 429 else None
+    """Any error in the interface's own shape."""
+    headers = getattr(error, "headers", None)
+    if isinstance(error, HTTPException):
+        error = Refused(ERRORS.get(error.status_code, error.detail), error.status_code)
+    elif not isinstance(error, Refused):
+        error = Refused("the server has failed", 500)
+    headers = {"Retry-After": "1"} if error.status == 429 else headers
     return JSONResponse(error.body, error.status, headers)
-
-
-async def http_error(http, error):
-    words = {404: "there is no such path", 405: "the path has other methods"}
-    wrong = Refused(words.get(error.status_code, error.detail), error.status_code)
-    return JSONResponse(wrong.body, error.status_code, error.headers)
 
 
 async def nobody_reads(http=None, error=None):
     return Response(status_code=499)
-
-
-async def own_error(http, error):
-    return JSONResponse(Refused("the server has failed", 500).body, 500)
 
 
 class Seldom:
@@ -341,8 +337,8 @@ def application(link, tokenizer, names, template=None, limits=None, on_failure=N
         Route("/metrics", api.metrics_text),
         Route("/", lambda http: FileResponse(PAGE)),
     ]
-    handlers = {Refused: refused, HTTPException: http_error, ClientDisconnect: nobody_reads,
-                Exception: own_error}  # fmt: skip
+    handlers = dict.fromkeys((Refused, HTTPException, Exception), refused)
+    handlers[ClientDisconnect] = nobody_reads
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
     app.state.service, app.state.hurry = api.service, api.hurry
     return app

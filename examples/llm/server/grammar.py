@@ -7,12 +7,12 @@ Python package, and torch with it, are not imported.
 import contextlib
 import importlib.metadata
 import json
-import multiprocessing
 import resource
 import time
 from pathlib import Path
 
 import numpy as np
+from engine import spawned
 from engine.words import Words
 
 import fi_ffi
@@ -75,7 +75,7 @@ class Trial:
 
     def __init__(self, parts):
         self.parts = parts
-        self.is_ready, (self.pipe, self.child), self.spare = False, self._started(), None
+        self.is_ready, (self.pipe, self.child), self.spare = False, self._begun(), None
 
     def __call__(self, seconds, *schema):
         """Whether a schema compiles; TimeoutError where it is not known in time."""
@@ -91,21 +91,16 @@ class Trial:
         self._again()
         raise TimeoutError
 
-    def _started(self):
-        spawn = multiprocessing.get_context("spawn")  # a fork would have this process's CUDA
-        pipe, other = spawn.Pipe()
-        child = spawn.Process(target=_try_schemas, args=(other, *self.parts), daemon=True)
-        child.start()
-        other.close()
-        return pipe, child
+    def _begun(self):
+        return spawned(_try_schemas, *self.parts, daemon=True)
 
     def _again(self):
         """Go on with another process, and begin one that is there when this one is lost."""
         self.child.kill()
         self.child.join()
         self.pipe.close()
-        self.is_ready, (self.pipe, self.child) = False, self.spare or self._started()
-        self.spare = self._started()
+        self.is_ready, (self.pipe, self.child) = False, self.spare or self._begun()
+        self.spare = self._begun()
 
 
 class Grammars:

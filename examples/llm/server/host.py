@@ -13,7 +13,7 @@ import traceback
 from dataclasses import dataclass
 from queue import PriorityQueue
 
-from engine import Requests, alone, end_process, watch
+from engine import Requests, alone, end_process, spawned, watch
 
 from .schema import Refused
 
@@ -185,11 +185,7 @@ class Link:
     @classmethod
     def apart(cls, make, *given):
         """To the engine and grammars that `make` gives in a process of its own; what it raises."""
-        spawn = multiprocessing.get_context("spawn")  # a fork would have this process's threads
-        pipe, there = spawn.Pipe()
-        worker = spawn.Process(target=_host, args=(there, make, *given), name="engine")
-        worker.start()
-        there.close()
+        pipe, worker = spawned(_host, make, *given, name="engine")
         try:
             made = pipe.recv()
         except EOFError:

@@ -5,7 +5,7 @@ given, as in OpenAI's interface.
 """
 
 import json
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from engine import Sampling
 from engine.config import LIMITS, TOP, Checked, limited, words
@@ -74,23 +74,16 @@ class ResponseFormat(Strict):
     json_schema: JsonSchema | None = None
 
 
-class Common(Strict):
+class Common(limited(Strict, *LIMITS)):
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
     seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
-    temperature: limited("temperature") | None = None
-    top_p: limited("top_p") | None = None
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
-    min_p: limited("min_p") | None = None
     max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
-    min_tokens: limited("min_tokens") | None = None
     ignore_eos: bool | None = None
-    presence_penalty: limited("presence_penalty") | None = None
-    frequency_penalty: limited("frequency_penalty") | None = None
-    repetition_penalty: limited("repetition_penalty") | None = None
     logit_bias: Annotated[dict[Token, Bias], Field(max_length=MOST_BIASES)] | None = None
     response_format: ResponseFormat | None = None
     metadata: dict[str, str] | None = None
@@ -101,8 +94,6 @@ class Common(Strict):
     store: bool | None = None
     user: str | None = None
     verbosity: str | None = None
-
-    echo: ClassVar = None  # of completions
 
     @property
     def limit(self):
@@ -146,7 +137,7 @@ class Common(Strict):
         seed = None if self.seed is None else self.seed + (choice << 64)
         bias = {int(token): value for token, value in (self.logit_bias or {}).items()}
         given |= {"max_tokens": max_tokens, "logprobs": self.tops}
-        echoed = bool(self.echo) and self.tops is not None
+        echoed = bool(getattr(self, "echo", None)) and self.tops is not None
         return Sampling(seed=seed, logit_bias=bias, prompt_logprobs=echoed, **given)
 
 

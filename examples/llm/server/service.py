@@ -13,9 +13,7 @@ from .schema import Refused
 SCHEMA_SECONDS = 60  # in which a schema has its turn and compiles
 MOST_SCHEMAS = 16  # requests that wait for schemas to compile
 
-
-def has_ended():
-    return Refused("the engine has ended", 503, code="engine_ended")
+ENDED = "the engine has ended", 503, None, "engine_ended"
 
 
 class Listener:
@@ -71,7 +69,8 @@ class Service:
 
     def check_room(self, requests):
         """Refused where these would wait for too many others, which count them from here on."""
-        self._check_serving()
+        if not self.is_serving:
+            raise Refused(*ENDED)
         news = self.news
         before = news.waiting + self.submitted - news.submitted + len(self.coming)
         # Those that have come since the last step and will find a slot wait for nobody.
@@ -81,19 +80,13 @@ class Service:
                           code="queue_full")  # fmt: skip
         self.coming.update(requests)
 
-    def _check_serving(self):
-        if not self.is_serving:
-            raise has_ended()
-
     def submit(self, listener):
         request = listener.request
         self.coming.discard(request)
         self.listeners[request.number] = listener
-        try:
-            self._check_serving()  # after that: `_end` tells those that it finds
-        except Refused:
+        if not self.is_serving:  # after that: `_end` tells those that it finds
             self.listeners.pop(request.number, None)
-            raise
+            raise Refused(*ENDED)
         self.submitted += 1
         self.order("submit", request)
 
@@ -114,7 +107,8 @@ class Service:
         for request in requests:  # it may be gone before it was ever submitted
             weakref.finalize(request, self.order, "cancel", request.number)
         try:
-            self._check_serving()
+            if not self.is_serving:  # after that: `_end` tells those that it finds
+                raise Refused(*ENDED)
             self.order("constrain", numbers, schema, param)
             await asyncio.wait_for(asyncio.wrap_future(done), SCHEMA_SECONDS)
         except asyncio.TimeoutError:
@@ -180,7 +174,7 @@ class Service:
         self._tell(listeners)
         for done in [*self.compiling.values()]:
             with contextlib.suppress(InvalidStateError):  # its client has gone
-                done.set_exception(has_ended())
+                done.set_exception(Refused(*ENDED))
         if failure is not None and self.on_failure:
             self.on_failure()
 

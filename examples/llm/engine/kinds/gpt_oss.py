@@ -8,7 +8,7 @@ from .. import config
 from ..weights import Fours, whole
 
 
-class GptOss(config.WithoutLinear, config.Config):
+class GptOss(config.Config):
     has_sinks: ClassVar = True
     quantised: ClassVar = "mxfp4"
     norm_topk: ClassVar = True
