@@ -271,12 +271,7 @@ class Config(Checked):
             value = raw.get(name)
             if value is True or value not in NEUTRAL:
                 raise ValueError(f"{name} is {value!r:.100}, which nothing here computes")
-        return raw
-
-    @model_validator(mode="before")
-    @classmethod
-    def _of_rope(cls, raw):
-        """All of RoPE's fields together; some files have a few outside."""
+        # All of RoPE's fields together; some files have a few outside.
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         if isinstance(rope, dict):
             names = ("rope_theta", "partial_rotary_factor")

@@ -271,7 +271,7 @@ class Gpu(Device):
             self.loader.finish()
             self.kernels = glue.loaded(code.result())
         finally:
-            self.loader.close()
+            self.loader.pool.shutdown(wait=False)  # what its threads still do goes on
             self.loader = None
 
     def get(self, x):

@@ -271,8 +271,7 @@ class Engine(Requests):
                 request.logprobs.append(_asked(request, logprob))
             if request.grammar and not request.grammar.accept(token):
                 self._finish(request, "error")  # no token fits
-                continue
-            if len(request.tokens) == request.sampling.max_tokens:
+            elif len(request.tokens) == request.sampling.max_tokens:
                 self._finish(request, "length")
         for request, echoed in step.echoed:
             some = itertools.islice(logprobs, len(echoed))

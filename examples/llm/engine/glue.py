@@ -49,7 +49,12 @@ __device__ void make_way() {
 #endif
 }
 
-__device__ void begin() { make_way(); wait(); }  // of a kernel that waits first of all
+// Of a kernel that waits first of all; the thread's place along x.
+__device__ int begin() {
+  make_way();
+  wait();
+  return blockIdx.x * blockDim.x + threadIdx.x;
+}
 
 struct Top { float most; int place; };
 
@@ -113,15 +118,13 @@ __global__ void take(unsigned* out, const unsigned* table, const int* index, con
 
 // A few words, of which the host's are page-locked: a copy engine takes longer to begin.
 __global__ void moved(unsigned* out, const unsigned* words, int count) {
-  begin();
-  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  const int i = begin();
   if (i < count) out[i] = words[i];
 }
 
 // The ranks' parts of rows side by side, from [ranks, rows, width]; the last may be too wide.
 __global__ void joined(float* out, const float* parts, int width, int whole) {
-  begin();
-  const int c = blockIdx.x * blockDim.x + threadIdx.x;
+  const int c = begin();
   if (c >= whole) return;
   const long long row = c / width * (long long)gridDim.y + blockIdx.y;
   out[blockIdx.y * (long long)whole + c] = parts[row * width + c % width];
@@ -130,9 +133,9 @@ __global__ void joined(float* out, const float* parts, int width, int whole) {
 // table[index[i]] = values[i]
 __global__ void give(unsigned* table, const unsigned* values, const int* index, long long step,
                      int words) {
-  begin();
+  const int first = begin();
   unsigned* row = table + index[blockIdx.y] * step;
-  for (int w = blockIdx.x * blockDim.x + threadIdx.x; w < words; w += gridDim.x * blockDim.x)
+  for (int w = first; w < words; w += gridDim.x * blockDim.x)
     row[w] = values[blockIdx.y * (long long)words + w];
 }
 
@@ -141,8 +144,7 @@ __global__ void give(unsigned* table, const unsigned* values, const int* index, 
 __global__ void convolve(T* out, const T* x, const float* weight, T* state, const int* slots,
                          const long long* starts, long long x_step, long long slot_step,
                          int channels) {
-  begin();
-  int c = blockIdx.x * blockDim.x + threadIdx.x;
+  const int c = begin();
   if (c >= channels) return;
   T* kept = state + slots[blockIdx.y] * slot_step + 3 * c;
   const float* w = weight + 4 * c;
@@ -159,8 +161,7 @@ __global__ void convolve(T* out, const T* x, const float* weight, T* state, cons
 // What a token keeps of the state and how much it writes, from (b, a) of each head.
 __global__ void decays(float* alpha, float* beta, const T* ba, const float* a_log,
                        const float* dt_bias, int count, int heads) {
-  begin();
-  int i = blockIdx.x * blockDim.x + threadIdx.x, t = i / heads, h = i % heads;
+  const int i = begin(), t = i / heads, h = i % heads;
   if (t >= count) return;
   float x = load(ba[t * 2 * heads + heads + h]) + dt_bias[h];
   float softplus = x > 20 ? x : log1pf(__expf(x));
@@ -171,9 +172,8 @@ __global__ void decays(float* alpha, float* beta, const T* ba, const float* a_lo
 // x of each row and another number, as `how` says: their sum, their product, or x times the sigmoid
 // or SiLU of that number.  With a step of 0 all rows have the same.
 __global__ void combined(T* x, const T* others, long long step, int width, int how) {
-  begin();
   const T* row = others + blockIdx.y * step;
-  for (int c = blockIdx.x * blockDim.x + threadIdx.x; c < width; c += gridDim.x * blockDim.x) {
+  for (int c = begin(); c < width; c += gridDim.x * blockDim.x) {
     T* to = x + blockIdx.y * (long long)width + c;
     const float a = load(*to), b = load(row[c]);
     const float factor = how == 1 ? b : sigmoid(b) * (how == 3 ? b : 1);
@@ -457,8 +457,7 @@ __global__ void draw(int* tokens, Parts* parts, const float* logits, const float
 __global__ void penalise(float* logits, const int* counts, const int* slots,
                          const float* presence, const float* frequency, const float* repetition,
                          int vocab) {
-  begin();
-  const int v = blockIdx.x * blockDim.x + threadIdx.x, i = blockIdx.y;
+  const int v = begin(), i = blockIdx.y;
   if (v >= vocab) return;
   const int count = counts[slots[i] * (long long)vocab + v];
   if (!count) return;
@@ -468,21 +467,18 @@ __global__ void penalise(float* logits, const int* counts, const int* slots,
 }
 
 __global__ void count(int* counts, const int* tokens, const int* slots, int n, int vocab) {
-  begin();
-  int i = blockIdx.x * blockDim.x + threadIdx.x;
+  const int i = begin();
   if (i < n) atomicAdd(counts + slots[i] * (long long)vocab + tokens[i], 2);
 }
 
 __global__ void add(float* logits, const int* places, const float* values, int n) {
-  begin();
-  int i = blockIdx.x * blockDim.x + threadIdx.x;
+  const int i = begin();
   if (i < n) atomicAdd(logits + places[i], values[i]);
 }
 
 // Minus infinity where a row of `bits` has none; row i is of places[i] of the logits.
 __global__ void allow(float* logits, const unsigned* bits, const int* places, int vocab) {
-  begin();
-  const int v = blockIdx.x * blockDim.x + threadIdx.x, words = (vocab + 31) / 32;
+  const int v = begin(), words = (vocab + 31) / 32;
   if (v < vocab && !(bits[blockIdx.y * words + v / 32] >> v % 32 & 1))
     logits[places[blockIdx.y] * (long long)vocab + v] = -INFINITY;
 }

@@ -60,7 +60,3 @@ class Loader:
         for host, event in self.made:
             gpu.free(host)
             check(gpu.cuda.cudaEventDestroy(event))
-
-    def close(self):
-        """Take nothing any more; what threads still do goes on."""
-        self.pool.shutdown(wait=False)

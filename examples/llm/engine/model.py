@@ -178,9 +178,7 @@ class Model:
             self.combine(out, self.scale, TIMES)
 
     def onto(self, residual, x, weight):
-        """residual += x @ weight.T, or the product where it is not yet whole, has a norm of its own
-        or cannot add: `join` adds that.
-        """
+        """residual += x @ weight.T; or the product, where `join` has to add it."""
         if self.is_apart or (isinstance(weight, Blocks) and not self.device.is_few(x, weight)):
             return self.linear("x", x, weight, is_last=self.is_apart)
         self.device.linear(residual, x, weight, adds=True)

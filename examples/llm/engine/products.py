@@ -255,6 +255,8 @@ class Products:
             raise ImportError("products on a GPU need cuBLAS: pip install nvmath-python")
         self.gpu, self.blas = gpu, None
         self.factors = np.array([1.0, 0.0], np.float32)
+        # out = silu(x @ gate.T) * (x @ up.T), of few rows; the weight is gate and then up.
+        self.linear_silu = functools.partial(self._few, is_gated=True)
         self.room = 2 * WARPS * gpu.multiprocessors  # warps of the kernel that run at once
         self.after, self.last = {}, 0  # by address: the weight that is read next
 
@@ -279,10 +281,6 @@ class Products:
             self.by_cublas(out, x, weight, adds)
         else:
             self._few(out, x, weight, is_last=is_last, adds=adds)
-
-    def linear_silu(self, out, x, weight):
-        """out = silu(x @ gate.T) * (x @ up.T), of few rows; the weight is gate and then up."""
-        self._few(out, x, weight, is_gated=True)
 
     def can_norm(self, x, weight):
         """Whether products of these are quicker with a `Norm`.

@@ -160,27 +160,34 @@ class Sampler:
         launched: `order` says it.  Rank 0 draws, and keeps what is told of its logits.
         """
         n, probs, raw, model = logits.shape[0], logits, logits, self.model
+        launch, vocab = self.device.launch, self.vocab
         tokens = model.scratch("drawn", n, 1, dtype="int32")
         if model.rank == 0:
             if order.tops is not None:  # what follows works in the logits' place
-                raw = model.scratch("raw", n, self.vocab, dtype="float32", most=model.slots)
+                raw = model.scratch("raw", n, vocab, dtype="float32", most=model.slots)
                 self.device.copy(raw, logits)
-            self._adjust(logits, given, order.is_penalised)
+            if order.is_penalised:
+                launch("penalise", (vocab, n), logits, self.counts, given["sampled"],
+                       *(given[name] for name in PENALTIES), vocab)  # fmt: skip
+            if "places" in given and (count := given["places"].shape[0]):
+                launch("add", (count, 1), logits, given["places"], given["values"], count)
+            if "masked" in given and (count := given["masked"].shape[0]):
+                launch("allow", (vocab, count), logits, given["bits"], given["masked"], vocab)
             if any(order.is_filtered):
-                probs = model.scratch("probs", n, self.vocab, dtype="float32", most=model.slots)
+                probs = model.scratch("probs", n, vocab, dtype="float32", most=model.slots)
                 fi_ffi.softmax(None, logits, probs, given["temperature"], **model.pdl)
             if order.is_filtered[0]:
                 fi_ffi.top_k_renorm_probs(probs, probs, given["top_k"])
             if order.is_filtered[1]:
                 fi_ffi.top_p_renorm_probs(probs, probs, given["top_p"])
             names = ("temperature", "top_k", "top_p", "uniform", "min_p")
-            self.device.launch("draw", (32 * 1024, n), view(tokens, n), self.parts, logits, probs,
-                               *map(given.get, names), self.vocab, block=1024)  # fmt: skip
+            drawn = view(tokens, n)
+            launch("draw", (32 * 1024, n), drawn, self.parts, logits, probs,
+                   *map(given.get, names), vocab, block=1024)  # fmt: skip
             if order.is_penalised:
-                self.device.launch("count", (n, 1), self.counts, view(tokens, n),
-                                   given["sampled"], n, self.vocab)  # fmt: skip
+                launch("count", (n, 1), self.counts, drawn, given["sampled"], n, vocab)
             if order.tops is not None:
-                self.tell(raw, view(tokens, n), 0, order.tops)
+                self.tell(raw, drawn, 0, order.tops)
         tokens = model.of_first(tokens)
         self.device.give(model.latest, tokens, given["sampled"])
         return tokens
@@ -193,16 +200,6 @@ class Sampler:
         row[0, prompt] = IN_PROMPT
         np.add.at(row[0], drawn, 2)
         self.device.write(self.counts.rows(slot, slot + 1), row)
-
-    def _adjust(self, logits, given, is_penalised):
-        launch, vocab = self.device.launch, self.vocab
-        if is_penalised:
-            launch("penalise", (vocab, logits.shape[0]), logits, self.counts, given["sampled"],
-                   *(given[name] for name in PENALTIES), vocab)  # fmt: skip
-        if "places" in given and (count := given["places"].shape[0]):
-            launch("add", (count, 1), logits, given["places"], given["values"], count)
-        if "masked" in given and (count := given["masked"].shape[0]):
-            launch("allow", (vocab, count), logits, given["bits"], given["masked"], vocab)
 
     def tell(self, logits, tokens, start, top):
         """Log probabilities of a token of each row, and of the `top` most probable.

@@ -56,13 +56,18 @@ class Step:
 
 
 def echo(request, count):
-    """The tokens of its prompt that follow the next `count` ones, where these are to be told, and
-    which of the ones the first of them follows.
-    """
+    """What follows the next `count` tokens of its prompt, if it is told, and from which one on."""
     if not request.sampling.prompt_logprobs:
         return [], 0
     start = max(request.computed, request.echoed)
     return request.prompt[start + 1 : request.computed + count + 1], start - request.computed
+
+
+@functools.cache
+def same_of(size):
+    """What is the same in each decode of a size."""
+    each, none = np.arange(size, dtype=np.int32), np.empty(0, np.int32)
+    return {"requests": each, "following": none, "starts": np.arange(size + 1)}
 
 
 class Steps:
@@ -79,7 +84,7 @@ class Steps:
         # By slot, the last one for padding: its pages are the scrap page, its length is 1.
         longest = -(-self.config.max_positions // job.page_size)
         self.table = np.full((self.slots + 1, min(job.num_pages, longest)), SCRAP, np.int32)
-        self.columns, self.fixed = columns_of(self.slots + 1, vocab), {}
+        self.columns = columns_of(self.slots + 1, vocab)
 
     def admit(self, request):
         self.cleared.append(request.slot)
@@ -92,9 +97,7 @@ class Steps:
         self.table[request.slot, start : len(request.pages)] = request.pages[start:]
 
     def queue(self, work, arrived):
-        """(request, tokens) of each, the tokens of the prompt or the one drawn last; `arrived()`
-        takes in the step before, which masks need.
-        """
+        """So many tokens of each request; `arrived()` takes in the step before, for masks."""
         is_decode = not any(request.is_new for request, _ in work)
         size = next(n for n in self.sizes if n >= len(work)) if is_decode else 0
         sampled = [r for r, count in work if r.computed + count == r.length]
@@ -139,7 +142,7 @@ class Steps:
         full = computed // self.page_size
         most = int(full.max()) + 1
         held = np.arange(most) <= full[:, None]
-        host = self._of_size(size) | {
+        host = same_of(size) | {
             # One that was drawn is on the device, whether or not the host has seen it.
             "tokens": np.where(slots < self.slots, ~slots, 0),
             "positions": computed,
@@ -162,14 +165,6 @@ class Steps:
         lasts[np.arange(len(pages)), (pages - 1) // each] = last
         starts = np.append(starts, indptr[-1]).astype(np.int32)
         return {"starts_of_pieces": starts, "last_of_pieces": lasts.reshape(-1)}
-
-    def _of_size(self, size):
-        """What is the same in each decode of a size."""
-        if size not in self.fixed:
-            each, none = np.arange(size, dtype=np.int32), np.empty(0, np.int32)
-            starts = np.arange(size + 1)
-            self.fixed[size] = {"requests": each, "following": none, "starts": starts}
-        return self.fixed[size]
 
     def _draws(self, sampled, slots, rest=0):
         """What decides about each draw; nothing does for the last `rest`."""

@@ -144,7 +144,7 @@ def verify(config, weights):
             name, shape = f"{name}_blocks", (shape[0], shape[2], shape[1] // 32, 16)
         # One that is missing is named by what reads it.
         if name in weights and (found := weights.shape(name)) != shape:
-            raise ValueError(f"{weights.path}: {name} is {found}; by config.json it is {shape}")
+            raise ValueError(f"{weights.path}: {name} has shape {found}; config.json says {shape}")
 
 
 def of_layer(weights, config, i):

@@ -55,6 +55,10 @@ class Answer:
             for listener in open_.values():
                 self.service.cancel(listener)
 
+    def told(self, index, name, value, logprobs, finished=None):
+        """A choice, or a change of one."""
+        return {"index": index, name: value, "logprobs": logprobs, "finish_reason": finished}
+
     def object(self, kind, choices, **more):
         return {"id": self.id, "object": kind, "created": self.created, "model": self.name,
                 "choices": choices} | more  # fmt: skip
@@ -164,8 +168,7 @@ class Completion(Answer):
                 "top_logprobs": [self._tops(x) for x in told],
                 "text_offset": [x.offset for x in told],
             }
-        return {"index": index, "text": piece.text, "logprobs": logprobs,
-                "finish_reason": piece.finished}  # fmt: skip
+        return self.told(index, "text", piece.text, logprobs, piece.finished)
 
     def _tops(self, told):
         """By name, the chosen token among them; nothing of the first of a prompt."""
@@ -243,31 +246,28 @@ class Chat(Answer):
             message["reasoning_content"] = piece.thought
         if calls:
             message |= {"content": content.strip() or None, "tool_calls": calls}
-        return {"index": index, "message": message, "logprobs": self._logprobs(piece),
-                "finish_reason": _reason(piece.finished, calls)}  # fmt: skip
-
-    def _change(self, index, delta, logprobs=None, finished=None):
-        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finished}
+        reason = _reason(piece.finished, calls)
+        return self.told(index, "message", message, self._logprobs(piece), reason)
 
     def beginnings(self):
         for index in range(len(self.requests)):
-            yield self._change(index, {"role": "assistant", "content": ""})
+            yield self.told(index, "delta", {"role": "assistant", "content": ""}, None)
 
     def changes(self, index, piece):
         parts = {"reasoning_content": piece.thought} if piece.thought else {}
         if piece.text or not parts:
             parts["content"] = piece.text
         if piece.text or piece.thought or piece.logprobs:
-            yield self._change(index, parts, self._logprobs(piece))
+            yield self.told(index, "delta", parts, self._logprobs(piece))
         if not piece.finished:
             return
         rest, calls = self._ending(index, self.texts[index].told - self.texts[index].begin)
         if rest:
-            yield self._change(index, {"content": rest})
+            yield self.told(index, "delta", {"content": rest}, None)
         if calls:
             numbered = [{"index": n} | call for n, call in enumerate(calls)]
-            yield self._change(index, {"tool_calls": numbered})
-        yield self._change(index, {}, None, _reason(piece.finished, calls))
+            yield self.told(index, "delta", {"tool_calls": numbered}, None)
+        yield self.told(index, "delta", {}, None, _reason(piece.finished, calls))
 
 
 def _reason(finished, calls):
