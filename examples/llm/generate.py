@@ -24,6 +24,7 @@ from engine.words import Decoder, Words
 from tokenizers import Tokenizer
 
 PAGES = 1024  # of the cache, 16 tokens each
+ASKED = {"temperature": float, "top_k": int, "top_p": float, "min_p": float}
 
 
 def arguments():
@@ -33,60 +34,50 @@ def arguments():
     parser.add_argument("--tiny", default="qwen3", choices=("llama", "qwen3", "qwen3_next"))
     parser.add_argument("--cpu", action="store_true", help="the reference kernels, in numpy")
     parser.add_argument("--tp", type=int, default=1, help="GPUs that the model is split over")
-    parser.add_argument(
-        "--ray", action="store_true", help="ranks are placed by Ray, on any machine"
-    )
+    parser.add_argument("--ray", action="store_true", help="Ray places ranks, on any machine")
     parser.add_argument("--max-tokens", type=int, default=32)
-    for name in ("temperature", "top-k", "top-p", "min-p"):
-        parser.add_argument(f"--{name}", type=int if name == "top-k" else float,
-                            help="(default: the checkpoint's)")  # fmt: skip
+    for name, kind in ASKED.items():
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, type=kind, help="(default: the checkpoint's)")
     parser.add_argument("--seed", type=int)
     return parser.parse_args()
 
 
 def main():
     given = arguments()
+    asked = {name: value for name in ASKED if (value := getattr(given, name)) is not None}
     with tempfile.TemporaryDirectory() as folder:
         model = given.model
         if model is None:
             from tiny import make_tiny
 
             model = make_tiny(folder, given.tiny)
-            print(
-                f"a tiny {given.tiny} of random weights: what it writes means nothing",
-                file=sys.stderr,
-            )
-        way = "ray" if given.ray else "processes"
+            about = f"a tiny {given.tiny} of random weights: what it writes means nothing"
+            print(about, file=sys.stderr)
         try:
-            asked = {name: value for name in ("temperature", "top_k", "top_p", "min_p")
-                     if (value := getattr(given, name)) is not None}  # fmt: skip
             Sampling(**asked)  # before a model is loaded for nothing
-            engine = load(model, "cpu" if given.cpu else None, num_pages=PAGES, tp=given.tp,
-                          way=way)  # fmt: skip
-            sampling = Sampling(seed=given.seed, max_tokens=given.max_tokens,
-                                **engine.config.sampling | asked)  # fmt: skip
+            device, way = "cpu" if given.cpu else None, "ray" if given.ray else "processes"
+            engine = load(model, device, num_pages=PAGES, tp=given.tp, way=way)
+            drawn = engine.config.sampling | asked
+            sampling = Sampling(seed=given.seed, max_tokens=given.max_tokens, **drawn)
             tokenizer = Tokenizer.from_file(str(Path(model) / "tokenizer.json"))
             prompts = [tokenizer.encode(text).ids for text in given.prompts]
             requests = [engine.submit(ids, sampling) for ids in prompts]
         except (OSError, ValueError, KeyError) as wrong:
             sys.exit(f"generate.py: {wrong.args[0] if isinstance(wrong, KeyError) else wrong}")
-    ended = threading.Event()
+    ended, words, start = threading.Event(), Words(tokenizer), time.perf_counter()
     watch(engine.runner, ended, lost)
-    words = Words(tokenizer)
     decoders = [Decoder(words, request.prompt) for request in requests]
-    told, start = [0] * len(requests), time.perf_counter()
-    texts = [*given.prompts]
-    if len(requests) == 1:  # as it comes; several would mix
-        print(given.prompts[0], end="", flush=True)
+    texts, told, is_one = [*given.prompts], [0] * len(requests), len(requests) == 1
+    if is_one:  # as it comes; several would mix
+        print(texts[0], end="", flush=True)
     while engine.step() is not None:
         for i, request in enumerate(requests):
-            for token in request.tokens[told[i] :]:
-                piece = decoders[i].step(token)
-                texts[i] += piece
-                if len(requests) == 1:
-                    print(piece, end="", flush=True)
-                told[i] += 1
-    if len(requests) > 1:
+            piece = "".join(map(decoders[i].step, request.tokens[told[i] :]))
+            texts[i], told[i] = texts[i] + piece, len(request.tokens)
+            if is_one:
+                print(piece, end="", flush=True)
+    if not is_one:
         print(*texts, sep="\n---\n", end="")
     seconds = time.perf_counter() - start
     print(f"\n{sum(told)} tokens, {sum(told) / seconds:.1f} a second", file=sys.stderr)

@@ -43,9 +43,7 @@ def arguments(words=None):
     parser.add_argument("--served-model-name", nargs="+", help="its names for clients")
     parser.add_argument("--cpu", action="store_true", help="the reference kernels, in numpy")
     parser.add_argument("--tp", type=int, default=1, help="GPUs that the model is split over")
-    parser.add_argument(
-        "--ray", action="store_true", help="ranks are placed by Ray, on any machine"
-    )
+    parser.add_argument("--ray", action="store_true", help="Ray places ranks, on any machine")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--allowed-host", nargs="+", default=[],
@@ -59,8 +57,7 @@ def arguments(words=None):
                         help="requests that wait at most; 429 for more")  # fmt: skip
     parser.add_argument("--max-body", type=int, default=Limits.max_body, help="bytes of a request")
     parser.add_argument("--body-seconds", type=float, default=Limits.body_seconds,
-                        help="seconds to receive a body; headers and slow reads get twice "
-                        "that")  # fmt: skip
+                        help="for a body; headers and slow reads get twice that")  # fmt: skip
     parser.add_argument("--grace", type=float, default=10,
                         help="seconds for requests to end after SIGTERM or SIGINT")  # fmt: skip
     parser.add_argument(
@@ -92,8 +89,8 @@ class Process(uvicorn.Server):
         self.is_ending = self.should_exit = True
 
 
-def _later(seconds, function, *args):
-    timer = threading.Timer(seconds, function, args)
+def _later(seconds, function):
+    timer = threading.Timer(seconds, function)
     timer.daemon = True
     timer.start()
 
@@ -139,9 +136,8 @@ def names_of(given):
 @contextlib.contextmanager
 def kept(given):
     """The port, from before a model is loaded until the server listens; OSError if it is taken."""
-    family, kind, _, _, address = socket.getaddrinfo(
-        given.host, given.port, type=socket.SOCK_STREAM
-    )[0]
+    found = socket.getaddrinfo(given.host, given.port, type=socket.SOCK_STREAM)
+    family, kind, _, _, address = found[0]
     with socket.socket(family, kind) as holder:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         holder.bind(address)
@@ -155,9 +151,8 @@ def main():
             parts = built(given)
     except (OSError, ValueError, KeyError) as wrong:
         sys.exit(f"serve.py: {wrong.args[0] if isinstance(wrong, KeyError) else wrong}")
-    limits = Limits(max_body=given.max_body, body_seconds=given.body_seconds,
-                    max_queue=given.max_queue, api_key=given.api_key,
-                    hosts=names_of(given))  # fmt: skip
+    names = "max_body", "body_seconds", "max_queue", "api_key"
+    limits = Limits(**{name: getattr(given, name) for name in names}, hosts=names_of(given))
     Connection.seconds = given.body_seconds
     config = uvicorn.Config(None, host=given.host, port=given.port, http=Connection, ws="none")
     server = Process(config)

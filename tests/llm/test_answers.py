@@ -20,7 +20,7 @@ import requests
 from engine import Sampling
 from engine.engine import Request
 from engine.words import Words
-from server import Limits, api
+from server import Limits, service
 from server.answers import Answer, Chat, Completion
 from server.chat import OPEN, SHUT
 from server.harmony import Harmony
@@ -145,7 +145,7 @@ def answered(
 ) -> tuple[Any, list[Any]]:
     """An answer of two choices: in one, and the events of a stream."""
     body = {
-        "stops": (), "logprobs": None, "top_logprobs": None, "n": 2, "stream_options": None,
+        "stops": (), "logprobs": None, "tops": None, "n": 2, "stream_options": None,
         "forced": None, "tools": None, "tool_choice": None, "echo": False, "prompts": [[1, 2, 3]],
         "max_tokens": 9, "parallel_tool_calls": None, "response_format": None,
     }  # fmt: skip
@@ -408,7 +408,7 @@ def wait_for(url: str, data: bytes, status: int) -> None:
 
 def test_no_more_schemas_wait_than_may(serve_with, monkeypatch):
     """429 for the next, and room again when they are done."""
-    monkeypatch.setattr(api, "MOST_SCHEMAS", 2)
+    monkeypatch.setattr(service, "MOST_SCHEMAS", 2)
     may_go = threading.Event()
 
     def slow(*given: Any) -> Written:

@@ -112,31 +112,31 @@ def test_decays(dtype, rng, on):
 
 
 @TEXT
-@pytest.mark.parametrize("is_silu", [0, 1])
-def test_gates(dtype, is_silu, rng, on):
+@pytest.mark.parametrize("how", [glue.SIGMOID, glue.SILU])
+def test_gates(dtype, how, rng, on):
     x = rng.standard_normal((9, 520)).astype(FLOATS[dtype])
     wide = (rng.standard_normal((9, 600)) * 3).astype(x.dtype)
     gate, before = wide[:, 40:560], x.astype(np.float64)
-    on.run("gated", [x, gate, np.int64(600), 520, is_silu])
+    on.run("combined", [x, gate, np.int64(600), 520, how])
     g = gate.astype(np.float64)
-    close(x, before / (1 + np.exp(-g)) * (g if is_silu else 1), dtype)
+    close(x, before / (1 + np.exp(-g)) * (g if how == glue.SILU else 1), dtype)
 
 
 @TEXT
 def test_biases(dtype, rng, on):
     x = rng.standard_normal((9, 520)).astype(FLOATS[dtype])
     bias, before = rng.standard_normal(520).astype(x.dtype), x.astype(np.float64)
-    on.run("biased", [x, bias, 520])
+    on.run("combined", [x, bias, np.int64(0), 520, glue.PLUS])
     close(x, before + bias.astype(np.float64), dtype)
 
 
 @TEXT
 def test_scales(dtype, rng, on):
-    """By a number that is rounded first: as sqrt(hidden) is of embeddings."""
+    """By numbers as sqrt(hidden), which is rounded first, is of embeddings."""
     x = rng.standard_normal((9, 520)).astype(FLOATS[dtype])
-    factor, before = np.float32(rng.uniform(1, 90)), x.astype(np.float64)
-    on.run("scaled", [x, factor, 520])
-    close(x, before * float(FLOATS[dtype](factor)), dtype)
+    factors, before = rng.uniform(1, 90, 520).astype(x.dtype), x.astype(np.float64)
+    on.run("combined", [x, factors, np.int64(0), 520, glue.TIMES])
+    close(x, before * factors.astype(np.float64), dtype)
 
 
 @TEXT

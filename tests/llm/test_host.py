@@ -16,7 +16,7 @@ import server.host
 import server.service
 from engine import Sampling, load
 from server import Link
-from server.host import Compiled, Host, News
+from server.host import Host, News
 from server.metrics import Metrics
 from server.schema import Refused
 from server.service import Listener, Service
@@ -102,7 +102,7 @@ def test_how_the_engine_is(hosted):
         news = here.service.news
         assert (news.running, news.slots, news.submitted, news.pages) == (2, 0, 3, 39)
         assert news.used_pages >= 2
-        here.service.cancel_all()
+        here.service.order("cancel_all")
         await asyncio.gather(*working)
         assert {request.finished for request in requests} == {"cancelled"}
 
@@ -230,10 +230,10 @@ def test_a_schema_whose_client_has_gone(hosted):
         await asyncio.sleep(0.05)
         ((number, done),) = service.compiling.items()
         done.cancel()
-        service._compiled(Compiled(number, None))
+        service._compiled(number, None)
         with pytest.raises(asyncio.CancelledError):
             await waits
-        service._compiled(Compiled(number, None))
+        service._compiled(number, None)
         go.set()
         assert len(await asked(service, here.engine.request([1], greedy(3)))) == 3
 
@@ -315,9 +315,9 @@ def test_a_process_whose_engine_fails_ends_with_an_error(monkeypatch):
     worker = threading.Thread(target=server.host._host, args=(there, made_to_fail))
     worker.start()
     assert here.recv() == (1, 2)
-    assert isinstance(here.recv(), News)
+    assert isinstance(here.recv()[1], News)
     here.send(("cancel", 1))
-    assert here.recv().words == "the device is gone"
+    assert here.recv() == ("failed", "the device is gone")
     worker.join(RESULT)
     assert told == ["ended"]
     with pytest.raises(ValueError, match="no such model"):

@@ -246,7 +246,7 @@ FAULTS = {
         "gpt_oss_mxfp4", engine.weights, "fours",
         lambda real: lambda blocks, scales: real(blocks << 4 | blocks >> 4, scales),
     ),
-    "gate": ("qwen3_next", engine.model.Model, "gate", lambda real: lambda *args: None),
+    "gate": ("qwen3_next", engine.model.Model, "combine", lambda real: lambda *args: None),
     # The expert of all tokens has no say.  Of Gemma embeddings are small, scores have the usual
     # factor, layers in a window turn as others do, halves of a layer have no norm, GELU is SiLU.
     "shared": ("qwen3_next", engine.KINDS["qwen3_next"], "arranged", without_last),

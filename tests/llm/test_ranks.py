@@ -525,7 +525,7 @@ def test_what_does_not_divide(kind, changes, size, words, tmp_path, rng):
     [("cuda:0", {"tp": 2}, 1), ("cuda:1", {}, 1), ("cuda:0", {"tp": 4, "gpus": 3}, 2)],
 )
 def test_more_ranks_than_gpus(device, options, needed, tmp_path, rng, monkeypatch):
-    monkeypatch.setattr(engine.ranks, "gpus", lambda: needed)
+    monkeypatch.setattr(engine.ranks, "device_count", lambda: needed)
     words = f"{options.get('tp', 1)} ranks from {device} on need cuda:{needed}, and this machine"
     with pytest.raises(ValueError, match=f"{words} has {needed} GPUs"):
         load(make_tiny(tmp_path, "llama", rng), device, 8, **options)

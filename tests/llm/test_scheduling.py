@@ -19,7 +19,7 @@ class Simulated(Engine):
 
     def __init__(self, num_pages: int = 40, max_batch: int = 6, reuse: bool = True) -> None:
         config = SimpleNamespace(
-            vocab=300, max_positions=10_000, eos=[299], is_hybrid=not reuse, layers=[],
+            vocab=300, max_positions=10_000, eos=[299], layers=["linear_attention"] * (not reuse),
         )  # fmt: skip
         job = SimpleNamespace(
             config=config, num_pages=num_pages, page_size=4, max_batch=max_batch, max_tokens=50

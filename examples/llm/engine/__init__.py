@@ -2,25 +2,30 @@
 
 from . import threads  # noqa: F401  (before numpy)
 from .config import Config
-from .device import default
 from .engine import Engine, Request, Requests
 from .kinds import KINDS
-from .ranks import Job, alone, end_process, start, watch
+from .ranks import Job, alone, device_count, end_process, spawned, start, watch
 from .sampling import Sampling
 from .weights import Weights, verify
 
 __all__ = [
     "KINDS", "Config", "Engine", "Request", "Requests", "Sampling", "Weights", "alone",
-    "end_process", "load", "load_model", "verify", "watch",
+    "end_process", "load", "load_model", "spawned", "verify", "watch",
 ]  # fmt: skip
 
 
-def load(path, device=None, num_pages=None, page_size=16, max_batch=64, max_tokens=512,
-         use_graphs=True, tp=1, way="processes", gpus=None):  # fmt: skip
-    """An engine for the checkpoint in a folder (the hub's layout).
+def load(path, device=None, num_pages=None, **options):
+    """An engine for a folder in the hub's layout; what follows `path` is as in `load_model`."""
+    config, weights = Config.read(path), Weights(path)
+    verify(config, weights)
+    return load_model(config, weights, device, num_pages, **options)
+
+
+def load_model(config, weights, device=None, num_pages=None, page_size=16, max_batch=64,
+               max_tokens=512, use_graphs=True, tp=1, way="processes", gpus=None):  # fmt: skip
+    """An engine from a Config, and anything that gives weights by name.
 
     Args:
-        path: a folder with config.json and safetensors.
         device: "cuda:0", or "cpu" for the reference kernels; what there is by default.
         num_pages, page_size: the cache: `num_pages` times `page_size` tokens; by default as many
             pages as the GPU has memory for, and 1,024 on the CPU.
@@ -33,16 +38,7 @@ def load(path, device=None, num_pages=None, page_size=16, max_batch=64, max_toke
         gpus: how many GPUs of this machine ranks take in turn; by default each has its own.
             Processes may share one, which is for tests: their kernels run by turns.
     """
-    config, weights = Config.read(path), Weights(path)
-    verify(config, weights)
-    return load_model(config, weights, device, num_pages, page_size, max_batch, max_tokens,
-                      use_graphs, tp, way, gpus)  # fmt: skip
-
-
-def load_model(config, weights, device, num_pages, page_size, max_batch, max_tokens, use_graphs,
-               tp=1, way="processes", gpus=None):  # fmt: skip
-    """The same from a Config, and anything that gives weights by name."""
-    max_tokens = max(max_tokens, max_batch)
-    job = Job(config, weights, device or default(), num_pages, page_size, max_batch, max_tokens,
-              use_graphs, gpus or tp)  # fmt: skip
+    device = device or ("cuda:0" if device_count() else "cpu")
+    job = Job(config, weights, device, num_pages, page_size, max_batch,
+              max(max_tokens, max_batch), use_graphs, gpus or tp)  # fmt: skip
     return Engine(start(job, tp, way))

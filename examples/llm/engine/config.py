@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic.aliases import AliasChoices
 
 FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
 LARGEST = 2**24  # of any size
@@ -32,9 +33,10 @@ def within(low, high):
     return Annotated[type(high), Field(ge=low, le=high)]
 
 
-def limited(name):
-    """The parameter of a request of that name."""
-    return within(*LIMITS[name])
+def limited(base, *names):
+    """`base` with these parameters of a request, which may be left out."""
+    fields = {name: (within(*LIMITS[name]) | None, None) for name in names}
+    return create_model(base.__name__, __base__=base, **fields)
 
 
 def named(name, *others, **default):
@@ -90,6 +92,8 @@ def words(error):
     """What one of pydantic's errors says, without Python's terms."""
     if error["type"] in ("model_type", "dict_type"):
         return "Input should be an object"
+    if error["type"] == "extra_forbidden":
+        return "there is no such field"
     return error["msg"].removeprefix("Value error, ")
 
 
@@ -105,17 +109,13 @@ def checked(kind, raw, file):
     raise ValueError(f"{file}: {where} is {error['input']!r:.100}: {words(error)}")
 
 
-class Generation(Checked):
-    """What generation_config.json gives for requests that do not say, by the names of `Sampling`,
-    and tokens that end a text.
-    """
+DRAWN = "temperature", "top_k", "top_p", "min_p", "repetition_penalty"
 
-    temperature: limited("temperature") | None = None
-    top_k: limited("top_k") | None = None
-    top_p: limited("top_p") | None = None
-    min_p: limited("min_p") | None = None
-    repetition_penalty: limited("repetition_penalty") | None = None
-    eos_token_id: Count | list[Count] = []
+
+class Generation(limited(Checked, *DRAWN)):
+    """What generation_config.json gives, by the names of `Sampling`, and tokens that end a text."""
+
+    eos_token_id: Count | list[Count] = Field([])
 
 
 class Rope(Checked):
@@ -154,9 +154,7 @@ class Rope(Checked):
         return self
 
     def cos_sin(self, positions, dim, most):
-        """[positions, dim] float32: the cosines of a position's angles, then their sines, in a
-        model for `most` positions.
-        """
+        """[positions, dim] float32: cosines, then sines, in a model for `most` positions."""
         frequencies, larger = self.rope_theta ** -(np.arange(0, dim, 2) / dim), 1.0
         if self.rope_type == "linear":
             frequencies = frequencies / self.factor
@@ -273,12 +271,7 @@ class Config(Checked):
             value = raw.get(name)
             if value is True or value not in NEUTRAL:
                 raise ValueError(f"{name} is {value!r:.100}, which nothing here computes")
-        return raw
-
-    @model_validator(mode="before")
-    @classmethod
-    def _of_rope(cls, raw):
-        """All of RoPE's fields together; some files have a few outside."""
+        # All of RoPE's fields together; some files have a few outside.
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         if isinstance(rope, dict):
             names = ("rope_theta", "partial_rotary_factor")
@@ -333,27 +326,19 @@ class Config(Checked):
         return int(self.head_dim * self.rope.partial_rotary_factor)
 
     def rope_of(self, kind):
-        """That of a kind of layer."""
         return self.rope
 
     @property
     def eos(self):
-        """The tokens that end a text."""
         both = (self.eos_token_id, self.generation.eos_token_id)
         ends = [end if isinstance(end, list) else [end] for end in both]
         return tuple(dict.fromkeys(ends[0] + ends[1]))
 
     @property
     def sampling(self):
-        """What generation_config.json gives, by the names of `Sampling`."""
         return self.generation.model_dump(exclude={"eos_token_id"}, exclude_none=True)
 
-    @property
-    def is_hybrid(self):
-        return LINEAR in self.layers
-
     def is_sparse(self, i):
-        """Whether layer i is a mixture of experts."""
         return bool(self.experts)
 
     @property
@@ -372,7 +357,6 @@ class Config(Checked):
     # their shapes.  Of experts {} is the name.
 
     def table(self, i):
-        """All of layer i."""
         return self.norms() | (self.sparse() if self.is_sparse(i) else self.dense()) | self.outer(i)
 
     def arranged(self, layer, i):
@@ -417,7 +401,3 @@ class Config(Checked):
 
 class WithoutExperts:
     experts = top_k = expert_intermediate = 0
-
-
-class WithoutLinear:
-    key_heads = value_heads = 0

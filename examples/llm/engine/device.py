@@ -51,27 +51,11 @@ def _packed(kinds):
     return struct.Struct("".join(["<", *map(FORMATS.__getitem__, kinds)]))
 
 
-def gpus():
-    """How many there are; 0 without a driver."""
-    from cuda.bindings import runtime
-
-    try:
-        error, count = runtime.cudaGetDeviceCount()
-    except RuntimeError:
-        return 0
-    return 0 if int(error) else count
-
-
-def default():
-    """ "cuda:0" where there is a GPU, or else "cpu"."""
-    return "cuda:0" if gpus() else "cpu"
-
-
 class Device:
     """What both have: named scratch memory."""
 
     def __init__(self):
-        self.named = {}
+        self.named, self.memory = {}, {}  # `memory` by address: what it is of, or what frees it
 
     def scratch(self, name, shape, dtype):
         """Memory of that name, the same each time; what was in it may be anything."""
@@ -100,9 +84,13 @@ class Device:
                     table.shape[0])  # fmt: skip
 
     def give(self, table, values, index):
-        """table[index[i]] = values[i]"""
         words, step = _words(values), np.int64(_words(table))
         self.launch("give", (words, index.shape[0]), table, values, index, step, words)
+
+    def zeros(self, shape, dtype):
+        x = self.empty(shape, dtype)
+        self.zero(x)
+        return x
 
     def put(self, host):
         """A copy of a numpy array, or of both of `Blocks` or `Fours`."""
@@ -125,13 +113,14 @@ class Cpu(Device):
 
     def __init__(self, dtype):
         super().__init__()
-        self.memory = []
         self.wide = {}  # by address: a weight in float32, in which numpy multiplies
 
     def empty(self, shape, dtype):
         x = fi_ffi.TensorDesc(0, shape, dtype, device="cpu")
-        self.memory.append(np.empty(x.span_bytes + 64, np.uint8))
-        return x.at((self.memory[-1].ctypes.data + 63) & ~63)
+        memory = np.empty(x.span_bytes + 64, np.uint8)
+        at = (memory.ctypes.data + 63) & ~63
+        self.memory[at] = memory
+        return x.at(at)
 
     pinned = empty
 
@@ -147,17 +136,19 @@ class Cpu(Device):
 
     write = copy
 
-    def loading(self):
-        return contextlib.nullcontext()
+    scope = loading = contextlib.nullcontext
 
     def get(self, x):
         return np.array(x)
 
     def linear(self, out, x, weight, is_last=False, adds=False):
-        """out = x @ weight.T, or out + that; row by row, so that a row's result does not depend on
-        others.
-        """
-        x, out = self._normed(*x) if isinstance(x, Norm) else np.asarray(x), np.asarray(out)
+        """out = x @ weight.T, or out + that; row by row, so that none depends on another."""
+        norm, x = (x, x.x) if isinstance(x, Norm) else (None, x)
+        x, out = np.asarray(x), np.asarray(out)
+        if norm:
+            exact, kind = x.astype(np.float32), x.dtype
+            exact /= np.sqrt((exact * exact).mean(1, keepdims=True) + norm.eps)
+            x = (exact * np.asarray(norm.weight)).astype(kind)
         if weight.ptr not in self.wide:
             self.wide[weight.ptr] = np.asarray(weight).astype(np.float32)
         product = x.astype(np.float32)[:, None] @ self.wide[weight.ptr].T
@@ -169,25 +160,14 @@ class Cpu(Device):
     def can_norm(self, x, weight):
         return not isinstance(weight, Blocks)
 
-    @staticmethod
-    def _normed(x, weight, eps):
-        exact, weight = np.asarray(x).astype(np.float32), np.asarray(weight)
-        exact /= np.sqrt((exact * exact).mean(1, keepdims=True) + eps)
-        return (exact * weight).astype(weight.dtype)
-
     def launch(self, name, threads, *args, block=256):
         tensors = (np.asarray(x) if isinstance(x, fi_ffi.TensorDesc) else x for x in args)
         glue.ON_CPU[name](*tensors)
 
-    def scope(self):
-        return contextlib.nullcontext()
+    def mark(self, *_):
+        """A point in the stream of work, to be waited for: here it is over."""
 
-    def mark(self):
-        """A point in the stream of work, to be waited for."""
-        return
-
-    def wait(self, mark, is_over=None):
-        pass
+    wait = mark
 
     def close(self, is_lost=False):
         self.memory.clear()
@@ -207,7 +187,6 @@ class Gpu(Device):
         self.is_frozen = False
         check(runtime.cudaSetDevice(index))
         self.stream = int(check(runtime.cudaStreamCreate()))
-        self.memory = []  # what frees it, and its address
         about = check(runtime.cudaGetDeviceProperties(index))
         self.multiprocessors = about.multiProcessorCount
         self.loader, self.of_kernels = None, (dtype, (about.major, about.minor))
@@ -230,34 +209,30 @@ class Gpu(Device):
 
     @functools.cached_property
     def kernels(self):
-        """Those of glue.py, by name."""
         return glue.loaded(glue.cubin(*self.of_kernels))
 
     def empty(self, shape, dtype):
-        x = fi_ffi.TensorDesc(0, shape, dtype, device=self.name)
-        return self._allocated(x, self.cuda.cudaMalloc, self.cuda.cudaFree)
+        return self._allocated(shape, dtype, self.name, self.cuda.cudaMalloc, self.cuda.cudaFree)
 
     def pinned(self, shape, dtype):
         """Page-locked host memory, which copies read and write while the program goes on."""
-        x = fi_ffi.TensorDesc(0, shape, dtype, device="cpu")
-        return self._allocated(x, self.cuda.cudaMallocHost, self.cuda.cudaFreeHost)
+        cuda = self.cuda
+        return self._allocated(shape, dtype, "cpu", cuda.cudaMallocHost, cuda.cudaFreeHost)
 
     def fitting(self, size):
-        """How many pages of so many bytes there is memory for."""
         self.wait(self.mark())
         free, total = check(self.cuda.cudaMemGetInfo())
         return int(max(free - max(KEPT, KEPT_PART * total), 0) // size)
 
-    def _allocated(self, x, allocate, free):
+    def _allocated(self, shape, dtype, device, allocate, free):
+        x = fi_ffi.TensorDesc(0, shape, dtype, device=device)
         ptr = check(allocate(max(x.span_bytes, 1)))
-        self.memory.append((free, ptr))
+        self.memory[ptr] = free
         return x.at(ptr)
 
     def free(self, x):
         """What is no longer needed; all else is freed at the end."""
-        (one,) = [one for one in self.memory if one[1] == x.ptr]
-        self.memory.remove(one)
-        check(one[0](x.ptr))
+        check(self.memory.pop(x.ptr)(x.ptr))
 
     def zero(self, x):
         check(self.cuda.cudaMemsetAsync(x.ptr, 0, x.span_bytes, self.stream))
@@ -296,7 +271,7 @@ class Gpu(Device):
             self.loader.finish()
             self.kernels = glue.loaded(code.result())
         finally:
-            self.loader.close()
+            self.loader.pool.shutdown(wait=False)  # what its threads still do goes on
             self.loader = None
 
     def get(self, x):
@@ -376,7 +351,7 @@ class Gpu(Device):
         if not self.wait(self.mark(), (lambda: time.monotonic() > until) if is_lost else None):
             return
         self.products.close()
-        for free, ptr in self.memory:
+        for ptr, free in self.memory.items():
             check(free(ptr))
         check(self.cuda.cudaStreamDestroy(self.stream))
         self.memory.clear()

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from .config import LINEAR
 from .pages import Pages
 from .sampling import MOST_BIASES, Sampling
 from .steps import Steps
@@ -64,12 +65,6 @@ class Request:
         count = len(self.prompt)
         return self.prompt[start:end] + self.tokens[max(start - count, 0) : max(end - count, 0)]
 
-    @property
-    def is_adjusted(self):
-        """Whether something changes its logits."""
-        some = self.sampling
-        return bool(self.grammar or some.has_penalties or some.logit_bias or some.min_tokens)
-
 
 def _asked(request, logprob):
     """As many of the most probable tokens as it wants: a step has as many as any of it does."""
@@ -93,9 +88,7 @@ class Requests:
             raise ValueError(f"{total} tokens, max_tokens included; there is room for {self.room}")
         bias = request.sampling.logit_bias
         if len(bias) > MOST_BIASES or not all(0 <= token < vocab for token in bias):
-            raise ValueError(
-                f"logit_bias: {MOST_BIASES} tokens at most, each from 0 to {vocab - 1}"
-            )
+            raise ValueError(f"logit_bias: {MOST_BIASES} tokens at most, from 0 to {vocab - 1}")
         request.bias = np.array([*bias], np.int32), np.array([*bias.values()], np.float32)
         request.numbers = request.sampling.generator()
         request.known = np.array(request.prompt, np.int32)
@@ -104,18 +97,14 @@ class Requests:
 
 
 class Engine(Requests):
-    """A model that serves requests.
-
-    Args:
-        runner: runs steps of a `Job`, on one rank or more; see `load`.
-    """
+    """A model that serves requests; `runner` runs its steps, on one rank or more."""
 
     def __init__(self, runner):
         self.runner, job = runner, runner.job
         self.page_size, self.max_tokens = job.page_size, job.max_tokens
         self.model = runner.model  # rank 0's, where it is in this process
         # The states of linear attention are not in pages: there a prompt is not reused.
-        self.pages = Pages(job.num_pages, job.page_size, reuse=not job.config.is_hybrid)
+        self.pages = Pages(job.num_pages, job.page_size, reuse=LINEAR not in job.config.layers)
         room = self.pages.total * job.page_size
         super().__init__(job.config, min(job.config.max_positions, room))
         self.steps = Steps(runner)
@@ -150,7 +139,6 @@ class Engine(Requests):
         return arrived() if work or before else None
 
     def run(self):
-        """Steps until nothing is left to do."""
         while self.step() is not None:
             pass
 
@@ -251,23 +239,18 @@ class Engine(Requests):
         while more > self.pages.available:
             youngest = max(self.running, key=lambda r: r.number)
             work.pop(youngest, None)
-            self._preempt(youngest)
+            # It waits as the next; what was computed of it is computed again, and nothing drawn.
+            self._release(youngest)
+            youngest.pages, youngest.slot, youngest.wanted = [], None, 0
+            youngest.preempted += 1
+            self.preempted += 1
+            self.waiting.appendleft(youngest)
             if youngest is request:
                 return False
         if more > 0:
             request.pages += self.pages.take(more)
             self.steps.place(request, have)
         return True
-
-    def _preempt(self, request):
-        """Let it wait, as the next; what was computed of it is computed again, and nothing drawn
-        again.
-        """
-        self._release(request)
-        request.pages, request.slot, request.wanted = [], None, 0
-        request.preempted += 1
-        self.preempted += 1
-        self.waiting.appendleft(request)
 
     def _arrived(self, step):
         (tokens, logprobs), changed = self.steps.tokens(step), []
@@ -288,8 +271,7 @@ class Engine(Requests):
                 request.logprobs.append(_asked(request, logprob))
             if request.grammar and not request.grammar.accept(token):
                 self._finish(request, "error")  # no token fits
-                continue
-            if len(request.tokens) == request.sampling.max_tokens:
+            elif len(request.tokens) == request.sampling.max_tokens:
                 self._finish(request, "length")
         for request, echoed in step.echoed:
             some = itertools.islice(logprobs, len(echoed))
@@ -312,7 +294,6 @@ class Engine(Requests):
             self._release(request)
 
     def _release(self, request):
-        """Its slot and pages are free for the next step."""
         self._remember(request)
         self.running.remove(request)
         self.slots.append(request.slot)

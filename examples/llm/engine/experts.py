@@ -34,13 +34,8 @@ def fitted(weight, halves, rows, columns):
     return Fours(grown(weight.values, halves, rows, columns // 2), ordered(scales))
 
 
-def kernels_of(sm):
-    """Whether a GPU, or with None this machine's, multiplies MXFP4 with bfloat16."""
-    return fi_ffi.cutlass_fused_moe.supports(sm=sm, mode="mxfp4")
-
-
 class Experts:
-    """The experts of a model on a device; `placed` gives a layer's weights as the kernels do."""
+    """The experts of a model on a device; `placed` gives a layer's weights as kernels want them."""
 
     def __init__(self, device, config, max_tokens):
         self.device, self.config, self.max_tokens = device, config, max_tokens
@@ -50,7 +45,8 @@ class Experts:
         """A layer with weights as there are kernels for: in 4 bits, or else widened."""
         if not isinstance(layer.get("fc1"), Fours):
             return layer
-        if not kernels_of(None if self.device.is_gpu else HOPPER):
+        sm = None if self.device.is_gpu else HOPPER
+        if not fi_ffi.cutlass_fused_moe.supports(sm=sm, mode="mxfp4"):
             return layer | {name: layer[name].widened() for name in ("fc1", "fc2")}
         hidden, inner = room(self.config.hidden), room(self.config.expert_intermediate)
         bias = {name: layer[name][..., None] for name in ("fc1_bias", "fc2_bias")}
@@ -99,9 +95,7 @@ class Experts:
         weight, flag = KINDS.get(type(fc1), (kind, None))
         if isinstance(fc1, Fours) and hidden != self.config.hidden:  # rows end with zeros
             every = device.put(np.arange(self.max_tokens, dtype=np.int32))
-            parts = [device.empty((self.max_tokens, hidden), kind) for _ in "xy"]
-            device.zero(parts[0])
-            self.wide = every, *parts
+            self.wide = every, *(device.zeros((self.max_tokens, hidden), kind) for _ in "xy")
         flags = {flag: True} if flag else {}
         return fi_ffi.FusedMoe(kind, weight, kind, device=device.name, **flags)
 

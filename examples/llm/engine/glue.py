@@ -6,10 +6,13 @@ logits or probabilities with a number of the request's own, so that what a reque
 depend on where in the batch it is.
 """
 
+import re
+
 import numpy as np
 
 from . import products
 
+PLUS, TIMES, SIGMOID, SILU = range(4)  # how `combined` does it
 # The model's dtype is handled by its bits: no headers are needed.
 SOURCE = r"""
 typedef unsigned short T;
@@ -46,7 +49,12 @@ __device__ void make_way() {
 #endif
 }
 
-__device__ void begin() { make_way(); wait(); }  // of a kernel that waits first of all
+// Of a kernel that waits first of all; the thread's place along x.
+__device__ int begin() {
+  make_way();
+  wait();
+  return blockIdx.x * blockDim.x + threadIdx.x;
+}
 
 struct Top { float most; int place; };
 
@@ -110,15 +118,13 @@ __global__ void take(unsigned* out, const unsigned* table, const int* index, con
 
 // A few words, of which the host's are page-locked: a copy engine takes longer to begin.
 __global__ void moved(unsigned* out, const unsigned* words, int count) {
-  begin();
-  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  const int i = begin();
   if (i < count) out[i] = words[i];
 }
 
 // The ranks' parts of rows side by side, from [ranks, rows, width]; the last may be too wide.
 __global__ void joined(float* out, const float* parts, int width, int whole) {
-  begin();
-  const int c = blockIdx.x * blockDim.x + threadIdx.x;
+  const int c = begin();
   if (c >= whole) return;
   const long long row = c / width * (long long)gridDim.y + blockIdx.y;
   out[blockIdx.y * (long long)whole + c] = parts[row * width + c % width];
@@ -127,9 +133,9 @@ __global__ void joined(float* out, const float* parts, int width, int whole) {
 // table[index[i]] = values[i]
 __global__ void give(unsigned* table, const unsigned* values, const int* index, long long step,
                      int words) {
-  begin();
+  const int first = begin();
   unsigned* row = table + index[blockIdx.y] * step;
-  for (int w = blockIdx.x * blockDim.x + threadIdx.x; w < words; w += gridDim.x * blockDim.x)
+  for (int w = first; w < words; w += gridDim.x * blockDim.x)
     row[w] = values[blockIdx.y * (long long)words + w];
 }
 
@@ -138,8 +144,7 @@ __global__ void give(unsigned* table, const unsigned* values, const int* index, 
 __global__ void convolve(T* out, const T* x, const float* weight, T* state, const int* slots,
                          const long long* starts, long long x_step, long long slot_step,
                          int channels) {
-  begin();
-  int c = blockIdx.x * blockDim.x + threadIdx.x;
+  const int c = begin();
   if (c >= channels) return;
   T* kept = state + slots[blockIdx.y] * slot_step + 3 * c;
   const float* w = weight + 4 * c;
@@ -156,8 +161,7 @@ __global__ void convolve(T* out, const T* x, const float* weight, T* state, cons
 // What a token keeps of the state and how much it writes, from (b, a) of each head.
 __global__ void decays(float* alpha, float* beta, const T* ba, const float* a_log,
                        const float* dt_bias, int count, int heads) {
-  begin();
-  int i = blockIdx.x * blockDim.x + threadIdx.x, t = i / heads, h = i % heads;
+  const int i = begin(), t = i / heads, h = i % heads;
   if (t >= count) return;
   float x = load(ba[t * 2 * heads + heads + h]) + dt_bias[h];
   float softplus = x > 20 ? x : log1pf(__expf(x));
@@ -165,32 +169,16 @@ __global__ void decays(float* alpha, float* beta, const T* ba, const float* a_lo
   beta[i] = sigmoid(load(ba[t * 2 * heads + h]));
 }
 
-// x *= sigmoid(gate), and by the gate as well where it is SiLU.
-__global__ void gated(T* x, const T* gate, long long gate_step, int width, int is_silu) {
-  begin();
-  const T* row = gate + blockIdx.y * gate_step;
-  for (int c = blockIdx.x * blockDim.x + threadIdx.x; c < width; c += gridDim.x * blockDim.x) {
-    float g = load(row[c]), factor = sigmoid(g) * (is_silu ? g : 1);
+// x of each row and another number, as `how` says: their sum, their product, or x times the sigmoid
+// or SiLU of that number.  With a step of 0 all rows have the same.
+__global__ void combined(T* x, const T* others, long long step, int width, int how) {
+  const T* row = others + blockIdx.y * step;
+  for (int c = begin(); c < width; c += gridDim.x * blockDim.x) {
     T* to = x + blockIdx.y * (long long)width + c;
-    *to = store(load(*to) * factor);
+    const float a = load(*to), b = load(row[c]);
+    const float factor = how == 1 ? b : sigmoid(b) * (how == 3 ? b : 1);
+    *to = store(how ? a * factor : a + b);
   }
-}
-
-// x *= factor, which is rounded as x is.
-__global__ void scaled(T* x, float factor, int width) {
-  begin();
-  const float exact = load(store(factor));
-  T* row = x + blockIdx.y * (long long)width;
-  for (int c = blockIdx.x * blockDim.x + threadIdx.x; c < width; c += gridDim.x * blockDim.x)
-    row[c] = store(load(row[c]) * exact);
-}
-
-// x += bias, in each row.
-__global__ void biased(T* x, const T* bias, int width) {
-  begin();
-  T* row = x + blockIdx.y * (long long)width;
-  for (int c = blockIdx.x * blockDim.x + threadIdx.x; c < width; c += gridDim.x * blockDim.x)
-    row[c] = store(load(row[c]) + load(bias[c]));
 }
 
 // Of a token's row (q, k and v) each head of q and k normalised (is_normed) and turned by its
@@ -292,8 +280,7 @@ __global__ void merged(T* out, const T* parts, const float* lse, const int* star
   float most = mine, to[4] = {};
   for (int half = 16; half; half /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, half));
   const float share = lane < count ? exp2f(mine - most) : 0;
-  float sum = share;
-  for (int half = 16; half; half /= 2) sum += __shfl_xor_sync(~0u, sum, half);
+  const float sum = of_warp(share);
   for (int from = 0; from < count; from += MOST * groups) {
     if (from) read(from);
 #pragma unroll
@@ -331,27 +318,20 @@ __global__ void route(int* experts, float* shares, const float* logits, const fl
   float greatest = 0, whole = 0;
   for (int e = lane; e < count; e += 32) left[e] = row[e] + bias[e];
   for (int i = 0; i < chosen; i++) {
-    float best = -1e38f;
-    int place = count - 1;
+    Top best = {-1e38f, count - 1};
     __syncwarp();
     for (int e = lane; e < count; e += 32)
-      if (left[e] > best) { best = left[e]; place = e; }
-    for (int half = 16; half; half /= 2) {
-      const float other = __shfl_xor_sync(~0u, best, half);
-      const int there = __shfl_xor_sync(~0u, place, half);
-      if (other > best || (other == best && there < place)) { best = other; place = there; }
-    }
+      if (left[e] > best.most) best = {left[e], e};
+    best = of_warp(best);
     if (i == 0) {
-      greatest = best;
-      if (!is_normed) {
-        for (int e = lane; e < count; e += 32) whole += __expf(left[e] - greatest);
-        for (int half = 16; half; half /= 2) whole += __shfl_xor_sync(~0u, whole, half);
-      }
+      greatest = best.most;
+      for (int e = lane; e < count && !is_normed; e += 32) whole += __expf(left[e] - greatest);
+      whole = of_warp(whole);
     }
-    const float share = __expf(best - greatest);
+    const float share = __expf(best.most - greatest);
     if (is_normed) whole += share;
     __syncwarp();
-    if (lane == 0) { left[place] = -2e38f; experts[i] = place; shares[i] = share; }
+    if (lane == 0) { left[best.place] = -2e38f; experts[i] = best.place; shares[i] = share; }
   }
   __syncwarp();
   for (int i = lane; i < chosen; i += 32) shares[i] /= whole;
@@ -477,8 +457,7 @@ __global__ void draw(int* tokens, Parts* parts, const float* logits, const float
 __global__ void penalise(float* logits, const int* counts, const int* slots,
                          const float* presence, const float* frequency, const float* repetition,
                          int vocab) {
-  begin();
-  const int v = blockIdx.x * blockDim.x + threadIdx.x, i = blockIdx.y;
+  const int v = begin(), i = blockIdx.y;
   if (v >= vocab) return;
   const int count = counts[slots[i] * (long long)vocab + v];
   if (!count) return;
@@ -488,21 +467,18 @@ __global__ void penalise(float* logits, const int* counts, const int* slots,
 }
 
 __global__ void count(int* counts, const int* tokens, const int* slots, int n, int vocab) {
-  begin();
-  int i = blockIdx.x * blockDim.x + threadIdx.x;
+  const int i = begin();
   if (i < n) atomicAdd(counts + slots[i] * (long long)vocab + tokens[i], 2);
 }
 
 __global__ void add(float* logits, const int* places, const float* values, int n) {
-  begin();
-  int i = blockIdx.x * blockDim.x + threadIdx.x;
+  const int i = begin();
   if (i < n) atomicAdd(logits + places[i], values[i]);
 }
 
 // Minus infinity where a row of `bits` has none; row i is of places[i] of the logits.
 __global__ void allow(float* logits, const unsigned* bits, const int* places, int vocab) {
-  begin();
-  const int v = blockIdx.x * blockDim.x + threadIdx.x, words = (vocab + 31) / 32;
+  const int v = begin(), words = (vocab + 31) / 32;
   if (v < vocab && !(bits[blockIdx.y * words + v / 32] >> v % 32 & 1))
     logits[places[blockIdx.y] * (long long)vocab + v] = -INFINITY;
 }
@@ -533,6 +509,7 @@ __global__ void logprobs(float* values, int* ids, const float* logits, const int
 }
 }
 """
+KERNELS = *re.findall(r"__global__ void (\w+)\(", SOURCE), *products.KERNELS
 SOURCE += products.SOURCE
 
 
@@ -608,18 +585,10 @@ def decays(alpha, beta, ba, a_log, dt_bias, count, heads):
     beta[...] = sigmoid(b)
 
 
-def gated(x, gate, gate_step, width, is_silu):
-    g = gate.astype(np.float32)
-    x[...] = x.astype(np.float32) * sigmoid(g) * (g if is_silu else 1)
-
-
-def scaled(x, factor, width):
-    factor = np.asarray(factor).astype(x.dtype).astype(np.float32)
-    x[...] = x.astype(np.float32) * factor
-
-
-def biased(x, bias, width):
-    x[...] = x.astype(np.float32) + bias.astype(np.float32)
+def combined(x, others, step, width, how):
+    a, b = x.astype(np.float32), others.astype(np.float32)
+    factor = b if how == TIMES else sigmoid(b) * (b if how == SILU else 1)
+    x[...] = a * factor if how else a + b
 
 
 def place(
@@ -709,11 +678,4 @@ def logprobs(values, ids, logits, tokens, vocab, top):
     values[:, 1 : top + 1] = np.take_along_axis(exact, ids[:, :top], 1)
 
 
-ON_CPU = {
-    kernel.__name__: kernel
-    for kernel in (
-        take, joined, give, convolve, decays, gated, scaled, biased, place, merged, route, draw,
-        penalise, count, add, allow, logprobs,
-    )
-}  # fmt: skip
-KERNELS = (*ON_CPU, "moved", *products.KERNELS)
+ON_CPU = {name: globals()[name] for name in KERNELS if name in globals()}

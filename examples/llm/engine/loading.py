@@ -22,13 +22,11 @@ class Loader:
     def __init__(self, gpu):
         self.gpu, self.pool = gpu, ThreadPoolExecutor(THREADS)
         self.rooms = queue.SimpleQueue()  # page-locked memory, and what waits until it is free
-        self.made = []
-        self.pending = []
+        self.made, self.pending = [], []
         for _ in range(THREADS + 1):
             self.rooms.put(None)
 
     def soon(self, function, *args):
-        """What a thread computes meanwhile."""
         return self.pool.submit(function, *args)
 
     def write(self, target, host):
@@ -40,7 +38,10 @@ class Loader:
     def _piece(self, target, data):
         gpu, cuda = self.gpu, self.gpu.cuda
         check(cuda.cudaSetDevice(gpu.index))
-        room = self.rooms.get() or self._room()
+        room = self.rooms.get()
+        if room is None:
+            event = check(cuda.cudaEventCreateWithFlags(cuda.cudaEventDisableTiming))
+            self.made.append(room := (gpu.pinned((PIECE,), "uint8"), event))
         host, event = room
         try:
             check(cuda.cudaEventSynchronize(event))
@@ -49,12 +50,6 @@ class Loader:
             check(cuda.cudaEventRecord(event, gpu.stream))
         finally:
             self.rooms.put(room)
-
-    def _room(self):
-        cuda = self.gpu.cuda
-        event = check(cuda.cudaEventCreateWithFlags(cuda.cudaEventDisableTiming))
-        self.made.append((self.gpu.pinned((PIECE,), "uint8"), event))
-        return self.made[-1]
 
     def finish(self):
         """Wait until all that was written is there."""
@@ -65,7 +60,3 @@ class Loader:
         for host, event in self.made:
             gpu.free(host)
             check(gpu.cuda.cudaEventDestroy(event))
-
-    def close(self):
-        """Take nothing any more; what threads still do goes on."""
-        self.pool.shutdown(wait=False)

@@ -11,6 +11,7 @@ import fi_ffi
 from .config import LINEAR
 from .device import columns, view
 from .experts import Experts
+from .glue import PLUS, SIGMOID, SILU, TIMES
 from .products import Norm
 from .weights import BLOCK, Blocks, of_layer
 
@@ -51,13 +52,15 @@ class Model:
         self.scratch = functools.lru_cache(4096)(self._scratch)  # described once
         self.embed = device.put(weights("model.embed_tokens.weight"))
         self.head = self.embed if config.tied else device.put(weights("lm_head.weight"))
-        self.norm = device.put(weights("model.norm.weight"))
+        self.norm, self.scale = device.put(weights("model.norm.weight")), None
+        if scale := config.embedding_scale:
+            self.scale = device.put(np.full(config.hidden, scale).astype(self.embed.dtype.numpy))
         self.experts = Experts(device, config, self.max_tokens)
         self.layers = []
         for i in range(len(config.layers)):
             layer = self.experts.placed(of_layer(weights, config, i))
             self.layers.append({name: device.put(array) for name, array in layer.items()})
-        if config.is_hybrid:
+        if LINEAR in config.layers:
             self._make_states()
         page = (2, job.page_size, config.kv_heads, config.head_dim)
         self.num_pages = job.num_pages or self._fitting(page)
@@ -68,23 +71,20 @@ class Model:
         self.cos_sin = {kind: tables[rope] for kind, rope in ropes.items()}
         self.caches = [
             None if kind == LINEAR
-            else fi_ffi.split_paged_kv_cache(self._zeros((self.num_pages, *page), config.dtype))
+            else fi_ffi.split_paged_kv_cache(device.zeros((self.num_pages, *page), config.dtype))
             for kind in config.layers
         ]  # fmt: skip
         # The last token drawn for each slot; one slot more is what pads batches.
-        self.latest = self._zeros((self.slots + 1, 1), "int32")
+        self.latest = device.zeros((self.slots + 1, 1), "int32")
         self.pdl = {"enable_pdl": device.has_pdl}
-        self.add_norm = fi_ffi.fused_add_rmsnorm
-        self.rms = fi_ffi.rmsnorm
-        if config.adds_one:
-            self.add_norm, self.rms = fi_ffi.gemma_fused_add_rmsnorm, fi_ffi.gemma_rmsnorm
+        norms = fi_ffi.fused_add_rmsnorm, fi_ffi.rmsnorm
+        of_gemma = fi_ffi.gemma_fused_add_rmsnorm, fi_ffi.gemma_rmsnorm
+        self.add_norm, self.rms = of_gemma if config.adds_one else norms
         # Whether products are not added to the residual at once.
         self.is_apart = group is not None or "attended_norm" in self.layers[0]
 
     def _fitting(self, page):
-        """Pages that the rest of the memory has room for, on each rank, and no more than requests
-        in all slots could have.
-        """
+        """Pages that each rank's memory has room for, and no more than all slots could use."""
         config, device = self.config, self.device
         size = 2 * math.prod(page) * (len(config.layers) - config.layers.count(LINEAR))
         pages = min(device.fitting(size), self.slots * -(-config.max_positions // page[1]) + 1)
@@ -95,36 +95,26 @@ class Model:
             raise ValueError("no memory is left for pages of the cache")
         return pages
 
-    def _zeros(self, shape, dtype):
-        x = self.device.empty(shape, dtype)
-        self.device.zero(x)
-        return x
-
     def _make_states(self):
         """Of each slot: all layers' states side by side, so that a slot is cleared at once."""
-        config = self.config
-        count = config.layers.count(LINEAR)
-        state = (config.value_heads, HEAD, HEAD)
-        self.states = self._zeros((self.slots + 1, count, *state), "float32")
-        self.convs = self._zeros((self.slots + 1, count, config.conv_size, 3), config.dtype)
+        config, device = self.config, self.device
+        rooms = self.slots + 1, config.layers.count(LINEAR)
+        self.states = device.zeros((*rooms, config.value_heads, HEAD, HEAD), "float32")
+        self.convs = device.zeros((*rooms, config.conv_size, 3), config.dtype)
         # l2norm is RMSNorm with a weight of 1 / sqrt(HEAD).
         unit = np.full(HEAD, HEAD**-0.5, np.float32)
         like = self.layers[config.layers.index(LINEAR)]["norm"]
-        self.unit = self.device.put(unit.astype(like.dtype.numpy))
-        size = fi_ffi.gdn_prefill_workspace_size(self.device.name) if self.device.is_gpu else 0
-        self.gdn_scratch = self.device.empty((size,), "uint8") if size else None
-        self.has_decode = config.dtype == "bfloat16" and (
-            not self.device.is_gpu
-            or bool(fi_ffi.gdn_decode.supports(
-                h=config.key_heads, hv=config.value_heads, state_dtype="float32"
-            ))
-        )  # fmt: skip
+        self.unit = device.put(unit.astype(like.dtype.numpy))
+        size = fi_ffi.gdn_prefill_workspace_size(device.name) if device.is_gpu else 0
+        self.gdn_scratch = device.empty((size,), "uint8") if size else None
+        self.has_decode = config.dtype == "bfloat16"
+        if self.has_decode and device.is_gpu:
+            heads = {"h": config.key_heads, "hv": config.value_heads}
+            self.has_decode = bool(fi_ffi.gdn_decode.supports(**heads, state_dtype="float32"))
 
     def clear(self, slot):
-        """Forget what a slot's request before has left."""
-        if self.config.is_hybrid:
-            self.device.zero(self.states.rows(slot, slot + 1))
-            self.device.zero(self.convs.rows(slot, slot + 1))
+        for kept in (self.states, self.convs) if LINEAR in self.config.layers else ():
+            self.device.zero(kept.rows(slot, slot + 1))
 
     def _scratch(self, name, count, *shape, dtype=None, most=None):
         """The first `count` of all rows there may be: what a graph has recorded never moves."""
@@ -184,14 +174,11 @@ class Model:
         self.device.take(out, self.embed, tokens, start, latest)
         if self.group:
             self.group.all_reduce(out, stream=self.device.stream)
-        if scale := self.config.embedding_scale:
-            width = out.shape[1]
-            self.device.launch("scaled", (width, out.shape[0]), out, np.float32(scale), width)
+        if self.scale:
+            self.combine(out, self.scale, TIMES)
 
     def onto(self, residual, x, weight):
-        """residual += x @ weight.T, or the product where it is not yet whole, has a norm of its own
-        or cannot add: `join` adds that.
-        """
+        """residual += x @ weight.T; or the product, where `join` has to add it."""
         if self.is_apart or (isinstance(weight, Blocks) and not self.device.is_few(x, weight)):
             return self.linear("x", x, weight, is_last=self.is_apart)
         self.device.linear(residual, x, weight, adds=True)
@@ -291,11 +278,15 @@ class Model:
         return out
 
     def biased(self, x, layer, name):
-        """x plus the bias of that name, where there is one."""
         if name in layer:
-            n, width = x.shape
-            self.device.launch("biased", (width, n), x, layer[name], width)
+            self.combine(x, layer[name], PLUS)
         return x
+
+    def combine(self, x, others, how):
+        """Rows of x with others, or each with the same one."""
+        n, width = x.shape
+        step = np.int64(others.strides[0] if len(others.shape) > 1 else 0)
+        self.device.launch("combined", (width, n), x, others, step, width, how)
 
     def attention(self, layer, x, residual, batch, cache, kind):
         """Of each token over its request's pages, its own key and value among them; see `onto`."""
@@ -316,7 +307,8 @@ class Model:
             attend(q, *cache, out, **more)
         out = view(out, n, heads * dim)
         if config.has_gate:
-            self.gate(out, columns(qkv, (heads + 2 * kv_heads) * dim, heads * dim), False)
+            gates = columns(qkv, (heads + 2 * kv_heads) * dim, heads * dim)
+            self.combine(out, gates, SIGMOID)
         x = self.onto(residual, out, layer["out"])
         self.biased(residual if x is None else x, layer, "out_bias")
         return x
@@ -345,11 +337,6 @@ class Model:
         )  # fmt: skip
         return q
 
-    def gate(self, x, gate, is_silu):
-        n, width = x.shape
-        step = np.int64(gate.strides[0])
-        self.device.launch("gated", (width, n), x, gate, step, width, int(is_silu))
-
     def linear_attention(self, layer, x, residual, batch, i):
         """A gated DeltaNet layer: its requests' states go from their slots and back."""
         config, n, b = self.config, x.shape[0], batch.slots.shape[0]
@@ -366,7 +353,7 @@ class Model:
         flat = view(out, n * heads, HEAD)
         fi_ffi.rmsnorm(flat, flat, layer["norm"], config.eps, **self.pdl)
         out = view(out, n, config.value_size)
-        self.gate(out, columns(qkvz, config.conv_size, config.value_size), True)
+        self.combine(out, columns(qkvz, config.conv_size, config.value_size), SILU)
         return self.onto(residual, out, layer["out"])
 
     def decoded(self, out, layer, pool, q, k, v, ba, batch):
@@ -394,11 +381,8 @@ class Model:
     def convolved(self, layer, qkvz, batch, i):
         """q, k and v after the short convolution, each in memory of its own."""
         config, device, n, start, made = self.config, self.device, qkvz.shape[0], 0, []
-        for name, size in (
-            ("q", config.key_size),
-            ("k", config.key_size),
-            ("v", config.value_size),
-        ):
+        sizes = {"q": config.key_size, "k": config.key_size, "v": config.value_size}
+        for name, size in sizes.items():
             out = self.scratch(name, n, size)
             kept = columns(self.convs, (i * config.conv_size + start) * 3, size, 3)
             device.launch(

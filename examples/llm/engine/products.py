@@ -23,9 +23,7 @@ AHEAD = 4 << 20
 # block, two of which a multiprocessor has room for; one of twice as many, too.
 TALL, RUN, WARPS = 16, 128, 16
 
-SOURCE = f"""
-constexpr int RUN = {RUN}, WARPS = {WARPS}, NORMED_ROWS = {NORMED_ROWS};
-"""
+SOURCE = f"constexpr int RUN = {RUN}, WARPS = {WARPS}, NORMED_ROWS = {NORMED_ROWS};"
 SOURCE += r"""
 // What makes a float8_e4m3fn in the upper half of 16 bits one of these: its exponent goes
 // to the lower end of theirs, and the number is as much too small as their bias is larger.
@@ -257,12 +255,13 @@ class Products:
             raise ImportError("products on a GPU need cuBLAS: pip install nvmath-python")
         self.gpu, self.blas = gpu, None
         self.factors = np.array([1.0, 0.0], np.float32)
+        # out = silu(x @ gate.T) * (x @ up.T), of few rows; the weight is gate and then up.
+        self.linear_silu = functools.partial(self._few, is_gated=True)
         self.room = 2 * WARPS * gpu.multiprocessors  # warps of the kernel that run at once
         self.after, self.last = {}, 0  # by address: the weight that is read next
 
     @functools.cached_property
     def cublas(self):
-        """The library, and with it the handle."""
         from nvmath.bindings import cublas
 
         self.blas = cublas.create()
@@ -277,17 +276,11 @@ class Products:
         return x.shape[0] <= ROWS and not (weight.shape[0] % TALL or weight.shape[1] % RUN)
 
     def linear(self, out, x, weight, is_last=False, adds=False):
-        """out = x @ weight.T, or out + that, summed in float32; `is_last`: other kernels come
-        before the next.
-        """
+        """As `Cpu.linear`, summed in float32; `is_last`: other kernels come before the next."""
         if not self.is_few(x, weight):
             self.by_cublas(out, x, weight, adds)
         else:
             self._few(out, x, weight, is_last=is_last, adds=adds)
-
-    def linear_silu(self, out, x, weight):
-        """out = silu(x @ gate.T) * (x @ up.T), of few rows; the weight is gate and then up."""
-        self._few(out, x, weight, is_gated=True)
 
     def can_norm(self, x, weight):
         """Whether products of these are quicker with a `Norm`.

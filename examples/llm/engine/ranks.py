@@ -18,7 +18,9 @@ import uuid
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .device import Cpu, Gpu, gpus
+from fi_ffi.loader.machine import device_count
+
+from .device import Cpu, Gpu
 from .model import Model
 from .split import Split, of_rank
 from .steps import SIZES, Runner
@@ -128,7 +130,7 @@ LEAST_ROW = 512  # bytes of a row that FlashInfer's kernel of sums and norms tak
 LOADING_S = 600.0  # how long a rank waits for others that load
 LOOKS_S = 1.0  # between looks at the ranks
 PATIENCE_S = 10.0  # for a step that tells of a lost rank
-_spawn = multiprocessing.get_context("spawn")  # a fork would have this process's CUDA
+_spawn = multiprocessing.get_context("spawn")  # a fork would have this process's threads and CUDA
 # What brings the orders to ranks of this machine, what runs them, and as what.
 WAYS = {
     "threads": (queue.SimpleQueue, threading.Thread, follow),
@@ -136,11 +138,20 @@ WAYS = {
 }
 
 
+def spawned(target, *args, **more):
+    """A pipe to a process, which runs `target` with its other end, and the process."""
+    pipe, there = _spawn.Pipe()
+    child = _spawn.Process(target=target, args=(there, *args), **more)
+    child.start()
+    there.close()
+    return pipe, child
+
+
 def start(job, size, way):
     """A runner for `size` ranks, `way` of them: "threads", "processes" or "ray"."""
     of_rank(job.config, size)  # refused before anything is started
     if job.device != "cpu" and way != "ray":  # which has other machines
-        last, there = int(job.device[5:] or 0) + min(job.gpus, size) - 1, gpus()
+        last, there = int(job.device[5:] or 0) + min(job.gpus, size) - 1, device_count()
         if last >= there:
             raise ValueError(f"{size} ranks from {job.device} on need cuda:{last}, and this machine"
                              f" has {there} GPUs")  # fmt: skip

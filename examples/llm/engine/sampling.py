@@ -108,7 +108,10 @@ def adjustments(requests, vocab, eos):
     which only the tokens in `bits` are left: all, until `masks` fills them.  `eos` ends a text.
     Empty where no request asks.
     """
-    those = [(row, request) for row, request in enumerate(requests) if request.is_adjusted]
+    those = [
+        (row, r) for row, r in enumerate(requests)
+        if r.grammar or r.sampling.has_penalties or r.sampling.logit_bias or r.sampling.min_tokens
+    ]  # fmt: skip
     if not those:
         return {}
     places, values = [], []
@@ -138,7 +141,6 @@ def masks(requests, bits, arrived):
 
 
 def room_for_adjustments(slots, config):
-    """The most bytes of them."""
     biases, words = MOST_BIASES + len(config.eos), -(-config.vocab // 32)
     return slots * (8 * biases + 4 * (1 + words))
 
@@ -149,8 +151,7 @@ class Sampler:
     def __init__(self, model):
         self.model, self.device, self.vocab = model, model.device, model.config.vocab
         self.counts, self.told = None, None  # of each slot's tokens; what `tell` keeps
-        self.parts = self.device.empty((model.slots, PARTS), "int32")
-        self.device.zero(self.parts)
+        self.parts = self.device.zeros((model.slots, PARTS), "int32")
 
     def __call__(self, logits, given, order):
         """Tokens, int32 [n, 1]; they are kept as the last ones of their slots.
@@ -159,27 +160,34 @@ class Sampler:
         launched: `order` says it.  Rank 0 draws, and keeps what is told of its logits.
         """
         n, probs, raw, model = logits.shape[0], logits, logits, self.model
+        launch, vocab = self.device.launch, self.vocab
         tokens = model.scratch("drawn", n, 1, dtype="int32")
         if model.rank == 0:
             if order.tops is not None:  # what follows works in the logits' place
-                raw = model.scratch("raw", n, self.vocab, dtype="float32", most=model.slots)
+                raw = model.scratch("raw", n, vocab, dtype="float32", most=model.slots)
                 self.device.copy(raw, logits)
-            self._adjust(logits, given, order.is_penalised)
+            if order.is_penalised:
+                launch("penalise", (vocab, n), logits, self.counts, given["sampled"],
+                       *(given[name] for name in PENALTIES), vocab)  # fmt: skip
+            if "places" in given and (count := given["places"].shape[0]):
+                launch("add", (count, 1), logits, given["places"], given["values"], count)
+            if "masked" in given and (count := given["masked"].shape[0]):
+                launch("allow", (vocab, count), logits, given["bits"], given["masked"], vocab)
             if any(order.is_filtered):
-                probs = model.scratch("probs", n, self.vocab, dtype="float32", most=model.slots)
+                probs = model.scratch("probs", n, vocab, dtype="float32", most=model.slots)
                 fi_ffi.softmax(None, logits, probs, given["temperature"], **model.pdl)
             if order.is_filtered[0]:
                 fi_ffi.top_k_renorm_probs(probs, probs, given["top_k"])
             if order.is_filtered[1]:
                 fi_ffi.top_p_renorm_probs(probs, probs, given["top_p"])
             names = ("temperature", "top_k", "top_p", "uniform", "min_p")
-            self.device.launch("draw", (32 * 1024, n), view(tokens, n), self.parts, logits, probs,
-                               *map(given.get, names), self.vocab, block=1024)  # fmt: skip
+            drawn = view(tokens, n)
+            launch("draw", (32 * 1024, n), drawn, self.parts, logits, probs,
+                   *map(given.get, names), vocab, block=1024)  # fmt: skip
             if order.is_penalised:
-                self.device.launch("count", (n, 1), self.counts, view(tokens, n),
-                                   given["sampled"], n, self.vocab)  # fmt: skip
+                launch("count", (n, 1), self.counts, drawn, given["sampled"], n, vocab)
             if order.tops is not None:
-                self.tell(raw, view(tokens, n), 0, order.tops)
+                self.tell(raw, drawn, 0, order.tops)
         tokens = model.of_first(tokens)
         self.device.give(model.latest, tokens, given["sampled"])
         return tokens
@@ -187,37 +195,24 @@ class Sampler:
     def count_anew(self, slot, prompt, drawn):
         """The counts of a slot whose new request has penalties."""
         if self.counts is None:
-            self.counts = self.device.empty((self.model.slots + 1, self.vocab), "int32")
-            self.device.zero(self.counts)
+            self.counts = self.device.zeros((self.model.slots + 1, self.vocab), "int32")
         row = np.zeros((1, self.vocab), np.int32)
         row[0, prompt] = IN_PROMPT
         np.add.at(row[0], drawn, 2)
         self.device.write(self.counts.rows(slot, slot + 1), row)
-
-    def _adjust(self, logits, given, is_penalised):
-        """Change logits in their place."""
-        launch, vocab = self.device.launch, self.vocab
-        if is_penalised:
-            launch("penalise", (vocab, logits.shape[0]), logits, self.counts, given["sampled"],
-                   *(given[name] for name in PENALTIES), vocab)  # fmt: skip
-        if "places" in given and (count := given["places"].shape[0]):
-            launch("add", (count, 1), logits, given["places"], given["values"], count)
-        if "masked" in given and (count := given["masked"].shape[0]):
-            launch("allow", (vocab, count), logits, given["bits"], given["masked"], vocab)
 
     def tell(self, logits, tokens, start, top):
         """Log probabilities of a token of each row, and of the `top` most probable.
 
         They are kept from row `start` on, for `download`.
         """
-        slots, device = self.model.slots, self.device
+        slots, device, vocab = self.model.slots, self.device, self.vocab
         if self.told is None:
             kinds = ((slots, TOP + 1), "float32"), ((slots, TOP), "int32")
             self.told = [(device.empty(*kind), device.in_turn(*kind)) for kind in kinds]
         n = min(logits.shape[0], slots - start)
         values, ids = (there.rows(start, start + n) for there, _ in self.told)
-        device.launch("logprobs", (1024, n), values, ids, logits, tokens, self.vocab, top,
-                      block=1024)  # fmt: skip
+        device.launch("logprobs", (1024, n), values, ids, logits, tokens, vocab, top, block=1024)
 
     def download(self, count):
         """Host arrays in which that many rows of `tell` arrive with the step's tokens."""

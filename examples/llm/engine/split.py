@@ -24,10 +24,7 @@ ONCE = ("o_proj.bias", "down_proj_bias")  # what is added to a sum: rank 0 has i
 
 
 def of_rank(config, size):
-    """The config of one of `size` ranks; ValueError, with the name, for what does not divide.
-
-    The vocabulary is as it was.
-    """
+    """One rank's config, with the vocabulary as it was; ValueError for what does not divide."""
     if size == 1:
         return config
     fields, parts = type(config).model_fields, {}
@@ -37,12 +34,10 @@ def of_rank(config, size):
         if left:
             named = fields[name].validation_alias.choices[0]
             raise ValueError(f"config.json: {named} is {whole}, not a multiple of {size} ranks")
-    if config.kv_heads % size and size % config.kv_heads:
-        raise ValueError(
-            f"config.json: num_key_value_heads is {config.kv_heads}, "
-            f"neither a multiple nor a part of {size} ranks"
-        )
-    parts["kv_heads"] = max(config.kv_heads // size, 1)
+    if (heads := config.kv_heads) % size and size % heads:
+        raise ValueError(f"config.json: num_key_value_heads is {heads}, neither a multiple nor a "
+                         f"part of {size} ranks")  # fmt: skip
+    parts["kv_heads"] = max(heads // size, 1)
     return config.model_copy(update=parts)
 
 
@@ -53,10 +48,9 @@ def key_of(name):
 
 
 class Split:
-    """One rank's part of each weight, by name; what is not its part is not read."""
+    """One rank's part of each weight of a whole model; what is not its part is not read."""
 
     def __init__(self, weights, config, rank, size):
-        """`config` is that of the whole model; what `weights(name)` gives may map a file."""
         self.weights, self.config, self.rank, self.size = weights, config, rank, size
 
     def __contains__(self, name):

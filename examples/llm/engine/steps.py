@@ -13,15 +13,7 @@ import fi_ffi
 from .config import LINEAR
 from .model import FEW, PIECES, Batch
 from .pages import SCRAP
-from .sampling import (
-    Sampler,
-    adjustments,
-    columns_of,
-    keep,
-    masks,
-    room_for_adjustments,
-    uniform,
-)
+from .sampling import Sampler, adjustments, columns_of, keep, masks, room_for_adjustments, uniform
 
 # Query heads a key head for which decode kernels are quicker; from four on those of prefill,
 # which use tensor cores.
@@ -63,26 +55,23 @@ class Step:
     echoed: list  # (request, tokens of its prompt whose log probabilities are told)
 
 
-def _planned(plan, kind, *given, **more):
-    """A run of what `plan` gives for a kind of attention."""
-    return plan(kind)(*given, **more)
-
-
 def echo(request, count):
-    """The tokens of its prompt that follow the next `count` ones, where these are to be told, and
-    which of the ones the first of them follows.
-    """
+    """What follows the next `count` tokens of its prompt, if it is told, and from which one on."""
     if not request.sampling.prompt_logprobs:
         return [], 0
     start = max(request.computed, request.echoed)
     return request.prompt[start + 1 : request.computed + count + 1], start - request.computed
 
 
-class Steps:
-    """Makes the arrays of steps, which `runner` runs.
+@functools.cache
+def same_of(size):
+    """What is the same in each decode of a size."""
+    each, none = np.arange(size, dtype=np.int32), np.empty(0, np.int32)
+    return {"requests": each, "following": none, "starts": np.arange(size + 1)}
 
-    Decoding alone is padded to one of a few sizes of batch.
-    """
+
+class Steps:
+    """Makes the arrays of steps, which `runner` runs; those of decoding alone in a few sizes."""
 
     def __init__(self, runner):
         self.runner, job = runner, runner.job
@@ -95,10 +84,9 @@ class Steps:
         # By slot, the last one for padding: its pages are the scrap page, its length is 1.
         longest = -(-self.config.max_positions // job.page_size)
         self.table = np.full((self.slots + 1, min(job.num_pages, longest)), SCRAP, np.int32)
-        self.columns, self.fixed = columns_of(self.slots + 1, vocab), {}
+        self.columns = columns_of(self.slots + 1, vocab)
 
     def admit(self, request):
-        """Make its slot ready."""
         self.cleared.append(request.slot)
         if request.sampling.has_penalties:
             self.counted.append((request.slot, [*request.prompt], [*request.tokens]))
@@ -106,13 +94,10 @@ class Steps:
         self.place(request)
 
     def place(self, request, start=0):
-        """Its pages, from one on."""
         self.table[request.slot, start : len(request.pages)] = request.pages[start:]
 
     def queue(self, work, arrived):
-        """(request, tokens) of each, the tokens of the prompt or the one drawn last; `arrived()`
-        takes in the step before, which masks need.
-        """
+        """So many tokens of each request; `arrived()` takes in the step before, for masks."""
         is_decode = not any(request.is_new for request, _ in work)
         size = next(n for n in self.sizes if n >= len(work)) if is_decode else 0
         sampled = [r for r, count in work if r.computed + count == r.length]
@@ -157,7 +142,7 @@ class Steps:
         full = computed // self.page_size
         most = int(full.max()) + 1
         held = np.arange(most) <= full[:, None]
-        host = self._of_size(size) | {
+        host = same_of(size) | {
             # One that was drawn is on the device, whether or not the host has seen it.
             "tokens": np.where(slots < self.slots, ~slots, 0),
             "positions": computed,
@@ -181,14 +166,6 @@ class Steps:
         starts = np.append(starts, indptr[-1]).astype(np.int32)
         return {"starts_of_pieces": starts, "last_of_pieces": lasts.reshape(-1)}
 
-    def _of_size(self, size):
-        """What is the same in each decode of a size."""
-        if size not in self.fixed:
-            each, none = np.arange(size, dtype=np.int32), np.empty(0, np.int32)
-            starts = np.arange(size + 1)
-            self.fixed[size] = {"requests": each, "following": none, "starts": starts}
-        return self.fixed[size]
-
     def _draws(self, sampled, slots, rest=0):
         """What decides about each draw; nothing does for the last `rest`."""
         numbers = [*map(uniform, sampled)] + [-1] * rest
@@ -196,7 +173,6 @@ class Steps:
         return {"uniform": np.array(numbers, np.float32), **columns}
 
     def _host(self, work, sampled):
-        """The arrays of any step."""
         slots = np.array([r.slot for r, _ in work])
         counts = np.array([count for _, count in work])
         computed = np.array([r.computed for r, _ in work])
@@ -253,12 +229,17 @@ class Runner:
         self.kinds = [kind for kind in self.config.windows if kind != LINEAR]
         per_key_head = self.config.heads // self.config.kv_heads
         self.is_narrow = per_key_head in GROUPS and not self.config.has_sinks
-        self.of_pieces = {
+        self.sizes = {
             "num_qo_heads": self.config.heads, "num_kv_heads": self.config.kv_heads,
-            "head_dim": self.config.head_dim, "page_size": job.page_size,
-            "q_data_type": self.config.dtype,
+            "page_size": job.page_size, "q_data_type": self.config.dtype,
         }  # fmt: skip
-        self.has_pieces = self._can_merge()
+        self.of_decode = self.sizes | {"head_dim": self.config.head_dim}
+        # Kernels for pieces have no sinks, and a window would be that of each piece.
+        has_window = any(self.config.windows[kind] >= 0 for kind in self.kinds)
+        is_plain = not self.config.has_sinks and not has_window
+        self.has_pieces = is_plain and self.device.is_gpu and bool(
+            fi_ffi.BatchDecodePlan.supports(**self.of_decode)
+        )  # fmt: skip
         self.sampler, self.on_logits = Sampler(model), None
         room = 12 * model.max_tokens + 72 * model.slots + 4 * self.max_indices
         room += 8 * FEW * PIECES + 1024
@@ -270,7 +251,6 @@ class Runner:
 
     @property
     def is_whole(self):
-        """Whether no rank is lost."""
         return self.model.group is None or self.model.group.is_open
 
     def queue(self, order, late=None):
@@ -288,7 +268,11 @@ class Runner:
             draws, told = order.is_plain and not self.on_logits, None
             logits, tokens = self._forward(given, order, draws)
             if late:
-                self._follow(given["bits"], late())
+                (staging, memory), bits = self.staged, given["bits"]
+                start = bits.ptr - self.inputs.ptr
+                end = start + bits.span_bytes
+                memory[start:end] = np.frombuffer(late().tobytes(), np.uint8)
+                self.device.copy(self.inputs.rows(start, end), staging.rows(start, end))
             if not draws:
                 tokens, told = self._sample(logits, given, order)
             arriving = next(self.arriving).rows(0, order.sampled)
@@ -348,13 +332,6 @@ class Runner:
         self.device.copy(self.inputs.rows(0, end), staging.rows(0, end))
         return given | more
 
-    def _follow(self, x, values):
-        """Copy an array that `_upload` has copied, with other values."""
-        (staging, memory), start = self.staged, x.ptr - self.inputs.ptr
-        end = start + x.span_bytes
-        memory[start:end] = np.frombuffer(values.tobytes(), np.uint8)
-        self.device.copy(self.inputs.rows(start, end), staging.rows(start, end))
-
     def _place(self, arrays, at):
         """The tensors for arrays from there on, and where the last one ends."""
         given, device = {}, self.device.name
@@ -374,7 +351,8 @@ class Runner:
             runs = {kind: self._attend(host, size, kind) for kind in self.kinds}
         else:  # when the first layer asks: the GPU has its first product to do by then
             plan = functools.cache(functools.partial(self._attend, host, size))
-            runs = {kind: functools.partial(_planned, plan, kind) for kind in self.kinds}
+            runs = {kind: lambda *given, of=kind, **more: plan(of)(*given, **more)
+                    for kind in self.kinds}  # fmt: skip
         if key in self.graphs:
             graph, found = self.graphs[key]
             graph.launch()
@@ -399,20 +377,11 @@ class Runner:
             self.device.is_frozen = False
         return found
 
-    def _can_merge(self):
-        """Whether this is a GPU with kernels for pieces, which have no sinks; a window would be
-        that of each piece.
-        """
-        config = self.config
-        if config.has_sinks or any(config.windows[kind] >= 0 for kind in self.kinds):
-            return False
-        return self.device.is_gpu and bool(fi_ffi.BatchDecodePlan.supports(**self.of_pieces))
-
     def _attend_in_pieces(self, given, size):
         """The run of a plan of any lengths, for which pieces are requests."""
         if size not in self.plans_of_pieces:
             self.plans_of_pieces[size] = fi_ffi.BatchDecodePlan(
-                size * PIECES, None, None, **self.of_pieces, device=self.device.name,
+                size * PIECES, None, None, **self.of_decode, device=self.device.name,
                 stream=self.device.stream,
             )  # fmt: skip
         return functools.partial(
@@ -444,18 +413,13 @@ class Runner:
         return plan.run if is_narrow else plan.paged_run
 
     def _options(self, size, kind):
-        """Of a plan."""
         config, window = self.config, self.config.windows[kind]
-        options = {
-            "num_qo_heads": config.heads, "num_kv_heads": config.kv_heads,
-            "page_size": self.job.page_size, "q_data_type": config.dtype, "window_left": window,
-            "device": self.device.name,
-        }  # fmt: skip
+        options = {"window_left": window, "device": self.device.name}
         if size:
             options["enable_cuda_graph"] = self.device.is_gpu
             options["max_num_indices"] = self.max_indices
             if self.is_narrow:
-                return options | {"head_dim": config.head_dim}
+                return self.of_decode | options
             options["backend"] = "fa2"  # splits long requests, with a window where it is causal
         options |= {"head_dim_qk": config.head_dim, "use_attention_sink": config.has_sinks}
-        return options | {"causal": not size or window >= 0}
+        return self.sizes | options | {"causal": not size or window >= 0}

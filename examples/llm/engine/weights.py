@@ -32,9 +32,7 @@ class Blocks(NamedTuple):
 
 
 class Fours(NamedTuple):
-    """Matrices in MXFP4, in numbers of 4 bits and a power of 2 for each 32 of a row; here or on a
-    device.
-    """
+    """Matrices in MXFP4: numbers of 4 bits and a power of 2 for each 32; here or on a device."""
 
     values: object  # [..., n, k / 2] uint8: two numbers, the first in the lower half
     scales: object  # [..., n, k / 32] uint8: exponents, and 127
@@ -95,17 +93,14 @@ class Weights:
         return body[start:end].view(DTYPES[told["dtype"]]).reshape(told["shape"])
 
     def shape(self, name):
-        """That of a tensor, by the header of its file."""
         return tuple(self._find(name)[0]["shape"])
 
     def _find(self, name):
         """What its file tells of a tensor, and the bytes of all that are in it."""
-        if name not in self:
-            raise KeyError(f"{self.path} has no tensor {name}")
-        file = self.files[name]
-        if file not in self.opened:
+        file = self.files.get(name, "")
+        if file and file not in self.opened:
             self.opened[file] = mapped(self.path / file)
-        header, body = self.opened[file]
+        header, body = self.opened.get(file, ({}, None))
         if name not in header:
             raise KeyError(f"{self.path / file} has no tensor {name}")
         return header[name], body
@@ -149,9 +144,7 @@ def verify(config, weights):
             name, shape = f"{name}_blocks", (shape[0], shape[2], shape[1] // 32, 16)
         # One that is missing is named by what reads it.
         if name in weights and (found := weights.shape(name)) != shape:
-            raise ValueError(
-                f"{weights.path}: {name} is of shape {found}; by config.json it is {shape}"
-            )
+            raise ValueError(f"{weights.path}: {name} has shape {found}; config.json says {shape}")
 
 
 def of_layer(weights, config, i):
@@ -171,10 +164,8 @@ def joined(weights, names):
     parts = [one(weights, name) for name in names]
     if len(parts) == 1:
         return parts[0]
-    of_blocks = [isinstance(part, Blocks) for part in parts]
-    if any(of_blocks) and not (
-        all(of_blocks) and all(part.shape[0] % BLOCK == 0 for part in parts)
-    ):
+    in_blocks = [part.shape[0] % BLOCK == 0 for part in parts if isinstance(part, Blocks)]
+    if in_blocks and not (all(in_blocks) and len(in_blocks) == len(parts)):
         raise ValueError(f"{' and '.join(names)}: here all or none are in fp8, in whole blocks")
     return together(parts)
 
@@ -196,9 +187,7 @@ def whole(array):
 
 
 def with_one(layer):
-    """Norms of heads that are by 1 + weight as the kernel takes them, which adds none: rounded once
-    more.
-    """
+    """Norms of heads by 1 + weight for a kernel that adds none: they are rounded once more."""
     known = {name: whole(layer[name]) for name in HEAD_NORMS if name in layer}
     return {name: (norm.astype(np.float32) + 1).astype(norm.dtype) for name, norm in known.items()}
 

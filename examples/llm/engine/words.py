@@ -9,16 +9,10 @@ BYTE = re.compile("<0x([0-9A-F]{2})>")
 LONGEST = 4  # bytes of a character, and so tokens that one may be of
 
 
-def byte_of_letter():
-    """The bytes that the letters of byte-level tokenizers stand for."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in plain]
-    return {chr(byte): byte for byte in plain} | {
-        chr(256 + n): byte for n, byte in enumerate(others)
-    }
-
-
-BYTES = byte_of_letter()
+# The bytes that the letters of byte-level tokenizers stand for: most are their own.
+BYTES = {chr(byte): byte for byte in (*range(33, 127), *range(161, 173), *range(174, 256))}
+OTHERS = [byte for byte in range(256) if byte not in BYTES.values()]
+BYTES |= {chr(256 + n): byte for n, byte in enumerate(OTHERS)}
 
 
 class Words:
@@ -62,7 +56,6 @@ class Words:
         return text if whole.endswith(text) else whole
 
     def has(self, text):
-        """Whether a text is one token."""
         return self.tokenizer.token_to_id(text) is not None
 
     def name(self, token):
@@ -75,11 +68,7 @@ class Words:
 
 
 class Decoder:
-    """Characters as the tokens after a prompt come.
-
-    Args:
-        skips: leave out special tokens.
-    """
+    """Characters as the tokens after a prompt come; `skips` special ones."""
 
     def __init__(self, words, prompt=(), skips=True):
         self.words, self.skips = words, skips

@@ -4,6 +4,7 @@ import asyncio
 import json
 import time
 import uuid
+from functools import partial
 
 from engine.words import Decoder
 
@@ -15,24 +16,19 @@ from .text import THINK, THOUGHT, Logprob, Piece, Text
 
 
 class Answer:
-    """What both kinds of completion have.
-
-    Args:
-        service, words, name: of the server; `name` is the model's.
-        body: what the client asked for.
-        requests: the engine's, one for each choice, in the order of the choices.
-    """
+    """What both kinds of completion have; `requests` are the engine's, one for each choice."""
 
     kind, chunk_kind, prefix = "text_completion", "text_completion", "cmpl"
 
     def __init__(self, service, words, name, body, requests):
-        self.service, self.words, self.name, self.body = service, words, name, body
-        self.requests = requests
+        self.service, self.words, self.name = service, words, name
+        self.body, self.requests = body, requests
         self.id, self.created = f"{self.prefix}-{uuid.uuid4().hex}", int(time.time())
         self.texts = [self._text(index) for index in range(len(requests))]
 
     def _text(self, index, **more):
-        return Text(self.words, self.body.stops, prompt=self.requests[index].prompt, **more)
+        prompt, tops = self.requests[index].prompt, self.body.tops
+        return Text(self.words, self.body.stops, prompt=prompt, tops=tops, **more)
 
     async def pieces(self):
         """(choice, Piece) as they come; the last of each choice has its `finished`."""
@@ -59,6 +55,10 @@ class Answer:
             for listener in open_.values():
                 self.service.cancel(listener)
 
+    def told(self, index, name, value, logprobs, finished=None):
+        """A choice, or a change of one."""
+        return {"index": index, name: value, "logprobs": logprobs, "finish_reason": finished}
+
     def object(self, kind, choices, **more):
         return {"id": self.id, "object": kind, "created": self.created, "model": self.name,
                 "choices": choices} | more  # fmt: skip
@@ -69,12 +69,10 @@ class Answer:
         prompt = sum(len(request.prompt) for request in prompts)
         drawn = sum(len(text.tokens) for text in self.texts)
         cached = sum(request.reused for request in prompts)
-        return {"prompt_tokens": prompt, "completion_tokens": drawn,
-                "total_tokens": prompt + drawn,
-                "prompt_tokens_details": {"cached_tokens": cached}}  # fmt: skip
+        told = {"prompt_tokens": prompt, "completion_tokens": drawn, "total_tokens": prompt + drawn}
+        return told | {"prompt_tokens_details": {"cached_tokens": cached}}
 
     async def whole(self):
-        """The answer in one."""
         told = [Piece("") for _ in self.requests]
         async for index, piece in self.pieces():
             told[index].text += piece.text
@@ -86,14 +84,9 @@ class Answer:
 
     async def events(self):
         """The answer in server-sent events; an error once it has begun is one too."""
-        options = self.body.stream_options
+        options, pieces = self.body.stream_options, self.pieces()
         with_usage = bool(options and options.include_usage)
-        more = {"usage": None} if with_usage else {}
-
-        def chunk(choices):
-            return self.object(self.chunk_kind, choices, **more)
-
-        pieces = self.pieces()
+        chunk = partial(self.object, self.chunk_kind, **{"usage": None} if with_usage else {})
         try:
             for choice in self.beginnings():
                 yield event(chunk([choice]))
@@ -101,8 +94,7 @@ class Answer:
                 for choice in self.changes(index, piece):
                     yield event(chunk([choice]))
             if with_usage:
-                more = {"usage": self.usage}
-                yield event(chunk([]))
+                yield event(chunk([], usage=self.usage))
         except Refused as refused:
             yield event(refused.body)
         finally:
@@ -124,14 +116,9 @@ class Completion(Answer):
     """Of /v1/completions."""
 
     def _text(self, index):
-        return super()._text(index, tops=self.body.logprobs, offset=len(self.echo(index)))
-
-    @property
-    def is_echo_alone(self):
-        return self.body.max_tokens == 0
+        return super()._text(index, offset=len(self.echo(index)))
 
     def prompt(self, index):
-        """As the client has given it."""
         return self.body.prompts[index // (self.body.n or 1)]
 
     def echo(self, index):
@@ -155,25 +142,21 @@ class Completion(Answer):
             yield Logprob(token, value, ids[:tops], values[:tops], offset)
             offset += len(decoder.step(token))
 
-    def _echoed(self, index, piece, is_first):
-        """A piece with the prompt before it."""
-        if self.body.echo and is_first:
-            piece.text = self.echo(index) + piece.text
-            if self.body.logprobs is not None:
-                piece.logprobs = [*self.echoed_logprobs(index), *piece.logprobs]
-        return piece
-
     async def pieces(self):
-        begun = set()
+        body, begun = self.body, set()
         async for index, piece in super().pieces():
-            if self.is_echo_alone:
+            if body.max_tokens == 0:  # the prompt alone
                 piece.text, piece.logprobs = "", []
                 piece.finished = piece.finished and "length"
                 self.texts[index].tokens.clear()
                 if not piece.finished:
                     continue
-            yield index, self._echoed(index, piece, index not in begun)
+            if body.echo and index not in begun:
+                piece.text = self.echo(index) + piece.text
+                if body.logprobs is not None:
+                    piece.logprobs = [*self.echoed_logprobs(index), *piece.logprobs]
             begun.add(index)
+            yield index, piece
 
     def choice(self, index, piece):
         logprobs = None
@@ -185,8 +168,7 @@ class Completion(Answer):
                 "top_logprobs": [self._tops(x) for x in told],
                 "text_offset": [x.offset for x in told],
             }
-        return {"index": index, "text": piece.text, "logprobs": logprobs,
-                "finish_reason": piece.finished}  # fmt: skip
+        return self.told(index, "text", piece.text, logprobs, piece.finished)
 
     def _tops(self, told):
         """By name, the chosen token among them; nothing of the first of a prompt."""
@@ -212,10 +194,9 @@ class Chat(Answer):
     def _text(self, index):
         body = self.body
         held = "" if body.forced else OPEN if body.tools and body.tool_choice != "none" else None
-        tops = (body.top_logprobs or 0) if body.logprobs else None
         if self._is_free and self.words.has(CHANNEL):
-            return super()._text(index, held=held, tops=tops, thinks=False, decoder=Harmony)
-        text = super()._text(index, held=held, tops=tops, thinks=self._thinks(index))
+            return super()._text(index, held=held, thinks=False, decoder=Harmony)
+        text = super()._text(index, held=held, thinks=self._thinks(index))
         if held == "":  # all of it is a call
             text.held_from, text.is_held = 0, True
         return text
@@ -238,15 +219,13 @@ class Chat(Answer):
         if not self.body.logprobs:
             return None
 
-        def of(token, value):
+        def of(token, value, **more):
             said = self.words.bytes(token)
-            return {"token": said.decode(errors="replace"), "logprob": value, "bytes": [*said]}
+            told = {"token": said.decode(errors="replace"), "logprob": value, "bytes": [*said]}
+            return told | more
 
-        content = [
-            of(x.token, x.value)
-            | {"top_logprobs": [of(*top) for top in zip(x.tokens, x.values, strict=True)]}
-            for x in piece.logprobs
-        ]
+        content = [of(x.token, x.value, top_logprobs=[*map(of, x.tokens, x.values)])
+                   for x in piece.logprobs]  # fmt: skip
         return {"content": content, "refusal": None}
 
     def _ending(self, index, told):
@@ -267,31 +246,28 @@ class Chat(Answer):
             message["reasoning_content"] = piece.thought
         if calls:
             message |= {"content": content.strip() or None, "tool_calls": calls}
-        return {"index": index, "message": message, "logprobs": self._logprobs(piece),
-                "finish_reason": _reason(piece.finished, calls)}  # fmt: skip
-
-    def _change(self, index, delta, logprobs=None, finished=None):
-        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finished}
+        reason = _reason(piece.finished, calls)
+        return self.told(index, "message", message, self._logprobs(piece), reason)
 
     def beginnings(self):
         for index in range(len(self.requests)):
-            yield self._change(index, {"role": "assistant", "content": ""})
+            yield self.told(index, "delta", {"role": "assistant", "content": ""}, None)
 
     def changes(self, index, piece):
         parts = {"reasoning_content": piece.thought} if piece.thought else {}
         if piece.text or not parts:
             parts["content"] = piece.text
         if piece.text or piece.thought or piece.logprobs:
-            yield self._change(index, parts, self._logprobs(piece))
+            yield self.told(index, "delta", parts, self._logprobs(piece))
         if not piece.finished:
             return
         rest, calls = self._ending(index, self.texts[index].told - self.texts[index].begin)
         if rest:
-            yield self._change(index, {"content": rest})
+            yield self.told(index, "delta", {"content": rest}, None)
         if calls:
             numbered = [{"index": n} | call for n, call in enumerate(calls)]
-            yield self._change(index, {"tool_calls": numbered})
-        yield self._change(index, {}, None, _reason(piece.finished, calls))
+            yield self.told(index, "delta", {"tool_calls": numbered}, None)
+        yield self.told(index, "delta", {}, None, _reason(piece.finished, calls))
 
 
 def _reason(finished, calls):

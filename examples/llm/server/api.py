@@ -3,7 +3,9 @@
 import asyncio
 import contextlib
 import errno
+import functools
 import hmac
+import itertools
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -27,10 +29,10 @@ from .service import Service
 PAGE = Path(__file__).with_name("page.html")
 OWNER = "fi_ffi"
 MOST_LOGPROBS = 1 << 19  # of an answer, which is held until its last token
-MOST_SCHEMAS = 16  # requests that wait for schemas to compile
 # Tokens of an answer where the client does not say: OpenAI's for completions; of a chat, a
 # number that a small cache has room for.
 MAX_TOKENS = {CompletionBody: 16, ChatBody: 1024}
+ERRORS = {404: "there is no such path", 405: "the path has other methods"}
 
 
 def too_many():
@@ -39,8 +41,6 @@ def too_many():
 
 @dataclass
 class Limits:
-    """What a client may ask for."""
-
     max_body: int = 4 << 20  # bytes
     max_held: int = 64 << 20  # bytes of all bodies that are being read
     body_seconds: float = 30  # in which a body has to be there
@@ -98,7 +98,7 @@ class Api:
     def hurry(self):
         """End what is still going on, with an error for each client; from any thread."""
         self.is_ending = True
-        self.service.cancel_all()
+        self.service.order("cancel_all")
         for reading in [*self.reading]:
             with contextlib.suppress(RuntimeError):
                 reading.get_loop().call_soon_threadsafe(reading.cancel)
@@ -116,15 +116,13 @@ class Api:
             raise too_many()
         param = "messages" if kind is ChatBody else "prompt"
         requests = []
-        for ids in prompts:
-            sampled = self.max_tokens(kind, body, len(ids), param)
+        for ids, choice in itertools.product(prompts, range(count)):
+            sampled, known = self.max_tokens(body, len(ids), param), self.requests.config.sampling
             if (body.min_tokens or 0) > sampled:
                 raise Refused("min_tokens: it is more than max_tokens", param="min_tokens")
             try:
-                requests += [
-                    self.requests.request(ids, self.sampling(kind, body, sampled, choice))
-                    for choice in range(count)
-                ]
+                drawn = body.sampling(known, sampled, choice)
+                requests.append(self.requests.request(ids, drawn))
             except ValueError as wrong:
                 text = str(wrong)
                 named = "logit_bias" if text.startswith("logit_bias") else param
@@ -144,15 +142,12 @@ class Api:
             raise Refused(f"logprobs: an answer of these lengths may have {count}; "
                           f"{MOST_LOGPROBS} at most", param="logprobs")  # fmt: skip
 
-    def max_tokens(self, kind, body, prompt, param):
-        """How many tokens a choice may have."""
-        given = body.max_tokens
-        if kind is ChatBody and body.max_completion_tokens is not None:
-            given = body.max_completion_tokens
+    def max_tokens(self, body, prompt, param):
+        given = body.limit
         if given is None:
-            return max(min(MAX_TOKENS[kind], self.room - prompt), 1)
+            return max(min(MAX_TOKENS[type(body)], self.room - prompt), 1)
         if given == 0:
-            if kind is ChatBody or not body.echo:
+            if not getattr(body, "echo", None):
                 raise Refused("max_tokens: it is 0 for `echo` alone", param="max_tokens")
             return 1  # of which nothing is told
         if prompt + given > self.room:
@@ -161,19 +156,10 @@ class Api:
                           code="context_length_exceeded")  # fmt: skip
         return given
 
-    def sampling(self, kind, body, max_tokens, choice):
-        given = self.requests.config.sampling, max_tokens, choice
-        if kind is ChatBody:
-            tops = (body.top_logprobs or 0) if body.logprobs else None
-            return body.sampling(*given, logprobs=tops)
-        echoed = bool(body.echo) and body.logprobs is not None
-        return body.sampling(*given, logprobs=body.logprobs, prompt_logprobs=echoed)
-
     def prompts(self, body):
-        prompts = body.prompts
-        if len(prompts) > MOST_CHOICES:
+        if len(body.prompts) > MOST_CHOICES:
             raise too_many()
-        return [self.tokens(p, "prompt") if isinstance(p, str) else p for p in prompts]
+        return [self.tokens(p, "prompt") if isinstance(p, str) else p for p in body.prompts]
 
     def tokens(self, text, param, **more):
         """Those of a text; by a call that leaves other threads running, unlike `encode`."""
@@ -183,9 +169,8 @@ class Api:
         return self.tokenizer.encode_batch([text], **more)[0].ids
 
     def chat(self, body):
-        tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
-        if body.tool_choice == "none":
-            tools = []
+        given = () if body.tool_choice == "none" else body.tools or ()
+        tools = [tool.model_dump(exclude_none=True) for tool in given]
         if body.tool_choice not in (None, "none", "auto") and not body.forced:
             raise Refused("tool_choice: there is no such tool in tools", param="tool_choice")
         if body.top_logprobs and not body.logprobs:
@@ -212,67 +197,47 @@ class Api:
             raise Refused(f"{param}: Field required", param=param)
         return form.json_schema.schema_, param
 
-    async def constrain(self, requests, schema, param):
-        """Give each request a grammar's state of its own."""
-        if len(self.service.compiling) >= MOST_SCHEMAS:
-            raise Refused("too many schemas are waiting: try again later", 429)
-        await self.service.constrain(requests, schema, param)
-
     def check_model(self, name):
         if name is not None and name not in self.names:
             raise Refused(f"there is no model {name:.80}; there is {self.names[0]}", 404, "model",
                           "model_not_found")  # fmt: skip
 
-    async def complete(self, http, kind, answer):
-        raw = await self.body(http)
+    async def complete(self, kind, answer, http):
+        raw, loop = await self.body(http), asyncio.get_running_loop()
         try:
-            loop = asyncio.get_running_loop()
             body, requests, wanted = await loop.run_in_executor(self.pool, self.prepare, kind, raw)
         finally:
             self.held -= len(raw)
         del raw
         self.service.check_room(requests)
         if wanted is not None:
-            await self.constrain(requests, *wanted)
+            await self.service.constrain(requests, *wanted)
         if self.is_ending:
             raise Refused("the server is ending", 503)
         name = body.model or self.names[0]
         answer = answer(self.service, self.words, name, body, requests)
         told = {"X-Ignored": ", ".join(body.ignored)} if body.ignored else {}
         if body.stream:
-            return StreamingResponse(answer.events(), media_type="text/event-stream",
-                                     headers={"Cache-Control": "no-cache"} | told)  # fmt: skip
+            told |= {"Cache-Control": "no-cache"}
+            return StreamingResponse(answer.events(), 200, told, "text/event-stream")
         return await unless_gone(http, answer.whole(), told)
 
-    async def completions(self, http):
-        return await self.complete(http, CompletionBody, Completion)
-
-    async def chats(self, http):
-        return await self.complete(http, ChatBody, Chat)
-
-    def model(self, name):
-        return {"id": name, "object": "model", "created": self.created, "owned_by": OWNER,
-                "max_model_len": self.room}  # fmt: skip
-
     async def models(self, http):
-        return JSONResponse({"object": "list", "data": [self.model(name) for name in self.names]})
-
-    async def one_model(self, http):
-        name = http.path_params["name"]
+        """All, or that of the path's name."""
+        name, about = http.path_params.get("name"), {"object": "model", "created": self.created}
         self.check_model(name)
-        return JSONResponse(self.model(name))
+        about |= {"owned_by": OWNER, "max_model_len": self.room}
+        data = [{"id": each, **about} for each in ([name] if name else self.names)]
+        return JSONResponse(data[0] if name else {"object": "list", "data": data})
 
     async def health(self, http):
         """200 while the engine serves, and 503 from its end to that of the process."""
-        if self.service.is_serving:
-            return JSONResponse({"status": "ok"})
-        return JSONResponse({"status": "the engine has ended"}, 503)
+        is_well = self.service.is_serving
+        status = "ok" if is_well else "the engine has ended"
+        return JSONResponse({"status": status}, 200 if is_well else 503)
 
     async def metrics_text(self, http):
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
-
-    async def page(self, http):
-        return FileResponse(PAGE)
 
     def guarded(self, handler):
         """A handler for this server's own page and for programs; it asks for the key, if any."""
@@ -303,37 +268,31 @@ async def unless_gone(http, work, headers):
         while (await http.receive())["type"] != "http.disconnect":
             pass
 
-    work, gone = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    tasks = [asyncio.ensure_future(each) for each in (work, gone())]
     try:
-        await asyncio.wait([work, gone], return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if not tasks[0].done():
             return await nobody_reads()
-        return JSONResponse(work.result(), headers=headers)
+        return JSONResponse(tasks[0].result(), headers=headers)
     finally:
-        for task in (work, gone):
+        for task in tasks:
             task.cancel()
-            with contextlib.suppress(asyncio.CancelledError, Exception):
-                await task
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def refused(http, error):
-    headers = {"Retry-After": "1"} if error.status == 429 else None
+    """Any error in the interface's own shape."""
+    headers = getattr(error, "headers", None)
+    if isinstance(error, HTTPException):
+        error = Refused(ERRORS.get(error.status_code, error.detail), error.status_code)
+    elif not isinstance(error, Refused):
+        error = Refused("the server has failed", 500)
+    headers = {"Retry-After": "1"} if error.status == 429 else headers
     return JSONResponse(error.body, error.status, headers)
 
 
-async def http_error(http, error):
-    words = {404: "there is no such path", 405: "the path has other methods"}
-    wrong = Refused(words.get(error.status_code, error.detail), error.status_code)
-    return JSONResponse(wrong.body, error.status_code, error.headers)
-
-
 async def nobody_reads(http=None, error=None):
-    """The answer to a client that has gone."""
     return Response(status_code=499)
-
-
-async def own_error(http, error):
-    return JSONResponse(Refused("the server has failed", 500).body, 500)
 
 
 class Seldom:
@@ -352,13 +311,10 @@ class Seldom:
 
 
 def application(link, tokenizer, names, template=None, limits=None, on_failure=None):
-    """The ASGI application; the engine is its own from then on.
+    """The ASGI application, to which the engine of the `host.Link` belongs from then on.
 
-    Args:
-        link: a `host.Link` to the engine.
-        names: of the model, the first of which is its own.
-        template: a `chat.Template`.
-        on_failure: called on another thread when the engine has ended with an error.
+    The first of the model's names is its own.  `on_failure` is called on another thread when the
+    engine has ended with an error.
     """
     api = Api(link, tokenizer, names, template, limits or Limits(), on_failure)
 
@@ -370,17 +326,19 @@ def application(link, tokenizer, names, template=None, limits=None, on_failure=N
         api.service.close()
 
     guarded = api.guarded
+    completions = functools.partial(api.complete, CompletionBody, Completion)
+    chats = functools.partial(api.complete, ChatBody, Chat)
     routes = [
-        Route("/v1/completions", guarded(api.completions), methods=["POST"]),
-        Route("/v1/chat/completions", guarded(api.chats), methods=["POST"]),
+        Route("/v1/completions", guarded(completions), methods=["POST"]),
+        Route("/v1/chat/completions", guarded(chats), methods=["POST"]),
         Route("/v1/models", guarded(api.models)),
-        Route("/v1/models/{name:path}", guarded(api.one_model)),
+        Route("/v1/models/{name:path}", guarded(api.models)),
         Route("/health", api.health),
         Route("/metrics", api.metrics_text),
-        Route("/", api.page),
+        Route("/", lambda http: FileResponse(PAGE)),
     ]
-    handlers = {Refused: refused, HTTPException: http_error, ClientDisconnect: nobody_reads,
-                Exception: own_error}  # fmt: skip
+    handlers = dict.fromkeys((Refused, HTTPException, Exception), refused)
+    handlers[ClientDisconnect] = nobody_reads
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
     app.state.service, app.state.hurry = api.service, api.hurry
     return app

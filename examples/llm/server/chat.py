@@ -27,26 +27,22 @@ class Template:
     """`chat_template.jinja`, or `chat_template` of tokenizer_config.json."""
 
     def __init__(self, path):
-        path = Path(path)
-        config = {}
-        if (path / "tokenizer_config.json").exists():
-            config = read_object(path / "tokenizer_config.json")
-        if (path / "special_tokens_map.json").exists():
-            config = read_object(path / "special_tokens_map.json") | given(config)
+        path, config = Path(path), {}
+        for name in ("special_tokens_map.json", "tokenizer_config.json"):
+            if (path / name).exists():
+                config |= given(read_object(path / name))
         source = config.get("chat_template")
         if (path / "chat_template.jinja").exists():
             source = (path / "chat_template.jinja").read_text()
-        self.template = self.for_tools = None
+        self.template, for_tools = None, source
         try:
-            named = source
             if isinstance(source, list):
                 named = {one["name"]: one["template"] for one in source}
                 source = named.get("default") or next(iter(named.values()))
+                for_tools = named.get("tool_use", source)
             if source:
-                environment = _environment()
-                self.template = self.for_tools = environment.from_string(str(source))
-                if isinstance(named, dict) and "tool_use" in named:
-                    self.for_tools = environment.from_string(str(named["tool_use"]))
+                made = _environment().from_string
+                self.template, self.for_tools = made(str(source)), made(str(for_tools))
         except (jinja2.TemplateError, LookupError, TypeError, RecursionError, StopIteration) as bad:
             raise ValueError(f"{path}: the chat template: {bad}") from None
         self.words = {
@@ -114,9 +110,8 @@ class Generation(Extension):
 
 
 def _environment():
-    environment = Sandbox(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
-    )
+    more = ["jinja2.ext.loopcontrols", Generation]
+    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=more)
 
     def refuse(message):
         raise jinja2.TemplateError(str(message))
@@ -166,8 +161,7 @@ def _read(text, at):
 
 def _call(said):
     name, arguments = str(said["name"]), said.get("arguments", said.get("parameters"))
-    if arguments is None:
-        arguments = {}
+    arguments = {} if arguments is None else arguments
     if not isinstance(arguments, str):
         arguments = json.dumps(arguments, ensure_ascii=False)
     # Half a character stays the escape that the model wrote.

@@ -7,12 +7,12 @@ Python package, and torch with it, are not imported.
 import contextlib
 import importlib.metadata
 import json
-import multiprocessing
 import resource
 import time
 from pathlib import Path
 
 import numpy as np
+from engine import spawned
 from engine.words import Words
 
 import fi_ffi
@@ -31,13 +31,12 @@ def library(folder=None):
 
     None where there is none, or the folder is "none".
     """
+    try:
+        folder = folder or importlib.metadata.distribution("xgrammar").locate_file("")
+    except importlib.metadata.PackageNotFoundError:
+        return None
     if folder == "none":
         return None
-    if folder is None:
-        try:
-            folder = importlib.metadata.distribution("xgrammar").locate_file("")
-        except importlib.metadata.PackageNotFoundError:
-            return None
     path = Path(str(folder)) / LIBRARY
     if not path.exists():
         raise ValueError(f"{path}: no such file")
@@ -49,7 +48,6 @@ def _type(name):
 
 
 def compiler(path, kind, words, vocab, eos):
-    """xgrammar's GrammarCompiler for a vocabulary."""
     fi_ffi.module(path)
     info = _type("TokenizerInfo")(words, kind, vocab, eos, False)
     return _type("GrammarCompiler")(info, 1, True, CACHE)
@@ -82,7 +80,7 @@ class Trial:
 
     def __init__(self, parts):
         self.parts = parts
-        self.is_ready, (self.pipe, self.child), self.spare = False, self._started(), None
+        self.is_ready, (self.pipe, self.child), self.spare = False, self._begun(), None
 
     def __call__(self, seconds, *schema):
         """Whether a schema compiles; TimeoutError where it is not known in time."""
@@ -98,28 +96,20 @@ class Trial:
         self._again()
         raise TimeoutError
 
-    def _started(self):
-        spawn = multiprocessing.get_context("spawn")  # a fork would have this process's CUDA
-        pipe, other = spawn.Pipe()
-        child = spawn.Process(target=_try_schemas, args=(other, *self.parts), daemon=True)
-        child.start()
-        other.close()
-        return pipe, child
+    def _begun(self):
+        return spawned(_try_schemas, *self.parts, daemon=True)
 
     def _again(self):
         """Go on with another process, and begin one that is there when this one is lost."""
         self.child.kill()
         self.child.join()
         self.pipe.close()
-        self.is_ready, (self.pipe, self.child) = False, self.spare or self._started()
-        self.spare = self._started()
+        self.is_ready, (self.pipe, self.child) = False, self.spare or self._begun()
+        self.spare = self._begun()
 
 
 class Grammars:
-    """Compiles schemas over a tokenizer's vocabulary; None for a library refuses them.
-
-    One thread calls it.  A schema has to compile within `seconds`.
-    """
+    """Compiles schemas, each within `seconds`, on one thread; without a library it refuses them."""
 
     def __init__(self, path, tokenizer, vocab, eos, seconds=5.0):
         self.compiler, self.seconds, self.has_end = None, seconds, bool(eos)
@@ -154,24 +144,18 @@ class Grammars:
         TimeoutError where it takes long, and this is not patient.
         """
         if self.compiler is None:
-            raise Refused(
-                f"{param}: this server has no xgrammar, which it takes for that", param=param
-            )
+            raise Refused(f"{param}: this server has no xgrammar, which that needs", param=param)
         if not self.has_end:
             raise Refused(f"{param}: the model has no token that ends a text", param=param)
-        text, is_strict = (
-            json.dumps({"type": "object"} if schema is None else schema),
-            schema is not None,
-        )
+        is_strict = schema is not None
+        text = json.dumps(schema if is_strict else {"type": "object"})
         if len(text) > MOST_SCHEMA:
             raise Refused(f"{param}: a schema has {MOST_SCHEMA} bytes at most", param=param)
         if wrong := self._try_out(text, is_strict, is_patient):
             raise Refused(f"{param}: {wrong}", param=param)
         made = compiled(self.compiler, text, is_strict)
-        grammar, bits = (
-            Grammar(self.matcher(made, None, False, -1, None)),
-            np.zeros(self.bits, "i4"),
-        )
+        grammar = Grammar(self.matcher(made, None, False, -1, None))
+        bits = np.zeros(self.bits, "i4")
         grammar.fill(bits, 0)
         if not bits.any():  # such as one that refers to itself alone
             raise Refused(f"{param}: no text fits the schema", param=param)

@@ -10,10 +10,10 @@ import multiprocessing
 import threading
 import time
 import traceback
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from queue import PriorityQueue
 
-from engine import Requests, alone, end_process, watch
+from engine import Requests, alone, end_process, spawned, watch
 
 from .schema import Refused
 
@@ -35,40 +35,18 @@ class News:
     seconds: float | None  # that the step took; None where there was nothing to do
 
 
-@dataclass
-class Compiled:
-    """Of one order to compile a schema: that all is well, or not."""
-
-    number: int  # of the first of its requests
-    refused: Refused | None
-
-
-@dataclass
-class Failure:
-    """The engine has ended with an error."""
-
-    words: str
-
-
-@dataclass
-class Told:
-    """How much was told of a request."""
-
-    request: object
-    counts: dict = field(default_factory=lambda: dict.fromkeys(GROWING, 0))
-
-    def rest(self):
-        """What has come since, by name."""
-        new = {}
-        for name, count in self.counts.items():
-            values = getattr(self.request, name)
-            if len(values) > count:
-                new[name], self.counts[name] = values[count:], len(values)
-        return new
+def rest(request, counts):
+    """What a request has got by name since so much of each was told."""
+    grown = [name for name, count in counts.items() if len(getattr(request, name)) > count]
+    new = {name: getattr(request, name)[counts[name] :] for name in grown}
+    counts.update((name, counts[name] + len(values)) for name, values in new.items())
+    return new
 
 
 class Host:
     """Runs an engine, which is its own, as the orders say that come through a pipe.
+
+    An order is the name of a method and what it is given; so are news, of one of `Service`.
 
     Args:
         grammars: a `grammar.Grammars`, called on a thread of its own, so that a slow schema blocks
@@ -87,11 +65,17 @@ class Host:
         """Until the order to close, or the pipe's other end is closed; False after an error."""
         watch(self.engine.runner, self.ended, self._lost)
         try:
-            self._serve()
+            self._tell(())
+            is_idle = True
+            while self._take(is_idle):
+                start = time.monotonic()
+                changed = self.engine.step()
+                is_idle = changed is None
+                self._tell(changed or (), None if is_idle else time.monotonic() - start)
         except BaseException as failure:
             # An error of the device, for which there is no help.
             traceback.print_exc()
-            self._send(Failure(str(failure)))
+            self._send("failed", str(failure))
             return False
         else:
             self.engine.close()
@@ -102,18 +86,9 @@ class Host:
             self.pipe.close()
 
     def _lost(self):
-        self._send(Failure("a rank is lost"))
+        self._send("failed", "a rank is lost")
         if multiprocessing.parent_process():
             end_process()  # the step may never return
-
-    def _serve(self):
-        engine, is_idle = self.engine, True
-        self._tell(())
-        while self._take(is_idle):
-            start = time.monotonic()
-            changed = engine.step()
-            is_idle = changed is None
-            self._tell(changed or (), None if is_idle else time.monotonic() - start)
 
     def _take(self, is_idle):
         """Do as is ordered; where there is nothing else to do, wait for that.  False at the end."""
@@ -127,9 +102,9 @@ class Host:
             return True
         return False
 
-    def _send(self, message):
+    def _send(self, *news):
         with self.sending, contextlib.suppress(OSError):  # nobody listens any more
-            self.pipe.send(message)
+            self.pipe.send(news)
 
     def _tell(self, requests, seconds=None):
         changed = []
@@ -137,31 +112,28 @@ class Host:
             told = self.told.get(request.number)
             if told is None:  # it was cancelled
                 continue
-            changed.append((request.number, told.rest(), request.reused, request.finished))
+            changed.append((request.number, rest(*told), request.reused, request.finished))
             if request.finished:
                 del self.told[request.number]
         engine, pages = self.engine, self.engine.pages
-        self._send(News(
-            changed, self.submitted, len(engine.waiting), len(engine.running), len(engine.slots),
-            pages.total, pages.total - len(pages.free) - len(pages.idle), seconds,
-        ))  # fmt: skip
+        used = pages.total - len(pages.free) - len(pages.idle)
+        counts = map(len, (engine.waiting, engine.running, engine.slots))
+        self._send("step", News(changed, self.submitted, *counts, pages.total, used, seconds))
 
     def submit(self, request):
         request.grammar = self.compiled.pop(request.number, None)
-        self.told[request.number] = Told(request)
+        self.told[request.number] = request, dict.fromkeys(GROWING, 0)
         self.submitted += 1
         self.engine.waiting.append(request)
 
     def cancel(self, number):
-        """End a request, of which nothing is told any more."""
         self.awaited.discard(number)
         self.compiled.pop(number, None)
         if told := self.told.pop(number, None):
-            self.engine.cancel(told.request)
+            self.engine.cancel(told[0])
 
     def cancel_all(self):
-        """End all requests, and tell of it."""
-        ended = [told.request for told in self.told.values()]
+        ended = [request for request, _ in self.told.values()]
         for request in ended:
             self.engine.cancel(request)
         self._tell(ended)
@@ -192,7 +164,7 @@ class Host:
                 traceback.print_exc()
                 refused = Refused("the server has failed", 500)
             self.awaited.difference_update(numbers)
-            self._send(Compiled(numbers[0], refused))
+            self._send("compiled", numbers[0], refused)
 
 
 class Link:
@@ -213,11 +185,7 @@ class Link:
     @classmethod
     def apart(cls, make, *given):
         """To the engine and grammars that `make` gives in a process of its own; what it raises."""
-        spawn = multiprocessing.get_context("spawn")  # a fork would have this process's threads
-        pipe, there = spawn.Pipe()
-        worker = spawn.Process(target=_host, args=(there, make, *given), name="engine")
-        worker.start()
-        there.close()
+        pipe, worker = spawned(_host, make, *given, name="engine")
         try:
             made = pipe.recv()
         except EOFError:

@@ -8,16 +8,9 @@ import json
 from typing import Annotated, Any, Literal
 
 from engine import Sampling
-from engine.config import TOP, Checked, limited, words
+from engine.config import LIMITS, TOP, Checked, limited, words
 from engine.sampling import MOST_BIASES
-from pydantic import (
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import from_json
 
 MOST_CHOICES = 64  # completions of one request: prompts times n
@@ -49,6 +42,8 @@ class Refused(Exception):
 
 
 Stop = Annotated[str, Field(min_length=1, max_length=MOST_STOP)]
+Token = Annotated[str, Field(pattern=r"^\d{1,9}$")]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
 class Strict(Checked):
@@ -79,32 +74,17 @@ class ResponseFormat(Strict):
     json_schema: JsonSchema | None = None
 
 
-class Common(Strict):
-    """What both kinds of completion take."""
-
+class Common(limited(Strict, *LIMITS)):
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
     seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
-    temperature: limited("temperature") | None = None
-    top_p: limited("top_p") | None = None
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
-    min_p: limited("min_p") | None = None
     max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
-    min_tokens: limited("min_tokens") | None = None
     ignore_eos: bool | None = None
-    presence_penalty: limited("presence_penalty") | None = None
-    frequency_penalty: limited("frequency_penalty") | None = None
-    repetition_penalty: limited("repetition_penalty") | None = None
-    logit_bias: Annotated[
-        dict[
-            Annotated[str, Field(pattern=r"^\d{1,9}$")],
-            Annotated[float, Field(ge=-100, le=100)],
-        ],
-        Field(max_length=MOST_BIASES),
-    ] | None = None  # fmt: skip
+    logit_bias: Annotated[dict[Token, Bias], Field(max_length=MOST_BIASES)] | None = None
     response_format: ResponseFormat | None = None
     metadata: dict[str, str] | None = None
     prompt_cache_key: str | None = None
@@ -114,6 +94,16 @@ class Common(Strict):
     store: bool | None = None
     user: str | None = None
     verbosity: str | None = None
+
+    @property
+    def limit(self):
+        """The most tokens of a choice, where that is given."""
+        return self.max_tokens
+
+    @property
+    def tops(self):
+        """Of how many tokens beside each the log probability is told; None for not even its own."""
+        return self.logprobs
 
     @property
     def ignored(self):
@@ -129,7 +119,7 @@ class Common(Strict):
 
     @field_validator("stream_options")
     @classmethod
-    def _of_a_stream(cls, options, info: ValidationInfo):
+    def _of_a_stream(cls, options, info):
         if options is not None and not info.data.get("stream"):
             raise ValueError("it needs stream to be true")
         return options
@@ -138,16 +128,17 @@ class Common(Strict):
     def stops(self):
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
-    def sampling(self, defaults, max_tokens, choice, **more):
+    def sampling(self, defaults, max_tokens, choice):
         """Of one of the choices: each has a seed of its own, the first that of the body."""
-        names = ("temperature", "top_k", "top_p", "min_p", "min_tokens", "ignore_eos",
-                 "presence_penalty", "frequency_penalty", "repetition_penalty")  # fmt: skip
-        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        every = {name: getattr(self, name) for name in (*LIMITS, "ignore_eos")}
+        given = {name: value for name, value in every.items() if value is not None}
         given = defaults | given
+        given["top_k"] = max(given.get("top_k", 0), 0)  # -1 leaves out none, as in other servers
         seed = None if self.seed is None else self.seed + (choice << 64)
         bias = {int(token): value for token, value in (self.logit_bias or {}).items()}
-        given["top_k"] = max(given.get("top_k", 0), 0)  # -1 leaves out none, as in other servers
-        return Sampling(seed=seed, max_tokens=max_tokens, logit_bias=bias, **given, **more)
+        given |= {"max_tokens": max_tokens, "logprobs": self.tops}
+        echoed = bool(getattr(self, "echo", None)) and self.tops is not None
+        return Sampling(seed=seed, logit_bias=bias, prompt_logprobs=echoed, **given)
 
 
 class CompletionBody(Common):
@@ -161,21 +152,20 @@ class CompletionBody(Common):
     @classmethod
     def _one_kind(cls, prompt):
         """Of millions of tokens, with one error."""
-        first = prompt[0] if isinstance(prompt, list) and prompt else prompt
-        kind = list if isinstance(first, list) else str if isinstance(first, str) else int
-        if isinstance(prompt, str):
+
+        def is_tokens(part):
+            some = isinstance(part, list) and part
+            return some and all(type(token) is int and 0 <= token < 2**31 for token in part)
+
+        parts = prompt if isinstance(prompt, list) else [prompt]
+        is_text = parts and all(isinstance(part, str) for part in parts)
+        if is_text or is_tokens(prompt) or (parts and all(map(is_tokens, parts))):
             return prompt
-        if isinstance(prompt, list) and prompt and all(type(part) is kind for part in prompt):
-            parts = prompt if kind is list else [prompt]
-            if kind is str or all(
-                part and all(type(t) is int and 0 <= t < 2**31 for t in part) for part in parts
-            ):
-                return prompt
         raise ValueError("a string, a list of strings, a list of tokens, or a list of such lists")
 
     @field_validator("best_of")
     @classmethod
-    def _is_n(cls, best_of, info: ValidationInfo):
+    def _is_n(cls, best_of, info):
         if best_of is not None and best_of != (info.data.get("n") or 1):
             raise ValueError("here it is as n, or not given")
         return best_of
@@ -207,19 +197,25 @@ class Function(Strict):
     strict: bool | None = None
 
 
-class Tool(Strict):
-    type: Literal["function"]
-    function: Function
-
-
-class CalledFunction(Strict):
+class ChosenFunction(Strict):
     name: str
+
+
+class CalledFunction(ChosenFunction):
     arguments: str
 
 
-class Call(Strict):
-    id: str
+class Choice(Strict):
     type: Literal["function"]
+    function: ChosenFunction
+
+
+class Tool(Choice):
+    function: Function
+
+
+class Call(Choice):
+    id: str
     function: CalledFunction
     index: int | None = None
 
@@ -250,15 +246,6 @@ class Message(Strict):
         return message
 
 
-class ChosenFunction(Strict):
-    name: str
-
-
-class Choice(Strict):
-    type: Literal["function"]
-    function: ChosenFunction
-
-
 class ChatBody(Common):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
@@ -271,13 +258,21 @@ class ChatBody(Common):
     modalities: list[Literal["text"]] | None = None
 
     @property
+    def limit(self):
+        given = self.max_completion_tokens
+        return self.max_tokens if given is None else given
+
+    @property
+    def tops(self):
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
     def forced(self):
         """The tools one of which must be called; none where text may be written."""
-        if isinstance(self.tool_choice, Choice):
-            return [
-                t for t in self.tools or () if t.function.name == self.tool_choice.function.name
-            ]
-        return self.tools or [] if self.tool_choice == "required" else []
+        choice, tools = self.tool_choice, self.tools or []
+        if isinstance(choice, Choice):
+            return [tool for tool in tools if tool.function.name == choice.function.name]
+        return tools if choice == "required" else []
 
 
 # Steps of an error's place that are kinds of a union, and no field.
@@ -315,14 +310,8 @@ def parsed(kind, raw):
         furthest = max(len(_steps(e["loc"])) for e in same)
         same = [e for e in same if len(_steps(e["loc"])) == furthest]
         param = _place(same[0]["loc"])
-        told = ", or ".join(dict.fromkeys(_words(e) for e in same))
+        told = ", or ".join(dict.fromkeys(words(e) for e in same))
         raise Refused(f"{param}: {told}" if param else told, param=param) from None
-
-
-def _words(error):
-    if error["type"] == "extra_forbidden":
-        return "there is no such field"
-    return words(error)
 
 
 def _steps(loc):

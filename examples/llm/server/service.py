@@ -8,10 +8,12 @@ import weakref
 from concurrent.futures import Future, InvalidStateError
 from queue import SimpleQueue
 
-from .host import Compiled, Failure
 from .schema import Refused
 
 SCHEMA_SECONDS = 60  # in which a schema has its turn and compiles
+MOST_SCHEMAS = 16  # requests that wait for schemas to compile
+
+ENDED = "the engine has ended", 503, None, "engine_ended"
 
 
 class Listener:
@@ -44,10 +46,7 @@ class Listener:
 
 
 class Service:
-    """What is asked of an engine behind a `host.Link`, and who listens for news of it.
-
-    All but `constrain` may be called from any thread.
-    """
+    """An engine and who listens for news of it; any thread may call all but `constrain`."""
 
     def __init__(self, link, metrics, max_queue, on_failure=None):
         self.link, self.metrics, self.max_queue = link, metrics, max_queue
@@ -57,7 +56,7 @@ class Service:
         self.listeners = {}  # by the number of a request
         self.submitted, self.coming = 0, weakref.WeakSet()  # those with room, not submitted yet
         self.compiling = {}  # what waits for a schema, by the number of its first request
-        self.news = link.pipe.recv()
+        _, self.news = link.pipe.recv()
         self.thread = threading.Thread(target=self._listen, name="news", daemon=True)
         self.thread.start()
         # A pipe is full where the engine stands still, for which no loop may wait.
@@ -70,31 +69,26 @@ class Service:
 
     def check_room(self, requests):
         """Refused where these would wait for too many others, which count them from here on."""
-        self._check_serving()
+        if not self.is_serving:
+            raise Refused(*ENDED)
         news = self.news
         before = news.waiting + self.submitted - news.submitted + len(self.coming)
         # Those that have come since the last step and will find a slot wait for nobody.
         if before + len(requests) - news.slots > self.max_queue:
-            self.metrics.rejected.inc()
+            self.metrics.rejected_requests.inc()
             raise Refused(f"{self.max_queue} requests are waiting: try again later", 429,
                           code="queue_full")  # fmt: skip
         self.coming.update(requests)
-
-    def _check_serving(self):
-        if not self.is_serving:
-            raise Refused("the engine has ended", 503, code="engine_ended")
 
     def submit(self, listener):
         request = listener.request
         self.coming.discard(request)
         self.listeners[request.number] = listener
-        try:
-            self._check_serving()  # after that: `_end` tells those that it finds
-        except Refused:
+        if not self.is_serving:  # after that: `_end` tells those that it finds
             self.listeners.pop(request.number, None)
-            raise
+            raise Refused(*ENDED)
         self.submitted += 1
-        self._order("submit", request)
+        self.order("submit", request)
 
     def cancel(self, listener, why="cancelled"):
         """End a request whose text nobody reads, or whose text has ended before its tokens."""
@@ -102,28 +96,28 @@ class Service:
         if request.finished is None:
             if self.listeners.pop(request.number, None):
                 self.metrics.ended(listener, why)
-            self._order("cancel", request.number)
-
-    def cancel_all(self):
-        """End all requests, and tell of it."""
-        self._order("cancel_all")
+            self.order("cancel", request.number)
 
     async def constrain(self, requests, schema, param):
         """Have these requests, before they are submitted, follow a schema; Refused for none."""
+        if len(self.compiling) >= MOST_SCHEMAS:
+            raise Refused("too many schemas are waiting: try again later", 429)
         numbers, done = [request.number for request in requests], Future()
         self.compiling[numbers[0]] = done
         for request in requests:  # it may be gone before it was ever submitted
-            weakref.finalize(request, self._order, "cancel", request.number)
+            weakref.finalize(request, self.order, "cancel", request.number)
         try:
-            self._check_serving()
-            self._order("constrain", numbers, schema, param)
+            if not self.is_serving:  # after that: `_end` tells those that it finds
+                raise Refused(*ENDED)
+            self.order("constrain", numbers, schema, param)
             await asyncio.wait_for(asyncio.wrap_future(done), SCHEMA_SECONDS)
         except asyncio.TimeoutError:
             raise Refused("others' schemas take too long: try again later", 429) from None
         finally:
             del self.compiling[numbers[0]]
 
-    def _order(self, *order):
+    def order(self, *order):
+        """Have the engine's `Host` do what the first says."""
         self.orders.put(order)
 
     def _send(self):
@@ -134,28 +128,26 @@ class Service:
     def _listen(self):
         try:
             while True:
-                message = self.link.pipe.recv()
-                if isinstance(message, Failure):
-                    raise RuntimeError(message.words)
-                if isinstance(message, Compiled):
-                    self._compiled(message)
-                else:
-                    self._take(message)
+                name, *news = self.link.pipe.recv()
+                getattr(self, f"_{name}")(*news)
         except (EOFError, OSError):
             self._end(None if self.is_closed else RuntimeError("its process has ended"))
         except BaseException as failure:
             self._end(failure)
 
-    def _compiled(self, message):
+    def _failed(self, words):
+        raise RuntimeError(words)
+
+    def _compiled(self, number, refused):
         """Tell who waits, whose client may have gone."""
-        done = self.compiling.get(message.number, Future())
+        done = self.compiling.get(number, Future())
         with contextlib.suppress(InvalidStateError):
-            if message.refused:
-                done.set_exception(message.refused)
+            if refused:
+                done.set_exception(refused)
             else:
                 done.set_result(None)
 
-    def _take(self, news):
+    def _step(self, news):
         self.news, changed = news, []
         for number, new, reused, finished in news.changed:
             listener = self.listeners.get(number)
@@ -182,7 +174,7 @@ class Service:
         self._tell(listeners)
         for done in [*self.compiling.values()]:
             with contextlib.suppress(InvalidStateError):  # its client has gone
-                done.set_exception(Refused("the engine has ended", 503, code="engine_ended"))
+                done.set_exception(Refused(*ENDED))
         if failure is not None and self.on_failure:
             self.on_failure()
 
@@ -201,7 +193,7 @@ class Service:
     def close(self, seconds=30):
         """End the engine; False where it does not end in time."""
         self.is_closed = True
-        self._order("close")
+        self.order("close")
         self.thread.join(seconds)
         return self.link.close(seconds)
 

@@ -20,8 +20,6 @@ class Logprob(NamedTuple):
 
 @dataclass
 class Piece:
-    """What is told at once."""
-
     text: str
     logprobs: list = field(default_factory=list)
     finished: str | None = None
@@ -42,15 +40,12 @@ class Text:
     """Of one request.
 
     Args:
-        words: of the tokenizer.
         stops: strings before the first of which the text ends.
         held: a string from which on nothing is told if an object of JSON follows; all of it is in
             `text` in the end.
-        tops: how many of the most probable tokens are told beside each; None for no logprobs.
+        tops: None for no logprobs.
         offset: where the text begins, of what was told before it.
-        prompt: tokens that the text follows.
         thinks: whether it begins within a thought, or may begin with one; None for neither.
-        decoder: of its tokens.
     """
 
     def __init__(self, words, stops=(), held=None, tops=None, offset=0, prompt=(), thinks=None,
@@ -68,10 +63,8 @@ class Text:
         logprobs = logprobs or [None] * len(tokens)
         for token, logprob in zip(tokens, logprobs, strict=True):
             if self.tops is not None:
-                value, ids, values = logprob
-                self.waiting.append(
-                    Logprob(token, value, ids, values, self.offset + len(self.text))
-                )
+                offset = self.offset + len(self.text)
+                self.waiting.append(Logprob(token, *logprob, offset))
             self.text += self.decoder.step(token)
         self.tokens += tokens
         if finished:

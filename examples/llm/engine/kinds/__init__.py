@@ -1,6 +1,4 @@
-"""Kinds of model by their `model_type`: what config.json has, the tensors of a layer, and how the
-kernels want them.
-"""
+"""Kinds of model: what config.json has, a layer's tensors, and how the kernels want them."""
 
 from ..config import KINDS
 from .gemma3 import Gemma3

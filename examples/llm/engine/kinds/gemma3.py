@@ -8,7 +8,7 @@ from .. import config
 from ..weights import with_one
 
 
-class Gemma3(config.WithoutExperts, config.WithoutLinear, config.Config):
+class Gemma3(config.WithoutExperts, config.Config):
     qk_norm: ClassVar = True
     adds_one: ClassVar = True
     is_silu: ClassVar = False

@@ -8,7 +8,7 @@ from .. import config
 from ..weights import Fours, whole
 
 
-class GptOss(config.WithoutLinear, config.Config):
+class GptOss(config.Config):
     has_sinks: ClassVar = True
     quantised: ClassVar = "mxfp4"
     norm_topk: ClassVar = True
@@ -25,9 +25,7 @@ class GptOss(config.WithoutLinear, config.Config):
         return config.FULL if i % 2 else config.SLIDING
 
     def sparse(self):
-        """Gate and what it is multiplied with take turns in a row, and matrices are transposed
-        unless they are in 4 bits.
-        """
+        """Rows of gate and up take turns; matrices that are not in 4 bits are transposed."""
         count, hidden, size = self.experts, self.hidden, self.expert_intermediate
         return {
             "router": {"mlp.router.weight": (count, hidden)},

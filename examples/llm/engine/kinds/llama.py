@@ -2,10 +2,10 @@
 
 from typing import ClassVar, Literal
 
-from ..config import FULL, SLIDING, Config, WithoutExperts, WithoutLinear
+from ..config import FULL, SLIDING, Config, WithoutExperts
 
 
-class Llama(WithoutExperts, WithoutLinear, Config):
+class Llama(WithoutExperts, Config):
     pass
 
 

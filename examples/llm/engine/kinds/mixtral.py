@@ -5,7 +5,7 @@ from typing import ClassVar
 import numpy as np
 from pydantic import Field
 
-from ..config import MOST_EXPERTS, Config, Count, Size, WithoutLinear, named, within
+from ..config import MOST_EXPERTS, Config, Count, Size, named, within
 from .llama import InWindow
 
 
@@ -33,7 +33,7 @@ class Sparse(Config):
         return super().arranged(layer, i) | bias
 
 
-class Mixtral(InWindow, WithoutLinear, Sparse):
+class Mixtral(InWindow, Sparse):
     norm_topk: ClassVar = True
 
     experts: within(1, MOST_EXPERTS) = named("num_local_experts")
@@ -46,7 +46,7 @@ class Mixtral(InWindow, WithoutLinear, Sparse):
     }
 
 
-class Qwen3Moe(WithoutLinear, Sparse):
+class Qwen3Moe(Sparse):
     qk_norm: ClassVar = True
 
     experts: within(1, MOST_EXPERTS) = named("num_experts")

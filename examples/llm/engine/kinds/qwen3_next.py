@@ -5,13 +5,12 @@ from typing import ClassVar, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from ..config import FULL, LINEAR, MOST_EXPERTS, Count, Size, named, within
+from ..config import FULL, LINEAR, MOST_EXPERTS, Size, named, within
 from ..weights import whole, with_one
-from .mixtral import Sparse
+from .mixtral import Qwen3Moe
 
 
-class Qwen3Next(Sparse):
-    qk_norm: ClassVar = True
+class Qwen3Next(Qwen3Moe):
     adds_one: ClassVar = True
     has_gate: ClassVar = True
     has_shared: ClassVar = True
@@ -23,7 +22,6 @@ class Qwen3Next(Sparse):
     norm_topk: bool = named("norm_topk_prob", default=True)
     shared: Size = named("shared_expert_intermediate_size")
     decoder_sparse_step: Literal[1] = 1
-    mlp_only_layers: list[Count] = Field([])
     key_heads: Size = named("linear_num_key_heads")
     value_heads: Size = named("linear_num_value_heads")
     has_biases: Literal[False] = named("attention_bias", default=False)
@@ -41,9 +39,6 @@ class Qwen3Next(Sparse):
 
     def kind_of(self, i):
         return LINEAR if (i + 1) % self.full_attention_interval else FULL
-
-    def is_sparse(self, i):
-        return i not in self.mlp_only_layers
 
     def owners(self):
         return [*super().owners(), "shared_expert"]
