@@ -110,7 +110,6 @@ def tokenizer_of(model):
 
 
 def built(given):
-    """(link, tokenizer, names, template) as the flags say."""
     with tempfile.TemporaryDirectory() as folder:
         model = Path(given.model or make_tiny(Path(folder) / "tiny"))
         verify(Config.read(model), Weights(model))  # before a process is started for nothing
@@ -123,11 +122,11 @@ def names_of(given):
     """What a request may call the server; None, anything, where it does not listen on the loopback:
     there a page of another site could take a name that leads to it.
     """
+    is_loopback = given.host == "localhost"
     with contextlib.suppress(ValueError):
-        if given.host != "localhost" and not ipaddress.ip_address(given.host).is_loopback:
-            return None
-        return {"localhost", "127.0.0.1", "::1", given.host, *given.allowed_host}
-    return None
+        is_loopback = is_loopback or ipaddress.ip_address(given.host).is_loopback
+    names = {"localhost", "127.0.0.1", "::1", given.host, *given.allowed_host}
+    return names if is_loopback else None
 
 
 @contextlib.contextmanager

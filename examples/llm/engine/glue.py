@@ -1,9 +1,7 @@
 """The few small kernels between FlashInfer's, in CUDA (compiled by NVRTC) and in numpy.
 
-Rows by index (embeddings, last tokens, states), what a GDN layer has around its rule, heads
-between a product and attention, which experts a token goes to, and a token drawn from a row of
-logits or probabilities with a number of the request's own, so that what a request gets does not
-depend on where in the batch it is.
+A token is drawn with a number of the request's own, so that what a request gets does not depend on
+where in the batch it is.
 """
 
 import re
@@ -543,7 +541,6 @@ def cubin(dtype, capability):
 
 
 def loaded(code):
-    """The kernels of machine code by name, in the current context."""
     from cuda.bindings import driver
 
     module = check(driver.cuModuleLoadData(code))

@@ -272,7 +272,6 @@ class Products:
         return cublas
 
     def is_few(self, x, weight):
-        """Whether the kernel takes them."""
         return x.shape[0] <= ROWS and not (weight.shape[0] % TALL or weight.shape[1] % RUN)
 
     def linear(self, out, x, weight, is_last=False, adds=False):
@@ -283,10 +282,8 @@ class Products:
             self._few(out, x, weight, is_last=is_last, adds=adds)
 
     def can_norm(self, x, weight):
-        """Whether products of these are quicker with a `Norm`.
-
-        float16 may not hold what is not divided yet.
-        """
+        """Whether products of these are quicker with a `Norm`."""
+        # float16 may not hold what is not divided yet.
         if x.dtype.name != "bfloat16" or not self.is_few(x, weight):
             return False
         # Each block normalises for itself.

@@ -120,8 +120,7 @@ def mapped(path):
             raw = np.memmap(path, np.uint8, "r")
     except SafetensorError as wrong:
         raise ValueError(f"{path}: {wrong}") from None
-    end = 8 + struct.unpack("<Q", raw[:8])[0]
-    return json.loads(bytes(raw[8:end])), raw[end:]
+    return json.loads(bytes(raw[8 : 8 + size])), raw[8 + size :]
 
 
 def shapes(config):

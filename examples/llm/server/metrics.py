@@ -29,7 +29,6 @@ class Metrics:
             setattr(self, name, kind(f"fi_ffi_{name}", about, registry=self.registry))
 
     def step(self, news):
-        """How the engine is, by a `host.News`."""
         if news.seconds is not None:
             self.step_seconds.observe(news.seconds)
         self.waiting_requests.set(news.waiting)
