@@ -48,17 +48,14 @@ def arguments(words=None):
     parser.add_argument("--allowed-host", nargs="+", default=[],
                         help="names besides the loopback's, where it listens there")  # fmt: skip
     parser.add_argument("--api-key", help="what clients have to send as a bearer's token")
-    parser.add_argument("--num-pages", type=int,
-                        help="of the cache, 16 tokens each (default: what fits)")  # fmt: skip
+    parser.add_argument("--num-pages", type=int, help="of 16 tokens in the cache; else what fits")
     parser.add_argument("--max-batch", type=int, default=64, help="requests that are run at once")
     parser.add_argument("--max-step", type=int, default=512, help="tokens of a step at most")
-    parser.add_argument("--max-queue", type=int, default=Limits.max_queue,
-                        help="requests that wait at most; 429 for more")  # fmt: skip
+    parser.add_argument("--max-queue", type=int, default=Limits.max_queue, help="429 if more wait")
     parser.add_argument("--max-body", type=int, default=Limits.max_body, help="bytes of a request")
     parser.add_argument("--body-seconds", type=float, default=Limits.body_seconds,
                         help="for a body; headers and slow reads get twice that")  # fmt: skip
-    parser.add_argument("--grace", type=float, default=10,
-                        help="seconds for requests to end after SIGTERM or SIGINT")  # fmt: skip
+    parser.add_argument("--grace", type=float, default=10, help="seconds to end after a signal")
     parser.add_argument("--xgrammar", metavar="FOLDER", help="that has the package xgrammar")
     return parser.parse_args(words)
 

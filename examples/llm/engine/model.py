@@ -184,10 +184,9 @@ class Model:
     def join(self, x, residual, weight, following=None, own=None):
         """The norm of residual + x, which is left in `residual`; without x that of `residual`.
 
-        With a norm of its `own`, x is normed before it is added.
-
-        Ranks add x up: with one kernel for decoding, where they reach each other's memory; its norm
-        has no 1 + weight.  `following`, a product, norms on the way where that is quicker.
+        With a norm of its `own`, x is normed before it is added.  Ranks add x up: with one kernel
+        for decoding, where they reach each other's memory; its norm has no 1 + weight.  A product
+        that is `following` norms on the way where that is quicker.
         """
         config, stream = self.config, self.device.stream
         if x is None:

@@ -38,7 +38,6 @@ class Fours(NamedTuple):
     scales: object  # [..., n, k / 32] uint8: exponents, and 127
 
     def widened(self):
-        """In bfloat16, which has them all."""
         with np.errstate(over="ignore"):
             powers = np.ldexp(1.0, np.arange(256)[:, None] - 127)
             known = (powers * np.array(E2M1)).astype(ml_dtypes.bfloat16)

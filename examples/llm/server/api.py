@@ -14,6 +14,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from engine.words import Words
+from prometheus_client import generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -118,7 +119,6 @@ class Api:
         return body, requests, self.schema(body)
 
     def check_logprobs(self, requests):
-        """Refused where a client asks for more log probabilities than an answer may hold."""
         count = 0
         for request in requests:
             of = request.sampling
@@ -224,7 +224,8 @@ class Api:
         return JSONResponse({"status": status}, 200 if is_well else 503)
 
     async def metrics_text(self, http):
-        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
+        text = generate_latest(self.metrics.registry)
+        return Response(text, media_type="text/plain; version=0.0.4")
 
     def guarded(self, handler):
         """A handler for this server's own page and for programs; it asks for the key, if any."""
@@ -283,9 +284,7 @@ async def nobody_reads(http=None, error=None):
 
 
 class Seldom:
-    """A loop's handler of errors: that there are no descriptors left it tells once a minute, where
-    asyncio has a line for each of thousands of tries.
-    """
+    """Tells once a minute that no descriptors are left, where asyncio has a line for each try."""
 
     told = -60.0
 

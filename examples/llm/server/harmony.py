@@ -17,8 +17,6 @@ RECIPIENT = re.compile(r"to=functions\.([\w.-]+)")
 
 
 class Harmony(Decoder):
-    """Characters as the tokens of an answer come."""
-
     def __init__(self, words, prompt=()):
         super().__init__(words, prompt)
         self.marks = {words.tokenizer.token_to_id(name): name for name in MARKS}

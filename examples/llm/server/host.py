@@ -182,13 +182,11 @@ class Link:
         return cls(Requests(*made), pipe, worker)
 
     def close(self, seconds):
-        """Wait so long for the engine's end."""
         self.worker.join(seconds)
         self.pipe.close()
 
 
 def _host(pipe, make, *given):
-    """The process of `Link.apart`."""
     with alone():
         try:
             engine, grammars = make(*given)
