@@ -77,8 +77,8 @@ class Sampling:
 
 def columns_of(slots, vocab):
     """The parameters of each slot's request; the last slot is that of padding."""
-    kinds = {"top_k": "i4"} | dict.fromkeys(("temperature", "top_p", "min_p", *PENALTIES), "f4")
-    columns = {name: np.zeros(slots, kind) for name, kind in kinds.items()}
+    names = ("temperature", "top_k", "top_p", "min_p", *PENALTIES)
+    columns = {name: np.zeros(slots, "i4" if name == "top_k" else "f4") for name in names}
     keep(columns, slots - 1, Sampling(temperature=0), vocab)
     return columns
 

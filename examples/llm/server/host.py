@@ -184,6 +184,7 @@ class Link:
     def close(self, seconds):
         self.worker.join(seconds)
         self.pipe.close()
+        return not self.worker.is_alive()
 
 
 def _host(pipe, make, *given):

@@ -187,11 +187,11 @@ class Service:
                 loop.call_soon_threadsafe(_deliver, told)
 
     def close(self, seconds=30):
-        """End the engine, and wait so long for that."""
+        """End the engine; False where it does not end in time."""
         self.is_closed = True
         self.order("close")
         self.thread.join(seconds)
-        self.link.close(seconds)
+        return self.link.close(seconds)
 
 
 def _deliver(listeners):
