@@ -220,7 +220,7 @@ class Gpu(Device):
 
     def _allocated(self, shape, dtype, device, allocate, free):
         x = fi_ffi.TensorDesc(0, shape, dtype, device=device)
-        ptr = check(allocate(max(x.span_bytes, 1)))
+        ptr = int(check(allocate(max(x.span_bytes, 1))))
         self.memory[ptr] = free
         return x.at(ptr)
 
