@@ -8,6 +8,7 @@ the model is split over N GPUs, a process each, or with --ray over those that Ra
 """
 
 import argparse
+import functools
 import sys
 import tempfile
 import threading
@@ -66,7 +67,8 @@ def main():
         except (OSError, ValueError, KeyError) as wrong:
             sys.exit(f"generate.py: {wrong.args[0] if isinstance(wrong, KeyError) else wrong}")
     ended, words, start = threading.Event(), Words(tokenizer), time.perf_counter()
-    watch(engine.runner, ended, lost)
+    said = functools.partial(print, "generate.py: a rank is lost", file=sys.stderr)
+    watch(engine.runner, ended, lambda: (said(), end_process()))
     decoders = [Decoder(words, request.prompt) for request in requests]
     texts, told, is_one = [*given.prompts], [0] * len(requests), len(requests) == 1
     if is_one:  # as it comes; several would mix
@@ -83,12 +85,6 @@ def main():
     print(f"\n{sum(told)} tokens, {sum(told) / seconds:.1f} a second", file=sys.stderr)
     ended.set()
     engine.close()
-
-
-def lost():
-    """Another rank has ended, and this one's step does not."""
-    print("generate.py: a rank is lost", file=sys.stderr)
-    end_process()
 
 
 if __name__ == "__main__":

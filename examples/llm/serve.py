@@ -49,20 +49,15 @@ def arguments(words=None):
     parser.add_argument("--allowed-host", nargs="+", default=[],
                         help="names besides the loopback's, where it listens there")  # fmt: skip
     parser.add_argument("--api-key", help="what clients have to send as a bearer's token")
-    parser.add_argument("--num-pages", type=int,
-                        help="of the cache, 16 tokens each (default: what fits)")  # fmt: skip
+    parser.add_argument("--num-pages", type=int, help="of 16 tokens in the cache; else what fits")
     parser.add_argument("--max-batch", type=int, default=64, help="requests that are run at once")
     parser.add_argument("--max-step", type=int, default=512, help="tokens of a step at most")
-    parser.add_argument("--max-queue", type=int, default=Limits.max_queue,
-                        help="requests that wait at most; 429 for more")  # fmt: skip
+    parser.add_argument("--max-queue", type=int, default=Limits.max_queue, help="429 if more wait")
     parser.add_argument("--max-body", type=int, default=Limits.max_body, help="bytes of a request")
     parser.add_argument("--body-seconds", type=float, default=Limits.body_seconds,
                         help="for a body; headers and slow reads get twice that")  # fmt: skip
-    parser.add_argument("--grace", type=float, default=10,
-                        help="seconds for requests to end after SIGTERM or SIGINT")  # fmt: skip
-    parser.add_argument(
-        "--xgrammar", metavar="FOLDER", help="that has the package xgrammar, or none"
-    )
+    parser.add_argument("--grace", type=float, default=10, help="seconds to end after a signal")
+    parser.add_argument("--xgrammar", metavar="FOLDER", help="that has xgrammar, or none")
     return parser.parse_args(words)
 
 
@@ -113,7 +108,6 @@ def tokenizer_of(model):
 
 
 def built(given):
-    """(link, tokenizer, names, template) as the flags say."""
     with tempfile.TemporaryDirectory() as folder:
         model = Path(given.model or make_tiny(Path(folder) / "tiny"))
         verify(Config.read(model), Weights(model))  # before a process is started for nothing
@@ -126,18 +120,17 @@ def names_of(given):
     """What a request may call the server; None, anything, where it does not listen on the loopback:
     there a page of another site could take a name that leads to it.
     """
+    is_loopback = given.host == "localhost"
     with contextlib.suppress(ValueError):
-        if given.host != "localhost" and not ipaddress.ip_address(given.host).is_loopback:
-            return None
-        return {"localhost", "127.0.0.1", "::1", given.host, *given.allowed_host}
-    return None
+        is_loopback = is_loopback or ipaddress.ip_address(given.host).is_loopback
+    names = {"localhost", "127.0.0.1", "::1", given.host, *given.allowed_host}
+    return names if is_loopback else None
 
 
 @contextlib.contextmanager
 def kept(given):
     """The port, from before a model is loaded until the server listens; OSError if it is taken."""
-    found = socket.getaddrinfo(given.host, given.port, type=socket.SOCK_STREAM)
-    family, kind, _, _, address = found[0]
+    family, kind, *_, address = socket.getaddrinfo(given.host, given.port, 0, socket.SOCK_STREAM)[0]
     with socket.socket(family, kind) as holder:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         holder.bind(address)

@@ -377,6 +377,61 @@ def test_tool_calls_that_a_model_writes(serve_with):
         assert functions([one for delta in found for one in delta.get("tool_calls", ())]) == calls
 
 
+# What proxies and SDKs add to a message of an answer that they send back.
+DUMPED = {"annotations": None, "audio": None, "function_call": None}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_conversation_with_a_tool_as_proxies_hold_it(serve_with, stream):
+    """A model's name is looked up, its call goes back with the tool's result, nulls and all, and
+    what was said before is found in the cache.
+    """
+    texts = [f"So. {call('keep', age=3)}", "Kept."]
+    served = serve_with(grammars=lambda *_: Written(served.tokenizer, texts.pop(0)))
+    (model,) = requests.get(f"{served.url}/models", timeout=20).json()["data"]
+    messages: list[dict[str, Any]] = [{"role": "user", "content": "Keep 3"}]
+    tool = {"type": "function", "function": {"name": "keep", "parameters": {"type": "object"}}}
+    ask = {
+        "model": model["id"], "tools": [tool], "tool_choice": "auto", "max_tokens": 200,
+        "response_format": {"type": "json_object"}, "stream": stream, "user": "one",
+        "metadata": {"trace": "2"}, "service_tier": None, "n": 1, "top_p": 1.0,
+        "stream_options": {"include_usage": True} if stream else None,
+    }  # fmt: skip
+
+    def answered_with() -> tuple[dict[str, Any], dict[str, Any]]:
+        body = ask | {"messages": messages}
+        answer = requests.post(f"{served.url}/chat/completions", json=body, timeout=60)
+        assert answer.status_code == 200, answer.text
+        assert answer.headers["X-Ignored"] == "metadata, user"
+        if not stream:
+            whole = answer.json()
+            return whole["choices"][0]["message"], whole["usage"]
+        *chunks, last = events(answer)
+        deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+        calls = [one for delta in deltas for one in delta.get("tool_calls", ())]
+        content = "".join(delta.get("content") or "" for delta in deltas)
+        message = {"role": "assistant", "content": content or None, "tool_calls": calls or None}
+        return message, last["usage"]
+
+    message, before = answered_with()
+    (made,) = message["tool_calls"]
+    assert functions([made]) == [("keep", {"age": 3})]
+    assert message["content"].strip() == "So."
+    done = {"role": "tool", "tool_call_id": made["id"], "content": "3 is kept", "name": "keep"}
+    messages += [message | DUMPED, done]
+    message, after = answered_with()
+    assert (message["content"], message.get("tool_calls")) == ("Kept.", None)
+    assert after["prompt_tokens"] > before["prompt_tokens"] + len("3 is kept")
+    cached = after["prompt_tokens_details"]["cached_tokens"]
+    assert cached >= (before["prompt_tokens"] - 1) // 16 * 16 > 0
+    messages.append({"role": "user", "content": "And 4?", "audio": {}})
+    wrong = requests.post(
+        f"{served.url}/chat/completions", json=ask | {"messages": messages}, timeout=60
+    )
+    assert wrong.status_code == 400
+    assert wrong.json()["error"]["param"] == "messages[3].audio"
+
+
 def functions(calls: Any) -> list[Any]:
     each = [one["function"] for one in calls]
     return [(one["name"], json.loads(one["arguments"])) for one in each]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 ENGINE = Path(__file__).parents[2] / "examples" / "llm"
-MOST = 6_710
+MOST = 6500  # lines; only ever lowered
 
 
 def test_lines():

@@ -8,7 +8,7 @@ import json
 import math
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, get_args
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
@@ -33,10 +33,16 @@ def within(low, high):
     return Annotated[type(high), Field(ge=low, le=high)]
 
 
+def model_of(name, base, /, **fields):
+    """A pydantic model with these fields; those that may be null may be left out."""
+    last = [None if type(None) in get_args(kind) else ... for kind in fields.values()]
+    given = dict(zip(fields, zip(fields.values(), last, strict=True), strict=True))
+    return create_model(name, __base__=base, **given)
+
+
 def limited(base, *names):
-    """`base` with these parameters of a request, which may be left out."""
-    fields = {name: (within(*LIMITS[name]) | None, None) for name in names}
-    return create_model(base.__name__, __base__=base, **fields)
+    """`base` with these parameters of a request."""
+    return model_of(base.__name__, base, **{n: within(*LIMITS[n]) | None for n in names})
 
 
 def named(name, *others, **default):
@@ -118,19 +124,13 @@ class Generation(limited(Checked, *DRAWN)):
     eos_token_id: Count | list[Count] = Field([])
 
 
+LLAMA3 = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
+NEEDED = {"linear": LLAMA3[:1], "yarn": LLAMA3[:1], "llama3": LLAMA3}  # with a rope_type
+RopeType = Literal["default", "linear", "llama3", "yarn"]
+
+
 class Rope(Checked):
-    """How heads are turned by their position."""
-
-    NEEDED: ClassVar = {
-        "linear": ("factor",),
-        "yarn": ("factor",),
-        "llama3": ("factor", "low_freq_factor", "high_freq_factor",
-                   "original_max_position_embeddings"),
-    }  # fmt: skip
-
-    rope_type: Literal["default", "linear", "llama3", "yarn"] = named(
-        "rope_type", "type", default="default"
-    )
+    rope_type: RopeType = named("rope_type", "type", default="default")
     rope_theta: within(1.0, 1e12) = 10000.0
     partial_rotary_factor: within(0.0, 1.0) = 1.0
     factor: Factor | None = None
@@ -146,10 +146,10 @@ class Rope(Checked):
 
     @model_validator(mode="after")
     def _has_all(self):
-        for name in self.NEEDED.get(self.rope_type, ()):
+        for name in NEEDED.get(self.rope_type, ()):
             if getattr(self, name) is None:
                 raise ValueError(f"{self.rope_type} comes with {name}")
-        if self.factor is not None and self.rope_type not in self.NEEDED:
+        if self.factor is not None and self.rope_type not in NEEDED:
             raise ValueError("a factor comes with a rope_type that has one")
         return self
 
@@ -200,11 +200,8 @@ class Rope(Checked):
         return frequencies * (quick + (1 - quick) / self.factor)
 
 
-class Quantised(Checked):
-    quant_method: str | None = None
-    weight_block_size: list[int] | None = None
-
-
+QUANTISED = {"quant_method": str | None, "weight_block_size": list[int] | None}
+Quantised = model_of("Quantised", Checked, **QUANTISED)
 KINDS = {}  # by model_type: the classes of `kinds`
 HEAD_NORMS = "q_norm", "k_norm"
 
@@ -340,18 +337,6 @@ class Config(Checked):
 
     def is_sparse(self, i):
         return bool(self.experts)
-
-    @property
-    def key_size(self):
-        return self.key_heads * 128
-
-    @property
-    def value_size(self):
-        return self.value_heads * 128
-
-    @property
-    def conv_size(self):
-        return 2 * self.key_size + self.value_size
 
     # A layer's matrices and vectors by short names: the hub's tensors, one below another, with
     # their shapes.  Of experts {} is the name.

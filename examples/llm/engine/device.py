@@ -52,8 +52,6 @@ def _packed(kinds):
 
 
 class Device:
-    """What both have: named scratch memory."""
-
     def __init__(self):
         self.named, self.memory = {}, {}  # `memory` by address: what it is of, or what frees it
 
@@ -73,11 +71,7 @@ class Device:
         return itertools.cycle([self.pinned(shape, dtype) for _ in "ab"])
 
     def take(self, out, table, index, start=0, latest=None):
-        """out[i] = table[index[i] - start], zeros where the table has no such row.
-
-        Rows are contiguous, and multiples of 4 bytes.  With `latest`, an index below 0 stands for
-        latest[-1 - index].
-        """
+        """As the kernel of that name; rows are contiguous, and multiples of 4 bytes."""
         words, step = _words(out), np.int64(_words(table))
         latest = np.uint64(0) if latest is None else latest
         self.launch("take", (words, index.shape[0]), out, table, index, latest, step, words, start,
@@ -226,7 +220,7 @@ class Gpu(Device):
 
     def _allocated(self, shape, dtype, device, allocate, free):
         x = fi_ffi.TensorDesc(0, shape, dtype, device=device)
-        ptr = check(allocate(max(x.span_bytes, 1)))
+        ptr = int(check(allocate(max(x.span_bytes, 1))))
         self.memory[ptr] = free
         return x.at(ptr)
 
@@ -265,7 +259,7 @@ class Gpu(Device):
     def loading(self):
         """A block in which `put` does not wait: what it has put is there at the end."""
         self.loader = Loader(self)
-        code = self.loader.soon(glue.cubin, *self.of_kernels)
+        code = self.loader.pool.submit(glue.cubin, *self.of_kernels)
         try:
             yield
             self.loader.finish()

@@ -61,7 +61,6 @@ class Request:
         return self.computed < len(self.known)
 
     def text(self, start, end):
-        """Tokens of its prompt and of what came of it."""
         count = len(self.prompt)
         return self.prompt[start:end] + self.tokens[max(start - count, 0) : max(end - count, 0)]
 
@@ -125,10 +124,7 @@ class Engine(Requests):
             self._finish(request, "cancelled")
 
     def step(self):
-        """Queue a step and take in the one before it.
-
-        Returns the requests that have got a token or have ended; None when nothing is left.
-        """
+        """Queue a step and take in the one before: requests with news; None when none are left."""
         for request in self.full:  # while the GPU goes on with the step that is queued
             if request.finished is None and request.slot is not None:
                 self._remember(request)
@@ -185,11 +181,8 @@ class Engine(Requests):
         return self.pages.reuse and request.remembered < full
 
     def _place(self, request):
-        """Give it a slot and pages for what is known of it; whether there are enough.
-
-        Each that runs may need one more before any ends.
-        """
-        pages, spare = self.pages, len(self.running)
+        """Give it a slot and pages for what is known of it; whether there are enough."""
+        pages, spare = self.pages, len(self.running)  # each that runs may soon need one more
         before = pages.available
         # To look for pages takes its time, of a long prompt milliseconds.
         if self.running and request.wanted + spare > before:
@@ -230,13 +223,10 @@ class Engine(Requests):
         return [*work.items()]
 
     def _grow(self, request, tokens, work):
-        """Give it pages for so many tokens; False where it has made way itself.
-
-        Where there are too few the youngest request loses its own: the oldest always goes on.
-        """
+        """Give it pages for so many tokens; False where it has made way itself."""
         have = len(request.pages)
         more = -(-tokens // self.page_size) - have
-        while more > self.pages.available:
+        while more > self.pages.available:  # the youngest loses its own: the oldest always goes on
             youngest = max(self.running, key=lambda r: r.number)
             work.pop(youngest, None)
             # It waits as the next; what was computed of it is computed again, and nothing drawn.

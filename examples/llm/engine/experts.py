@@ -49,13 +49,10 @@ class Experts:
         if not fi_ffi.cutlass_fused_moe.supports(sm=sm, mode="mxfp4"):
             return layer | {name: layer[name].widened() for name in ("fc1", "fc2")}
         hidden, inner = room(self.config.hidden), room(self.config.expert_intermediate)
-        bias = {name: layer[name][..., None] for name in ("fc1_bias", "fc2_bias")}
-        return layer | {
-            "fc1": fitted(layer["fc1"], 2, inner, hidden),
-            "fc2": fitted(layer["fc2"], 1, hidden, inner),
-            "fc1_bias": grown(bias["fc1_bias"], 2, inner, 1)[..., 0],
-            "fc2_bias": grown(bias["fc2_bias"], 1, hidden, 1)[..., 0],
-        }
+        for name, *sizes in (("fc1", 2, inner, hidden), ("fc2", 1, hidden, inner)):
+            bias = grown(layer[f"{name}_bias"][..., None], *sizes[:2], 1)[..., 0]
+            layer = layer | {name: fitted(layer[name], *sizes), f"{name}_bias": bias}
+        return layer
 
     def arrange(self, layers):
         """Put 4-bit weights, which are on the device by now, in the order of the kernels."""
@@ -72,7 +69,6 @@ class Experts:
                     )
 
     def __call__(self, out, x, chosen, shares, layer):
-        """out = what each token's experts give, by their shares."""
         fc1, fc2, scales = layer["fc1"], layer["fc2"], None
         if self.moe is None:
             self.moe = self._kernels(fc1)

@@ -1,9 +1,7 @@
 """The few small kernels between FlashInfer's, in CUDA (compiled by NVRTC) and in numpy.
 
-Rows by index (embeddings, last tokens, states), what a GDN layer has around its rule, heads
-between a product and attention, which experts a token goes to, and a token drawn from a row of
-logits or probabilities with a number of the request's own, so that what a request gets does not
-depend on where in the batch it is.
+A token is drawn with a number of the request's own, so that what a request gets does not depend on
+where in the batch it is.
 """
 
 import re
@@ -100,7 +98,6 @@ extern "C" {
 // out[i] = table[index[i] - start], in rows of `words` words of 4 bytes; zeros where the table
 // of `count` rows has none.  With `latest`, an index below 0 stands for latest[-1 - index]: the
 // last token drawn for a slot.
-//
 // The first kernel of a step: those after it may read the step's arrays before they wait, so it
 // makes way when these are there.
 __global__ void take(unsigned* out, const unsigned* table, const int* index, const int* latest,
@@ -184,7 +181,6 @@ __global__ void combined(T* x, const T* others, long long step, int width, int h
 // Of a token's row (q, k and v) each head of q and k normalised (is_normed) and turned by its
 // position.  k and v go to their page; q, where `pieces` is not 0, to each piece of its request
 // that has pages.  What the product before does not write is read while that still runs.
-//
 // A head has a few lanes, a power of two.  Each takes four numbers and those that they turn with,
 // or eight that do not turn; of one head after another, as a token's page and cosines are the same.
 __global__ void place(T* q, T* k_cache, T* v_cache, const T* qkv, const T* q_norm,
@@ -543,7 +539,6 @@ def cubin(dtype, capability):
 
 
 def loaded(code):
-    """The kernels of machine code by name, in the current context."""
     from cuda.bindings import driver
 
     module = check(driver.cuModuleLoadData(code))

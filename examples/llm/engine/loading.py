@@ -26,14 +26,12 @@ class Loader:
         for _ in range(THREADS + 1):
             self.rooms.put(None)
 
-    def soon(self, function, *args):
-        return self.pool.submit(function, *args)
-
     def write(self, target, host):
         """Copy an array to an address; it is there after `finish`."""
         data = host.reshape(-1).view(np.uint8)
         for at in range(0, len(data), PIECE):
-            self.pending.append(self.soon(self._piece, target + at, data[at : at + PIECE]))
+            part = data[at : at + PIECE]
+            self.pending.append(self.pool.submit(self._piece, target + at, part))
 
     def _piece(self, target, data):
         gpu, cuda = self.gpu, self.gpu.cuda
@@ -52,7 +50,6 @@ class Loader:
             self.rooms.put(room)
 
     def finish(self):
-        """Wait until all that was written is there."""
         for copied in self.pending:
             copied.result()
         gpu = self.gpu

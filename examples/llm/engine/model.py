@@ -40,10 +40,7 @@ class Batch:
 
 
 class Model:
-    """Weights and caches on a device, and `forward`.
-
-    With a `group` of ranks it is one of them: `config` and `weights` are of its part.
-    """
+    """Weights and caches on a device, and `forward`; with a `group`, one rank's part of these."""
 
     def __init__(self, device, config, weights, job, group=None):
         self.device, self.config = device, config
@@ -100,7 +97,7 @@ class Model:
         config, device = self.config, self.device
         rooms = self.slots + 1, config.layers.count(LINEAR)
         self.states = device.zeros((*rooms, config.value_heads, HEAD, HEAD), "float32")
-        self.convs = device.zeros((*rooms, config.conv_size, 3), config.dtype)
+        self.convs = device.zeros((*rooms, sum(config.linear_sizes), 3), config.dtype)
         # l2norm is RMSNorm with a weight of 1 / sqrt(HEAD).
         unit = np.full(HEAD, HEAD**-0.5, np.float32)
         like = self.layers[config.layers.index(LINEAR)]["norm"]
@@ -187,10 +184,9 @@ class Model:
     def join(self, x, residual, weight, following=None, own=None):
         """The norm of residual + x, which is left in `residual`; without x that of `residual`.
 
-        With a norm of its `own`, x is normed before it is added.
-
-        Ranks add x up: with one kernel for decoding, where they reach each other's memory; its norm
-        has no 1 + weight.  `following`, a product, norms on the way where that is quicker.
+        With a norm of its `own`, x is normed before it is added.  Ranks add x up: with one kernel
+        for decoding, where they reach each other's memory; its norm has no 1 + weight.  A product
+        that is `following` norms on the way where that is quicker.
         """
         config, stream = self.config, self.device.stream
         if x is None:
@@ -262,7 +258,6 @@ class Model:
         return self.onto(residual, product, layer["down"])
 
     def mixture(self, layer, x):
-        """Of each token the experts with the greatest logits, by their softmax."""
         config, n = self.config, x.shape[0]
         logits = self.linear("router", x, layer["router"], dtype="float32")
         count = config.top_k + config.has_shared
@@ -352,8 +347,9 @@ class Model:
             self.prefilled(out, layer, pool, q, k, v, ba, batch)
         flat = view(out, n * heads, HEAD)
         fi_ffi.rmsnorm(flat, flat, layer["norm"], config.eps, **self.pdl)
-        out = view(out, n, config.value_size)
-        self.combine(out, columns(qkvz, config.conv_size, config.value_size), SILU)
+        size = config.linear_sizes[2]
+        out = view(out, n, size)
+        self.combine(out, columns(qkvz, sum(config.linear_sizes), size), SILU)
         return self.onto(residual, out, layer["out"])
 
     def decoded(self, out, layer, pool, q, k, v, ba, batch):
@@ -380,11 +376,10 @@ class Model:
 
     def convolved(self, layer, qkvz, batch, i):
         """q, k and v after the short convolution, each in memory of its own."""
-        config, device, n, start, made = self.config, self.device, qkvz.shape[0], 0, []
-        sizes = {"q": config.key_size, "k": config.key_size, "v": config.value_size}
-        for name, size in sizes.items():
+        sizes, device, n, start, made = self.config.linear_sizes, self.device, qkvz.shape[0], 0, []
+        for name, size in zip("qkv", sizes, strict=True):
             out = self.scratch(name, n, size)
-            kept = columns(self.convs, (i * config.conv_size + start) * 3, size, 3)
+            kept = columns(self.convs, (i * sum(sizes) + start) * 3, size, 3)
             device.launch(
                 "convolve", (size, batch.slots.shape[0]), out, columns(qkvz, start, size),
                 layer["conv"].rows(start, start + size), kept, batch.slots, batch.starts,

@@ -22,7 +22,6 @@ class Pages:
 
     @property
     def available(self):
-        """How many `take` could give."""
         return len(self.free) + len(self.idle)
 
     def take(self, count):

@@ -84,15 +84,11 @@ __device__ float load(float x) { return x; }
 // take runs of 128 columns of them in turn; a row's sums do not depend on how many rows there are.
 // Which columns the tensor cores take for the first 16 does not matter as long as a lane has the
 // same of both matrices, so each reads 8 neighbours at once.
-//
 // IS_GATED: out = silu(x @ gate.T) * (x @ up.T), of a weight that is gate's rows and then up's; a
 // block has 8 rows of each.
-//
 // IS_NORMED: of the norm of x.  Each block sums squares up as it goes, and divides by the root of
 // their mean at the end.  Else, if `adds`, the products are added to what is in `out`.
-//
 // Last, each block asks L2 for its share of what the next product reads.
-//
 // A weight in fp8 (W) has a scale for each 128 x 128, which a run of columns is multiplied with.
 template <typename O, typename W, bool IS_GATED, bool IS_NORMED>
 __device__ void few_rows(O* out, const T* x, const W* weight, const float* scales, int rows,
@@ -272,7 +268,6 @@ class Products:
         return cublas
 
     def is_few(self, x, weight):
-        """Whether the kernel takes them."""
         return x.shape[0] <= ROWS and not (weight.shape[0] % TALL or weight.shape[1] % RUN)
 
     def linear(self, out, x, weight, is_last=False, adds=False):
@@ -283,10 +278,8 @@ class Products:
             self._few(out, x, weight, is_last=is_last, adds=adds)
 
     def can_norm(self, x, weight):
-        """Whether products of these are quicker with a `Norm`.
-
-        float16 may not hold what is not divided yet.
-        """
+        """Whether products of these are quicker with a `Norm`."""
+        # float16 may not hold what is not divided yet.
         if x.dtype.name != "bfloat16" or not self.is_few(x, weight):
             return False
         # Each block normalises for itself.

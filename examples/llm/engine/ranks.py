@@ -42,10 +42,7 @@ class Job:
 
 
 def runner_of(job, ranks=None, followers=(), index=None):
-    """What runs steps on one rank: all of the model where it is the only one.
-
-    `index` is of the GPU; without one they are a machine's from that of rank 0 on.
-    """
+    """What runs steps on one rank; without an `index` GPUs are a machine's from rank 0's on."""
     config, weights = job.config, job.weights
     if job.device == "cpu":
         device = Cpu(config.dtype)
@@ -90,7 +87,6 @@ def follow(job, ranks, orders):
 
 
 def follow_alone(job, ranks, orders):
-    """`follow` in a process of its own."""
     with alone():
         follow(job, ranks, orders)
 
@@ -196,7 +192,6 @@ class Rank:
         self.runner = runner_of(job, ranks, index=index_of(given[0]) if given else None)
 
     def made(self):
-        """What the scheduler needs to know of a rank."""
         return self.runner.has_pieces, self.runner.job.num_pages
 
     def run(self, packed):

@@ -72,15 +72,13 @@ class Sampling:
     def generator(self):
         """Of this request's own numbers, one for each token."""
         # `Random` takes a number without its sign, so that 5 and -5 would be the same.
-        is_negative = self.seed is not None and self.seed < 0
-        return random.Random(str(self.seed) if is_negative else self.seed)
+        return random.Random(str(self.seed) if (self.seed or 0) < 0 else self.seed)
 
 
 def columns_of(slots, vocab):
     """The parameters of each slot's request; the last slot is that of padding."""
-    kinds = {"temperature": "f4", "top_k": "i4", "top_p": "f4", "min_p": "f4"}
-    kinds |= dict.fromkeys(PENALTIES, "f4")
-    columns = {name: np.zeros(slots, kind) for name, kind in kinds.items()}
+    names = ("temperature", "top_k", "top_p", "min_p", *PENALTIES)
+    columns = {name: np.zeros(slots, "i4" if name == "top_k" else "f4") for name in names}
     keep(columns, slots - 1, Sampling(temperature=0), vocab)
     return columns
 
@@ -89,8 +87,7 @@ def keep(columns, slot, sampling, vocab):
     columns["temperature"][slot] = sampling.temperature or 1
     columns["top_k"][slot] = min(sampling.top_k or vocab, vocab)
     columns["top_p"][slot] = sampling.top_p if sampling.top_p < 1 else ALL
-    columns["min_p"][slot] = sampling.min_p
-    for name in PENALTIES:
+    for name in ("min_p", *PENALTIES):
         columns[name][slot] = getattr(sampling, name)
 
 
@@ -138,11 +135,6 @@ def masks(requests, bits, arrived):
         if request.finished is None:  # else its token is not taken
             request.grammar.fill(bits, row)
     return bits
-
-
-def room_for_adjustments(slots, config):
-    biases, words = MOST_BIASES + len(config.eos), -(-config.vocab // 32)
-    return slots * (8 * biases + 4 * (1 + words))
 
 
 class Sampler:
@@ -193,7 +185,6 @@ class Sampler:
         return tokens
 
     def count_anew(self, slot, prompt, drawn):
-        """The counts of a slot whose new request has penalties."""
         if self.counts is None:
             self.counts = self.device.zeros((self.model.slots + 1, self.vocab), "int32")
         row = np.zeros((1, self.vocab), np.int32)
@@ -202,10 +193,7 @@ class Sampler:
         self.device.write(self.counts.rows(slot, slot + 1), row)
 
     def tell(self, logits, tokens, start, top):
-        """Log probabilities of a token of each row, and of the `top` most probable.
-
-        They are kept from row `start` on, for `download`.
-        """
+        """Keep log probabilities of a token of each row, and of the `top`, from row `start` on."""
         slots, device, vocab = self.model.slots, self.device, self.vocab
         if self.told is None:
             kinds = ((slots, TOP + 1), "float32"), ((slots, TOP), "int32")

@@ -67,16 +67,15 @@ class Split:
             rank, size = rank * self.config.kv_heads // size, self.config.kv_heads
         sections = [whole.shape[axis]]
         if key == "conv1d":  # of q, k and v, each of which is split
-            sections = [self.config.key_size, self.config.key_size, self.config.value_size]
+            sections = self.config.linear_sizes
         if key not in PADDED and any(section > 1 and section % size for section in sections):
             raise ValueError(f"{name} has {whole.shape}, which {size} ranks cannot share")
-        parts, begin = [], 0
-        for section in sections:
-            width = -(-section // size)
-            start, stop = (begin + min(at * width, section) for at in (rank, rank + 1))
-            at = slice(start, stop) if section > 1 else slice(None)  # of one block all have parts
-            parts.append(whole[(slice(None),) * axis + (at,)])
-            begin += section
+        parts = []
+        for part in np.split(whole, np.cumsum(sections)[:-1], axis):
+            width = -(-part.shape[axis] // size)
+            at = slice(rank * width, (rank + 1) * width)
+            is_one = part.shape[axis] == 1  # of one block all have parts
+            parts.append(part if is_one else part[(slice(None),) * axis + (at,)])
         if key in PADDED and len(parts[0]) < width:
             parts.append(np.zeros((width - len(parts[0]), *whole.shape[1:]), whole.dtype))
         return np.ascontiguousarray(parts[0]) if len(parts) == 1 else np.concatenate(parts, axis)

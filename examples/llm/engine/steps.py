@@ -4,6 +4,7 @@ import functools
 import itertools
 import multiprocessing
 import pickle
+from collections import namedtuple
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -13,7 +14,7 @@ import fi_ffi
 from .config import LINEAR
 from .model import FEW, PIECES, Batch
 from .pages import SCRAP
-from .sampling import Sampler, adjustments, columns_of, keep, masks, room_for_adjustments, uniform
+from .sampling import MOST_BIASES, Sampler, adjustments, columns_of, keep, masks, uniform
 
 # Query heads a key head for which decode kernels are quicker; from four on those of prefill,
 # which use tensor cores.
@@ -38,21 +39,10 @@ class Order:
     is_penalised: bool
     tops: int | None  # how many of the most probable tokens are told beside each; None: nothing
 
-    @property
-    def is_plain(self):
-        """Whether a decode draws from its logits as they are, which its graph does as well."""
-        asks = self.is_penalised or any(self.is_filtered) or self.tops is not None
-        return bool(self.size) and not asks and len(self.more) == 1
 
-
-@dataclass
-class Step:
-    """What was queued: the requests that get a token each, and where these arrive."""
-
-    sampled: list
-    arriving: object
-    filled: list  # (request, tokens that are in its pages when the step is done)
-    echoed: list  # (request, tokens of its prompt whose log probabilities are told)
+# What was queued: requests that are `sampled`, and where their tokens arrive; (request, tokens in
+# its pages when it is done); (request, tokens of its prompt whose log probabilities are told).
+Step = namedtuple("Step", ("sampled", "arriving", "filled", "echoed"))
 
 
 def echo(request, count):
@@ -243,7 +233,8 @@ class Runner:
         self.sampler, self.on_logits = Sampler(model), None
         room = 12 * model.max_tokens + 72 * model.slots + 4 * self.max_indices
         room += 8 * FEW * PIECES + 1024
-        room += room_for_adjustments(model.slots, self.config)
+        biases, words = MOST_BIASES + len(self.config.eos), -(-self.config.vocab // 32)
+        room += model.slots * (8 * biases + 4 * (1 + words))
         staging = itertools.islice(self.device.in_turn((room,), "uint8"), 2)
         self.staging = itertools.cycle([(memory, np.asarray(memory)) for memory in staging])
         self.arriving = self.device.in_turn((model.slots, 1), "int32")
@@ -265,7 +256,10 @@ class Runner:
             for counted in order.counted if self.model.rank == 0 else ():
                 self.sampler.count_anew(*counted)
             given = self._upload(order)
-            draws, told = order.is_plain and not self.on_logits, None
+            # A graph draws as well, from logits as they are.
+            asks = order.is_penalised or any(order.is_filtered) or order.tops is not None
+            is_plain = order.size and not asks and len(order.more) == 1
+            draws, told = bool(is_plain and not self.on_logits), None
             logits, tokens = self._forward(given, order, draws)
             if late:
                 (staging, memory), bits = self.staged, given["bits"]

@@ -38,7 +38,6 @@ class Fours(NamedTuple):
     scales: object  # [..., n, k / 32] uint8: exponents, and 127
 
     def widened(self):
-        """In bfloat16, which has them all."""
         with np.errstate(over="ignore"):
             powers = np.ldexp(1.0, np.arange(256)[:, None] - 127)
             known = (powers * np.array(E2M1)).astype(ml_dtypes.bfloat16)
@@ -120,8 +119,7 @@ def mapped(path):
             raw = np.memmap(path, np.uint8, "r")
     except SafetensorError as wrong:
         raise ValueError(f"{path}: {wrong}") from None
-    end = 8 + struct.unpack("<Q", raw[:8])[0]
-    return json.loads(bytes(raw[8:end])), raw[end:]
+    return json.loads(bytes(raw[8 : 8 + size])), raw[8 + size :]
 
 
 def shapes(config):

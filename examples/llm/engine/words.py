@@ -55,9 +55,6 @@ class Words:
         whole, text = self.bytes(token), self._decoded(token).encode()
         return text if whole.endswith(text) else whole
 
-    def has(self, text):
-        return self.tokenizer.token_to_id(text) is not None
-
     def name(self, token):
         """Its text, or as OpenAI has it where it is no whole character."""
         told = self.bytes(token)

@@ -194,7 +194,7 @@ class Chat(Answer):
     def _text(self, index):
         body = self.body
         held = "" if body.forced else OPEN if body.tools and body.tool_choice != "none" else None
-        if self._is_free and self.words.has(CHANNEL):
+        if self._is_free and self.words.tokenizer.token_to_id(CHANNEL) is not None:
             return super()._text(index, held=held, thinks=False, decoder=Harmony)
         text = super()._text(index, held=held, thinks=self._thinks(index))
         if held == "":  # all of it is a call
@@ -209,7 +209,7 @@ class Chat(Answer):
 
     def _thinks(self, index):
         """As `Text` has it; what follows a schema does not think."""
-        if not self._is_free or not self.words.has(THOUGHT):
+        if not self._is_free or self.words.tokenizer.token_to_id(THOUGHT) is None:
             return None
         last = Decoder(self.words, skips=False)
         end = "".join(map(last.step, self.requests[index].prompt[-len(THINK) :]))
@@ -228,25 +228,24 @@ class Chat(Answer):
                    for x in piece.logprobs]  # fmt: skip
         return {"content": content, "refusal": None}
 
-    def _ending(self, index, told):
-        """What is left to tell at the end: text that was held back, or tool calls in it."""
+    def _ending(self, index, told, finished):
+        """At the end: text that was held back, tool calls in it, and why there is no more."""
         text = self.texts[index]
         if text.held_from is None:
-            return "", []
+            return "", [], finished
         before, calls = calls_of(text.text[text.begin :], bool(self.body.forced))
         if calls and self.body.parallel_tool_calls is False:
             calls = calls[:1]
-        return before[told:], calls
+        return before[told:], calls, "tool_calls" if calls and finished == "stop" else finished
 
     def choice(self, index, piece):
-        rest, calls = self._ending(index, len(piece.text))
+        rest, calls, reason = self._ending(index, len(piece.text), piece.finished)
         content = piece.text + rest
         message = {"role": "assistant", "content": content, "refusal": None}
         if piece.thought:
             message["reasoning_content"] = piece.thought
         if calls:
             message |= {"content": content.strip() or None, "tool_calls": calls}
-        reason = _reason(piece.finished, calls)
         return self.told(index, "message", message, self._logprobs(piece), reason)
 
     def beginnings(self):
@@ -261,14 +260,11 @@ class Chat(Answer):
             yield self.told(index, "delta", parts, self._logprobs(piece))
         if not piece.finished:
             return
-        rest, calls = self._ending(index, self.texts[index].told - self.texts[index].begin)
+        told = self.texts[index].told - self.texts[index].begin
+        rest, calls, reason = self._ending(index, told, piece.finished)
         if rest:
             yield self.told(index, "delta", {"content": rest}, None)
         if calls:
             numbered = [{"index": n} | call for n, call in enumerate(calls)]
             yield self.told(index, "delta", {"tool_calls": numbered}, None)
-        yield self.told(index, "delta", {}, None, _reason(piece.finished, calls))
-
-
-def _reason(finished, calls):
-    return "tool_calls" if calls and finished == "stop" else finished
+        yield self.told(index, "delta", {}, None, reason)

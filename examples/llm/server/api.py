@@ -14,6 +14,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from engine.words import Words
+from prometheus_client import generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -33,10 +34,6 @@ MOST_LOGPROBS = 1 << 19  # of an answer, which is held until its last token
 # number that a small cache has room for.
 MAX_TOKENS = {CompletionBody: 16, ChatBody: 1024}
 ERRORS = {404: "there is no such path", 405: "the path has other methods"}
-
-
-def too_many():
-    return Refused(f"prompt: {MOST_CHOICES} choices at most, prompts times n", param="prompt")
 
 
 @dataclass
@@ -63,29 +60,27 @@ class Api:
 
     async def body(self, http):
         """The bytes of a request's body, which are bounded, and so is the time they take."""
-        limits, parts, size = self.limits, bytearray(), 0
+        limits, parts = self.limits, bytearray()
         too_large = Refused(f"a body has {limits.max_body} bytes at most", 413)
         told = http.headers.get("content-length", "")
         if told.isdecimal() and int(told) > limits.max_body:
             raise too_large
 
         async def read():
-            nonlocal size
             async for part in http.stream():
-                size += len(part)
+                parts.extend(part)
                 self.held += len(part)
-                if size > limits.max_body:
+                if len(parts) > limits.max_body:
                     raise too_large
                 if self.held > limits.max_held:
                     raise Refused("too much is being read: try again later", 429)
-                parts.extend(part)
 
         reading = asyncio.ensure_future(read())
         self.reading.add(reading)
         try:
             await asyncio.wait_for(reading, limits.body_seconds)
         except BaseException as wrong:
-            self.held -= size
+            self.held -= len(parts)
             if isinstance(wrong, asyncio.TimeoutError):
                 raise Refused("the body did not come in time", 408) from None
             if isinstance(wrong, asyncio.CancelledError) and self.is_ending:
@@ -104,19 +99,12 @@ class Api:
                 reading.get_loop().call_soon_threadsafe(reading.cancel)
 
     def prepare(self, kind, raw):
-        """The body, the engine's requests for it, and what `constrain` takes for them, or None.
-
-        It runs on a thread beside the loop.
-        """
+        """On a thread: the body, the engine's requests, and what `constrain` takes or None."""
         body = parsed(kind, raw)
         self.check_model(body.model)
         prompts = self.chat(body) if kind is ChatBody else self.prompts(body)
-        count = body.n or 1
-        if len(prompts) * count > MOST_CHOICES:
-            raise too_many()
-        param = "messages" if kind is ChatBody else "prompt"
-        requests = []
-        for ids, choice in itertools.product(prompts, range(count)):
+        param, requests = "messages" if kind is ChatBody else "prompt", []
+        for ids, choice in itertools.product(prompts, range(body.n or 1)):
             sampled, known = self.max_tokens(body, len(ids), param), self.requests.config.sampling
             if (body.min_tokens or 0) > sampled:
                 raise Refused("min_tokens: it is more than max_tokens", param="min_tokens")
@@ -131,7 +119,6 @@ class Api:
         return body, requests, self.schema(body)
 
     def check_logprobs(self, requests):
-        """Refused where a client asks for more log probabilities than an answer may hold."""
         count = 0
         for request in requests:
             of = request.sampling
@@ -157,8 +144,8 @@ class Api:
         return given
 
     def prompts(self, body):
-        if len(body.prompts) > MOST_CHOICES:
-            raise too_many()
+        if len(body.prompts) * (body.n or 1) > MOST_CHOICES:
+            raise Refused(f"prompt: {MOST_CHOICES} choices at most, prompts times n", 400, "prompt")
         return [self.tokens(p, "prompt") if isinstance(p, str) else p for p in body.prompts]
 
     def tokens(self, text, param, **more):
@@ -237,7 +224,8 @@ class Api:
         return JSONResponse({"status": status}, 200 if is_well else 503)
 
     async def metrics_text(self, http):
-        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
+        text = generate_latest(self.metrics.registry)
+        return Response(text, media_type="text/plain; version=0.0.4")
 
     def guarded(self, handler):
         """A handler for this server's own page and for programs; it asks for the key, if any."""
@@ -296,9 +284,7 @@ async def nobody_reads(http=None, error=None):
 
 
 class Seldom:
-    """A loop's handler of errors: that there are no descriptors left it tells once a minute, where
-    asyncio has a line for each of thousands of tries.
-    """
+    """Tells once a minute that no descriptors are left, where asyncio has a line for each try."""
 
     told = -60.0
 
@@ -311,10 +297,9 @@ class Seldom:
 
 
 def application(link, tokenizer, names, template=None, limits=None, on_failure=None):
-    """The ASGI application, to which the engine of the `host.Link` belongs from then on.
+    """The ASGI application, to which the engine of a `host.Link` belongs from then on.
 
-    The first of the model's names is its own.  `on_failure` is called on another thread when the
-    engine has ended with an error.
+    `on_failure` is called on another thread when the engine has ended with an error.
     """
     api = Api(link, tokenizer, names, template, limits or Limits(), on_failure)
 

@@ -19,8 +19,7 @@ from .schema import Refused
 OPEN, SHUT = "<tool_call>", "</tool_call>"
 SECONDS = 5  # in which a template has to be rendered
 MOST_POWER = 64  # of `**`, which no time limit stops
-SPACE = re.compile(r"\s*")
-SHUT_AFTER = re.compile(rf"\s*{SHUT}")
+OPENING, SHUT_AFTER = re.compile(rf"{OPEN}\s*"), re.compile(rf"\s*{SHUT}")
 
 
 class Template:
@@ -41,7 +40,7 @@ class Template:
                 source = named.get("default") or next(iter(named.values()))
                 for_tools = named.get("tool_use", source)
             if source:
-                made = _environment().from_string
+                made = Sandbox().from_string
                 self.template, self.for_tools = made(str(source)), made(str(for_tools))
         except (jinja2.TemplateError, LookupError, TypeError, RecursionError, StopIteration) as bad:
             raise ValueError(f"{path}: the chat template: {bad}") from None
@@ -93,6 +92,13 @@ def _in_time(render, given):
 class Sandbox(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(["**"])
 
+    def __init__(self):
+        more = ["jinja2.ext.loopcontrols", Generation]
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=more)
+        self.filters["tojson"] = tojson
+        self.globals["raise_exception"] = refuse
+        self.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+
     def call_binop(self, context, operator, left, right):
         if abs(right) > MOST_POWER:
             raise jinja2.TemplateError(f"a power is {MOST_POWER} at most")
@@ -109,23 +115,13 @@ class Generation(Extension):
         return nodes.Scope(parser.parse_statements(["name:endgeneration"], True), lineno=line)
 
 
-def _environment():
-    more = ["jinja2.ext.loopcontrols", Generation]
-    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=more)
+def refuse(message):
+    raise jinja2.TemplateError(str(message))
 
-    def refuse(message):
-        raise jinja2.TemplateError(str(message))
 
-    def tojson(value, indent=None, ensure_ascii=False, separators=None, sort_keys=False):
-        return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii, separators=separators,
-                          sort_keys=sort_keys)  # fmt: skip
-
-    environment.filters["tojson"] = tojson
-    environment.globals |= {
-        "raise_exception": refuse,
-        "strftime_now": lambda form: datetime.datetime.now().strftime(form),
-    }
-    return environment
+def tojson(value, indent=None, ensure_ascii=False, separators=None, sort_keys=False):
+    return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii, separators=separators,
+                      sort_keys=sort_keys)  # fmt: skip
 
 
 def calls_of(text, is_forced):
@@ -136,24 +132,24 @@ def calls_of(text, is_forced):
     for arguments may have tags in them.
     """
     if is_forced:
-        call, end = _read(text, 0)
+        call, end = _read(text, len(text) - len(text.lstrip()))
         return ("", [call]) if call and not text[end:].strip() else (text, [])
-    kept, calls, begin, at = [], [], 0, text.find(OPEN)
-    while at >= 0:
-        call, end = _read(text, at + len(OPEN))
+    kept, calls, begin, found = [], [], 0, OPENING.search(text)
+    while found:
+        call, end = _read(text, found.end())
         if call:
-            kept.append(text[begin:at])
+            kept.append(text[begin : found.start()])
             calls.append(call)
             shut = SHUT_AFTER.match(text, end)
             begin = shut.end() if shut else end
-        at = text.find(OPEN, begin if call else at + len(OPEN))
+        found = OPENING.search(text, begin if call else found.end())
     return "".join([*kept, text[begin:]]), calls
 
 
 def _read(text, at):
     """A call that begins there, or None, and where it ends."""
     try:
-        said, end = json.JSONDecoder().raw_decode(text, at + len(SPACE.match(text, at)[0]))
+        said, end = json.JSONDecoder().raw_decode(text, at)
         return _call(said), end
     except (ValueError, KeyError, TypeError, RecursionError):
         return None, at

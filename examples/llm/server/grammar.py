@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import resource
 import time
+from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -27,15 +28,10 @@ MEMORY = 8 << 30  # bytes of addresses that a process which tries schemas may ha
 
 
 def library(folder=None):
-    """The library in a folder with the package xgrammar, or that of the installed one.
-
-    None where there is none, or the folder is "none".
-    """
-    try:
+    """The library in a folder, or of the installed package; None without it, or for "none"."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         folder = folder or importlib.metadata.distribution("xgrammar").locate_file("")
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    if folder == "none":
+    if folder in (None, "none"):
         return None
     path = Path(str(folder)) / LIBRARY
     if not path.exists():
@@ -62,8 +58,8 @@ def _try_schemas(pipe, *parts):
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     made = compiler(*parts)
     with contextlib.suppress(OSError, EOFError):  # the server has ended
-        pipe.send(True)
         while True:
+            pipe.send(True)  # it is ready
             schema = pipe.recv()
             try:
                 compiled(made, *schema)
@@ -80,13 +76,12 @@ class Trial:
 
     def __init__(self, parts):
         self.parts = parts
-        self.is_ready, (self.pipe, self.child), self.spare = False, self._begun(), None
+        (self.pipe, self.child), self.spare = self._begun(), None
 
     def __call__(self, seconds, *schema):
         """Whether a schema compiles; TimeoutError where it is not known in time."""
         try:
-            if not self.is_ready:
-                self.is_ready = self.pipe.recv()
+            self.pipe.recv()
             self.pipe.send(schema)
             if self.pipe.poll(seconds):
                 return self.pipe.recv()
@@ -104,8 +99,12 @@ class Trial:
         self.child.kill()
         self.child.join()
         self.pipe.close()
-        self.is_ready, (self.pipe, self.child) = False, self.spare or self._begun()
+        self.pipe, self.child = self.spare or self._begun()
         self.spare = self._begun()
+
+
+# The state of one request's grammar, as the engine asks for it.
+Grammar = namedtuple("Grammar", ("fill", "accept"))
 
 
 class Grammars:
@@ -139,10 +138,7 @@ class Grammars:
         return wrong
 
     def __call__(self, schema, param, is_patient=True):
-        """A grammar's state for one request; `schema` is None for any JSON object.
-
-        TimeoutError where it takes long, and this is not patient.
-        """
+        """A grammar's state; None is any JSON object.  TimeoutError where it needs patience."""
         if self.compiler is None:
             raise Refused(f"{param}: this server has no xgrammar, which that needs", param=param)
         if not self.has_end:
@@ -154,25 +150,15 @@ class Grammars:
         if wrong := self._try_out(text, is_strict, is_patient):
             raise Refused(f"{param}: {wrong}", param=param)
         made = compiled(self.compiler, text, is_strict)
-        grammar = Grammar(self.matcher(made, None, False, -1, None))
-        bits = np.zeros(self.bits, "i4")
+        state, bits = self.matcher(made, None, False, -1, None), np.zeros(self.bits, "i4")
+        grammar = Grammar(
+            fill=lambda bits, row: state.fill_next_token_bitmask(bits, row, False),
+            accept=lambda token: bool(state.accept_token(token, False)),
+        )
         grammar.fill(bits, 0)
         if not bits.any():  # such as one that refers to itself alone
             raise Refused(f"{param}: no text fits the schema", param=param)
         return grammar
-
-
-class Grammar:
-    """The state of one request's grammar, as the engine asks for it."""
-
-    def __init__(self, matcher):
-        self.matcher = matcher
-
-    def fill(self, bits, row):
-        self.matcher.fill_next_token_bitmask(bits, row, False)
-
-    def accept(self, token):
-        return bool(self.matcher.accept_token(token, False))
 
 
 def vocabulary(tokenizer, vocab):

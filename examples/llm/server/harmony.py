@@ -12,17 +12,14 @@ from engine.words import Decoder
 from .chat import OPEN, SHUT
 from .text import THINK, THOUGHT
 
-START, CHANNEL, MESSAGE, END = "<|start|>", "<|channel|>", "<|message|>", "<|end|>"
+MARKS = START, CHANNEL, MESSAGE, END = "<|start|>", "<|channel|>", "<|message|>", "<|end|>"
 RECIPIENT = re.compile(r"to=functions\.([\w.-]+)")
 
 
 class Harmony(Decoder):
-    """Characters as the tokens of an answer come."""
-
     def __init__(self, words, prompt=()):
         super().__init__(words, prompt)
-        marks = {words.tokenizer.token_to_id(name): name for name in (START, CHANNEL, MESSAGE, END)}
-        self.marks = marks
+        self.marks = {words.tokenizer.token_to_id(name): name for name in MARKS}
         self.head, self.is_thought, self.shut = "", False, ""  # `head`: None in a message
 
     def step(self, token):

@@ -10,7 +10,7 @@ import multiprocessing
 import threading
 import time
 import traceback
-from dataclasses import dataclass
+from collections import namedtuple
 from queue import PriorityQueue
 
 from engine import Requests, alone, end_process, spawned, watch
@@ -21,36 +21,17 @@ from .schema import Refused
 GROWING = ("tokens", "logprobs", "prompt_logprobs")
 
 
-@dataclass
-class News:
-    """How the engine is, and of each request with news: what it got, and why no more will come."""
-
-    changed: list  # (number, {name: new values}, tokens found in the cache, why it has ended)
-    submitted: int  # requests that the engine has been given so far
-    waiting: int
-    running: int
-    slots: int  # that are free
-    pages: int
-    used_pages: int
-    seconds: float | None  # that the step took; None where there was nothing to do
-
-
-def rest(request, counts):
-    """What a request has got by name since so much of each was told."""
-    grown = [name for name, count in counts.items() if len(getattr(request, name)) > count]
-    new = {name: getattr(request, name)[counts[name] :] for name in grown}
-    counts.update((name, counts[name] + len(values)) for name, values in new.items())
-    return new
+# How the engine is: requests that it was given so far, free slots, the seconds of the step or None;
+# of each that has `changed`: (number, {name: new values}, tokens found in the cache, why it ended).
+News = namedtuple("News", "changed submitted waiting running slots pages used_pages seconds")
 
 
 class Host:
     """Runs an engine, which is its own, as the orders say that come through a pipe.
 
     An order is the name of a method and what it is given; so are news, of one of `Service`.
-
-    Args:
-        grammars: a `grammar.Grammars`, called on a thread of its own, so that a slow schema blocks
-            no step: schemas that others wait for come before it.
+    `grammars` is called on a thread of its own, so that a slow schema blocks no step: schemas that
+    others wait for come before it.
     """
 
     def __init__(self, engine, pipe, grammars=None):
@@ -112,7 +93,11 @@ class Host:
             told = self.told.get(request.number)
             if told is None:  # it was cancelled
                 continue
-            changed.append((request.number, rest(*told), request.reused, request.finished))
+            counts = told[1]  # of what was told, by name
+            grown = [name for name, count in counts.items() if len(getattr(request, name)) > count]
+            new = {name: getattr(request, name)[counts[name] :] for name in grown}
+            counts.update((name, counts[name] + len(values)) for name, values in new.items())
+            changed.append((request.number, new, request.reused, request.finished))
             if request.finished:
                 del self.told[request.number]
         engine, pages = self.engine, self.engine.pages
@@ -197,15 +182,12 @@ class Link:
         return cls(Requests(*made), pipe, worker)
 
     def close(self, seconds):
-        """Wait for the engine's end; whether it has come in time."""
         self.worker.join(seconds)
-        is_over = not self.worker.is_alive()
         self.pipe.close()
-        return is_over
+        return not self.worker.is_alive()
 
 
 def _host(pipe, make, *given):
-    """The process of `Link.apart`."""
     with alone():
         try:
             engine, grammars = make(*given)

@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 SHORT = (.0005, .001, .002, .005, .01, .02, .05, .1, .2, .5, 1, 2, 5)  # fmt: skip
 LONG = (.005, .01, .02, .05, .1, .2, .5, 1, 2, 5, 10, 30, 60, 120)  # fmt: skip
@@ -29,7 +29,6 @@ class Metrics:
             setattr(self, name, kind(f"fi_ffi_{name}", about, registry=self.registry))
 
     def step(self, news):
-        """How the engine is, by a `host.News`."""
         if news.seconds is not None:
             self.step_seconds.observe(news.seconds)
         self.waiting_requests.set(news.waiting)
@@ -38,7 +37,6 @@ class Metrics:
         self.pages.set(news.pages)
 
     def news(self, listener, tokens, now):
-        """Of so many tokens of one request, and of its end."""
         if tokens:
             self.generated_tokens.inc(tokens)
             if listener.last is None:
@@ -53,6 +51,3 @@ class Metrics:
         self.requests.labels(reason).inc()
         self.prompt_tokens.inc(len(listener.request.prompt))
         self.cached_tokens.inc(listener.request.reused)
-
-    def text(self):
-        return generate_latest(self.registry)

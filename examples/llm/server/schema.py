@@ -8,7 +8,7 @@ import json
 from typing import Annotated, Any, Literal
 
 from engine import Sampling
-from engine.config import LIMITS, TOP, Checked, limited, words
+from engine.config import LIMITS, TOP, Checked, limited, model_of, words
 from engine.sampling import MOST_BIASES
 from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import from_json
@@ -21,8 +21,10 @@ MOST_SCHEMA = 64 << 10  # bytes of a JSON schema, with those of tools
 MOST_NAME = 80  # characters of a field's name that an error repeats
 INT64 = 2**63
 # OpenAI's fields that change nothing here.
-IGNORED = {"metadata", "modalities", "prompt_cache_key", "reasoning_effort", "safety_identifier",
-           "service_tier", "store", "user", "verbosity"}  # fmt: skip
+IGNORED = dict.fromkeys(("prompt_cache_key", "reasoning_effort", "safety_identifier",
+                         "service_tier", "user", "verbosity"), str | None)  # fmt: skip
+IGNORED |= {"metadata": dict[str, str] | None, "store": bool | None}
+NAME = r"^[a-zA-Z0-9_.-]{1,64}$"  # of a function
 
 
 class Refused(Exception):
@@ -57,24 +59,24 @@ class Strict(Checked):
         return {k: v for k, v in fields.items() if v is not None} if is_object else fields
 
 
-class StreamOptions(Strict):
-    include_usage: bool | None = None
-    include_obfuscation: bool | None = None  # of OpenAI's; there is none here
+# There is no obfuscation here.
+OPTIONS = {"include_usage": bool | None, "include_obfuscation": bool | None}
+StreamOptions = model_of("StreamOptions", Strict, **OPTIONS)
+Schema = Annotated[dict[str, Any], Field(alias="schema")]
+Called, Name = Annotated[str, Field(max_length=64)], Annotated[str, Field(pattern=NAME)]
+ABOUT = {"description": str | None, "strict": bool | None}
+JsonSchema = model_of("JsonSchema", Strict, name=Called, schema_=Schema, **ABOUT)
+Form = Literal["text", "json_object", "json_schema"]
+ResponseFormat = model_of("ResponseFormat", Strict, type=Form, json_schema=JsonSchema | None)
+Function = model_of("Function", Strict, name=Name, parameters=dict[str, Any] | None, **ABOUT)
+ChosenFunction = model_of("ChosenFunction", Strict, name=str)
+CalledFunction = model_of("CalledFunction", ChosenFunction, arguments=str)
+Choice = model_of("Choice", Strict, type=Literal["function"], function=ChosenFunction)
+Tool = model_of("Tool", Choice, function=Function)
+Call = model_of("Call", Choice, id=str, function=CalledFunction, index=int | None)
 
 
-class JsonSchema(Strict):
-    name: Annotated[str, Field(max_length=64)]
-    schema_: Annotated[dict[str, Any], Field(alias="schema")]
-    description: str | None = None
-    strict: bool | None = None
-
-
-class ResponseFormat(Strict):
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = None
-
-
-class Common(limited(Strict, *LIMITS)):
+class Common(model_of("Ignored", limited(Strict, *LIMITS), **IGNORED)):
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -86,14 +88,6 @@ class Common(limited(Strict, *LIMITS)):
     ignore_eos: bool | None = None
     logit_bias: Annotated[dict[Token, Bias], Field(max_length=MOST_BIASES)] | None = None
     response_format: ResponseFormat | None = None
-    metadata: dict[str, str] | None = None
-    prompt_cache_key: str | None = None
-    reasoning_effort: str | None = None
-    safety_identifier: str | None = None
-    service_tier: str | None = None
-    store: bool | None = None
-    user: str | None = None
-    verbosity: str | None = None
 
     @property
     def limit(self):
@@ -107,8 +101,7 @@ class Common(limited(Strict, *LIMITS)):
 
     @property
     def ignored(self):
-        """The fields that are given and change nothing here."""
-        return sorted(IGNORED & self.model_fields_set)
+        return sorted({*IGNORED, "modalities"} & self.model_fields_set)
 
     @field_validator("logit_bias")
     @classmethod
@@ -188,36 +181,6 @@ class Part(Strict):
         if isinstance(part, dict) and part.get("type") not in (None, "text"):
             raise ValueError("parts of a message are text here: its type must be 'text'")
         return part
-
-
-class Function(Strict):
-    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-
-
-class ChosenFunction(Strict):
-    name: str
-
-
-class CalledFunction(ChosenFunction):
-    arguments: str
-
-
-class Choice(Strict):
-    type: Literal["function"]
-    function: ChosenFunction
-
-
-class Tool(Choice):
-    function: Function
-
-
-class Call(Choice):
-    id: str
-    function: CalledFunction
-    index: int | None = None
 
 
 class Message(Strict):

@@ -17,11 +17,7 @@ ENDED = "the engine has ended", 503, None, "engine_ended"
 
 
 class Listener:
-    """One request of the engine; it is in `queue` while there are news of it.
-
-    A loop that falls behind the engine finds several tokens at once: fewer events, and no queue
-    that grows.
-    """
+    """One request of the engine; it is in `queue`, once, while there are news of it."""
 
     def __init__(self, request, index, queue):
         self.request, self.index, self.queue = request, index, queue

@@ -1,21 +1,18 @@
 """The text of a request as its tokens come: characters that are whole, up to a stop string."""
 
+import re
+from collections import namedtuple
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from engine.words import Decoder
 
 THINK, THOUGHT = "<think>", "</think>"  # around what a model thinks before its answer
+AFTER = re.compile(rf"{THOUGHT}\s*")
+OBJECT = r"\s*(?:({)|\Z)"  # an object of JSON, or what may be one
 
 
-class Logprob(NamedTuple):
-    """A token's log probability, and those of the most probable ones."""
-
-    token: int
-    value: float | None
-    tokens: list
-    values: list
-    offset: int  # in the text
+# `offset` is in the text.
+Logprob = namedtuple("Logprob", ("token", "value", "tokens", "values", "offset"))
 
 
 @dataclass
@@ -96,40 +93,29 @@ class Text:
                 self.thinks = None
         if not self.thinks:
             return ""
-        text, told, at = self.text, self.told, self.text.find(THOUGHT, self.told)
-        strings = (*self.stops, THOUGHT)
-        self.told = at
-        if at < 0:
+        text, told, found = self.text, self.told, AFTER.search(self.text, self.told)
+        if not found:
+            strings = (*self.stops, THOUGHT)
             left = 0 if self.finished else max(begun(text, string) for string in strings)
             self.told = max(len(text) - left, told)
             return text[told : self.told]
-        following = text[at + len(THOUGHT) :].lstrip()
-        self.begin = self.told = len(text) - len(following)
-        if following or self.finished:
+        self.begin = self.told = found.end()
+        if found.end() < len(text) or self.finished:
             self.thinks = None
         else:  # spaces before the answer may go on
-            self.told = at
-        return text[told:at]
+            self.told = found.start()
+        return text[told : found.start()]
 
     def _end(self, begin):
         """How much may be told: not what may be the beginning of a stop string."""
         text = self.text
-        if self.held is not None and not self.is_held:
-            self._hold(begin)
+        if self.held is not None and not self.is_held:  # so far no object follows
+            begin = begin if self.held_from is None else self.held_from
+            found = re.compile(re.escape(self.held) + OBJECT).search(text, begin)
+            self.held_from, self.is_held = found and found.start(), bool(found and found[1])
         if self.held_from is not None:
             return max(self.held_from, self.told)
         if self.finished:
             return len(text)
         strings = self.stops if self.held is None else (*self.stops, self.held)
         return len(text) - max((begun(text, stop) for stop in strings), default=0)
-
-    def _hold(self, begin):
-        """Hold back what is from `held` on, until what follows it is known to be no object."""
-        at = self.text.find(self.held, begin if self.held_from is None else self.held_from)
-        while at >= 0:
-            following = self.text[at + len(self.held) :].lstrip()
-            self.is_held = following.startswith("{")
-            if self.is_held or not following:
-                break
-            at = self.text.find(self.held, at + len(self.held))
-        self.held_from = at if at >= 0 else None

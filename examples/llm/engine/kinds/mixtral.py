@@ -10,8 +10,6 @@ from .llama import InWindow
 
 
 class Sparse(Config):
-    """What kinds with experts have."""
-
     top_k: Size = named("num_experts_per_tok")
     expert_intermediate: Size = named("moe_intermediate_size")
 

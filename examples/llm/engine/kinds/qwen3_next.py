@@ -37,6 +37,11 @@ class Qwen3Next(Qwen3Moe):
             raise ValueError("shared_expert_intermediate_size differs from moe_intermediate_size")
         return self
 
+    @property
+    def linear_sizes(self):
+        """Of a token's q, k and v in linear attention."""
+        return self.key_heads * 128, self.key_heads * 128, self.value_heads * 128
+
     def kind_of(self, i):
         return LINEAR if (i + 1) % self.full_attention_interval else FULL
 
@@ -52,11 +57,12 @@ class Qwen3Next(Qwen3Moe):
     def outer(self, i):
         if self.layers[i] != LINEAR:
             return super().outer(i)
-        hidden, heads, values = self.hidden, self.value_heads, self.value_size
+        hidden, heads, values = self.hidden, self.value_heads, self.linear_sizes[2]
+        inputs = sum(self.linear_sizes)
         return {
-            "qkvz": {"linear_attn.in_proj_qkvz.weight": (self.conv_size + values, hidden)},
+            "qkvz": {"linear_attn.in_proj_qkvz.weight": (inputs + values, hidden)},
             "ba": {"linear_attn.in_proj_ba.weight": (2 * heads, hidden)},
-            "conv": {"linear_attn.conv1d.weight": (self.conv_size, 1, 4)},
+            "conv": {"linear_attn.conv1d.weight": (inputs, 1, 4)},
             "a_log": {"linear_attn.A_log": (heads,)},
             "dt_bias": {"linear_attn.dt_bias": (heads,)},
             "norm": {"linear_attn.norm.weight": (128,)},
