@@ -132,9 +132,11 @@ def of(case, result):
 @pytest.mark.parametrize("is_ep", [False, True])
 @pytest.mark.parametrize("block", [8, 16, 64])
 @pytest.mark.parametrize(("tokens", "experts"), [(1, 5), (33, 5), (90, 70)])
-def test_experts_of_mxfp4(machine, rng, tokens, experts, block, is_ep):
-    """Weights packed, routes in blocks, and their products, each by the op that is for it."""
-    name = f"moe_wna16_marlin_gemm_bf16{'_ep' * is_ep}"
+@pytest.mark.parametrize("group", [0, 32, 64, 128])
+def test_experts_in_4_bits(machine, rng, tokens, experts, block, is_ep, group):
+    """Weights packed, routes in blocks, and their products, each by the op that is for it: MXFP4,
+    or integers of so many rows with one scale."""
+    name = f"moe_wna16_marlin_gemm_bf16{'_ep' * is_ep}{'_uint4b8' * bool(group)}"
     for op in ("gptq_marlin_repack", "moe_align_block_size", name):
         machine.need(OPS[op].row)
     top_k, k, n = 2, 256, 128
@@ -153,9 +155,11 @@ def test_experts_of_mxfp4(machine, rng, tokens, experts, block, is_ep):
         *(call("gptq_marlin_repack", ["out"], b_q_weight=one.astype(np.uint32).view(np.int32),
                out=np.zeros((k // 16, 2 * n), np.int32), num_bits=4)[0] for one in packed)
     ])  # fmt: skip
-    exponents = rng.integers(-9, -2, (experts, k // 32, n))
-    ordered = exponents.reshape(-1, 8, 8).swapaxes(1, 2).reshape(-1, 4)[:, [0, 2, 1, 3]]
-    scales = (2.0 ** ordered.reshape(exponents.shape)).astype(ml_dtypes.float8_e8m0fnu)
+    dtype = ml_dtypes.bfloat16 if group else ml_dtypes.float8_e8m0fnu
+    each = rng.uniform(0.01, 0.1, (experts, k // (group or 32), n))
+    each = (each if group else 2.0 ** rng.integers(-9, -2, each.shape)).astype(dtype)
+    ordered = each.reshape(-1, 8, 8).swapaxes(1, 2).reshape(-1, 4)
+    scales = (ordered if group else ordered[:, [0, 2, 1, 3]]).reshape(each.shape)
     ids = rng.integers(-1 if is_ep else 0, experts, (tokens, top_k)).astype(np.int32)
     most = -(-(ids.size + min(ids.size, experts + 1) * (block - 1)) // 4) * 4
     routes, blocks, count = call(
@@ -174,7 +178,8 @@ def test_experts_of_mxfp4(machine, rng, tokens, experts, block, is_ep):
         moe_block_size=block, mul_topk_weights=True,
     )  # fmt: skip
     e2m1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
-    exact = e2m1[codes] * 2.0 ** exponents.repeat(32, axis=1)
+    exact = (codes - 8.0 if group else e2m1[codes]) * each.astype(float).repeat(group or 32, axis=1)
+    exact = exact.astype(ml_dtypes.bfloat16).astype(float)
     for route, expert in enumerate(ids.ravel()):
         token, choice = divmod(route, top_k)
         if expert < 0:
@@ -205,9 +210,10 @@ def test_routes_of_every_size(machine, rng, experts, k, real):
             assert check_on(machine, case) <= 1
 
 
-def test_the_judge_of_experts(rng):
+@pytest.mark.parametrize("name", [name for name in OPS if "marlin_gemm" in name and "_ep" in name])
+def test_the_judge_of_experts(name, rng):
     """A code, a scale, a token or a weight of another makes a wrong result; so does a rounding."""
-    row = OPS["moe_wna16_marlin_gemm_bf16_ep"].row
+    row = OPS[name].row
     sizes = inputs_of(row).small | {"m": 20}
     case = make_case(row, sizes, {}, rng, mul_topk_weights=True)
     right = case.expected["c"].value()
@@ -225,8 +231,8 @@ def test_the_judge_of_experts(rng):
     def next_one(array):
         array[...] = np.roll(array, 1, axis=-1)
 
-    for name in ("b_q_weight", "b_scales", "a", "topk_weights"):
-        assert case.error("c", others(name, next_one))[1] > 1, name
+    for given in ("b_q_weight", "b_scales", "a", "topk_weights"):
+        assert case.error("c", others(given, next_one))[1] > 1, given
     for i in np.flatnonzero(~written)[:3]:
         got = right.astype(bf16)
         got[i, 5] *= bf16(1.01)
