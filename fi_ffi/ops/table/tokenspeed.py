@@ -123,7 +123,7 @@ _LOGITS = Tensor(
     offset_limit=2**31,
 )  # fmt: skip
 _BIAS = Tensor(
-    "correction_bias", "experts", "float32", "of the ranks, not of the weights; above -100000",
+    "correction_bias", "experts", "float32", "added for the ranks alone; above -100000",
     contiguous=True, alignment=16,
 )  # fmt: skip
 _CHOSEN = Tensor("topk_indices", "n k", "int32", "the experts", **_OUT)
@@ -174,7 +174,7 @@ _ALIGN = _row(
         "topk_ids", "tokens k", "int32", "the experts of each token; -1: none", contiguous=True,
         offset_limit=2**31, index=("-1 <= topk_ids < num_experts - 1",),
     ),
-    Scalar("num_experts", int, None, "how many, and one for -1", low=2, high=_MOST_EXPERTS),
+    Scalar("num_experts", int, None, "how many there are, plus 1", low=2, high=_MOST_EXPERTS),
     Scalar("block_size", int, None, "routes in a block", low=1, high=INT32_MAX),
     Tensor(
         "sorted_token_ids", "most", "int32", "each block's routes, in any order, and then as many "
@@ -219,7 +219,7 @@ def _experts(is_ep: bool, is_int: bool) -> Row:
         more: tuple[Any, ...] = (
             "groups >= 2",
             Rule("b_scales", "k in (32 * groups, 64 * groups, 128 * groups)",
-                 "one for 32, 64 or 128 rows"),
+                 "a scale for 32, 64 or 128 rows"),
         )  # fmt: skip
     else:
         kind, rows, order = "MXFP4", "32", "0, 16, 8, 24, 32, 48, 40, 56"
@@ -340,7 +340,7 @@ ROWS = (
         requires=(
             "experts in (384, 576, 768, 896)",
             "experts >= k",
-            Rule("topk_indices", "experts != 576 or k % 4 == 0", "a multiple of 4 of 576 experts"),
+            Rule("topk_indices", "experts != 576 or k % 4 == 0", "k % 4 == 0 for 576 experts"),
             Rule(
                 "num_experts_real", "num_experts_real < experts",
                 "fewer than `input` has: the kernels take one or more that do nothing",
