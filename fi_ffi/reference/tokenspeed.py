@@ -90,8 +90,12 @@ class _Routing:
     @cached_property
     def is_clear(self) -> Array:
         """Whether each token's experts are the ones, and in this order."""
-        ordered = -np.sort(-self.ranks, axis=1)[:, : self.experts.shape[1] + 1]
-        return np.asarray((-np.diff(ordered, axis=1) > 2 * self.slack).all(axis=1))
+        order, count = np.argsort(-self.ranks, axis=1, kind="stable"), self.experts.shape[1]
+        ranks, slack = (np.take_along_axis(x, order, axis=1) for x in (self.ranks, self.slack))
+        # The most that any after it could be.
+        most = np.maximum.accumulate((ranks + slack)[:, ::-1], axis=1)[:, ::-1]
+        least = (ranks - slack)[:, : most.shape[1] - 1]
+        return np.asarray((least > most[:, 1:])[:, :count].all(axis=1))
 
     def shown(self, experts: Array) -> Array:
         """Return experts, and -1 in place of those that do nothing."""
@@ -104,8 +108,8 @@ class _Routing:
             return np.inf, np.inf
         if (chosen != self.shown(self.experts))[self.is_clear].any():
             return np.inf, np.inf
-        last = np.sort(self.ranks, axis=1)[:, -self.experts.shape[1], None]
-        could_be = self.ranks >= last - 2 * self.slack
+        last = np.sort(self.ranks - self.slack, axis=1)[:, -self.experts.shape[1], None]
+        could_be = self.ranks + self.slack >= last
         is_real = chosen >= 0
         counts = np.zeros((len(got), self.ranks.shape[1]), np.int64)
         np.add.at(counts, (np.broadcast_to(rows, got.shape)[is_real], chosen[is_real]), 1)
@@ -153,12 +157,11 @@ def _routed(
     own, left = (np.take_along_axis(x, experts, axis=1) for x in (scores, each))
     slack = left if is_after else (of_scores + 2.0**-21) * own
     weights = _weighed(own, slack + own * 2.0**-22, factor, is_normed)
-    most = each.max(axis=1, keepdims=True)
-    return _Routing(ranks, most, experts, *weights, real).expected
+    return _Routing(ranks, each, experts, *weights, real).expected
 
 
-# What exponentials of numbers around 10, and their sums, may be off by in float32.
-_EXPONENTIALS = 2.0**-19
+# What quick exponentials of numbers around 20, and their sums, may be off by in float32.
+_EXPONENTIALS = 2.0**-17
 
 
 def softmax_topk_flash(a: Inputs) -> Exact:

@@ -239,3 +239,17 @@ def test_the_judge_of_experts(name, rng):
         assert case.error("c", got)[1] > 1
     got = right * np.where(rng.random(right.shape) < 0.01, 1.02, 1)
     assert case.error("c", got.astype(bf16))[1] > 1
+
+
+def test_the_judge_of_routes_that_rounding_decides(rng):
+    """Either of two experts that are the same in float32 may be chosen, and no third."""
+    row = OPS["softmax_topk_flash"].row
+    case = make_case(row, inputs_of(row).small | {"n": 1}, default_dtypes(row), rng)
+    given = {**case.arrays, **case.scalars, "num_experts_real": 380}
+    given["correction_bias"] = np.zeros(384)
+    given["topk_indices"] = np.zeros((1, 1), np.int32)
+    given["input"] = np.clip(case.arrays["input"], -9, 9).astype(np.float64)
+    given["input"][0, [7, 300]] = [20, 20 + 1e-9]
+    judge = EXACT[row.formula](as_inputs(given))["topk_indices"]
+    assert [judge(np.array([[one]]))[1] for one in (7, 300)] == [0, 0]
+    assert min(judge(np.array([[one]]))[1] for one in (8, -1, 380, -2)) > 1
