@@ -147,7 +147,7 @@ def published() -> str:
             f"`{name}`: {why}" for name, why in (NOT_CALLED | WRONG).items() if name in functions
         ]
         called = sum(name in CALLED for name in functions)
-        typed = sum(row.module == f"tokenspeed-kernel/{library}" for row in ROWS)
+        typed = len({row.symbol for row in ROWS if row.module == f"tokenspeed-kernel/{library}"})
         counts = f"{len(functions)} | {typed} | {called}"
         lines.append(f"| {library} | {counts} | {'; '.join(told)} |")
     return head + "\n".join(lines) + "\n"

@@ -110,8 +110,10 @@ def docstring(row: Row) -> str:
     nothing = f"{row.nothing_axis} = 0" if row.nothing_axis else "no rows"
     able = " or ".join(f"{major}.x" for major in row.capabilities)
     other = f", `ArchitectureError` on GPUs other than of compute capability {able}" if able else ""
+    is_mapped = any(arg.mapped for arg in row.tensors)
+    where = "one device, or in page-locked memory" if is_mapped else "one device"
     paragraphs = (
-        f"{dtypes and f'{dtypes}. '}All tensors are on one device. The last axis has stride 1. "
+        f"{dtypes and f'{dtypes}. '}All tensors are on {where}. The last axis has stride 1. "
         f"{_width(row)} {_limits(row)} {_memory(row)} With {nothing}, nothing is launched.",
         "Raises `ArgumentError` or `ArgumentTypeError` before anything is launched, `AbiError` "
         f"if the kernel file has another interface, `KernelError` with the kernel's own message"

@@ -533,6 +533,8 @@ class _moe_wna16_marlin_gemm_bf16(Op):
     ) -> None: ...
 moe_wna16_marlin_gemm_bf16: _moe_wna16_marlin_gemm_bf16
 moe_wna16_marlin_gemm_bf16_ep: _moe_wna16_marlin_gemm_bf16
+moe_wna16_marlin_gemm_bf16_uint4b8: _moe_wna16_marlin_gemm_bf16
+moe_wna16_marlin_gemm_bf16_ep_uint4b8: _moe_wna16_marlin_gemm_bf16
 
 class _gptq_marlin_repack(Op):
     def __call__(

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property, partial
 
+import ml_dtypes
 import numpy as np
 
 from fi_ffi.ops.table.tokenspeed import ALL_TOKENS
-from fi_ffi.reference.arrays import Array
+from fi_ffi.reference.arrays import Array, wide
 from fi_ffi.reference.formula import SLACK, Exact, Formula, Inputs, Move, OneOfMany
 from fi_ffi.reference.renorm import top_p_error, top_p_renormed, top_p_slack
 
@@ -89,8 +90,12 @@ class _Routing:
     @cached_property
     def is_clear(self) -> Array:
         """Whether each token's experts are the ones, and in this order."""
-        ordered = -np.sort(-self.ranks, axis=1)[:, : self.experts.shape[1] + 1]
-        return np.asarray((-np.diff(ordered, axis=1) > 2 * self.slack).all(axis=1))
+        order, count = np.argsort(-self.ranks, axis=1, kind="stable"), self.experts.shape[1]
+        ranks, slack = (np.take_along_axis(x, order, axis=1) for x in (self.ranks, self.slack))
+        # The most that any after it could be.
+        most = np.maximum.accumulate((ranks + slack)[:, ::-1], axis=1)[:, ::-1]
+        least = (ranks - slack)[:, : most.shape[1] - 1]
+        return np.asarray((least > most[:, 1:])[:, :count].all(axis=1))
 
     def shown(self, experts: Array) -> Array:
         """Return experts, and -1 in place of those that do nothing."""
@@ -103,8 +108,8 @@ class _Routing:
             return np.inf, np.inf
         if (chosen != self.shown(self.experts))[self.is_clear].any():
             return np.inf, np.inf
-        last = np.sort(self.ranks, axis=1)[:, -self.experts.shape[1], None]
-        could_be = self.ranks >= last - 2 * self.slack
+        last = np.sort(self.ranks - self.slack, axis=1)[:, -self.experts.shape[1], None]
+        could_be = self.ranks + self.slack >= last
         is_real = chosen >= 0
         counts = np.zeros((len(got), self.ranks.shape[1]), np.int64)
         np.add.at(counts, (np.broadcast_to(rows, got.shape)[is_real], chosen[is_real]), 1)
@@ -152,12 +157,11 @@ def _routed(
     own, left = (np.take_along_axis(x, experts, axis=1) for x in (scores, each))
     slack = left if is_after else (of_scores + 2.0**-21) * own
     weights = _weighed(own, slack + own * 2.0**-22, factor, is_normed)
-    most = each.max(axis=1, keepdims=True)
-    return _Routing(ranks, most, experts, *weights, real).expected
+    return _Routing(ranks, each, experts, *weights, real).expected
 
 
-# What exponentials of numbers around 10, and their sums, may be off by in float32.
-_EXPONENTIALS = 2.0**-19
+# What quick exponentials of numbers around 20, and their sums, may be off by in float32.
+_EXPONENTIALS = 2.0**-17
 
 
 def softmax_topk_flash(a: Inputs) -> Exact:
@@ -273,22 +277,23 @@ _E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 _FP4 = np.concatenate([_E2M1, -_E2M1])
 
 
-def _unmarlin(words: Array, scales: Array) -> Array:
-    """Return an expert's weights [k, n] in MXFP4."""
-    k, n = 32 * len(scales), scales.shape[1]
+def _unmarlin(words: Array, scales: Array, is_int: bool) -> Array:
+    """Return an expert's weights [k, n]."""
+    k, n = 16 * len(words), scales.shape[1]
     tiles = np.empty((k // 16, n // 64, 16, 64))
     down, right = _order(4)
     codes = _unpacked(words, 4).reshape(k // 16, n // 64, *down.shape)
-    tiles[:, :, down, right] = _FP4[codes]
+    tiles[:, :, down, right] = codes - 8 if is_int else _FP4[codes]
     # Of 64 columns, which has each scale.
-    eights = np.array([0, 16, 8, 24, 32, 48, 40, 56])
+    eights = np.arange(0, 64, 8) if is_int else np.array([0, 16, 8, 24, 32, 48, 40, 56])
     columns = np.argsort((eights + np.arange(8)[:, None]).ravel())
-    each = scales.reshape(k // 32, n // 64, 64)[:, :, columns].reshape(k // 32, n)
-    whole: Array = tiles.swapaxes(1, 2).reshape(k, n) * each.repeat(32, axis=0)
-    return whole
+    groups = len(scales)
+    each = scales.reshape(groups, n // 64, 64)[:, :, columns].reshape(groups, n)
+    whole: Array = tiles.swapaxes(1, 2).reshape(k, n) * each.repeat(k // groups, axis=0)
+    return wide(whole.astype(ml_dtypes.bfloat16)) if is_int else whole
 
 
-def moe_wna16_marlin_gemm(a: Inputs) -> Exact:
+def moe_wna16_marlin_gemm(a: Inputs, is_int: bool = False) -> Exact:
     """A product is rounded, its weight as well, and what they give."""
     size, top_k, is_weighed = a["moe_block_size"], a["topk_weights"].shape[1], a["mul_topk_weights"]
     value, allowed = a["c"].copy(), np.zeros(a["c"].shape)
@@ -300,7 +305,7 @@ def moe_wna16_marlin_gemm(a: Inputs) -> Exact:
         some = some[some < len(value)]
         if expert < 0 or not len(some):
             continue
-        weights = _unmarlin(a["b_q_weight"][expert], a["b_scales"][expert])
+        weights = _unmarlin(a["b_q_weight"][expert], a["b_scales"][expert], is_int)
         share = shares[some, None] if is_weighed else np.ones((len(some), 1))
         own = tokens[some // top_k]
         value[some] = own @ weights * share
@@ -327,6 +332,10 @@ EXACT: dict[str, Formula] = {
     "moe_align_block_size": moe_align_block_size,
     "moe_wna16_marlin_gemm_bf16": moe_wna16_marlin_gemm,
     "moe_wna16_marlin_gemm_bf16_ep": moe_wna16_marlin_gemm,
+    **dict.fromkeys(
+        ("moe_wna16_marlin_gemm_bf16_uint4b8", "moe_wna16_marlin_gemm_bf16_ep_uint4b8"),
+        partial(moe_wna16_marlin_gemm, is_int=True),
+    ),
     "fused_topk_topp_renorm": fused_topk_topp_renorm,
     "softmax_topk_flash": softmax_topk_flash,
     "softplus_sqrt_topk_flash": softplus_sqrt_topk_flash,

@@ -12,6 +12,7 @@ MODULES = (
     "modules.test_xgrammar", "ops.test_activation", "ops.test_bgmv_moe", "ops.test_cascade",
     "ops.test_gdn_decode", "ops.test_gdn_forms", "ops.test_kda", "ops.test_mamba",
     "ops.test_quantization", "ops.test_results", "ops.test_routing", "ops.test_state_update",
+    "ops.test_tokenspeed",
 )  # fmt: skip
 
 globals().update(bodies_of(*(import_module(f"tests.{name}") for name in MODULES)))

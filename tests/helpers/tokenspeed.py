@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 
+import ml_dtypes
 import numpy as np
 
 from tests.helpers.definitions import defines
 from tests.helpers.sampled import DEFINITIONS
 
 __all__ = ["DEFINITIONS"]
+
+BF16 = ml_dtypes.bfloat16
 
 
 @defines("fused_topk_topp_renorm")
@@ -109,18 +112,28 @@ _E2M1 = (0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6)
 
 @defines("moe_wna16_marlin_gemm_bf16", "moe_wna16_marlin_gemm_bf16_ep")
 def _(a):
-    """Route by route, weight by weight."""
+    # Scales as marlin_permute_scales and mxfp4_marlin_process_scales of its caller place them.
+    places = [i * 8 + j // 4 * 4 + [0, 2, 1, 3][j % 4] for j in range(8) for i in range(8)]
+    return _products(a, places, lambda code, scale: _E2M1[code] * scale)
+
+
+@defines("moe_wna16_marlin_gemm_bf16_uint4b8", "moe_wna16_marlin_gemm_bf16_ep_uint4b8")
+def _(a):
+    """Scales as marlin_permute_scales places them."""
+    places = [i * 8 + j for j in range(8) for i in range(8)]
+    return _products(a, places, lambda code, scale: float(BF16((code - 8) * scale)))
+
+
+def _products(a: dict, places: list[int], weight) -> dict:
+    """Route by route, weight by weight; `places` are those of 64 columns' scales."""
     found, (routes, columns) = a["c"].copy(), a["c"].shape
     experts, k = len(a["b_scales"]), a["a"].shape[1]
     matrices = np.zeros((experts, k, columns))
     for e, row, n in np.ndindex(matrices.shape):
         at, shift = _in_marlin(row, n, 4)
         code = int(a["b_q_weight"][e, row // 16, at]) >> shift & 15
-        # Scales as marlin_permute_scales and mxfp4_marlin_process_scales of its caller place them.
-        j, i = n % 64 // 8, n % 8
-        place = i * 8 + j // 4 * 4 + [0, 2, 1, 3][j % 4]
-        scale = a["b_scales"][e, row // 32, n // 64 * 64 + place]
-        matrices[e, row, n] = _E2M1[code] * scale
+        group = row * a["b_scales"].shape[1] // k
+        matrices[e, row, n] = weight(code, a["b_scales"][e, group, n // 64 * 64 + places[n % 64]])
     size, top_k = a["moe_block_size"], a["topk_weights"].shape[1]
     for place in range(int(a["num_tokens_post_padded"][0])):
         route, expert = int(a["sorted_token_ids"][place]), int(a["expert_ids"][place // size])

@@ -82,7 +82,8 @@ BY_TOKEN = tuple(
 )  # fmt: skip
 BY_HEAD = "transfer_kv_per_layer_ph_lf"
 OF_V4 = ("softplus_sqrt_topk_flash", "hash_softplus_sqrt_topk_flash")
-WNA16 = ("moe_wna16_marlin_gemm_bf16", "moe_wna16_marlin_gemm_bf16_ep")
+WNA16 = tuple(f"moe_wna16_marlin_gemm_bf16{of}" for of in ("", "_ep", "_uint4b8", "_ep_uint4b8"))
+INT4 = WNA16[2:]
 SM100 = ("fp4_gemm", "mxfp8_gemm", "bf16_gemm", "bmm_bf16", "bmm_mxfp8", "tgv_gemm")
 TURNED = "fused_qk_rmsnorm_rope"
 ONE_TOKEN = {"nnz": 1, "num_qo_heads": 1, "num_kv_heads": 1}
@@ -521,11 +522,17 @@ BOUNDS = [
     *(B("moe_align_block_size", one, range(1, 13), {other: 1, "most": 96, "blocks": 12},
         "or more|1") for one, other in (("tokens", "k"), ("k", "tokens"))),
     # moe_wna16_marlin.cuh: tiles of 64 x 128 at least, and what it counts in ints.
-    B(WNA16, "k", range(64, INT // 128, 64), {"n": 128}, f"64|{INT - 1}"),
-    B(WNA16, "n", range(0, INT // 64, 128), {"k": 64}, f"128|{INT - 1}"),
-    B(WNA16, "experts", range(INT // 16), {"k": 64, "n": 128, "m": 0, "routes": 0},
+    B(WNA16[:2], "k", range(64, INT // 128, 64), {"n": 128}, f"64|{INT - 1}"),
+    B(WNA16[:2], "n", range(0, INT // 64, 128), {"k": 64}, f"128|{INT - 1}"),
+    B(WNA16[:2], "experts", range(INT // 16), {"k": 64, "n": 128, "m": 0, "routes": 0},
       f"{512 * (INT - 1)}"),
-    B(WNA16, "most", range(2**22), {"k": 4096, "n": 8192, "blocks": INT}, f"{INT - 1}"),
+    B(INT4, "k", range(64, INT // 128, 64), {"n": 128, "groups": lambda k: max(k // 64, 2)},
+      f"64|{INT - 1}"),
+    B(INT4, "n", range(0, INT // 128, 128), says=f"128|{INT - 1}"),
+    B(INT4, "experts", range(INT // 32), {"n": 128, "m": 0, "routes": 0}, f"{512 * (INT - 1)}"),
+    B(INT4, "groups", (2, 4, 8), {"k": 256}, "32, 64 or 128 rows|of at least 2"),
+    *(B(those, "most", range(2**22), {"k": 4096, "n": 8192, "blocks": INT, **more}, f"{INT - 1}")
+      for those, more in ((WNA16[:2], {}), (INT4, {"groups": 64}))),
     B(WNA16, "routes", (8,), {"m": 4, "top_k": 2}, "m \\* top_k rows"),
     B(WNA16, "blocks", range(12, FAR), {"most": 96, "moe_block_size": 8}, "or more"),
     B(WNA16, "moe_block_size", (8, 16, 32, 48, 64), {"blocks": 100},

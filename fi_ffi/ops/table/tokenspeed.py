@@ -25,9 +25,9 @@ _FIELDS: dict[str, Any] = {
 
 
 def _row(name: str, library: str, source: str, doc: str, *args: Any, **more: Any) -> Row:
-    module = f"tokenspeed-kernel/{library}"
-    fields = {"dtypes": {}, **_FIELDS, **more}
-    return Row(name, module, name, f"csrc/{source}", doc, args, **fields)
+    fields = {"symbol": name, "dtypes": {}, **_FIELDS, **more}
+    module, source = f"tokenspeed-kernel/{library}", f"csrc/{source}"
+    return Row(name, module, source=source, doc=doc, args=args, **fields)
 
 
 # Of `top_ks`: all tokens, so that `top_ps` alone counts; and the most that the kernel sorts.
@@ -123,7 +123,7 @@ _LOGITS = Tensor(
     offset_limit=2**31,
 )  # fmt: skip
 _BIAS = Tensor(
-    "correction_bias", "experts", "float32", "of the ranks, not of the weights; above -100000",
+    "correction_bias", "experts", "float32", "added for the ranks alone; above -100000",
     contiguous=True, alignment=16,
 )  # fmt: skip
 _CHOSEN = Tensor("topk_indices", "n k", "int32", "the experts", **_OUT)
@@ -174,7 +174,7 @@ _ALIGN = _row(
         "topk_ids", "tokens k", "int32", "the experts of each token; -1: none", contiguous=True,
         offset_limit=2**31, index=("-1 <= topk_ids < num_experts - 1",),
     ),
-    Scalar("num_experts", int, None, "how many, and one for -1", low=2, high=_MOST_EXPERTS),
+    Scalar("num_experts", int, None, "how many there are, plus 1", low=2, high=_MOST_EXPERTS),
     Scalar("block_size", int, None, "routes in a block", low=1, high=INT32_MAX),
     Tensor(
         "sorted_token_ids", "most", "int32", "each block's routes, in any order, and then as many "
@@ -204,14 +204,26 @@ _ALIGN = _row(
     ),
 )  # fmt: skip
 
-# What weights of e2m1 are called in marlin_moe/include/scalar_type.hpp: bits of the exponent, of
-# the mantissa, that there is a sign, and no infinity.
-_E2M1 = 2 | 1 << 8 | 1 << 16 | 1 << 49
+# What marlin_moe/include/scalar_type.hpp calls weights: bits of the exponent and of the mantissa,
+# whether there is a sign, what is taken off, that there is no infinity; or that it is as IEEE's.
+_E2M1, _UINT4B8 = 2 | 1 << 8 | 1 << 16 | 1 << 49, 4 << 8 | 8 << 17 | 1 << 50
 _INTS: dict[str, Any] = {"dtype": "int32", "contiguous": True}
 
 
-def _experts(is_ep: bool) -> Row:
+def _experts(is_ep: bool, is_int: bool) -> Row:
     """Return the row of products of tokens and experts; `is_ep`: blocks may have no expert."""
+    symbol = f"moe_wna16_marlin_gemm_bf16{'_ep' * is_ep}"
+    if is_int:
+        kind, rows = "(4 bits - 8) * scale, rounded to bfloat16", "k / groups"
+        scales, order, groups = ("experts groups n", "bfloat16"), "0, 8, 16 to 56", "groups"
+        more: tuple[Any, ...] = (
+            "groups >= 2",
+            Rule("b_scales", "k in (32 * groups, 64 * groups, 128 * groups)",
+                 "a scale for 32, 64 or 128 rows"),
+        )  # fmt: skip
+    else:
+        kind, rows, order = "MXFP4", "32", "0, 16, 8, 24, 32, 48, 40, 56"
+        scales, groups, more = ("experts k/32 n", "float8_e8m0fnu"), "k // 32", ()
     least, of_none = (-1, "; -1: none, and the block is left out") if is_ep else (0, "")
     args = (
         Tensor(
@@ -222,13 +234,13 @@ def _experts(is_ep: bool) -> Row:
             writes=True, contiguous=True, alignment=16, offset_limit=2**31,
         ),
         Tensor(
-            "b_q_weight", "experts k/16 2*n", doc="weights of e2m1, by `gptq_marlin_repack`",
+            "b_q_weight", "experts k/16 2*n", doc="4 bits of each, by `gptq_marlin_repack`",
             alignment=16, no_index="weights", **_INTS,
         ),
         Absent("b_bias"),
         Tensor(
-            "b_scales", "experts k/32 n", "float8_e8m0fnu", "the scale of each 32 weights of a "
-            "column; of each 64 columns 0, 16, 8, 24, 32, 48, 40, 56, then these plus 1, to plus 7",
+            "b_scales", *scales, f"the scale of each {rows} weights of a column; of each 64 "
+            f"columns {order}, then these plus 1, to plus 7",
             contiguous=True, alignment=16,
         ),
         *(Absent(name) for name in ("global_scale", "b_zeros", "g_idx", "perm")),
@@ -266,7 +278,7 @@ def _experts(is_ep: bool) -> Row:
         Absent("top_k", "int", of="top_k"),
         Scalar("mul_topk_weights", bool, False, "multiply the products by `topk_weights`"),
         Absent("is_ep", "bool", value=int(is_ep)),
-        Absent("b_q_type_id", "int", value=_E2M1),
+        Absent("b_q_type_id", "int", value=_UINT4B8 if is_int else _E2M1),
         Absent("size_m", "int", of="m"),
         Absent("size_n", "int", of="n"),
         Absent("size_k", "int", of="k"),
@@ -274,18 +286,19 @@ def _experts(is_ep: bool) -> Row:
         Absent("has_bias", "bool"),
         Absent("is_k_full", "bool", value=1),
         Absent("has_zp", "bool"),
-        Absent("num_groups", "int", of="k // 32"),
-        Absent("group_size", "int", value=32),
+        Absent("num_groups", "int", of=groups),
+        Absent("group_size", "int", of=f"k // ({groups})"),
         Absent("use_atomic_add", "bool"),
         Absent("use_fp32_reduce", "bool", value=1),
         Absent("is_zp_float", "bool"),
     )  # fmt: skip
     return _row(
-        f"moe_wna16_marlin_gemm_bf16{'_ep' * is_ep}", "marlin_moe",
-        "marlin_moe/moe_wna16_marlin.cuh",
-        "Multiply each route's token by its expert's weights in MXFP4.",
+        symbol + "_uint4b8" * is_int, "marlin_moe", "marlin_moe/moe_wna16_marlin.cuh",
+        f"Multiply each route's token by its expert's weights: {kind}.",
         *args,
+        symbol=symbol,
         requires=(
+            *more,
             "k >= 64", "k % 64 == 0", "n % 128 == 0",
             # The kernel counts these in ints: weights and scales, and tiles of all blocks.
             f"n * k <= {INT32_MAX}",
@@ -302,8 +315,10 @@ def _experts(is_ep: bool) -> Row:
 
 
 ROWS = (
-    _experts(is_ep=False),
-    _experts(is_ep=True),
+    _experts(is_ep=False, is_int=False),
+    _experts(is_ep=True, is_int=False),
+    _experts(is_ep=False, is_int=True),
+    _experts(is_ep=True, is_int=True),
     _REPACK,
     _ALIGN,
     _row(
@@ -325,7 +340,7 @@ ROWS = (
         requires=(
             "experts in (384, 576, 768, 896)",
             "experts >= k",
-            Rule("topk_indices", "experts != 576 or k % 4 == 0", "a multiple of 4 of 576 experts"),
+            Rule("topk_indices", "experts != 576 or k % 4 == 0", "k % 4 == 0 for 576 experts"),
             Rule(
                 "num_experts_real", "num_experts_real < experts",
                 "fewer than `input` has: the kernels take one or more that do nothing",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from fi_ffi.loader import machine
@@ -82,7 +84,7 @@ def make_experts(call: Call) -> None:
     sizes, rng, experts = call.sizes, call.rng, call.sizes["experts"]
     size, routes = call.scalars.setdefault("moe_block_size", 16), sizes["m"] * sizes["top_k"]
     sizes["routes"] = sizes.get("routes", routes)
-    ids = rng.integers(-1 if call.row.name.endswith("_ep") else 0, max(experts, 1), routes)
+    ids = rng.integers(-1 if "_ep" in call.row.name else 0, max(experts, 1), routes)
     blocks: list[int] = []
     places: list[int] = []
     for expert in np.unique(ids).tolist():
@@ -95,10 +97,11 @@ def make_experts(call: Call) -> None:
     count = machine.multiprocessors(0) if machine.device_count() else 1
     sizes["locks"] = max(sizes.get("locks", 0), 4 * count)
     sizes["sums"] = max(sizes.get("sums", 0), 65536 * count)
-    k, n = sizes["k"], sizes["n"]
+    k, n, groups = sizes["k"], sizes["n"], sizes.get("groups", 0)
+    powers = 2.0 ** rng.integers(-9, -2, (experts, k // 32, n))
     call.default(
         b_q_weight=rng.integers(-(2**31), 2**31, (experts, k // 16, 2 * n)),
-        b_scales=2.0 ** rng.integers(-9, -2, (experts, k // 32, n)),
+        b_scales=rng.uniform(0.01, 0.1, (experts, groups, n)) if groups else powers,
         sorted_token_ids=np.array(places + [routes] * (sizes["most"] - len(places))),
         expert_ids=np.array(blocks + [-7] * (sizes["blocks"] - len(blocks))),
         num_tokens_post_padded=np.array([len(places)]),
@@ -116,8 +119,15 @@ _EXPERTS = Inputs(
         **{f"blocks of {size}": {"moe_block_size": size} for size in (8, 32, 48, 64)},
     },
 )
+_OF_INTS = replace(
+    _EXPERTS,
+    small=_EXPERTS.small | {"k": 128, "groups": 2},
+    usual=_EXPERTS.usual | {"groups": 8},
+)
 # By module, or by op.
 INPUTS = {
+    "moe_wna16_marlin_gemm_bf16_uint4b8": _OF_INTS,
+    "moe_wna16_marlin_gemm_bf16_ep_uint4b8": _OF_INTS,
     "moe_wna16_marlin_gemm_bf16": _EXPERTS,
     "moe_wna16_marlin_gemm_bf16_ep": _EXPERTS,
     "gptq_marlin_repack": Inputs(
@@ -138,7 +148,7 @@ INPUTS = {
     ),
     "softmax_topk_flash": Inputs(
         small={"n": 5, "experts": 384, "k": 7, "vocab": 1},
-        usual={"n": 3000, "experts": 768, "k": 12, "vocab": 1},
+        usual={"n": 2100, "experts": 768, "k": 12, "vocab": 1},
         make=make_routing,
         variants={"896 experts": {"num_experts_real": 800}, "scaled": {"renormalize": True}},
     ),
