@@ -7,7 +7,7 @@ schedule, and each run writes the rest.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn
 
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.function import Frame, array_values
@@ -45,17 +45,6 @@ class WorkspaceSize(NamedTuple):
 _SIZE_ONLY: Any = object()
 
 
-class _NoPrepare:
-    """What a plan has no method for: its access says how a run is prepared."""
-
-    def __get__(self, plan: Plan | None, owner: type[Plan]) -> NoReturn:
-        run = owner._run_methods[0]
-        told = (
-            f"{owner.__name__!r} has no 'prepare': prepare a run, fi_ffi.prepare(plan.{run}, ...)"
-        )
-        raise AttributeError(told)
-
-
 class Plan:
     """A schedule for a batch; the base of the plan classes."""
 
@@ -76,8 +65,6 @@ class Plan:
     _run_names: RunNames
 
     __signature__ = SignatureWithOptions()
-    # Not a `__getattr__`: with one, Python specialises no access to a plan's attributes.
-    prepare = _NoPrepare()
 
     def __init_subclass__(cls) -> None:
         cls._refuse = Refusal(cls.op)
@@ -163,6 +150,14 @@ class Plan:
     def size(self) -> WorkspaceSize:
         """The bytes of both workspaces that the batch in force needs, or needs at most."""
         return WorkspaceSize(self._needs.float_bytes, self._placed.end)
+
+    if not TYPE_CHECKING:  # it would have a type checker accept any name
+
+        def __getattr__(self, name: str) -> NoReturn:
+            told = f"{type(self).__name__!r} has no {name!r}"
+            if name == "prepare":
+                told += f": prepare a run, fi_ffi.prepare(plan.{self._run_methods[0]}, ...)"
+            raise AttributeError(told)
 
     # Hooks for plan classes.
 
