@@ -96,11 +96,16 @@ def as_desc(value: object, op: str = "as_desc", argument: str = "value") -> Tens
 
 def read(value: object, op: str, argument: str) -> Fields:
     """Return the fields of a descriptor of any tensor, as `as_desc` makes it."""
-    desc = _described(value, op, argument)
+    desc = _describe(value, op, argument)
     return desc.ptr, desc.shape, desc.strides, desc.kind, desc.owner
 
 
-def _described(value: object, op: str, argument: str) -> TensorDesc:
+def described(tensor: TensorDesc | Fields | None) -> Any:
+    """Return a descriptor of what was read of a tensor; None of a missing one."""
+    return frozen(*tensor) if type(tensor) is tuple else tensor
+
+
+def _describe(value: object, op: str, argument: str) -> TensorDesc:
     kind = type(value)
     adapter = _ADAPTERS.get(kind)
     if adapter is None:

@@ -268,25 +268,27 @@ class TensorDesc(_Fields):
                 kind = None
             if kind is None:
                 return make_desc(ptr, shape, dtype, strides, device)
-            steps: tuple[int, ...] = (0,)
-            rank = kind.rank
+            # The bits of several sizes are a negative number if one of them is.
+            step, rank = 0, kind.rank
+            steps: tuple[int, ...]
             if rank == 2:
                 n0, n1 = shape
-                if type(n0) is int is type(n1) and n0 >= 0 <= n1:
-                    steps = (n1 or 1, 1)
+                if type(n0) is int is type(n1) and n0 | n1 >= 0:
+                    step = n1 or 1
+                    steps = (step, 1)
             elif rank == 3:
                 n0, n1, n2 = shape
-                if type(n0) is int is type(n1) and type(n2) is int and n0 >= 0 <= n1 and n2 >= 0:
-                    step = n2 or 1
-                    steps = ((n1 or 1) * step, step, 1)
+                if type(n0) is int is type(n1) and type(n2) is int and n0 | n1 | n2 >= 0:
+                    last = n2 or 1
+                    step = (n1 or 1) * last
+                    steps = (step, last, 1)
             elif rank == 1:
                 (n0,) = shape
                 if type(n0) is int and n0 >= 0:
-                    steps = (1,)
+                    step, steps = 1, (1,)
             else:
                 return make_desc(ptr, shape, dtype, strides, device)
             # Checked for an empty tensor too: its strides are written as int64.
-            step = steps[0]
             if step and (n0 or 1) * step * kind.itemsize <= _INT64_MAX >= ptr >= 0:
                 made: Any = _new(Made)
                 made.ptr, made.shape, made.strides = ptr, shape, steps

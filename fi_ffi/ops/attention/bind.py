@@ -39,7 +39,7 @@ class BoundRow:
     """
 
     def __init__(self, compiled: CompiledRow, template: Values) -> None:
-        self.compiled, self.template = compiled, template
+        self.compiled, self.template, self.pack = compiled, template, compiled.pack
         self.sizes: Sequence[int] = ()
         self.memory: Sequence[int] = (0, 0, 0, 0, 0, 0)
         self._places = {arg.name: (i, arg) for i, arg in enumerate(compiled.row.args)}

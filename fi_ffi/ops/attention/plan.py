@@ -367,7 +367,7 @@ class Plan:
     def _run_packed(self, bound: BoundRow, values: Sequence[Any], stream: object) -> None:
         """Pack a run and launch it, unless there is nothing to launch; for a `Packing` as stream,
         pass it the frame."""
-        _, frame = bound.compiled.pack(bound, *values)
+        _, frame = bound.pack(bound, *values)
         if self.options.enable_cuda_graph:
             self._captured.record_sizes(bound, values)
         if type(stream) is Packing:

@@ -159,7 +159,8 @@ class BatchPrefillPlan(Plan):
     def _read(self, arrays: Sequence[object]) -> Batch:
         chosen, (qo_indptr, kv_indptr, indptr, indices, lasts) = self.options, arrays
         is_ragged = chosen.page_size is None
-        if is_ragged and kv_indptr is not None and indptr is indices is lasts is None:
+        no_pages = indptr is None and indices is None and lasts is None
+        if is_ragged and kv_indptr is not None and no_pages:
             batch = super()._read((qo_indptr, kv_indptr))
         elif not is_ragged and kv_indptr is None and indptr is not None is not lasts:
             batch = super()._read((qo_indptr, indptr, indices, lasts))

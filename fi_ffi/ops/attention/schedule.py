@@ -71,7 +71,7 @@ class Planner:
         if self._placed is not placed or self._workspace is not workspace:
             self._bind_places(workspace, stage.desc, placed, batch)
             self._placed, self._workspace, self._ptr = placed, workspace, 0
-        _, frame = bound.compiled.pack(bound)
+        _, frame = bound.pack(bound)
         try:
             words = frame.addresses
             if ptr != self._ptr or frame is not self._frame:

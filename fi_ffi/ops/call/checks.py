@@ -116,11 +116,6 @@ class Checks:
 
     # Tensors, their kinds and shapes.
 
-    def _desc(self, arg: Tensor) -> str:
-        """Return the expression for a descriptor of an argument; of a missing one it is None."""
-        fields = ", ".join(f"{arg.name}__{field}" for field in FIELDS)
-        return f"describe({fields}, {arg.name})"
-
     def _kinds(self) -> list[str]:
         """Describe the tensors, and find the variant for their kinds."""
         lines, key = list[str](), list[str]()
@@ -139,13 +134,14 @@ class Checks:
             lines += [is_desc, *_read_fields(name)]
             given = f"{name}, {self.options.op!r}, {caller!r}"
             reader = f"readers.get(type({name}), read)"
-            lines.append(f"else: {', '.join(fields)}, {name} = {reader}({given})")
+            lines += ["else:", f"    {name} = {reader}({given})"]
+            lines.append(f"    {', '.join(fields)}, _ = {name}")
             if arg.is_loose:
                 present = f"{name} is not None and " if arg.may_be_none else ""
                 lines.append(f"if {present}{name}__kind.rank != 1:")
-                lines += [f"    {name} = as_vector({self._desc(arg)})", *_read_fields(name)]
+                lines += [f"    {name} = as_vector(described({name}))", *_read_fields(name)]
             key.append(f"{name}__kind")
-        descs = "".join(f"{self._desc(arg)}, " for _, arg in self.tensors)
+        descs = "".join(f"{arg.name}, " for _, arg in self.tensors)
         layout, kv = self.row.kv_layout, "'NHD'"
         if layout is not None:
             kv = layout.name
@@ -229,7 +225,7 @@ class Checks:
             wanted = known if axis.over == 1 else f"({known}) // {axis.over}"
             fixed = next((self.fixed_by[name] for name in axis.names if name in self.fixed_by), "")
             fixed = "" if fixed == arg.name else fixed
-            refusal = f"refuse.size({arg.name!r}, {self._desc(arg)}, {text!r}, {wanted}, {fixed!r})"
+            refusal = f"refuse.size({arg.name!r}, {arg.name}, {text!r}, {wanted}, {fixed!r})"
             return [f"if {size} != {wanted}: {refusal}"]
         ((name, times),) = unknown
         solved = f"size__{name}"
@@ -238,7 +234,7 @@ class Checks:
             assert (len(axis.terms), times, axis.more) == (1, 1, 0), f"{self.row.name}: {text}"
             return [f"{solved} = {size} * {axis.over}"]
         minus = "" if known == "0" else f" - ({known})"
-        of = f"{arg.name!r}, {self._desc(arg)}, {text!r}"
+        of = f"{arg.name!r}, {arg.name}, {text!r}"
         unsolved = f"refuse.unsolved({of}, {size}, {known}, {times})"
         if times == 1:
             return [f"{solved} = {size}{minus}", f"if {solved} < 0: {unsolved}"]
@@ -261,7 +257,7 @@ class Checks:
                 continue
             assert axis.names == (text,), f"{self.row.name}: {name} alone has {text}"
             if text in self.maybe:
-                of = f"{name!r}, {self._desc(arg)}, {text!r}"
+                of = f"{name!r}, {arg.name}, {text!r}"
                 refusal = f"{of}, size__{text}, {self.fixed_by[text]!r}"
                 inside += [
                     f"if size__{text} is None: size__{text} = {size}",
@@ -365,7 +361,7 @@ class Checks:
             sizes = [self.sizes[name] for name in names]
             maybe = [f"{self.sizes[name]} is None" for name in names if name in self.maybe]
             test = " or ".join([*maybe, condition.template.format_map(self.sizes)])
-            of = f"{first.name!r}, {self._desc(first)}"
+            of = f"{first.name!r}, {first.name}"
             refusal = f"refuse.limit({of}, {number}, ({', '.join(sizes)},))"
             lines.append(f"if not ({test}): {refusal}")
         return lines
@@ -423,7 +419,7 @@ class Checks:
         if self.row.vector.threads:
             threads = f"min({threads}, {self.row.vector.threads})"
         count = " * ".join(self.sizes[name] for name in self.row.block)
-        refusal = f"refuse.block({arg.name!r}, {self._desc(arg)}, threads, {count})"
+        refusal = f"refuse.block({arg.name!r}, {arg.name}, threads, {count})"
         return [
             f"threads = max({threads}, 1)",
             f"if {count} * threads > 1024: {refusal}",
@@ -446,7 +442,7 @@ class Checks:
             reach = [f"{arg.name}__span > {limit}"] if arg.axis_names and limit < _FAR else []
             present = f"{arg.name} is not None and " if arg.optional else ""
             for those in filter(None, (wrong, reach)):
-                refusal = f"refuse.strides({arg.name!r}, {self._desc(arg)}, {step})"
+                refusal = f"refuse.strides({arg.name!r}, {arg.name}, {step})"
                 lines.append(f"if {present}({' or '.join(those)}): {refusal}")
             if item != "1":  # convert to bytes
                 lines.append(f"{arg.name}__span *= {item}")
@@ -455,7 +451,7 @@ class Checks:
         same = [arg for _, arg in self.tensors if arg.name in self.row.same_strides]
         for arg in same[1:]:
             first = same[0]
-            of = f"{arg.name!r}, {self._desc(arg)}, {first.name!r}, {self._desc(first)}"
+            of = f"{arg.name!r}, {arg.name}, {first.name!r}, {first.name}"
             test = f"{arg.name}__strides != {first.name}__strides"
             lines.append(f"if {test}: refuse.same_strides({of})")
         return lines
@@ -543,7 +539,7 @@ class Checks:
         for _, arg in self.tensors:
             name, mask = arg.name, self.masks[arg.name]
             end = f"{name}__end = {name}__p + {name}__span"
-            refusal = f"refuse.address({name!r}, {self._desc(arg)}, {mask} + 1)"
+            refusal = f"refuse.address({name!r}, {name}, {mask} + 1)"
             if arg.optional:
                 test = f"{name}__p & {mask} or not {name}__p"
                 lines += [f"if {name} is not None:", f"    {end}", f"    if {test}: {refusal}"]
@@ -577,8 +573,7 @@ class Checks:
         if any(IN_PLACE in rule.names for rule in self.row.rules):
             lines.append(f"is_in_place = {' or '.join(same) or 'False'}")
         descs = ", ".join(
-            self._desc(arg) if arg.name not in self.options.bound else "None"
-            for arg in self.row.tensors
+            arg.name if arg.name not in self.options.bound else "None" for arg in self.row.tensors
         )
         for optional, those in tests.items():
             for at in range(0, len(those), 8):
@@ -590,7 +585,7 @@ class Checks:
             for _, arg in self.tensors:
                 p, end = f"{arg.name}__p", f"{arg.name}__end"
                 test = f"{p} < end0 and start0 < {end} or {p} < end1 and start1 < {end}"
-                of = f"{arg.name!r}, {self._desc(arg)}, bound_row.memory[:4]"
+                of = f"{arg.name!r}, {arg.name}, bound_row.memory[:4]"
                 refusal = f"refuse.overlaps_workspace({of})"
                 present = f"{p} and " if arg.optional else ""
                 lines.append(f"if {present}{p} < last and first < {end} and ({test}): {refusal}")

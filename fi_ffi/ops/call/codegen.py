@@ -50,7 +50,7 @@ class Writer(Checks):
 
         def end() -> list[str]:
             sizes = ", ".join(f"{axis!r}: {size}" for axis, size in self.sizes.items())
-            descs = ", ".join(f"{arg.name!r}: {self._desc(arg)}" for arg in self.row.tensors)
+            descs = ", ".join(f"{arg.name!r}: described({arg.name})" for arg in self.row.tensors)
             return [f"return {{{descs}}}, {{{sizes}}}"]
 
         return f"def check({parameters(self.row)}):", self._lines(end)
@@ -275,7 +275,7 @@ class Writer(Checks):
         """Return the expression that a packed call returns."""
         if self.options.bound:
             return f"return variant, {frame}"
-        scratch = "".join(f"{self._desc(arg)}, " for _, arg in self.tensors if arg.is_scratch)
+        scratch = "".join(f"described({arg.name}), " for _, arg in self.tensors if arg.is_scratch)
         masks = "".join(f"{self.masks[arg.name]}, " for _, arg in self.tensors)
         return f"return variant, {frame}, ({scratch}), ({masks})"
 

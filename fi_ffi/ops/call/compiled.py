@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fi_ffi.abi.function import ARRAY, Entry, Frame, Slot, c_text
-from fi_ffi.abi.interop import READERS, read
+from fi_ffi.abi.interop import READERS, Fields, described, read
 from fi_ffi.abi.streams import handle_for
 from fi_ffi.abi.tensor import (
     DTYPES,
@@ -19,7 +19,6 @@ from fi_ffi.abi.tensor import (
     TensorDesc,
     TensorKind,
     as_vector,
-    frozen,
     parse_device,
     tensor_kind,
 )
@@ -58,15 +57,6 @@ class _Keep:
 
 
 KEEP: Any = _Keep()  # an argument of an update that stays as it is
-
-
-def _describe(
-    ptr: int, shape: Any, strides: Any, kind: TensorKind | None, owner: object
-) -> TensorDesc | None:
-    """Return a descriptor of what was read of a tensor; None of a missing one."""
-    if kind is None or type(owner) is TensorDesc:
-        return owner  # type: ignore[return-value]
-    return frozen(ptr, shape, strides, kind, owner)
 
 
 Kinds = Mapping[str, TensorKind | None]  # of tensors by name; None for a missing one
@@ -257,7 +247,7 @@ class CompiledRow:
             "handle_for": handle_for,
             "add_variant": self._add_variant,
             "as_vector": as_vector,
-            "describe": _describe,
+            "described": described,
             "exchanged": exchanged,
             "inf": math.inf,
             "launch": launch,
@@ -291,8 +281,9 @@ class CompiledRow:
         setattr(self, name, function)
         return function
 
-    def _add_variant(self, descs: Sequence[TensorDesc | None], layout: str) -> Variant:
+    def _add_variant(self, tensors: Sequence[TensorDesc | Fields | None], layout: str) -> Variant:
         """Make the variant for tensors of these kinds; raise if the row does not allow them."""
+        descs: list[TensorDesc | None] = [*map(described, tensors)]
         pairs = [*zip(self.tensors, descs, strict=True)]
         device = self._check_kinds([(arg, desc) for arg, desc in pairs if desc is not None], layout)
         kinds = {arg.name: None if desc is None else desc.kind for arg, desc in pairs}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from fi_ffi.loader import generation
@@ -17,7 +19,9 @@ if TYPE_CHECKING:
     import os
 
 
-class Op:
+# A `partial`, because Python makes a tuple and a dict of the arguments to call an object with a
+# `__call__` of its own, which takes longer than to check them.
+class Op(functools.partial[Any]):
     """A typed kernel function; call it like a Python function.
 
     An op whose arguments changed between FlashInfer's releases has a row for each form. The row in
@@ -28,13 +32,15 @@ class Op:
     need none.
     """
 
+    def __new__(cls, *rows: Row, op: str = "") -> Op:
+        return super().__new__(cls, cls._call_first)
+
     def __init__(self, *rows: Row, op: str = "") -> None:
         self.rows = rows
         self.__name__ = self.__qualname__ = rows[0].name
         self._compiled = [CompiledRow(row, op=op, follows=False) for row in rows]
         self._in_force: CompiledRow | None = None
-        # A class for each op, so that its `__call__` can be the function compiled from its row.
-        self.__class__ = type(f"_{rows[0].name}", (Op,), {"__doc__": Op.__dict__["__doc__"]})
+        self.forget()
         generation.follow(self)
 
     @property
@@ -69,10 +75,13 @@ class Op:
     def __deepcopy__(self, memo: object) -> Op:
         return self
 
-    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
-        """Call the op while the row in force is unknown; afterwards `CompiledRow.call` replaces
-        this method."""
+    def _call_first(self, /, *args: Any, **kwargs: Any) -> Any:
+        """Call the op while the row in force is unknown; later calls are `CompiledRow.call`."""
         return self.compiled.call(self, *args, **kwargs)
+
+    def _become(self, function: Callable[..., Any], first: object) -> None:
+        """Have calls of this object be calls of a function, with this argument before others."""
+        self.__setstate__((function, (first,), {}, vars(self)))  # type: ignore[attr-defined]
 
     def prepare(self, /, *args: Any, stream: object = None, **kwargs: Any) -> Prepared:
         """Check and pack a call with these arguments, for any number of launches.
@@ -106,12 +115,12 @@ class Op:
         """Put the row of this release in force; the first row if none has this release."""
         fitting = (one for one in self._compiled if fits(one.row, release))
         in_force = self._in_force = next(fitting, self._compiled[0])
-        type(self).__call__ = in_force.call  # type: ignore[method-assign]
+        self._become(in_force.call, None)
         return in_force
 
     def forget(self) -> None:
         """Drop what earlier calls cached, after the source of kernels changed."""
-        type(self).__call__ = Op.__call__  # type: ignore[method-assign]
         self._in_force = None
+        self._become(Op._call_first, self)
         for one in self._compiled:
             one.forget()

@@ -1,5 +1,7 @@
 """The errors of a row's checks: generated code calls them when a comparison fails.
 
+It passes a tensor as it has it: a descriptor, or the fields read of another library's tensor.
+
 A comparison in generated code is fast and may be too strict (the stride of an axis of one element
 is never used). Methods that "judge" look again, and return if nothing is wrong.
 """
@@ -9,14 +11,16 @@ from __future__ import annotations
 import numbers
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
+from fi_ffi.abi.interop import Fields, described
 from fi_ffi.abi.tensor import TensorDesc, c_strides, is_row_major
 from fi_ffi.errors import ArgumentError, ArgumentTypeError, printed
 from fi_ffi.ops.call.arguments import INT64_MAX, Refusal
 from fi_ffi.ops.call.notation import parse_axis
 from fi_ffi.ops.call.row import Required, Row, Scalar, Tensor
 
+_Read: TypeAlias = "TensorDesc | Fields"
 _BLOCK_THREADS = 1024  # CUDA's limit, on every GPU
 DEVICE_TYPES = ("cpu", "cuda")
 MAPPED = ("cuda_host", "cuda_managed")  # host memory that a GPU reads and writes over the bus
@@ -50,7 +54,7 @@ class Refusals(Refusal):
         return self(self.name(argument), got, expected)
 
     def size(
-        self, argument: str, desc: TensorDesc, axis: str, size: int, fixed_by: str = ""
+        self, argument: str, tensor: _Read, axis: str, size: int, fixed_by: str = ""
     ) -> NoReturn:
         """Refuse a size that differs from the one fixed by another argument or a plan."""
         source = f", as in `{self.name(fixed_by)}`" if fixed_by else ""
@@ -60,24 +64,24 @@ class Refusals(Refusal):
         if axis.isdecimal():  # an axis of one size only
             names = self._tensors[argument].axis_names
             expected = f"shape [{', '.join(names)}]"
-        raise self.error(argument, desc.layout, expected)
+        raise self.error(argument, described(tensor).layout, expected)
 
     def unsolved(
-        self, argument: str, desc: TensorDesc, axis: str, size: int, least: int, times: int
+        self, argument: str, tensor: _Read, axis: str, size: int, least: int, times: int
     ) -> NoReturn:
         """Refuse a size that no value of its axis' name gives."""
         expected = (
             f"{axis} of at least {least}" if size < least else f"{axis}, a multiple of {times}"
         )
-        raise self.error(argument, desc.layout, expected)
+        raise self.error(argument, described(tensor).layout, expected)
 
     def limit(
-        self, argument: str, desc: TensorDesc | None, number: int, sizes: Sequence[int]
+        self, argument: str, tensor: _Read | None, number: int, sizes: Sequence[int]
     ) -> NoReturn:
         """Refuse a size for which a condition of the row is false."""
         condition = self.row.conditions[number]
         by_name = dict(zip(condition.names, sizes, strict=True))
-        got = "what was planned" if desc is None else desc.layout
+        got = "what was planned" if tensor is None else described(tensor).layout
         raise self.error(argument, got, condition.expected(by_name, self._planned))
 
     def number(self, name: str, value: Any, is_free: bool = False) -> Any:
@@ -135,9 +139,9 @@ class Refusals(Refusal):
     def scratch(self, name: str, have: int, need: int) -> NoReturn:
         raise self.error(name, f"{have} bytes", f"{need} bytes or more")
 
-    def strides(self, name: str, desc: TensorDesc, step: int) -> None:
+    def strides(self, name: str, given: _Read, step: int) -> None:
         """Judge the strides of a tensor; its elements are loaded `step` at a time."""
-        tensor = self._tensors[name]
+        tensor, desc = self._tensors[name], described(given)
         shape, strides = desc.shape, desc.strides
         how = ""
         if tensor.transposed:
@@ -189,20 +193,21 @@ class Refusals(Refusal):
             return f"{whole}, as one of {tensor.parts} parts of a contiguous tensor has them"
         return ""
 
-    def same_strides(self, name: str, desc: TensorDesc, first: str, other: TensorDesc) -> NoReturn:
-        expected = f"{other.strides}, those of `{self.name(first)}`"
-        raise self.error(name, f"strides {desc.strides}", expected)
+    def same_strides(self, name: str, tensor: _Read, first: str, other: _Read) -> NoReturn:
+        expected = f"{described(other).strides}, those of `{self.name(first)}`"
+        raise self.error(name, f"strides {described(tensor).strides}", expected)
 
-    def address(self, name: str, desc: TensorDesc, alignment: int) -> None:
+    def address(self, name: str, tensor: _Read, alignment: int) -> None:
         """Judge an address; a tensor without elements may have any."""
+        desc = described(tensor)
         if desc.numel:
             expected = f"an address that is a multiple of {alignment} bytes, and not null"
             raise self.error(name, f"{desc.ptr:#x} for {desc.layout}", expected)
 
-    def overlap(self, *descs: TensorDesc | None) -> None:
+    def overlap(self, *tensors: _Read | None) -> None:
         """Judge whether a written tensor shares memory with another without permission."""
         earlier: list[tuple[Tensor, TensorDesc]] = []
-        for arg, desc in zip(self.row.tensors, descs, strict=True):
+        for arg, desc in zip(self.row.tensors, map(described, tensors), strict=True):
             if desc is None or not desc.numel:
                 continue
             for other, before in earlier:
@@ -223,20 +228,23 @@ class Refusals(Refusal):
         span = f"{desc.ptr:#x} to {desc.ptr + desc.span_bytes:#x}"
         return f"memory that overlaps `{self.name(other)}` ({span})"
 
-    def overlaps_workspace(self, name: str, desc: TensorDesc, memory: Sequence[int]) -> None:
+    def overlaps_workspace(self, name: str, tensor: _Read, memory: Sequence[int]) -> None:
         """Judge whether a tensor shares memory with a plan's workspaces."""
+        desc = described(tensor)
         for start, end in zip(memory[::2], memory[1::2], strict=True):
             if desc.numel and desc.ptr < end and start < desc.ptr + desc.span_bytes:
                 span = f"{start:#x} to {end:#x}"
                 raise self.error(name, f"memory that overlaps the plan's ({span})", "memory apart")
 
-    def block(self, name: str, desc: TensorDesc, threads: int, count: int) -> None:
+    def block(self, name: str, tensor: _Read, threads: int, count: int) -> None:
         """Judge what one thread block covers: `threads` times `count`."""
         most = _BLOCK_THREADS // threads
         if count > most:
             axes = " * ".join(self.row.block)
             raise self.error(
-                name, desc.layout, f"{axes} of at most {most}: one thread block covers them"
+                name,
+                described(tensor).layout,
+                f"{axes} of at most {most}: one thread block covers them",
             )
 
     def together(self, present: Sequence[str]) -> None:
