@@ -246,6 +246,9 @@ def _by_any_name(function: Callable[..., None]) -> Callable[..., None]:
             told = f"{self.op}.{function.__name__}() {told}: pass the others by name"
             raise TypeError(told) from None
 
+    # Records of calls have the name of the outermost method.
+    made: Any = call
+    made.__code__ = made.__code__.replace(co_name=function.__name__)
     return call
 
 
