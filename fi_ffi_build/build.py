@@ -16,7 +16,7 @@ import signal
 import subprocess
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -26,9 +26,11 @@ from packaging.requirements import Requirement
 
 from fi_ffi.catalogue.families import DEFAULT_ARCH, DEFAULT_RELEASE, FAMILIES
 from fi_ffi.catalogue.requests import Request, parse_arch, parse_requests
-from fi_ffi.errors import ArgumentError, BuildError
+from fi_ffi.errors import ArgumentError, BuildError, nearest
 from fi_ffi.loader import trust
 from fi_ffi.loader.kernels import open_source
+from fi_ffi.loader.uris import ROWS
+from fi_ffi.ops.table import ROWS as OPS
 from fi_ffi_build import cute_install
 from fi_ffi_build.environment import (
     Missing,
@@ -81,6 +83,16 @@ def _refuse(failed: dict[str, str], names: Sequence[str], workshop: Workshop) ->
         what = f"FlashInfer {workshop.release} for {' '.join(workshop.architectures)}"
         expected = f"a family or one of the {len(names)} modules of {what}{hint}"
         raise ArgumentError("build", "modules", got=repr(text), expected=expected)
+
+
+def _unknown(requests: Iterable[Request]) -> Iterator[str]:
+    """Say which names follow no rule: the generators, which decide, take a minute to install."""
+    known, modules = {*FAMILIES, *(row.family for row in ROWS)}, {op.name: op.module for op in OPS}
+    for text in (each.text for each in requests if each.exact and each.module is None):
+        is_op = (
+            f"; it is an op of {modules[text]}" if text in modules else nearest(text, known, 0.7)
+        )
+        yield f"no module {text!r} is known{is_op}"
 
 
 # Ninja, on the build files that FlashInfer wrote
@@ -341,6 +353,9 @@ def build(
     if cpu not in (None, platform.machine()) and any(request.is_cute for request in requests):
         expected = "this machine's, which is all that CuTe DSL compiles for here"
         raise ArgumentError("build", "cpu", got=cpu, expected=expected)
+    if report is not None:
+        for sentence in _unknown(requests):
+            report(Progress("prepare", sentence))
     opened = open_workshop(release, architectures, build_dir, torch_requirement, report, cpu, cuda)
     with opened as workshop:
         workshop.log.unlink(missing_ok=True)

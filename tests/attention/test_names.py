@@ -167,7 +167,7 @@ def test_options_by_position_are_told():
     with pytest.raises(TypeError, match=r"3 by position \(indptr, indices, last_page_len\), not 7"):
         case.cls(*arrays, 8, 2, 64, 16)
     plan = case.plan()
-    with pytest.raises(TypeError, match=r"replan\(\) takes 3 by position .*, not 4: .* by name"):
+    with pytest.raises(TypeError, match=r"replan\(\) takes from 1 to 4 positional"):
         plan.replan(*arrays, 16)
     case.run(plan)
     case.check()

@@ -68,6 +68,9 @@ def int32_array(
 
 def _has_buffer(array: object, op: str, argument: str) -> bool:
     """Return whether arrays of this type, which is new, export buffers; refuse one with a mask."""
+    if array is None:
+        expected = "an int32 array on the host, which is required"
+        raise Refusal(op).type(argument, None, expected)
     check_unmasked(array, op, argument)
     has_buffer = True
     try:

@@ -93,15 +93,16 @@ class BatchDecodePlan(Plan):
 
     def replan(
         self,
-        indptr: TensorLike | int,
-        indices: TensorLike | None,
-        last_page_len: TensorLike | None,
+        indptr: TensorLike | int | None = None,
+        indices: TensorLike | None = None,
+        last_page_len: TensorLike | None = None,
         *,
         stream: object = None,
+        **others: TensorLike | None,
     ) -> None:
         """Plan another batch with the same options, as `BatchPrefillPlan.replan`. A plan of any
         lengths remains one."""
-        self._replan_batch((indptr, indices, last_page_len), stream)
+        self._replan_batch((indptr, indices, last_page_len), stream, others)
 
     def _read(self, arrays: Sequence[object]) -> Batch:
         """Read the arrays; where runs pass them, plan a page a request, which is never split."""

@@ -211,17 +211,26 @@ def by_own_names(
     return named
 
 
+def parameters_of(function: Callable[..., Any]) -> tuple[str, ...]:
+    """Return the names of a method's parameters, but for `self`, `*args` and `**kwargs`."""
+    code = function.__code__
+    return code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
+
+
 def take_any_name(cls: type) -> None:
-    """Let a class of plans take other names for the arguments of its own methods."""
-    for method in ("__init__", "replan"):
-        if method in vars(cls):
-            setattr(cls, method, _by_any_name(vars(cls)[method]))
+    """Let a class of plans take other names for the arguments of its own methods.
+
+    A `replan` with `**others` is left as it is: it costs nothing there.
+    """
+    own = vars(cls)
+    if "__init__" in own:
+        setattr(cls, "__init__", _by_any_name(own["__init__"]))  # noqa: B010
+    if "replan" in own and "others" not in own["replan"].__code__.co_varnames:
+        setattr(cls, "replan", _by_any_name(own["replan"]))  # noqa: B010
 
 
 def _by_any_name(function: Callable[..., None]) -> Callable[..., None]:
-    code = function.__code__
-    most, count = code.co_argcount - 1, code.co_argcount - 1 + code.co_kwonlyargcount
-    names = code.co_varnames[1 : 1 + count]
+    most, names = function.__code__.co_argcount - 1, parameters_of(function)
     others = frozenset(other_names(names))
 
     @wraps(function)
@@ -237,6 +246,9 @@ def _by_any_name(function: Callable[..., None]) -> Callable[..., None]:
             told = f"{self.op}.{function.__name__}() {told}: pass the others by name"
             raise TypeError(told) from None
 
+    # Records of calls have the name of the outermost method.
+    made: Any = call
+    made.__code__ = made.__code__.replace(co_name=function.__name__)
     return call
 
 

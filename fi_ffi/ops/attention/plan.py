@@ -19,7 +19,14 @@ from fi_ffi.loader import machine
 from fi_ffi.ops.attention.arrays import Arrays, Batch
 from fi_ffi.ops.attention.backends import Target, multiprocessors, release_for
 from fi_ffi.ops.attention.bind import Binder, BoundRow, BoundRuns, RunNames
-from fi_ffi.ops.attention.options import Options, SignatureWithOptions, take_any_name
+from fi_ffi.ops.attention.options import (
+    Options,
+    SignatureWithOptions,
+    by_own_names,
+    check_keywords,
+    parameters_of,
+    take_any_name,
+)
 from fi_ffi.ops.attention.rows import FORMS
 from fi_ffi.ops.attention.run import Packing
 from fi_ffi.ops.attention.schedule import Captured, Planner, allocate, place
@@ -59,6 +66,8 @@ class Plan:
     _names: Mapping[str, str]
     # Whether `kv_indptr` may have more than b + 1 entries.
     _kv_indptr_may_be_longer: ClassVar[bool] = False
+    # The parameters of `replan`; the arrays come first.
+    _replan_names: Sequence[str] = ()
     # The methods that `fi_ffi.prepare` accepts.
     _run_methods: Sequence[str] = ("run",)
     # The plan's own arguments, by their names in runs' rows.
@@ -68,6 +77,8 @@ class Plan:
 
     def __init_subclass__(cls) -> None:
         cls._refuse = Refusal(cls.op)
+        if "replan" in vars(cls):
+            cls._replan_names = parameters_of(vars(cls)["replan"])
         take_any_name(cls)
 
     def __init__(
@@ -244,8 +255,19 @@ class Plan:
         need = self._exact_need(batch)
         return need, place(self._placed, need, batch, num_indices, self.device)
 
-    def _replan_batch(self, arrays: Sequence[object], stream: object) -> None:
-        """Plan another batch with the same options, in the same workspace."""
+    def _replan_batch(
+        self, arrays: Sequence[object], stream: object, others: Mapping[str, object]
+    ) -> None:
+        """Plan another batch with the same options, in the same workspace; `others` are arrays by
+        FlashInfer's other names."""
+        if others:
+            names = self._replan_names[: len(arrays)]
+            given = zip(names, arrays, strict=True)
+            found = by_own_names(
+                self.op, names, {**others, **{n: v for n, v in given if v is not None}}
+            )
+            check_keywords(f"{self.op}.replan", names, found)
+            arrays = [found.get(name) for name in names]
         batch = self._read(arrays)
         if self.options.enable_cuda_graph:
             self._check_captured(batch)

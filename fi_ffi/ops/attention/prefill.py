@@ -135,15 +135,18 @@ class BatchPrefillPlan(Plan):
         paged_kv_indices: TensorLike | None = None,
         paged_kv_last_page_len: TensorLike | None = None,
         stream: object = None,
+        **others: TensorLike | None,
     ) -> None:
         """Plan another batch with the same options, in the same workspace.
+
+        `others` are arrays by FlashInfer's other names.
 
         With CUDA graphs the arrays' addresses and the launch stay. A batch that would change them
         is refused and changes nothing: another number of requests, more queries or pages than
         reserved, or more keys or mask bytes than captured runs were given.
         """
         paged = paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len
-        self._replan_batch((qo_indptr, kv_indptr, *paged), stream)
+        self._replan_batch((qo_indptr, kv_indptr, *paged), stream, others)
 
     def _other_rows(self, kind: int) -> Mapping[str, Row]:
         return {backend: rows[1 + kind] for backend, rows in self.options.rows.items()}

@@ -43,8 +43,7 @@ class Planner:
         names = [arg.name for arg in row.tensors if arg.name in _PLANNED_ARRAYS]
         self._arrays = {name: _PLANNED_ARRAYS[name] for name in names}
         self.needs_kv_len = "kv_len" in self._arrays.values()
-        # The CPU's reference writes the int workspace in every release.
-        self._has_sent = row.result != WITH_COPY or not device.is_cuda
+        self._has_sent = row.result != WITH_COPY
         kinds: dict[str, TensorKind | None] = {arg.name: None for arg in row.given}
         for arg in row.tensors:
             where = "cpu" if arg.host else device
@@ -90,8 +89,9 @@ class Planner:
             address = words[frame.layout.result + 1]
             info = frame.take_result()
             if not self._has_sent:
-                info = array_values(info)[0]
-                address = address_of(info.handle)
+                first = array_values(info)[0]
+                if isinstance(first, Array):  # the CPU's reference returns the info alone
+                    info, address = first, address_of(first.handle)
             return info, address
         finally:
             bound.give_back(frame)

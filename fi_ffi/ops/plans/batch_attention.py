@@ -142,14 +142,15 @@ class BatchAttentionPlan(Plan):
     def replan(
         self,
         qo_indptr: TensorLike,
-        kv_indptr: TensorLike,
-        kv_indices: TensorLike | None,
-        kv_len_arr: TensorLike,
+        kv_indptr: TensorLike | None = None,
+        kv_indices: TensorLike | None = None,
+        kv_len_arr: TensorLike | None = None,
         *,
         stream: object = None,
+        **others: TensorLike | None,
     ) -> None:
         """Plan another batch with the same options, as `BatchPrefillPlan.replan`."""
-        self._replan_batch((qo_indptr, kv_indptr, kv_indices, kv_len_arr), stream)
+        self._replan_batch((qo_indptr, kv_indptr, kv_indices, kv_len_arr), stream, others)
 
     def run(
         self,

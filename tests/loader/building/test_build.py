@@ -37,7 +37,7 @@ from fi_ffi_build.environment import Missing, Progress, Toolkit, Workshop, missi
 from fi_ffi_build.questions import question_of
 from fi_ffi_build.wheel_writer import WheelContents, write_wheel
 
-from tests.helpers import sampling
+from tests.helpers import remains, sampling
 
 
 @pytest.mark.parametrize(
@@ -468,8 +468,12 @@ def test_a_real_wheel(built_wheel: Path) -> None:
 def test_names_that_are_none_suggest_known_ones(built_wheel_sm87: Path, tmp_path: Path) -> None:
     """Also one that only looks like a family's."""
     name = "batch_mla_attention_dtype_q_f16_dtype_kv_f16_dtype_o_f16_dtype_idx_i64"
-    with pytest.raises(ArgumentError, match="got 'norn'.*; did you mean norm"):
-        build(["norn", name, "page"], arch="8.7", output=tmp_path)
+    said: list[Progress] = []
+    told = pytest.raises(ArgumentError, match="got 'norn'.*; did you mean norm")
+    with remains.allowed("said"), told:  # what it reports is kept
+        build(["norn", name, "page"], arch="8.7", output=tmp_path, report=said.append)
+    # Before anything is installed.
+    assert said[0].message == "no module 'norn' is known; the nearest: norm"
     answer = cache_root() / "build" / f"{DEFAULT_RELEASE}-8.7" / "answer.json"
     assert json.loads(answer.read_text())["failed"] == dict.fromkeys(["norn", name], "unknown")
 
