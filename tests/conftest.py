@@ -21,7 +21,7 @@ from tests.helpers import budgets, expectations, sampling, settled
 
 expectations.install()  # before any module is imported that has an `assert`
 
-from fi_ffi.loader import generation  # noqa: E402
+from fi_ffi.loader import search  # noqa: E402
 from fi_ffi_build.build import build  # noqa: E402
 
 from tests.helpers.compiler import why_not_build  # noqa: E402
@@ -80,11 +80,11 @@ def put_release(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Non
 
     def put(release: str) -> None:
         monkeypatch.setenv("FI_FFI_RELEASE", release)
-        generation.advance()
+        search.decided()
 
     yield put
     monkeypatch.undo()
-    generation.advance()
+    search.decided()
 
 
 def _build(folder: Path, arch: str, *modules: str) -> Path:
