@@ -51,10 +51,12 @@ def test_every_op(op, dtypes, machine, to_gpu):
     call.update(**sets[4].descs)
     call()
     settle(machine.stream)
-    expected = {name: array.get().tobytes() for name, array in sets[0].arrays.items()}
+    scratch = {arg.name for arg in op.row.tensors if arg.is_scratch}
+    names = sets[0].arrays.keys() - scratch
+    expected = {name: sets[0].arrays[name].get().tobytes() for name in names}
     for made in sets[1:]:
         assert made.is_right()
-        got = {name: array.get().tobytes() for name, array in made.arrays.items()}
+        got = {name: made.arrays[name].get().tobytes() for name in names}
         assert [name for name in got if got[name] != expected[name]] == [], "other bits"
     with pytest.raises(fi_ffi.ArgumentError, match="`stream`"):
         scoped()

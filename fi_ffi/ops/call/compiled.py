@@ -79,7 +79,7 @@ class Variant:
         for tensor in row.tensors:
             if tensor.is_scratch:
                 self.kinds[tensor.name] = tensor_kind(DTYPES[tensor.dtype], self.device, 1)
-        self._slots = [self._slot(arg) for arg in row.slots]
+        self._slots = [self._slot(arg, some) for arg in row.slots]
         # Words that calls do not write: index in the frame, and value.
         place = compiled.layout.value
         self._values = list[tuple[int, int]]()
@@ -117,14 +117,15 @@ class Variant:
         args = [arg for arg in self.compiled.row.tensors if arg.is_scratch]
         return {arg.name: memory.scratch_bytes(arg, self.device) for arg in args}
 
-    def _slot(self, arg: Arg) -> Slot:
+    def _slot(self, arg: Arg, some: Mapping[str, str]) -> Slot:
         if isinstance(arg, Tensor):
             kind = self.kind_of(arg)
             if kind is not None:
                 return kind, arg.as_object
             if not arg.empty:
                 return None
-            arg = Absent(arg.name)
+            # Some entries look at the dtype of a tensor without elements.
+            arg = Absent(arg.name, dtype=some.get(arg.dtype, arg.dtype))
         if isinstance(arg, Absent):
             if arg.entry_rank is None:
                 return _NUMBERS.get(arg.abi_type)
