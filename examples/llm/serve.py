@@ -147,11 +147,11 @@ def main():
     names = "max_body", "body_seconds", "max_queue", "api_key"
     limits = Limits(**{name: getattr(given, name) for name in names}, hosts=names_of(given))
     Connection.seconds = given.body_seconds
-    config = uvicorn.Config(None, host=given.host, port=given.port, http=Connection, ws="none")
-    server = Process(config)
+    fixed = {"http": Connection, "loop": "asyncio", "ws": "none"}  # whatever else is installed
+    server = Process(uvicorn.Config(None, given.host, given.port, **fixed))
     server.grace = given.grace
-    config.app = application(*parts, limits=limits, on_failure=server.engine_failed)
-    server.hurry = config.app.state.hurry
+    app = server.config.app = application(*parts, limits=limits, on_failure=server.engine_failed)
+    server.hurry = app.state.hurry
     with contextlib.suppress(KeyboardInterrupt):  # which uvicorn raises again when it has ended
         server.run()
     if server.has_failed or not server.started:
