@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -66,10 +66,10 @@ def meet(one: np.ndarray, other: np.ndarray, shift: int) -> bool:
 
 
 class Joined:
-    """A case's arrays, `one` and `other` of them in one memory and all others in their own."""
+    """A case's arrays: those that are `put` in one memory, and all others in their own."""
 
-    def __init__(self, arrays: Mapping[str, np.ndarray]) -> None:
-        self.rooms = {name: room_for(array) for name, array in arrays.items()}
+    def __init__(self, arrays: Mapping[str, np.ndarray], put: Collection[str] = ()) -> None:
+        self.rooms = {name: room_for(a) for name, a in arrays.items() if name not in put}
         self.arrays = {name: array for name, (_, array) in self.rooms.items()}
         self._given = arrays
         self.memory: Memory | None = None
@@ -79,7 +79,7 @@ class Joined:
         self.memory = Memory(count)
         for name, (at, strides) in placed.items():
             self.arrays[name] = self.memory.place(self._given[name], at, strides)
-            del self.rooms[name]
+            self.rooms.pop(name, None)
         return self
 
     @property
@@ -107,7 +107,8 @@ def shifted(arrays: Mapping[str, np.ndarray], one: str, other: str, shift: int) 
     first, second = arrays[one], arrays[other]
     at = -(-(span(first) + abs(shift)) // _BASE) * _BASE
     room = at + abs(shift) + span(first) + span(second) + _BASE
-    return Joined(arrays).put({one: (at + shift, None), other: (at, None)}, room)
+    both = {one: (at + shift, None), other: (at, None)}
+    return Joined(arrays, both).put(both, room)
 
 
 def moved(
