@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-from tests.helpers import kernels
+from tests.helpers.example_runs import EXAMPLES, run, run_with
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "interop" / "transformers_attention.py"
+EXAMPLE = EXAMPLES / "interop" / "transformers_attention.py"
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -19,13 +15,6 @@ def _works():
     pytest.importorskip("transformers", reason="transformers is not installed")
     if not torch.cuda.is_available():
         pytest.skip("torch sees no GPU")
-
-
-def run(*arguments):
-    command = [sys.executable, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
-    kernels.skip_if_missing(done.stderr)
-    return done
 
 
 def test_it_generates():
@@ -46,13 +35,6 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_its_check_can_fail(fault):
-    done = run("-c", f"""
-import sys
-sys.path.insert(0, {str(EXAMPLE.parent)!r})
-import fi_ffi
-import transformers_attention as example
-{FAULTS[fault]}
-example.main()
-""")  # fmt: skip
+    done = run_with(FAULTS[fault], EXAMPLE)
     assert done.returncode == 1
     assert "AssertionError: Qwen3, dynamic cache: the logits are wrong" in done.stderr, done.stderr
