@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _HOST = ("cpu", "cuda_host", "cuda_managed")
 _GPU = ("cuda", "cuda_managed")
+_NOWHERE = 4096  # the address of an empty array; numpy before 2.3 does not take 0
 # DLPack type codes -> letters of the array interfaces: int, uint, float, bool.
 _LETTERS = {0: "i", 1: "u", 2: "f", 6: "b"}
 _LEGACY = 1  # cudaStreamLegacy; the protocols read 0 as "no stream"
@@ -69,7 +70,7 @@ class Exported:
         if desc.dtype.lanes > 1 or desc.dtype.shares_bytes:
             _refuse(self, desc, "a dtype of numpy's or ml_dtypes' with elements of whole bytes")
         plain = _typestr(desc.dtype) or f"<u{desc.dtype.itemsize}"
-        array = numpy.asarray(_Holder(_described(desc, plain), owner))
+        array = numpy.asarray(_Holder(_described(desc, plain, _NOWHERE), owner))
         found = array.view(desc.dtype.numpy)
         if dtype is not None and numpy.dtype(dtype) != found.dtype:
             if copy is False:
@@ -117,17 +118,17 @@ def _interface(desc: TensorDesc, devices: tuple[str, ...]) -> dict[str, Any]:
     typestr = _typestr(desc.dtype)
     if desc.device.type not in devices or typestr is None:
         raise AttributeError(f"no array interface of this kind has {desc.layout}")
-    return _described(desc, typestr)
+    return _described(desc, typestr, _NOWHERE if devices is _HOST else 0)
 
 
-def _described(desc: TensorDesc, typestr: str) -> dict[str, Any]:
+def _described(desc: TensorDesc, typestr: str, empty: int) -> dict[str, Any]:
     item = desc.kind.itemsize
     strides = None if desc.is_contiguous else tuple(step * item for step in desc.strides)
     return {
         "version": 3,
         "shape": desc.shape,
         "typestr": typestr,
-        "data": (desc.ptr if desc.numel else 0, desc.readonly),
+        "data": (desc.ptr if desc.numel else empty, desc.readonly),
         "strides": strides,
     }
 

@@ -212,7 +212,8 @@ def test_names_that_are_not_used_cost_nothing(calls: dict[str, Call], kind: str)
     """A replan by a plan's own names looks up none: it asks once whether there are others."""
     lines, _ = counted(calls[replans.REPLANS[kind]])
     assert not [line for line in lines if line.file.endswith("attention/options.py")]
-    assert {n for line, n in lines.items() if str(line).endswith(": if others:")} == {2}
+    asked = {n for line, n in lines.items() if str(line).endswith(": if others:")}
+    assert asked in ({2}, {3}), asked  # from Python 3.13 on, TO_BOOL is an instruction of its own
 
 
 # The most instructions that `as_desc` takes to read a torch tensor, beyond the tensor's own code.
