@@ -107,7 +107,8 @@ def parse_dtype(dtype: object, *, op: str = "TensorDesc", argument: str = "dtype
     # torch.float16.
     name = getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or dtype
     name = name if isinstance(name, str) else printed(name)
-    found = DTYPES.get(name.rpartition(".")[2])
+    # numpy before 2.0 calls its bool bool_.
+    found = DTYPES.get(name.rpartition(".")[2].removesuffix("_"))
     if found is None or getattr(dtype, "byteorder", "=") == ">":
         raise ArgumentTypeError(op, argument, got=printed(dtype), expected=f"one of {list(DTYPES)}")
     return found

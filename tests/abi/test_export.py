@@ -17,6 +17,7 @@ from fi_ffi.abi.interop import as_desc
 from fi_ffi.abi.tensor import DTYPES, TensorDesc, make_desc, parse_device
 from fi_ffi.errors import ArgumentError, ArgumentTypeError
 
+from tests.helpers.numpys import versioned_dlpack
 from tests.stress.gauges import leaves_nothing
 
 PACKED = {name for name, dtype in DTYPES.items() if dtype.lanes > 1 or dtype.shares_bytes}
@@ -161,6 +162,7 @@ def test_torch_takes_capsules(name: str, view: str) -> None:
     assert plain.tobytes() == array.tobytes()
 
 
+@versioned_dlpack
 def test_read_only_memory() -> None:
     array = np.arange(4)
     array.flags.writeable = False

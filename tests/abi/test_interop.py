@@ -23,6 +23,7 @@ from fi_ffi.abi.library import c_library
 from fi_ffi.abi.tensor import DTYPES, TensorDesc
 from fi_ffi.errors import ArgumentError, ArgumentTypeError
 
+from tests.helpers.numpys import versioned_dlpack
 from tests.stress.bad_input.odd import INTERFACES, Interface
 
 Array = np.ndarray[Any, Any]
@@ -64,7 +65,8 @@ def itself(array: Array) -> Array:
     return array
 
 
-CPU_EXPORTERS = [Versioned, Legacy, ArrayInterface]
+VERSIONED = pytest.param(Versioned, marks=versioned_dlpack)
+CPU_EXPORTERS = [VERSIONED, Legacy, ArrayInterface]
 ANY_EXPORTER = pytest.mark.parametrize("exporter", [itself, *CPU_EXPORTERS])
 Exporter = Callable[[Array], Any]
 
@@ -124,7 +126,7 @@ def test_numpy_dtypes() -> None:
 
 
 @pytest.mark.parametrize("order", [(True, False), (False, True)])
-@pytest.mark.parametrize("exporter", [itself, Versioned, ArrayInterface])
+@pytest.mark.parametrize("exporter", [itself, VERSIONED, ArrayInterface])
 def test_memory_that_becomes_read_only(exporter: Exporter, order: tuple[bool, ...]) -> None:
     """No kind that one array had is taken for another, of a type that was not seen before."""
 
@@ -353,7 +355,7 @@ def test_the_exporter_lives_as_long_as_the_descriptor(exporter: Exporter) -> Non
     assert alive() is None
 
 
-@pytest.mark.parametrize("exporter", [Versioned, Legacy])
+@pytest.mark.parametrize("exporter", [VERSIONED, Legacy])
 def test_every_export_is_given_back(exporter: type[Wrapper]) -> None:
     """numpy holds a reference to the array in each capsule until that is destroyed."""
     array = random_array((3,))
@@ -706,6 +708,7 @@ def test_interfaces_with_silly_fields(name: str) -> None:
             as_desc(theirs())
 
 
+@versioned_dlpack
 def test_elements_that_are_padded_to_bytes() -> None:
     """DLPack has them packed where it does not say otherwise."""
     array = np.zeros(4, np.uint8)

@@ -17,6 +17,7 @@ from fi_ffi.modules import FunctionObject, ModuleEntry, ModuleObject
 from fi_ffi.ops.call import cuda
 
 from tests.helpers.children import done
+from tests.helpers.numpys import versioned_dlpack
 from tests.helpers.remains import allowed
 from tests.ops.test_threads import at_once
 from tests.stress.gauges import leaves_nothing
@@ -267,7 +268,9 @@ def test_a_result_that_is_an_argument(every):
 
 
 @pytest.mark.parametrize("way", ["tensor", "its desc"])
-@pytest.mark.parametrize("export", [np.asarray, np.from_dlpack], ids=lambda one: one.__name__)
+@pytest.mark.parametrize(
+    "export", [np.asarray, pytest.param(np.from_dlpack, marks=versioned_dlpack)]
+)
 def test_what_is_exported_outlives_the_object(every, way, export):
     """`release` gives back the object's own reference; the array has another."""
     allocator = cuda.kernel_memory()
