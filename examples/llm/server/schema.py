@@ -92,7 +92,8 @@ class Common(model_of("Ignored", limited(Strict, *LIMITS), **IGNORED)):
     @property
     def limit(self):
         """The most tokens of a choice, where that is given."""
-        return self.max_tokens
+        given = getattr(self, "max_completion_tokens", None)
+        return self.max_tokens if given is None else given
 
     @property
     def tops(self):
@@ -219,11 +220,6 @@ class ChatBody(Common):
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     modalities: list[Literal["text"]] | None = None
-
-    @property
-    def limit(self):
-        given = self.max_completion_tokens
-        return self.max_tokens if given is None else given
 
     @property
     def tops(self):
