@@ -12,8 +12,7 @@ import tempfile
 import time
 from typing import Any
 
-NAMES = ("chromium", "chromium-browser", "google-chrome")
-PROGRAM = next(filter(None, map(shutil.which, NAMES)), None)
+PROGRAM = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
 # It reads from descriptor 3 and writes to 4.
 BEGIN = """import os, sys
 os.dup2(int(sys.argv[1]), 3)

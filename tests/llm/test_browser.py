@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 from tiny import make_tiny
 
-from tests.llm.browser import NAMES, PROGRAM, Browser, Tab
+from tests.llm.browser import PROGRAM, Browser, Tab
 from tests.llm.process import ServerProcess
 
-pytestmark = pytest.mark.skipif(PROGRAM is None, reason=f"none of {NAMES} is on the PATH")
+pytestmark = pytest.mark.skipif(
+    PROGRAM is None, reason="no Chromium is on the PATH: Debian's package `chromium` has it"
+)
 
 KEY = "sk-of-a-test"
 NAME, OTHER = "chat.example", "evil.example"

@@ -81,7 +81,7 @@ def test_clients_of_every_kind(mixed, tmp_path, capsys):
 
 def test_clients_that_are_refused(mixed, tmp_path, capsys):
     """They are counted apart, ask again, and are wrong in nothing."""
-    given = ["--model", "tiny", "--seconds", "4", "--clients", "16", "--long", "200",
+    given = ["--model", "tiny", "--seconds", "2", "--clients", "16", "--long", "200",
              "--output", str(tmp_path), "--",
              "--cpu", "--num-pages", "500", "--max-batch", "2", "--max-queue", "1"]  # fmt: skip
     assert mixed.run(mixed.parsed(given)) == 0
