@@ -5,9 +5,10 @@
 Each client asks again as soon as it has its answer: a text, a text that it leaves in the middle,
 JSON by a schema that nobody had before (with --xgrammar), a prompt of thousands of tokens, or four
 choices.  Beside them a polite one asks for 8 tokens four times a second; the columns say how long
-each kind waited for its first token, and for its whole answer.  At the end every page must be
-back; memory and descriptors are of all processes of the server, after a tenth of the time and
-at the end.  What follows `--` are flags of serve.py.
+each kind waited for its first token, and for its whole answer, and how often it was refused with
+429, after which it waits for as long as the answer must say.  At the end every page must be back;
+memory and descriptors are of all processes of the server, after a tenth of the time and at the end.
+What follows `--` are flags of serve.py.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import re
 import sys
 import tempfile
 import time
@@ -30,6 +32,7 @@ from marks.about import about
 from marks.llm_load import milliseconds
 from marks.llm_models import MODELS
 
+RETRY_AFTER = re.compile(rb"^retry-after: (\d+)\r$", re.IGNORECASE | re.MULTILINE)
 POLITE_S = 0.25  # between the requests of the polite client
 # Kinds of clients, and how many of 16 are of each.
 SHARES = {"text": 6, "leaves": 4, "schema": 2, "long": 2, "choices": 2}
@@ -43,6 +46,7 @@ class Clients:
         self.end = time.monotonic() + given.seconds
         self.first: dict[str, list[float]] = defaultdict(list)
         self.whole: dict[str, list[float]] = defaultdict(list)
+        self.refused: dict[str, int] = defaultdict(int)
         self.left = 0
         self.wrong: list[str] = []
 
@@ -57,7 +61,8 @@ class Clients:
 
     async def client(self, kind: str, rng: np.random.Generator) -> None:
         while time.monotonic() < self.end:
-            await self.ask(kind, self.body(kind, rng), float(rng.uniform(0, 2)))
+            wait = await self.ask(kind, self.body(kind, rng), float(rng.uniform(0, 2)))
+            await asyncio.sleep(wait)
 
     async def polite(self, rng: np.random.Generator) -> None:
         asked = set()
@@ -89,7 +94,8 @@ class Clients:
             }}  # fmt: skip
         return body
 
-    async def ask(self, kind: str, body: dict[str, Any], patience: float = 0.0) -> None:
+    async def ask(self, kind: str, body: dict[str, Any], patience: float = 0.0) -> int:
+        """Seconds after which to ask again."""
         raw = json.dumps(body | {"stream": True}).encode()
         head = (
             f"POST /v1/completions HTTP/1.1\r\nHost: {self.at.hostname}\r\n"
@@ -98,21 +104,22 @@ class Clients:
         start = time.perf_counter()
         answer = asyncio.ensure_future(self.answer(kind, body, head.encode() + raw, start))
         if kind != "leaves":
-            await answer
-            return
+            return await answer
         await asyncio.wait([answer], timeout=patience)
         self.left += answer.cancel()
-        await asyncio.gather(answer, return_exceptions=True)
+        (wait,) = await asyncio.gather(answer, return_exceptions=True)
+        return wait if isinstance(wait, int) else 0
 
-    async def answer(self, kind: str, body: dict[str, Any], raw: bytes, start: float) -> None:
+    async def answer(self, kind: str, body: dict[str, Any], raw: bytes, start: float) -> int:
         reader, writer = await asyncio.open_connection(
             self.at.hostname, self.at.port, limit=1 << 22
         )
-        choices, first = defaultdict(str), None
+        choices, first, line, done = defaultdict(str), None, b"", False
         ends: dict[int, str] = {}
         try:
             writer.write(raw)
-            line, done = b"", False
+            if b" 429 " in await reader.readline():
+                return self.refusal(kind, await reader.read())
             async for line in reader:
                 if not line.startswith(b"data: "):
                     continue
@@ -123,6 +130,8 @@ class Clients:
                     choices[choice["index"]] += choice["text"]
                     if choice["finish_reason"]:
                         ends[choice["index"]] = choice["finish_reason"]
+        except OSError as lost:
+            line = str(lost).encode()
         finally:
             writer.transport.abort()
         if found := self.fault(kind, body, choices, ends) if done else f"no end: {line!r}":
@@ -130,6 +139,15 @@ class Clients:
         elif first is not None:
             self.first[kind].append(first - start)
             self.whole[kind].append(time.perf_counter() - start)
+        return 0
+
+    def refusal(self, kind: str, told: bytes) -> int:
+        found = RETRY_AFTER.search(told)
+        if not found:
+            self.wrong.append(f"{kind}: 429 without Retry-After: {told!r}")
+            return 1
+        self.refused[kind] += 1
+        return int(found[1])
 
     @staticmethod
     def fault(
@@ -194,12 +212,12 @@ async def measured(clients: Clients, process: int) -> tuple[int, int]:
 
 def table(found: dict[str, Any]) -> str:
     lines = [
-        "| clients | answers | first token, 50 % | 99 % | longest | answer, 50 % | 99 % |",
-        "|---|---|---|---|---|---|---|",
+        "| clients | answers | 429 | first token, 50 % | 99 % | longest | answer, 50 % | 99 % |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for kind, of in found["kinds"].items():
-        waits = " | ".join(f"{of[name]:,.0f} ms" for name in list(of)[1:])
-        lines.append(f"| {kind} | {of['answers']:,} | {waits} |")
+        waits = " | ".join(f"{of[name]:,.0f} ms" for name in list(of)[2:])
+        lines.append(f"| {kind} | {of['answers']:,} | {of['refused']:,} | {waits} |")
     return "\n".join(lines)
 
 
@@ -222,12 +240,14 @@ def run(given: argparse.Namespace) -> int:
             server.close()
     kinds = {
         kind: {
-            "answers": len(first), "first_ms_50": milliseconds(first, 50),
+            "answers": len(first), "refused": clients.refused[kind],
+            "first_ms_50": milliseconds(first, 50),
             "first_ms_99": milliseconds(first, 99), "first_ms_most": milliseconds(first, 100),
             "whole_ms_50": milliseconds(clients.whole[kind], 50),
             "whole_ms_99": milliseconds(clients.whole[kind], 99),
         }
-        for kind, first in sorted(clients.first.items())
+        for kind in sorted({*clients.first, *clients.refused})
+        for first in [clients.first[kind]]
     }  # fmt: skip
     found = {
         "kinds": kinds, "left": clients.left, "wrong": len(clients.wrong),

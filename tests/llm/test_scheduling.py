@@ -38,7 +38,7 @@ class Simulated(Engine):
             assert request in self.running and request.slot not in self.slots
             assert len(request.pages) * 4 >= request.computed + count
             request.computed += count
-        sampled = [r for r, _ in work if r.computed == r.length]
+        sampled = [r for r, _ in work if not r.left]
         for request in sampled:
             request.drawn += 1
         return SimpleNamespace(
@@ -145,6 +145,41 @@ def test_small_requests_pass_one_that_does_not_fit():
     engine.run()
     assert all(len(request.tokens) == 2 for request in (large, *small))
     assert len(long.tokens) == 60
+    check_empty(engine)
+
+
+def test_a_short_prompt_is_not_behind_long_ones():
+    """It is computed in the next step, beside the oldest of them and before the others."""
+    engine = Simulated(num_pages=600, max_batch=8)
+    decoding = engine.submit([1] * 9, greedy(100))
+    long = [engine.submit([2 + n] * 500, greedy(2)) for n in range(3)]
+    for _ in range(3):
+        engine.step()
+    assert [request.computed for request in long] == [41 + 2 * 49, 0, 0]
+    short = engine.submit([9] * 20, greedy(2))
+    told = len(decoding.tokens)
+    engine.step()
+    engine.step()
+    assert len(short.tokens) == 1 and len(decoding.tokens) == told + 2
+    assert [request.computed for request in long] == [139 + 29 + 48, 0, 0]
+    engine.run()
+    check_empty(engine)
+
+
+def test_short_prompts_do_not_hold_a_long_one_up():
+    """They have half of each step, and no more, beside those whose last token is on its way."""
+    engine = Simulated(num_pages=600, max_batch=8)
+    long, computed = [engine.submit([n] * 500, greedy(1)) for n in range(2)], 0
+    while long:
+        while len(engine.waiting) < 4:
+            engine.submit([9 + computed % 90] * 30, greedy(1))
+        engine.step()
+        least = min(computed + (50 - 6) // 2, 500)
+        computed = long[0].computed
+        assert computed >= least
+        if computed == 500:
+            long, computed = long[1:], 0
+    engine.run()
     check_empty(engine)
 
 

@@ -1,7 +1,8 @@
-"""benchmarks/serve_load.py on the CPU: its load, its figures, and a server under it."""
+"""benchmarks/serve_load.py and serve_mixed.py on the CPU: load, figures, and a server under it."""
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import json
 from pathlib import Path
@@ -17,6 +18,12 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 def bench(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     return importlib.import_module("serve_load")
+
+
+@pytest.fixture
+def mixed(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("serve_mixed")
 
 
 def test_a_load_is_the_same_for_a_seed(bench):
@@ -59,19 +66,55 @@ def test_on_the_cpu(bench, tmp_path, capsys, rate):
     assert 0 < found["first_ms_50"] <= found["first_ms_99"]
 
 
-def test_clients_of_every_kind(monkeypatch, tmp_path, capsys):
-    """benchmarks/serve_mixed.py: each kind is answered, and the pages come back."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    bench = importlib.import_module("serve_mixed")
+def test_clients_of_every_kind(mixed, tmp_path, capsys):
+    """Each kind is answered, and the pages come back."""
     given = ["--model", "tiny", "--seconds", "4", "--clients", "16", "--long", "200",
              "--xgrammar", str(grammars.package()), "--output", str(tmp_path),
              "--", "--cpu", "--num-pages", "500", "--max-batch", "8"]  # fmt: skip
-    assert bench.run(bench.parsed(given)) == 0
+    assert mixed.run(mixed.parsed(given)) == 0
     assert "all pages are back" in capsys.readouterr().out
     (file,) = tmp_path.iterdir()
     found = json.loads(file.read_text())["found"]
     assert {*found["kinds"]} == {"text", "schema", "long", "choices", "polite"}
     assert found["left"] and found["tokens"] and not found["rejected"]
+
+
+def test_clients_that_are_refused(mixed, tmp_path, capsys):
+    """They are counted apart, ask again, and are wrong in nothing."""
+    given = ["--model", "tiny", "--seconds", "2", "--clients", "16", "--long", "200",
+             "--output", str(tmp_path), "--",
+             "--cpu", "--num-pages", "500", "--max-batch", "2", "--max-queue", "1"]  # fmt: skip
+    assert mixed.run(mixed.parsed(given)) == 0
+    (file,) = tmp_path.iterdir()
+    found = json.loads(file.read_text())["found"]
+    refused = {kind: of["refused"] for kind, of in found["kinds"].items()}
+    assert refused["text"] and found["kinds"]["text"]["answers"]
+    assert sum(refused.values()) <= found["rejected"]  # some leave before they read it
+    assert f"| text | {found['kinds']['text']['answers']} | {refused['text']} |" in (
+        capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize("says", [None, 3])
+def test_a_refusal_says_when_to_ask_again(mixed, says):
+    """It is wrong where it does not."""
+    told = f"Retry-After: {says}\r\n" if says else ""
+
+    async def refuse(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(f"HTTP/1.1 429 Too Many\r\n{told}Content-Length: 2\r\n\r\n{{}}".encode())
+        writer.close()
+
+    async def asked():
+        server = await asyncio.start_server(refuse, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        clients = mixed.Clients(url, mixed.parsed([]), 9, 9)
+        wait = await clients.ask("text", {"prompt": "a"})
+        server.close()
+        return wait, dict(clients.refused), len(clients.wrong), [*clients.first]
+
+    expected = (says, {"text": 1}, 0, []) if says else (1, {}, 1, [])
+    assert asyncio.run(asked()) == expected
 
 
 @pytest.mark.parametrize(
@@ -82,9 +125,7 @@ def test_clients_of_every_kind(monkeypatch, tmp_path, capsys):
      ('{"a": 3, "b": true', {0: "length"}, False),
      ('{"a": 3, "b": true, "c": null}', {}, False)],
 )  # fmt: skip
-def test_what_is_judged_of_json(monkeypatch, text, ends, is_right):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    bench = importlib.import_module("serve_mixed")
+def test_what_is_judged_of_json(mixed, text, ends, is_right):
     schema = {"required": ["a", "b", "c"], "properties": {"a": {"enum": [3]}}}
     body = {"response_format": {"json_schema": {"schema": schema}}}
-    assert (bench.Clients.fault("schema", body, {0: text}, ends) is None) is is_right
+    assert (mixed.Clients.fault("schema", body, {0: text}, ends) is None) is is_right

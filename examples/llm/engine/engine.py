@@ -51,9 +51,9 @@ class Request:
     prompt_logprobs: list = field(default_factory=list)  # from the second token of the prompt on
 
     @property
-    def length(self):
-        """Tokens that are computed before the next is drawn."""
-        return len(self.prompt) + self.drawn
+    def left(self):
+        """Tokens that are yet to be computed before the next is drawn."""
+        return len(self.prompt) + self.drawn - self.computed
 
     @property
     def is_new(self):
@@ -208,11 +208,16 @@ class Engine(Requests):
         """(request, tokens) of the next step: one token where it decodes, the rest for prompts."""
         room, work = self.max_tokens, {}
         echoed = len(self.slots)  # rows of logits that no draw needs
-        # Who decodes comes first: a long prompt delays nobody by more than a step of its own.
-        for request in sorted(self.running, key=lambda r: r.is_new):
+        prompts = [request for request in self.running if request.is_new]
+        # Half of the room for prompts is kept for the oldest.
+        half = (room + len(prompts) - len(self.running)) // 2
+        kept = min(half, prompts[0].left) if prompts else 0
+        # A long prompt delays neither who decodes nor a short one by more than a step of its own.
+        for request in sorted(self.running, key=lambda r: (r.is_new, r.left)):
             if request.slot is None:  # it has made way
                 continue
-            count = min(request.length - request.computed, room)
+            kept = 0 if request in prompts[:1] else kept
+            count = min(request.left, room - kept)
             if request.sampling.prompt_logprobs and not request.drawn:
                 count = min(count, echoed + 1)
                 echoed -= max(count - 1, 0)

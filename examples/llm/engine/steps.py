@@ -90,7 +90,7 @@ class Steps:
         """So many tokens of each request; `arrived()` takes in the step before, for masks."""
         is_decode = not any(request.is_new for request, _ in work)
         size = next(n for n in self.sizes if n >= len(work)) if is_decode else 0
-        sampled = [r for r, count in work if r.computed + count == r.length]
+        sampled = [r for r, count in work if count == r.left]
         echoed = [(r, echo(r, count)[0]) for r, count in work if r.sampling.prompt_logprobs]
         host, more = self._decode(work, size) if size else self._host(work, sampled)
         more |= adjustments(sampled, self.config.vocab, self.eos)
@@ -166,7 +166,7 @@ class Steps:
         slots = np.array([r.slot for r, _ in work])
         counts = np.array([count for _, count in work])
         computed = np.array([r.computed for r, _ in work])
-        is_sampled = np.array([r.computed + c == r.length for r, c in work])
+        is_sampled = np.array([count == r.left for r, count in work])
         ends = np.cumsum(counts)
         starts = np.concatenate([[0], ends])
         requests, positions = fi_ffi.batch_indices_positions(starts, computed + counts)

@@ -61,6 +61,8 @@ class Api:
     async def body(self, http):
         """The bytes of a request's body, which are bounded, and so is the time they take."""
         limits, parts = self.limits, bytearray()
+        if "content-encoding" in http.headers:
+            raise Refused("a body comes as it is, without Content-Encoding", 415)
         too_large = Refused(f"a body has {limits.max_body} bytes at most", 413)
         told = http.headers.get("content-length", "")
         if told.isdecimal() and int(told) > limits.max_body:
@@ -219,9 +221,8 @@ class Api:
 
     async def health(self, http):
         """200 while the engine serves, and 503 from its end to that of the process."""
-        is_well = self.service.is_serving
-        status = "ok" if is_well else "the engine has ended"
-        return JSONResponse({"status": status}, 200 if is_well else 503)
+        code, status = (200, "ok") if self.service.is_serving else (503, "the engine has ended")
+        return JSONResponse({"status": status}, code)
 
     async def metrics_text(self, http):
         text = generate_latest(self.metrics.registry)

@@ -21,9 +21,9 @@ MOST_SCHEMA = 64 << 10  # bytes of a JSON schema, with those of tools
 MOST_NAME = 80  # characters of a field's name that an error repeats
 INT64 = 2**63
 # OpenAI's fields that change nothing here.
-IGNORED = dict.fromkeys(("prompt_cache_key", "reasoning_effort", "safety_identifier",
-                         "service_tier", "user", "verbosity"), str | None)  # fmt: skip
-IGNORED |= {"metadata": dict[str, str] | None, "store": bool | None}
+IGNORED = dict.fromkeys(("prompt_cache_key", "prompt_cache_retention", "reasoning_effort", "user",
+                         "safety_identifier", "service_tier", "verbosity"), str | None)  # fmt: skip
+IGNORED |= {"metadata": dict | None, "prompt_cache_options": dict | None, "store": bool | None}
 NAME = r"^[a-zA-Z0-9_.-]{1,64}$"  # of a function
 
 
@@ -92,7 +92,8 @@ class Common(model_of("Ignored", limited(Strict, *LIMITS), **IGNORED)):
     @property
     def limit(self):
         """The most tokens of a choice, where that is given."""
-        return self.max_tokens
+        given = getattr(self, "max_completion_tokens", None)
+        return self.max_tokens if given is None else given
 
     @property
     def tops(self):
@@ -219,11 +220,6 @@ class ChatBody(Common):
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     modalities: list[Literal["text"]] | None = None
-
-    @property
-    def limit(self):
-        given = self.max_completion_tokens
-        return self.max_tokens if given is None else given
 
     @property
     def tops(self):

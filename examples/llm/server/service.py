@@ -106,7 +106,8 @@ class Service:
             if not self.is_serving:  # after that: `_end` tells those that it finds
                 raise Refused(*ENDED)
             self.order("constrain", numbers, schema, param)
-            await asyncio.wait_for(asyncio.wrap_future(done), SCHEMA_SECONDS)
+            if refused := await asyncio.wait_for(asyncio.wrap_future(done), SCHEMA_SECONDS):
+                raise refused
         except asyncio.TimeoutError:
             raise Refused("others' schemas take too long: try again later", 429) from None
         finally:
@@ -138,10 +139,7 @@ class Service:
         """Tell who waits, whose client may have gone."""
         done = self.compiling.get(number, Future())
         with contextlib.suppress(InvalidStateError):
-            if refused:
-                done.set_exception(refused)
-            else:
-                done.set_result(None)
+            done.set_result(refused)
 
     def _step(self, news):
         self.news, changed = news, []
@@ -170,7 +168,7 @@ class Service:
         self._tell(listeners)
         for done in [*self.compiling.values()]:
             with contextlib.suppress(InvalidStateError):  # its client has gone
-                done.set_exception(Refused(*ENDED))
+                done.set_result(Refused(*ENDED))
         if failure is not None and self.on_failure:
             self.on_failure()
 
