@@ -228,15 +228,16 @@ def late_to_open(rank: int, given: Any, gone: Any) -> str:
     return ""
 
 
+SECONDS = r"[1-9](\.\d)?"  # 1, or more on a busy machine
+
+
 @pytest.mark.parametrize("kind", MAKE)
 def test_a_rank_that_opens_memory_that_is_freed_already(kind):
     told = ranks.run(kind, 2, late_to_open, MAKE[kind](2), happening(kind))
     all_done(told)
     name = kind.capitalize()
-    assert told == [
-        f"{name}: rank 0 waited 1 s for rank 1",
-        f"{name}: rank 1 came after another rank had given up",
-    ]
+    assert re.fullmatch(rf"{name}: rank 0 waited {SECONDS} s for rank 1", told[0]), told
+    assert told[1] == f"{name}: rank 1 came after another rank had given up"
 
 
 def test_a_rank_that_cannot_open_memory_is_named():
@@ -297,7 +298,7 @@ def test_a_rank_that_comes_too_late_to_call(kind, how):
     found = ranks.run(kind, 2, late_to_call, MAKE[kind](2), how, happening(kind))
     all_done(found)
     (first, _), (second, seconds) = found
-    assert "rank 0 waited 1 s for rank 1" in first
+    assert re.search(rf"rank 0 waited {SECONDS} s for rank 1", first), first
     why = r"(given up by|the process of) rank 0( has ended)?"
     assert re.fullmatch(rf"rank 1 has lost rank 0 \({why}\); the group can only be closed", second)
     assert seconds < 30
