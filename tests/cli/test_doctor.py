@@ -123,6 +123,34 @@ def test_an_answer_for_an_op_fetches_nothing(bare, web):
     assert "fetched when it is first called" in answer["reason"]
 
 
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("BatchDecodePlan:dtype=bf16", "batch_decode_with_kv_cache_dtype_q_bf16_dtype_kv_bf16_"),
+        ("batch_decode:dtype=bf16,head_dim=256", "_bf16_dtype_idx_i32_head_dim_qk_256_"),
+        ("BatchPrefillPlan:backend=fa3,dtype=bf16", "_f16qk_False_sm90 "),
+    ],
+)
+def test_an_answer_for_options(name, part, bare, web):
+    done = bare("doctor", name, "--sm", "90", "--json")
+    assert not web.seen
+    (answer,) = json.loads(done.stdout)
+    assert answer["op"] == name and part in answer["reason"]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("BatchDecodePlan:dtype=f64", "expected f16 or bf16"),
+        ("rmsnorm:dtype=bf16", "rmsnorm takes no options: it always calls norm"),
+        ("batch_decode:tpye=bf16", "expected dtype=…"),
+    ],
+)
+def test_options_that_nothing_has(name, words, bare):
+    done = bare("doctor", name, "--sm", "90")
+    assert done.returncode == 2 and words in done.stderr, done.stderr
+
+
 class Driver:
     """A driver as cuda-python shows it: what starting it answers, its version and its GPUs."""
 
