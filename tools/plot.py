@@ -42,7 +42,7 @@ def target(name: str) -> Path:
 
 
 def told(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
 
 def figure(drawn: dict[str, Any]) -> Any:
@@ -82,7 +82,16 @@ def figure(drawn: dict[str, Any]) -> Any:
 
 
 def alt(drawn: dict[str, Any]) -> str:
-    """The picture in words."""
+    """Return a sentence with the picture's figures, for the page that shows it."""
+    groups = []
+    for group in drawn["groups"]:
+        values = " / ".join(told(bar["value"]) for bar in group["bars"])
+        groups.append(f"{group['alt']} {values}")
+    return f"{drawn['alt']}: {', '.join(groups)}."
+
+
+def label(drawn: dict[str, Any]) -> str:
+    """Return the picture in words."""
     groups = []
     for group in drawn["groups"]:
         bars = [f"{told(bar['value'])} ({bar['label']})" for bar in group["bars"]]
@@ -97,7 +106,7 @@ def svg(drawn: dict[str, Any]) -> str:
     with matplotlib.rc_context(plain):
         figure(drawn).savefig(out, format="svg", metadata={"Date": None, "Title": drawn["title"]})
     text = out.getvalue().replace("</style>", f"{DARK}</style>", 1)
-    text = text.replace("<svg ", f'<svg role="img" aria-label="{alt(drawn)}" ', 1)
+    text = text.replace("<svg ", f'<svg role="img" aria-label="{label(drawn)}" ', 1)
     return "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
 
 
