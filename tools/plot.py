@@ -29,7 +29,7 @@ DARK = """
   [id^="theirs"] path { fill: #6e7681 !important }
 }
 """
-WIDTH, MARGIN, BAR = 7.6, 0.23, 0.31  # inches
+WIDTH, MARGIN, BAR = 5.8, 0.23, 0.31  # inches
 TITLE, HEADING, FOOT = 0.48, 0.29, 0.42  # of the page, of a group, and the machine's
 
 
@@ -64,7 +64,7 @@ def figure(drawn: dict[str, Any]) -> Any:
         bottom = top - HEADING - BAR * len(bars)
         axes = page.add_axes((0.03, bottom / height, 0.94, BAR * len(bars) / height))
         axes.set_axis_off()
-        axes.set_xlim(0, 1.9 * max(bar["value"] for bar in bars))
+        axes.set_xlim(0, 2.3 * max(bar["value"] for bar in bars))
         axes.set_ylim(len(bars) - 0.5, -0.5)
         for row, bar in enumerate(bars):
             side, colour = ("theirs", THEIRS) if row else ("ours", OURS)
