@@ -37,6 +37,7 @@ from typing import Any, BinaryIO
 
 from fi_ffi.errors import ArtifactError, LoaderError, let_through
 from fi_ffi.loader import trust
+from fi_ffi.loader.permission import is_on
 
 ENVIRONMENT = "FI_FFI_CACHE_DIR"
 PARANOID = "FI_FFI_PARANOID"
@@ -98,7 +99,7 @@ def expanded(path: str | os.PathLike[str], name: str) -> Path:
 
 def is_paranoid() -> bool:
     """Return whether `FI_FFI_PARANOID=1`: no stamp is trusted then."""
-    return os.environ.get(PARANOID) == "1"
+    return is_on(PARANOID)
 
 
 def make_root() -> Path:
