@@ -84,7 +84,7 @@ def _requested(name: str, known: list[Line], release: str) -> str:
         of = line.ask(Query.of(None, release)).module
         module = parse(of, release)
         if module is None or module.family not in FAMILIES:
-            raise click.UsageError(f"{head} takes no options: it always calls {of}")
+            raise click.UsageError(f"{head} takes no options: name its module, such as {of}")
         head = module.family
     return parse_request(f"{head}:{options}").module_in(release)
 

@@ -169,7 +169,7 @@ def test_an_answer_for_options(name, part, bare, web):
     ("name", "words"),
     [
         ("BatchDecodePlan:dtype=f64", "expected f16 or bf16"),
-        ("rmsnorm:dtype=bf16", "rmsnorm takes no options: it always calls norm"),
+        ("rmsnorm:dtype=bf16", "rmsnorm takes no options: name its module, such as norm"),
         ("batch_decode:tpye=bf16", "expected dtype=…"),
     ],
 )

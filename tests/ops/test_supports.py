@@ -19,6 +19,7 @@ from fi_ffi.errors import ArgumentError, KernelNotFoundError, LoaderError
 from fi_ffi.loader import machine, search
 from fi_ffi.loader.fetch.pinned_wheels import PinnedKernels
 from fi_ffi.loader.fetch.wheels_lock import the_lock
+from fi_ffi.module_names import parse
 from fi_ffi.ops.call.releases import fits, span_of
 from fi_ffi.ops.call.support import WORDS
 from fi_ffi.ops.functions import OPS
@@ -459,3 +460,17 @@ def test_no_answer_contradicts_itself(sm, release, built_wheel):
             if answer.build is not None:
                 assert "no record that" not in answer.reason, answer
                 assert compiles_for(query.release, query.capability), answer
+
+
+@pytest.mark.parametrize("plan", [fi_ffi.PodPlan, fi_ffi.BatchPodPlan])
+def test_what_builds_the_module_of_a_prefill_beside_a_decode(plan):
+    """The command has the name of the module that a plan of these options calls."""
+    answer = plan.supports(90, release="0.6.13", q_data_type="bfloat16", head_dim=64)
+    assert not answer and answer.build is not None
+    name = answer.build.rpartition(" ")[2]
+    family = "batch_pod" if plan is fi_ffi.BatchPodPlan else "pod"
+    parsed = parse(name, "0.6.13")
+    assert parsed is not None and (parsed.family, answer.module) == (family, name)
+    params = dict(parsed.params)
+    assert [params[f"dtype_{of}"] for of in ("q", "kv", "o")] == ["bfloat16"] * 3
+    assert params["head_dim"] == 64
