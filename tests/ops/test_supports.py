@@ -472,5 +472,5 @@ def test_what_builds_the_module_of_a_prefill_beside_a_decode(plan):
     parsed = parse(name, "0.6.13")
     assert parsed is not None and (parsed.family, answer.module) == (family, name)
     params = dict(parsed.params)
-    assert [params[f"dtype_{of}"] for of in ("q", "kv", "o")] == ["bfloat16"] * 3
+    assert [params[f"dtype_{of}"] for of in ("q", "kv", "o")] == ["bf16"] * 3
     assert params["head_dim"] == 64
