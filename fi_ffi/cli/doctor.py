@@ -186,7 +186,7 @@ def _torch() -> tuple[str, str] | None:
 def _libtvm_ffi(kernels: str | None) -> Iterator[Finding]:
     library = tvm_ffi.ensure_tvm_ffi()
     version = ".".join(map(str, tvm_ffi.tvm_ffi_version()))
-    yield Finding("libtvm_ffi", "ok", f"{version}, {library.origin}: {library.path}")
+    yield Finding("libtvm_ffi", "ok", f"{library.origin}, C interface {version}: {library.path}")
 
 
 def _cache(kernels: str | None) -> Iterator[Finding]:
