@@ -65,6 +65,17 @@ def _text(value: object) -> str:
     return text if len(text) <= _MOST_TEXT else f"{text[:_MOST_TEXT]}..."
 
 
+def with_type(value: object) -> str:
+    """Return a value and its type for an error message, as in `str 'a'`; `None` alone."""
+    return "None" if value is None else f"{type_name(type(value))} {printed(value)}"
+
+
+def type_name(kind: type) -> str:
+    """Return a type's name with its module, unless Python has it built in."""
+    module, name = kind.__module__, kind.__qualname__
+    return name if module == "builtins" else f"{module}.{name}"
+
+
 def printed(value: object, most: int = 60) -> str:
     """Return the start of a value's repr for an error message, even if the repr raises."""
     try:

@@ -113,7 +113,7 @@ def verdict(default: str, release: str, found: Sequence[tuple[str, Support]]) ->
         reasons.append("wheels.lock pins none of its wheels")
     if not reasons:
         return f"{release} has all that {default} has."
-    nothing = "" if gone else "no op would be lost for good, but "
+    nothing = "" if gone else "it has every op, but "
     return f"{release} is not the default: {nothing}{', and '.join(reasons)}."
 
 

@@ -29,7 +29,7 @@ DARK = """
   [id^="theirs"] path { fill: #6e7681 !important }
 }
 """
-WIDTH, MARGIN, BAR = 7.6, 0.23, 0.31  # inches
+WIDTH, MARGIN, BAR = 5.8, 0.23, 0.31  # inches
 TITLE, HEADING, FOOT = 0.48, 0.29, 0.42  # of the page, of a group, and the machine's
 
 
@@ -42,7 +42,7 @@ def target(name: str) -> Path:
 
 
 def told(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
 
 def figure(drawn: dict[str, Any]) -> Any:
@@ -64,7 +64,7 @@ def figure(drawn: dict[str, Any]) -> Any:
         bottom = top - HEADING - BAR * len(bars)
         axes = page.add_axes((0.03, bottom / height, 0.94, BAR * len(bars) / height))
         axes.set_axis_off()
-        axes.set_xlim(0, 1.9 * max(bar["value"] for bar in bars))
+        axes.set_xlim(0, 2.3 * max(bar["value"] for bar in bars))
         axes.set_ylim(len(bars) - 0.5, -0.5)
         for row, bar in enumerate(bars):
             side, colour = ("theirs", THEIRS) if row else ("ours", OURS)
@@ -82,7 +82,16 @@ def figure(drawn: dict[str, Any]) -> Any:
 
 
 def alt(drawn: dict[str, Any]) -> str:
-    """The picture in words."""
+    """Return a sentence with the picture's figures, for the page that shows it."""
+    groups = []
+    for group in drawn["groups"]:
+        values = " / ".join(told(bar["value"]) for bar in group["bars"])
+        groups.append(f"{group['alt']} {values}")
+    return f"{drawn['alt']}: {', '.join(groups)}."
+
+
+def label(drawn: dict[str, Any]) -> str:
+    """Return the picture in words."""
     groups = []
     for group in drawn["groups"]:
         bars = [f"{told(bar['value'])} ({bar['label']})" for bar in group["bars"]]
@@ -97,7 +106,7 @@ def svg(drawn: dict[str, Any]) -> str:
     with matplotlib.rc_context(plain):
         figure(drawn).savefig(out, format="svg", metadata={"Date": None, "Title": drawn["title"]})
     text = out.getvalue().replace("</style>", f"{DARK}</style>", 1)
-    text = text.replace("<svg ", f'<svg role="img" aria-label="{alt(drawn)}" ', 1)
+    text = text.replace("<svg ", f'<svg role="img" aria-label="{label(drawn)}" ', 1)
     return "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
 
 

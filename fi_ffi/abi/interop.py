@@ -30,7 +30,15 @@ from fi_ffi.abi.tensor import (
     remember,
     tensor_kind,
 )
-from fi_ffi.errors import ArgumentError, ArgumentTypeError, DeviceError, let_through, printed
+from fi_ffi.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    DeviceError,
+    let_through,
+    printed,
+    type_name,
+    with_type,
+)
 
 
 class SupportsDLPack(Protocol):
@@ -111,7 +119,7 @@ def _describe(value: object, op: str, argument: str) -> TensorDesc:
     if adapter is None:
         adapter = _adapter_of(kind)
         if adapter is None:
-            got = f"{kind.__module__}.{kind.__qualname__} {printed(value)}"
+            got = with_type(value)
             raise ArgumentTypeError(op, argument, got=got, expected=_TENSOR)
     try:
         return adapter(value, op, argument)
@@ -123,7 +131,7 @@ def _describe(value: object, op: str, argument: str) -> TensorDesc:
     except (DeviceError, MemoryError):
         raise
     except Exception as error:  # the exporter failed: attribute the message to it
-        got = f"a {kind.__module__}.{kind.__qualname__} that refused: {message_of(error)}"
+        got = f"a {type_name(kind)} that refused: {message_of(error)}"
         raise ArgumentError(op, argument, got=got, expected="an exportable tensor") from error
     raise made
 
@@ -199,7 +207,7 @@ def _has_mask(kind: type) -> bool:
 
 
 def _refuse_masked(value: object, op: str, argument: str) -> NoReturn:
-    got = f"a {type(value).__module__}.{type(value).__qualname__}, of which a mask hides elements"
+    got = f"a {type_name(type(value))}, of which a mask hides elements"
     expected = "an array without a mask: x.filled(value), or x.data for all elements"
     raise ArgumentError(op, argument, got=got, expected=expected)
 
@@ -239,7 +247,7 @@ def _torch_adapter(kind: type, torch: Any) -> Adapter:
     def describe(tensor: Any, op: str, argument: str) -> TensorDesc:
         """Describe a tensor and keep what is not of this one alone; raise if no kernel can read
         it."""
-        what = f"a {kind.__module__}.{kind.__qualname__}, which stands for a tensor"
+        what = f"a {type_name(kind)}, which stands for a tensor"
         if is_plain_type:
             what = _unreadable(tensor, strided)
         if what:

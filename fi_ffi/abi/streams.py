@@ -17,7 +17,7 @@ from fi_ffi.abi import library
 from fi_ffi.abi._cffi import ffi
 from fi_ffi.abi.failure import check
 from fi_ffi.abi.tensor import Device, remember
-from fi_ffi.errors import ArgumentError, ArgumentTypeError, printed
+from fi_ffi.errors import ArgumentError, ArgumentTypeError, type_name, with_type
 
 # cudaStreamPerThread. Handles up to it are default streams and belong to the current device.
 PER_THREAD = 2
@@ -35,11 +35,10 @@ def stream_handle(stream: object, op: str = "stream") -> int:
         handle = stream if kind is int else _handle_of(stream)
     # the object refused, for example a destroyed stream: quote its message
     except Exception as error:
-        got = f"a {kind.__module__}.{kind.__qualname__} that refused: {error}"
+        got = f"a {type_name(kind)} that refused: {error}"
         raise ArgumentError(op, "stream", got=got, expected=_STREAM) from error
     if type(handle) is not int:
-        got = f"{kind.__module__}.{kind.__qualname__} {printed(stream)}"
-        raise ArgumentTypeError(op, "stream", got=got, expected=_STREAM)
+        raise ArgumentTypeError(op, "stream", got=with_type(stream), expected=_STREAM)
     if not 0 <= handle < 2**64:
         raise ArgumentError(op, "stream", got=handle, expected="a handle from 0 to 2**64 - 1")
     return handle

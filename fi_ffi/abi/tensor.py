@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from fi_ffi.errors import ArgumentError, ArgumentTypeError, printed
+from fi_ffi.errors import ArgumentError, ArgumentTypeError, printed, with_type
 
 if TYPE_CHECKING:
     import numpy
@@ -532,8 +532,7 @@ def _address(ptr: object, span_bytes: int, described: TensorDesc) -> int:
         else:
             address = index_of(ptr)
     except TypeError:
-        got = f"{kind.__name__} {printed(ptr)}"
-        expected = "an int address"
+        got, expected = with_type(ptr), "an int address"
         if ptr is None:
             expected += ": an allocation failed? `fi-ffi doctor` tells of GPUs"
         raise ArgumentTypeError("TensorDesc", "ptr", got=got, expected=expected) from None

@@ -40,7 +40,7 @@ from fi_ffi.abi.tensor import (
     dtype_of,
     parse_dtype,
 )
-from fi_ffi.errors import AbiError, ArgumentError, ArgumentTypeError, FiFfiError, printed
+from fi_ffi.errors import AbiError, ArgumentError, ArgumentTypeError, FiFfiError, printed, with_type
 
 Packer = Callable[[Any, Any, CallArena, str], None]
 
@@ -91,7 +91,7 @@ def packer_of_single(kind: type) -> Packer | None:
 
 
 def refuse(value: object, arena: CallArena, where: str, expected: str) -> NoReturn:
-    got = f"{type(value).__name__} {printed(value)}"
+    got = with_type(value)
     raise ArgumentTypeError(arena.op, where, got=got, expected=expected) from None
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from fi_ffi.capability.judgement import Query, judge
 from fi_ffi.errors import ArgumentError
-from fi_ffi.ops.attention.backends import Kernel, Target, choose_backend
+from fi_ffi.ops.attention.backends import Kernel, Target, choose_backend, module_name
 from fi_ffi.ops.attention.options import (
     DecodeOptions,
     MlaOptions,
@@ -44,7 +44,7 @@ _SINGLE_PREFILL = {"use_fp16_qk_reduction": False, "use_custom_mask": False, "ba
 def judge_attention(op: str, query: Query, options: Mapping[str, Any]) -> Support:
     """Judge whether a plan can be made, or a function called, with these options."""
     if op not in _CHOICES:
-        return _of_family(op, query)
+        return _of_family(op, query, options)
     try:
         kernel, backend, row = _CHOICES[op](op, query, options)
 
@@ -62,13 +62,23 @@ def judge_attention(op: str, query: Query, options: Mapping[str, Any]) -> Suppor
     return replace(found, reason=found.reason + more)
 
 
-def _of_family(op: str, query: Query) -> Support:
-    """Judge a function without options here, by any module of its rows' family."""
+def _of_family(op: str, query: Query, options: Mapping[str, Any]) -> Support:
+    """Judge a function without a choice of kernels: by the module for its dtypes and head size if
+    its name has these, else by any module of its rows' family."""
     family = _FAMILIES.get(op) or op.lower().removesuffix("plan")
     rows = [row for row in FORMS if row.name.partition(".")[0] == family]
     if not rows:
         raise TypeError(f"{op} has no rows to tell what it needs")
-    return judge(op, FORMS[rows[0]], query)
+    if not op.endswith("PodPlan"):
+        return judge(op, FORMS[rows[0]], query)
+    dtype = options.get("q_data_type", "float16")
+    params = {
+        "dtype_q": dtype,
+        "dtype_kv": options.get("kv_data_type") or dtype,
+        "dtype_o": options.get("o_data_type") or dtype,
+        "head_dim": options.get("head_dim_qk", options.get("head_dim", 128)),
+    }
+    return judge(op, FORMS[rows[0]], query, lambda release: module_name(family, release, **params))
 
 
 _FAMILIES = {"BatchPodPlan": "batch_pod"}

@@ -469,7 +469,7 @@ def _left_out(name: str, codes: tuple[CudaCode, ...], query: Query, pin: PinnedW
         return f"only the {other} wheel has {name} for it"
     if query.cuda not in wheels_of(query.release):
         return f"FlashInfer {query.release} publishes no {query.cuda} wheels"
-    return f"the {query.cuda} wheels are not compiled for it"
+    return f"the {query.cuda} wheels lack code for this GPU"
 
 
 def _is_recorded(query: Query) -> bool:
@@ -498,7 +498,9 @@ def _pin(query: Query) -> str:
 def _missing(reason: str, name: str, query: Query) -> Support:
     if query.capability is not None and not compiles_for(query.release, query.capability):
         remark = f"there is no record that FlashInfer {query.release} compiles for {_sm(query)}"
-        return _answered(MISSING, f"{reason}, and {remark}" if reason else remark)
+        if reason.endswith(remark):
+            remark = ""
+        return _answered(MISSING, ", and ".join(filter(None, (reason, remark))))
     build, advice = how_built(name, query)
     text = reason if build or not advice else f"{reason}. {advice.rstrip('.')}"
     return _answered(MISSING, text, build)

@@ -111,7 +111,10 @@ def _parsed(text: str) -> Device:
     if place.is_cuda:
         from fi_ffi.cli import cuda
 
-        cuda.require(place.index)
+        try:
+            cuda.require(place.index)
+        except cuda.CudaError as error:
+            raise click.BadParameter(str(error), param_hint="--device") from error
     return place
 
 

@@ -58,9 +58,9 @@ def doctor(
     Exits with 1 if something is broken. A missing GPU or missing kernels are warnings, because
     calls on the CPU work without them. Nothing is fetched without --fetch.
 
-    With NAMEs of ops (`rmsnorm`), modules (`norm`) or entries (`norm.rmsnorm`): say whether each
-    can be called on this GPU, and why not. Exits with 1 if one cannot be called, and with 2 if
-    there is no answer.
+    With NAMEs as of `fi-ffi fetch` (`rmsnorm`, `norm`, `norm.rmsnorm`,
+    `BatchDecodePlan:dtype=bf16`): say whether each can be called on this GPU, and why not. Exits
+    with 1 if one cannot be called, and with 2 if there is no answer.
     """
     if sm is not None and not names:
         raise click.UsageError("--sm needs a NAME")
@@ -186,7 +186,7 @@ def _torch() -> tuple[str, str] | None:
 def _libtvm_ffi(kernels: str | None) -> Iterator[Finding]:
     library = tvm_ffi.ensure_tvm_ffi()
     version = ".".join(map(str, tvm_ffi.tvm_ffi_version()))
-    yield Finding("libtvm_ffi", "ok", f"{version}, {library.origin}: {library.path}")
+    yield Finding("libtvm_ffi", "ok", f"{library.origin}, C interface {version}: {library.path}")
 
 
 def _cache(kernels: str | None) -> Iterator[Finding]:

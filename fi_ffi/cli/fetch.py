@@ -14,7 +14,7 @@ from fi_ffi.catalogue.families import FAMILIES
 from fi_ffi.catalogue.requests import parse_arch, parse_request
 from fi_ffi.cli import output
 from fi_ffi.cli.names import ResolvedName, named
-from fi_ffi.errors import ArchitectureError, FiFfiError, KernelNotFoundError
+from fi_ffi.errors import ArchitectureError, FiFfiError, KernelNotFoundError, LoaderError
 from fi_ffi.loader import cache, machine, search
 from fi_ffi.loader.distributions import split
 from fi_ffi.loader.fetch import progress
@@ -55,8 +55,8 @@ def fetch(
 ) -> None:
     """Put kernel modules into the cache, so that calls need no network. Needs no GPU.
 
-    A NAME is an op (`rmsnorm`), a module (`norm`), an entry (`norm.rmsnorm`), or a family with the
-    options of `fi-ffi build` (`batch_prefill:backend=fa3,dtype=bf16`). Modules come from the wheel
+    A NAME is an op (`rmsnorm`), a module (`norm`), an entry (`norm.rmsnorm`), or a family or a plan
+    with the options of `fi-ffi build` (`BatchDecodePlan:dtype=bf16`). Modules come from the wheel
     that wheels.lock pins, and those of other distributions from theirs. Those in the cache are not
     fetched again.
 
@@ -107,7 +107,11 @@ def _print(results: Sequence[Put]) -> None:
 
 def _sources(release: str, capabilities: Sequence[Capability]) -> list[PinnedKernels]:
     """Return the pinned wheels: one, or one for each architecture if wheels hold a single SM."""
-    pins = [pinned(release, one) for one in capabilities] or [pinned(release)]
+    try:
+        pins = [pinned(release, one) for one in capabilities] or [pinned(release)]
+    except LoaderError as error:
+        made = f"`fi-ffi build --release {release} ...` makes modules of it"
+        raise type(error)(f"{error}. {made}") from error
     return [PinnedKernels(pin) for pin in dict.fromkeys(pins)]
 
 
@@ -126,7 +130,7 @@ def _modules(
             modules.append(parse_request(name).module_in(release))
             continue
         # Names that follow the naming rules are known without reading the wheel.
-        is_known = parse(name.rpartition(".")[0] or name, release) is not None
+        is_known = ":" in name or parse(name.rpartition(".")[0] or name, release) is not None
         # Nor is it read for a name that the release's modules cannot have.
         module = name.rpartition(".")[0] or name
         ask = any(one.names_of is None or may_have(one.names_of, module) for one in sources)

@@ -10,16 +10,18 @@ import click
 from fi_ffi.abi.signature import Signature
 from fi_ffi.cli import output
 from fi_ffi.errors import FiFfiError
-from fi_ffi.loader import cache, machine, tvm_ffi
+from fi_ffi.loader import cache, machine, search, tvm_ffi
 from fi_ffi.loader.elf import inspect_elf
 from fi_ffi.loader.fatbin import architectures
 from fi_ffi.loader.fetch import progress, published
 from fi_ffi.loader.kernels import KernelSource, open_source
+from fi_ffi.loader.permission import fetching
+from fi_ffi.module_names import parse
 from fi_ffi.modules import files
 
 
 @click.command()
-@click.argument("what", metavar="FILE|DISTRIBUTION")
+@click.argument("what", metavar="FILE|MODULE|DISTRIBUTION")
 @click.option("--no-load", is_flag=True, help="Read without loading; shows recorded signatures.")
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 def inspect(what: str, no_load: bool, as_json: bool) -> None:
@@ -29,10 +31,15 @@ def inspect(what: str, no_load: bool, as_json: bool) -> None:
     been compiled with. FILE is loaded, because the functions themselves report their signatures.
     Needs no GPU.
 
+    Of a MODULE, the file of the kernels in use is shown; nothing is fetched for it.
+
     Of a wheel, or of a DISTRIBUTION that is installed or pinned, all libraries are shown, and why
     one cannot be called. Nothing is loaded then.
     """
     path = Path(what)
+    if not path.exists() and parse(what) is not None:
+        with fetching(False):
+            path = search.find_module(what)[1].path
     if path.is_file() and path.suffix != ".whl":
         document = _document(path, no_load)
         if as_json:

@@ -10,9 +10,11 @@ from functools import partial
 
 import click
 
-from fi_ffi.capability.judgement import entry_row, gpu_runs, judge
+from fi_ffi.capability.judgement import Query, entry_row, gpu_runs, judge
 from fi_ffi.capability.matrix import Line, lines
 from fi_ffi.catalogue.ahead_of_time import listed_in
+from fi_ffi.catalogue.families import FAMILIES
+from fi_ffi.catalogue.requests import parse_request
 from fi_ffi.errors import LoaderError, nearest
 from fi_ffi.loader.distributions import split
 from fi_ffi.loader.kernels import KernelSource
@@ -47,6 +49,8 @@ def _named(
     own = tuple(line for line in known if line.op == name)
     if own:
         return ResolvedName(name, own)
+    if ":" in name:
+        return _of(name, _requested(name, known, release), "")
     if _is_module(name, sources, release):
         return _of(name, name, "")
     module, dot, symbol = name.rpartition(".")
@@ -70,6 +74,19 @@ def _of(name: str, module: str, symbol: str) -> ResolvedName:
     return ResolvedName(
         name, (Line(name, "", module, partial(judge, name, [row])),), module, symbol
     )
+
+
+def _requested(name: str, known: list[Line], release: str) -> str:
+    """Return the module of a family, or of a plan, with options: `batch_decode:dtype=bf16`."""
+    head, _, options = name.partition(":")
+    line = next((line for line in known if line.op == head), None)
+    if line is not None and head not in FAMILIES:
+        of = line.ask(Query.of(None, release)).module
+        module = parse(of, release)
+        if module is None or module.family not in FAMILIES:
+            raise click.UsageError(f"{head} takes no options: name its module, such as {of}")
+        head = module.family
+    return parse_request(f"{head}:{options}").module_in(release)
 
 
 def _is_module(name: str, sources: Sequence[KernelSource], release: str) -> bool:

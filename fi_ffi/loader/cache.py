@@ -37,6 +37,7 @@ from typing import Any, BinaryIO
 
 from fi_ffi.errors import ArtifactError, LoaderError, let_through
 from fi_ffi.loader import trust
+from fi_ffi.loader.permission import is_on
 
 ENVIRONMENT = "FI_FFI_CACHE_DIR"
 PARANOID = "FI_FFI_PARANOID"
@@ -51,7 +52,7 @@ State = tuple[int, int, int, int]  # size, times and inode of a file, from `stat
 _CHUNK = 1 << 20
 _POLL = 0.02
 _ATTEMPTS = 8  # retries if a prune keeps removing the folder, or a handle is stale
-_MAX_NOTE = 32 << 20  # bytes; twice the limit for a wheel's directory and RECORD
+_MAX_NOTE = 32 << 20  # bytes; several times what the largest directory and RECORD (MAX_INDEX) take
 _SHA256 = re.compile("[0-9a-f]{64}")
 # Includes the names of earlier releases, whose temporaries are judged by age.
 _TEMPORARY = re.compile(r"([0-9a-f]{16})\.[0-9.]*[0-9a-f]{16}|tmp[a-z0-9_]{8}")
@@ -98,7 +99,7 @@ def expanded(path: str | os.PathLike[str], name: str) -> Path:
 
 def is_paranoid() -> bool:
     """Return whether `FI_FFI_PARANOID=1`: no stamp is trusted then."""
-    return os.environ.get(PARANOID) == "1"
+    return is_on(PARANOID)
 
 
 def make_root() -> Path:

@@ -40,7 +40,13 @@ def _default_of(path: Path) -> str:
     try:
         return str(read_data(path)["kernels"]["default"])
     except (LookupError, TypeError) as error:
-        raise LoaderError(f"{path} is not a readable lock: {error!r}") from error
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: Path, error: Exception) -> LoaderError:
+    """Return the error that a file is not a lock; it names the variable that names the file."""
+    named = f" that {ENVIRONMENT} names" if os.environ.get(ENVIRONMENT) else ""
+    return LoaderError(f"{path} is not a readable lock{named}: {error!r}")
 
 
 def read_data(path: Path) -> dict[str, Any]:
@@ -55,4 +61,4 @@ def read_data(path: Path) -> dict[str, Any]:
             raise ValueError(f"schema {data['schema']}, not {SCHEMA}")
         return dict(data)
     except UNREADABLE as error:
-        raise LoaderError(f"{path} is not a readable lock: {error!r}") from error
+        raise unreadable(path, error) from error

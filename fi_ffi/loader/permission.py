@@ -1,18 +1,32 @@
-"""Permission to fetch: FI_FFI_OFFLINE=1 withholds it, and so does a `fetching(False)` block."""
+"""Permission to fetch: FI_FFI_OFFLINE=1 withholds it, and so does a `fetching(False)` block.
+
+Variables that are switches are read here: 1 is on; 0, empty or unset is off.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-from fi_ffi.errors import FetchError
+from fi_ffi.errors import ArgumentError, FetchError
+
+OFFLINE = "FI_FFI_OFFLINE"
 
 _fetching: ContextVar[bool] = ContextVar("fi_ffi.fetching", default=True)
 
 
 class FetchNotAllowed(FetchError):
     """Something was not fetched only because a `fetching` block forbids it."""
+
+
+def is_on(variable: str) -> bool:
+    """Return whether a switch is on; raise `ArgumentError` for what is no switch's value."""
+    value = os.environ.get(variable, "")
+    if value not in ("", "0", "1"):
+        raise ArgumentError("environment", variable, got=repr(value), expected="1, or 0 for off")
+    return value == "1"
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from fi_ffi.abi.signature import Signature
 from fi_ffi.abi.streams import current_handle, current_scope, stream_handle
 from fi_ffi.abi.tensor import Device, DType, TensorDesc, parse_device
 from fi_ffi.abi.values import pack_arguments
-from fi_ffi.errors import AbiError, ArgumentError, ArgumentTypeError, KernelNotFoundError, printed
+from fi_ffi.errors import AbiError, ArgumentError, ArgumentTypeError, KernelNotFoundError, with_type
 from fi_ffi.export import Exported
 from fi_ffi.modules.packing import call, ints_of, pack, packer_of
 from fi_ffi.modules.reflection import Field, Method, TypeInfo, get_field, set_field, type_info
@@ -383,7 +383,7 @@ class ModuleObject(Module):
 
     def _look_up(self, name: str, checked: bool | None) -> ModuleEntry:
         if not isinstance(name, str):
-            got = f"{type(name).__name__} {printed(name)}"
+            got = with_type(name)
             raise ArgumentTypeError(f"{self.origin.name}.method", "name", got=got, expected="a str")
         function = library_function("ffi.ModuleGetFunction")(self, name, False)
         if not isinstance(function, Function):

@@ -19,7 +19,7 @@ from fi_ffi.errors import (
     ArgumentTypeError,
     KernelError,
     KernelNotFoundError,
-    printed,
+    with_type,
 )
 from fi_ffi.loader import cute_runtime, kernels, machine, runtime
 from fi_ffi.loader.elf import FUNCTION_PREFIX
@@ -204,7 +204,7 @@ class Module(Unique):
 
     def _make(self, name: str, checked: bool | None) -> ModuleEntry:
         if not isinstance(name, str):
-            got = f"{type(name).__name__} {printed(name)}"
+            got = with_type(name)
             raise ArgumentTypeError(f"{self.name}.entry", "name", got=got, expected="a str")
         inside = self._inside(name)
         if inside is not None:
@@ -272,7 +272,7 @@ def module(name: str | os.PathLike[str], distribution: str | None = None) -> Mod
     """
     if distribution is not None:
         if not isinstance(name, str):
-            got, expected = f"{type(name).__name__} {printed(name)}", "a library's name"
+            got, expected = with_type(name), "a library's name"
             raise ArgumentTypeError("module", "name", got=got, expected=expected)
         # imported late: few programs fetch
         from fi_ffi.loader.fetch.published import library_of
@@ -281,7 +281,7 @@ def module(name: str | os.PathLike[str], distribution: str | None = None) -> Mod
     if isinstance(name, os.PathLike):
         return Module(AtPath(load_file(Path(name))))
     if not isinstance(name, str):
-        got = f"{type(name).__name__} {printed(name)}"
+        got = with_type(name)
         raise ArgumentTypeError("module", "name", got=got, expected="a module's name, or a path")
     if not name:
         raise ArgumentError("module", "name", got="''", expected="a module's name, or a path")

@@ -15,7 +15,7 @@ from fi_ffi.errors import (
     ArgumentTypeError,
     KernelNotFoundError,
     LoaderError,
-    printed,
+    with_type,
 )
 from fi_ffi.loader import tvm_ffi
 from fi_ffi.modules.entry import ModuleEntry, method_entry, unknown
@@ -87,7 +87,7 @@ def object_type(key: str) -> ObjectType:
 
 def _check_name(op: str, name: object) -> None:
     if not isinstance(name, str):
-        got = f"{type(name).__name__} {printed(name)}"
+        got = with_type(name)
         raise ArgumentTypeError(op, "name", got=got, expected="a str")
 
 

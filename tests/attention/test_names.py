@@ -92,8 +92,11 @@ PLANS = {
         _of_case("decode"),
     ),
     "MLA": (fi_ffi.BatchMlaPlan, _LENGTHS, _of_case("mla")),
-    "batch attention": (fi_ffi.BatchAttentionPlan, {**_LENGTHS, "head_dim_qk": "head_dim"},
-                        _batch_attention),
+    "batch attention": (
+        fi_ffi.BatchAttentionPlan,
+        {**_LENGTHS, "head_dim_qk": "head_dim", "q_data_type": "data_type"},
+        _batch_attention,
+    ),
     "POD": (fi_ffi.PodPlan, _POD, _pod),
     "batch POD": (fi_ffi.BatchPodPlan, _BATCH_POD, _batch_pod),
     "blocks": (fi_ffi.BlockSparseAttentionPlan, _SIZE, _of_spec("blocks")),
@@ -136,6 +139,10 @@ def test_an_argument_by_two_names_is_refused(kind):
         if own in case.arrays:
             refused(case, other, f"{own} or {other}", case.replan, plan, **twice)
     assert case.bytes() == before
+    with pytest.raises(
+        TypeError, match=r"unexpected keyword argument 'sm_scale'; pass it to each run"
+    ):
+        case.plan(sm_scale=0.5)
     with pytest.raises(TypeError, match=r"unexpected keyword argument 'qo_indptrs'"):
         case.replan(plan, qo_indptrs=1)
     case.run(plan)

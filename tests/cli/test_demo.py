@@ -103,7 +103,7 @@ def test_a_device_that_is_none(device):
 
 def test_a_gpu_that_is_not_here():
     count = len(cuda.gpus())
-    text = demo("--device", f"cuda:{count}", code=1).replace("\n", " ")
+    text = demo("--device", f"cuda:{count}", code=2).replace("\n", " ")
     assert f"cuda:{count} is not here" in text and "--device cpu" in text
     assert ("Install NVIDIA's driver" in text) == (cuda.driver_version() is None)
     assert "cudaError" not in text

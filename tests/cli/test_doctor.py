@@ -123,6 +123,61 @@ def test_an_answer_for_an_op_fetches_nothing(bare, web):
     assert "fetched when it is first called" in answer["reason"]
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "expected"),
+    [
+        ("FI_FFI_OFFLINE", "yes", "1, or 0 for off"),
+        ("FI_FFI_PARANOID", "true", "1, or 0 for off"),
+        ("FI_FFI_CUDA", "12", "a tag such as cu130"),
+        ("FI_FFI_VERIFY", "some", "full or record"),
+        ("FI_FFI_RELEASE", "newest", "a version such as 0.6.13"),
+        ("FI_FFI_SOURCES", "wheel", "some of ['installed', 'jit', 'local', 'remote']"),
+        ("FI_FFI_LOG_LEVEL", "2", "0 or 1 or 3 or 5"),
+        ("FI_FFI_DUMP_MAX_CALLS", "many", "a number"),
+    ],
+)
+def test_an_invalid_value_names_its_variable(variable, value, expected, bare, web, tmp_path):
+    done = bare(
+        "doctor", "rmsnorm", "--sm", "90", FI_FFI_DUMP_DIR=str(tmp_path), **{variable: value}
+    )
+    told = done.stdout + done.stderr
+    assert done.returncode and not web.seen, told
+    assert f"argument `{variable}`: got " in told and f"expected {expected}" in told, told
+
+
+def test_a_switch_that_is_off(bare):
+    done = bare("doctor", "rmsnorm", "--sm", "90", FI_FFI_OFFLINE="0", FI_FFI_PARANOID="")
+    assert done.returncode == 0 and "fetched when it is first called" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("BatchDecodePlan:dtype=bf16", "batch_decode_with_kv_cache_dtype_q_bf16_dtype_kv_bf16_"),
+        ("batch_decode:dtype=bf16,head_dim=256", "_bf16_dtype_idx_i32_head_dim_qk_256_"),
+        ("BatchPrefillPlan:backend=fa3,dtype=bf16", "_f16qk_False_sm90 "),
+    ],
+)
+def test_an_answer_for_options(name, part, bare, web):
+    done = bare("doctor", name, "--sm", "90", "--json")
+    assert not web.seen
+    (answer,) = json.loads(done.stdout)
+    assert answer["op"] == name and part in answer["reason"]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("BatchDecodePlan:dtype=f64", "expected f16 or bf16"),
+        ("rmsnorm:dtype=bf16", "rmsnorm takes no options: name its module, such as norm"),
+        ("batch_decode:tpye=bf16", "expected dtype=…"),
+    ],
+)
+def test_options_that_nothing_has(name, words, bare):
+    done = bare("doctor", name, "--sm", "90")
+    assert done.returncode == 2 and words in done.stderr, done.stderr
+
+
 class Driver:
     """A driver as cuda-python shows it: what starting it answers, its version and its GPUs."""
 

@@ -125,9 +125,10 @@ def test_a_gpu_that_the_wheel_has_nothing_for(fetch):
     (("run",), 2, "'run' is an entry of several modules: name batch_"),
     ((), 2, "Missing argument"),
     (("norm", "--arch", "hopper"), 2, "argument `arch`: got 'hopper'"),
-    (("norm", "--release", "0.6.4"), 1, "pins no kernels of FlashInfer 0.6.4"),
+    (("norm", "--release", "0.6.4"), 1, "`fi-ffi build --release 0.6.4 ...` makes"),
     (("gdn_prefill", "--arch", "10.0a"), 1, "it is written for GPUs of compute capability 9.x"),
     (("batch_prefill:backend=fa4",), 2, "expected fa2 or fa3"),
+    (("BatchDecodePlan:dtype=f64",), 2, "expected f16 or bf16"),
 ])  # fmt: skip
 def test_what_cannot_be_fetched(arguments, code, words, fetch, web):
     done = fetch("fetch", *arguments)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,17 @@ def run(*arguments: object) -> str:
     result = CliRunner().invoke(main, ["inspect", *map(str, arguments)], env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
     return result.output
+
+
+def test_a_module_of_the_kernels_in_use(made, tmp_path, monkeypatch):
+    (tmp_path / "norm").mkdir()
+    shutil.copy(made, file := tmp_path / "norm" / "norm.so")
+    monkeypatch.setenv("FI_FFI_KERNELS", str(tmp_path))
+    document = json.loads(run("norm", "--json"))
+    assert document["file"] == str(file)
+    assert document["functions"] == json.loads(run(file, "--json"))["functions"] != {}
+    result = CliRunner().invoke(main, ["inspect", "page"])
+    assert result.exit_code == 1 and f"{tmp_path} has no module page" in result.output
 
 
 def test_what_it_needs_and_since_when(made):

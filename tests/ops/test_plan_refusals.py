@@ -74,9 +74,9 @@ def wrong_arrays(array: np.ndarray) -> Wrong:
     yield changed(array, device="cuda_managed:0"), "expected an array on the host"
     yield changed(array, ptr=0), "got 0x0, .* not null"
     yield changed(array, ptr=fi_ffi.as_desc(array).ptr + 2), "multiple of 4 bytes"
-    yield array.tolist(), "got builtins.list"
-    yield 3, "got builtins.int 3"
-    yield "0123", "got builtins.str '0123'"
+    yield array.tolist(), "got list"
+    yield 3, "got int 3"
+    yield "0123", "got str '0123'"
     yield np.zeros(0, np.int32), "got 0 elements"
 
 
@@ -456,8 +456,8 @@ def test_a_workspace_that_no_machine_has(kind):
 def wrong_buffers() -> Wrong:
     read_only = aligned(2**12)
     read_only.flags.writeable = False
-    yield "buffer", "got builtins.str"
-    yield None, "NoneType"
+    yield "buffer", "got str"
+    yield None, "got None"
     yield aligned(2**12)[::2], r"strides=\(2,\).*contiguous memory"
     yield read_only, "that can be written"
     yield aligned(2**12)[8:], "multiple of 16 bytes"

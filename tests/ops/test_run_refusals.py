@@ -70,10 +70,10 @@ def wrong_tensors(desc: fi_ffi.TensorDesc, is_single: bool) -> Wrong:
     yield changed(desc, ptr=0), "got 0x0 .*not null"
     yield changed(desc, ptr=desc.ptr + 1), "multiple of .* bytes"
     yield _times(desc, 2, -1), "strides"
-    yield None, "got builtins.NoneType"
-    yield "q", "got builtins.str 'q'"
-    yield 7, "got builtins.int 7"
-    yield [1.0], "got builtins.list"
+    yield None, "got None"
+    yield "q", "got str 'q'"
+    yield 7, "got int 7"
+    yield [1.0], "got list"
     if not is_single:
         yield _longer(desc, -1), "expected (head_dim|num_)"
         yield _longer(desc, 1), "expected (num_(qo_|kv_)?heads|page_size) = "
@@ -370,7 +370,7 @@ WRONG: list[tuple[Any, dict[str, Any], Any, str, Any]] = [
             ("expected rank 1", lambda x: x[None]),
             ("expected a contiguous tensor", lambda x: np.repeat(x, 2)[::2]),
             ("got cuda:0, expected cpu", lambda x: changed(x, device="cuda:0")),
-            ("not null", lambda x: changed(x, ptr=0)), ("builtins.list", lambda x: [0, 1]))))),
+            ("not null", lambda x: changed(x, ptr=0)), ("got list", lambda x: [0, 1]))))),
     # Masks, items, positions and scales.
     *(([(kind, "")], _MASK, "custom_mask",
        rf"got uint8\[{size}\] .*expected {_BYTES} bytes, as the lengths say",

@@ -19,6 +19,7 @@ from fi_ffi.errors import ArgumentError, KernelNotFoundError, LoaderError
 from fi_ffi.loader import machine, search
 from fi_ffi.loader.fetch.pinned_wheels import PinnedKernels
 from fi_ffi.loader.fetch.wheels_lock import the_lock
+from fi_ffi.module_names import parse
 from fi_ffi.ops.call.releases import fits, span_of
 from fi_ffi.ops.call.support import WORDS
 from fi_ffi.ops.functions import OPS
@@ -215,7 +216,7 @@ PINNED = [
     ("norm", (9, 0), "0.6.8", "cu130", None, "unknown", LOOKS, True),
     ("norm", (10, 7), "0.7.2.post1", "cu134", None, "unknown", "for on sm_107" + LOOKS, True),
     # What is known of it, a call need not look for.
-    ("norm", (8, 7), DEFAULT, "cu130", None, "missing", "the cu130 wheels are not compiled for it",
+    ("norm", (8, 7), DEFAULT, "cu130", None, "missing", "the cu130 wheels lack code for this GPU",
      True),
     ("norm", (9, 0), DEFAULT, "cu130", "sm100a", "missing", "{file} is for another GPU", True),
     ("norm", (9, 0), DEFAULT, "cu134", None, "missing",
@@ -404,17 +405,17 @@ GPUS = [
         "no record that FlashInfer 0.6.13 compiles for sm_107",
         False,
     ),
-    (107, "0.7.2.post1", "cu130", "missing", "the cu130 wheels are not compiled for it", True),
+    (107, "0.7.2.post1", "cu130", "missing", "the cu130 wheels lack code for this GPU", True),
     (107, "0.7.2.post1", "cu134", "unknown", "compiles norm for on sm_107", True),
-    (107, "0.6.18", "cu130", "missing", "the cu130 wheels are not compiled for it", True),
-    (87, DEFAULT, "cu130", "missing", "the cu130 wheels are not compiled for it", True),
+    (107, "0.6.18", "cu130", "missing", "the cu130 wheels lack code for this GPU", True),
+    (87, DEFAULT, "cu130", "missing", "the cu130 wheels lack code for this GPU", True),
     (110, DEFAULT, "cu130", "missing", "only the aarch64 wheel has norm for it", True),
     (121, DEFAULT, "cu130", "built", "norm is in FlashInfer 0.6.13's cu130 wheels", False),
     ("12.0", DEFAULT, "cu130", "built", "norm is in FlashInfer 0.6.13's cu130 wheels", False),
     (75, DEFAULT, "cu130", "built", "norm is in FlashInfer 0.6.13's cu130 wheels", False),
-    (75, "0.6.18", "cu130", "missing", "the cu130 wheels are not compiled for it", True),
+    (75, "0.6.18", "cu130", "missing", "the cu130 wheels lack code for this GPU", True),
     (86, DEFAULT, "cu130", "built", "norm is in FlashInfer 0.6.13's cu130 wheels", False),
-    (103, "0.6.3", "cu129", "missing", "the cu129 wheels are not compiled for it", True),
+    (103, "0.6.3", "cu129", "missing", "the cu129 wheels lack code for this GPU", True),
     (90, DEFAULT, "cu134", "missing", "FlashInfer 0.6.13 publishes no cu134 wheels", True),
     # Of no GPU in particular: there are wheels, or there are none.
     (None, DEFAULT, "cu134", "missing", "FlashInfer 0.6.13 publishes no cu134 wheels", True),
@@ -459,3 +460,17 @@ def test_no_answer_contradicts_itself(sm, release, built_wheel):
             if answer.build is not None:
                 assert "no record that" not in answer.reason, answer
                 assert compiles_for(query.release, query.capability), answer
+
+
+@pytest.mark.parametrize("plan", [fi_ffi.PodPlan, fi_ffi.BatchPodPlan])
+def test_what_builds_the_module_of_a_prefill_beside_a_decode(plan):
+    """The command has the name of the module that a plan of these options calls."""
+    answer = plan.supports(90, release="0.6.13", q_data_type="bfloat16", head_dim=64)
+    assert not answer and answer.build is not None
+    name = answer.build.rpartition(" ")[2]
+    family = "batch_pod" if plan is fi_ffi.BatchPodPlan else "pod"
+    parsed = parse(name, "0.6.13")
+    assert parsed is not None and (parsed.family, answer.module) == (family, name)
+    params = dict(parsed.params)
+    assert [params[f"dtype_{of}"] for of in ("q", "kv", "o")] == ["bf16"] * 3
+    assert params["head_dim"] == 64

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from fi_ffi.errors import FetchError
 from fi_ffi.loader.cache import cache_root
-from fi_ffi.loader.permission import FetchNotAllowed, is_withheld, may_fetch
+from fi_ffi.loader.permission import OFFLINE, FetchNotAllowed, is_on, is_withheld, may_fetch
 
 # Seconds before a server that refused is asked again.
 UNREACHABLE = 30.0
@@ -18,7 +17,7 @@ UNREACHABLE = 30.0
 def check_permission(what: str) -> None:
     """Raise `FetchError` if fetching is not allowed; `what` is what would have been fetched."""
     # First: being asked would not help.
-    if os.environ.get("FI_FFI_OFFLINE") == "1":
+    if is_on(OFFLINE):
         raise FetchError(
             f"FI_FFI_OFFLINE=1, and {what} is not in the cache at {cache_root()}: fetch it once "
             "where there is a network, or copy a cache that has it"

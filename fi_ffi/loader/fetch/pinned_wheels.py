@@ -89,17 +89,18 @@ def pinned(release: str, capability: tuple[int, int] | None = None) -> PinnedWhe
         )
     listed = here or of_release
     names = sorted({" ".join(filter(None, (f.release, f.cuda, f.platform, f.sm))) for f in listed})
+    forced = f", {search.CUDA}={tag}" if (tag := os.environ.get(search.CUDA)) else ""
     able = f"compute capability {capability[0]}.{capability[1]}" if capability else _machine()
     raise LoaderError(
         f"{lock.path.name} pins no kernels of FlashInfer {release} that this machine "
-        f"({this_platform()}, {able}) can run; it has {', '.join(names)}"
+        f"({this_platform()}, {able}{forced}) can run; it has {', '.join(names)}"
     )
 
 
 def _runs_here(file: PinnedWheel, capability: tuple[int, int] | None) -> bool:
     forced, version = os.environ.get(search.CUDA), search.cuda_version(file.cuda)
     # Within a major version, a driver runs code compiled for a later minor version.
-    fits = file.cuda == forced if forced else version[0] in machine.majors_here()
+    fits = version == search.cuda_version(forced) if forced else version[0] in machine.majors_here()
     if not fits:
         return False
     if file.sm is None:

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 from fi_ffi.errors import LoaderError
 from fi_ffi.loader import trust
 from fi_ffi.loader.cache import cache_root
-from fi_ffi.loader.lock import ENVIRONMENT, UNREADABLE, lock_path, read_data
+from fi_ffi.loader.lock import ENVIRONMENT, UNREADABLE, lock_path, read_data, unreadable
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def read_lock(path: Path, above: Lock | None = None) -> Lock:
         default = kernels["default"] if above is None else above.default_release
         return Lock(path, default, tuple(wheels), tuple(others))
     except UNREADABLE as error:
-        raise LoaderError(f"{path} is not a readable lock: {error!r}") from error
+        raise unreadable(path, error) from error
 
 
 def _url(kernels: dict[str, Any], entry: dict[str, Any]) -> str:

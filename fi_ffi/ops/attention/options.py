@@ -165,11 +165,15 @@ class Choice(NamedTuple):
     rows: Sequence[Row]
 
 
+# Arguments of `plan` in FlashInfer's wrappers, which the runs of a plan take here.
+_OF_RUNS = frozenset({"sm_scale", "rope_scale", "rope_theta"})
+
+
 def check_keywords(op: str, known: Collection[str], names: Iterable[str]) -> None:
     """Refuse options that a call lacks, as Python refuses unknown keywords."""
     for name in names:
         if name not in known:
-            near = nearest(name, known)
+            near = "; pass it to each run" if name in _OF_RUNS else nearest(name, known)
             raise TypeError(f"{op}() got an unexpected keyword argument {name!r}{near}")
 
 
@@ -177,6 +181,7 @@ def check_keywords(op: str, known: Collection[str], names: Iterable[str]) -> Non
 # takes another for the first that it has.
 SAME: tuple[tuple[str, ...], ...] = (
     ("head_dim", "head_dim_qk"),
+    ("q_data_type", "data_type"),
     ("paged_kv_last_page_len_arr", "paged_kv_last_page_len"),
     *(
         tuple(f"{prefix}{array}{half}" for prefix in ("paged_kv_", "kv_", ""))

@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TypeAlias
 
 from fi_ffi.abi.interop import Fields, described
 from fi_ffi.abi.tensor import TensorDesc, c_strides, is_row_major
-from fi_ffi.errors import ArgumentError, ArgumentTypeError, printed
+from fi_ffi.errors import ArgumentError, ArgumentTypeError, printed, with_type
 from fi_ffi.ops.call.arguments import INT64_MAX, Refusal
 from fi_ffi.ops.call.notation import parse_axis
 from fi_ffi.ops.call.row import Required, Row, Scalar, Tensor
@@ -98,7 +98,7 @@ class Refusals(Refusal):
         if type(value) is not arg.type:
             wanted = {int: numbers.Integral, float: numbers.Real, bool: bool}[arg.type]
             if not isinstance(value, wanted) or (isinstance(value, bool) and arg.type is not bool):
-                got, expected = f"{type(value).__name__} {printed(value)}", arg.type.__name__
+                got, expected = with_type(value), arg.type.__name__
                 raise ArgumentTypeError(self.op, self.name(name), got=got, expected=expected)
             try:
                 value = arg.type(value)  # type: ignore[call-overload,arg-type]

@@ -1,9 +1,9 @@
 """`bgmv_moe`: low-rank adapters for a mixture of experts, with one of many adapters for each token.
 
 The kernels read tables with the addresses of each expert's matrices. The tables are made on the
-host and copied in order with the launch. The kernels run on the legacy default stream whatever
-stream they get (`BGMV_MOE_GET_STREAM` in `csrc/bgmv_moe/moe_bgmv_impl.cuh`), so that stream and the
-call's are made to wait for each other.
+host and copied in order with the launch. Before FlashInfer 0.7.2.post1 the kernels run on the
+legacy default stream whatever stream they get (`BGMV_MOE_GET_STREAM` in
+`csrc/bgmv_moe/moe_bgmv_impl.cuh`), so that stream and the call's are made to wait for each other.
 """
 
 from __future__ import annotations
@@ -216,9 +216,9 @@ def bgmv_moe(
     The first product is rounded to x's dtype. Indices are on the GPU and not checked: an expert or
     adapter out of range makes the kernels read past the weights.
 
-    The kernels run on the legacy default stream, which waits for `stream`, and `stream` for it. So
-    a stream that records a graph is refused. Other streams are not delayed if they do not wait for
-    the default stream.
+    Before FlashInfer 0.7.2.post1 the kernels run on the legacy default stream. It and `stream` wait
+    for each other, with any release, so a stream that records a graph is refused. Other streams are
+    not delayed if they do not wait for the default stream.
 
     Raises `ArgumentError` and `ArgumentTypeError` before anything is launched, and
     `ArchitectureError` on GPUs before SM90.
