@@ -21,7 +21,7 @@ from fi_ffi.cli.names import ResolvedName, named
 from fi_ffi.errors import FiFfiError, KernelNotFoundError, LoaderError
 from fi_ffi.loader import cache, distributions, machine, runtime, search, seed, tvm_ffi
 from fi_ffi.loader.fetch import progress, wheels_lock
-from fi_ffi.loader.permission import fetching, is_withheld, may_fetch
+from fi_ffi.loader.permission import OFFLINE, fetching, is_on, is_withheld, may_fetch
 from fi_ffi.modules import files
 from fi_ffi.ops.call.releases import fits
 from fi_ffi.ops.call.row import Row
@@ -228,6 +228,8 @@ def _kernels(kernels: str | None) -> Iterator[Finding]:
             yield Finding(name, "none", place.note)
             continue
         how = "for modules that the places above lack" if has_kernels else "used first"
+        if place.kind == "remote" and is_on(OFFLINE):
+            how += f", out of the cache alone ({OFFLINE}=1)"
         version = place.source.version or "of unknown release"
         text = f"FlashInfer {version}, {how}: {place.source.location}"
         if place.kind == "remote" and may_fetch():

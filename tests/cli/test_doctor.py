@@ -105,6 +105,7 @@ def test_offline_stays_offline_and_is_named(bare, web):
     done = bare("doctor", "--fetch", "--json", FI_FFI_OFFLINE="1")
     assert not web.seen
     assert "FI_FFI_OFFLINE=1" in done.stdout and "not fetched yet" not in done.stdout
+    assert "out of the cache alone (FI_FFI_OFFLINE=1)" in done.stdout
 
 
 def test_a_list_fetches_nothing_unasked(bare, web):
