@@ -33,6 +33,7 @@ from marks.llm_load import milliseconds
 from marks.llm_models import MODELS
 
 RETRY_AFTER = re.compile(rb"^retry-after: (\d+)\r$", re.IGNORECASE | re.MULTILINE)
+WHOLE = 0  # a token of a whole character, as `serve_load.written` names it
 POLITE_S = 0.25  # between the requests of the polite client
 # Kinds of clients, and how many of 16 are of each.
 SHARES = {"text": 6, "leaves": 4, "schema": 2, "long": 2, "choices": 2}
@@ -88,6 +89,8 @@ class Clients:
             parts = dict(zip(names, (made, {"type": "boolean"}, {"type": "null"}), strict=True))
             schema = {"type": "object", "properties": parts, "required": names,
                       "additionalProperties": False}  # fmt: skip
+            # Half a character at a prompt's end would be told with the answer, before the JSON.
+            body["prompt"][-1] = WHOLE
             body |= {"ignore_eos": False, "max_tokens": 200, "response_format": {
                 "type": "json_schema",
                 "json_schema": {"name": "made", "strict": True, "schema": schema},

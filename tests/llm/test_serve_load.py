@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 import pytest
+from tiny import byte_tokenizer
 
 from tests.helpers import grammars
 
@@ -93,6 +94,12 @@ def test_clients_that_are_refused(mixed, tmp_path, capsys):
     assert f"| text | {found['kinds']['text']['answers']} | {refused['text']} |" in (
         capsys.readouterr().out
     )
+
+
+def test_prompts_before_json_end_with_a_whole_character(mixed, rng):
+    clients = mixed.Clients("http://a", mixed.parsed([]), 300, 9)
+    ends = {clients.body("schema", rng)["prompt"][-1] for _ in range(20)}
+    assert [byte_tokenizer().decode([token]) for token in ends] == ["!"]
 
 
 @pytest.mark.parametrize("says", [None, 3])
