@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -24,6 +25,7 @@ from fi_ffi.ops.call.releases import fits, span_of
 from fi_ffi.ops.call.support import WORDS
 from fi_ffi.ops.functions import OPS
 from fi_ffi.ops.plans.rows import ROWS as ATTENTION
+from fi_ffi.ops.table import ROWS
 from tools.entries import entries_of
 
 DEFAULT = the_lock().default_release
