@@ -417,6 +417,8 @@ def test_tactics_whose_tiles_do_not_fit(recording, timed, monkeypatch, rng):
         made.call_of(moe, profile_ids=(0, 0))
     made.call_of(moe, profile_ids=(0, 1))
     made.call_of(moe, profile_ids=(0, -1))
+    while recording("-DABSOLUTE").last():  # what other tests have left
+        pass
     times = [8.0, 4.0, 6.0, 2.0, 5.0]
     found = profiled(recording, "0.6.18", made, timed, monkeypatch, times)
     assert found.gemm1 == (2.0, np.inf, 1.0)
