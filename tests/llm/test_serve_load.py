@@ -76,7 +76,8 @@ def test_clients_of_every_kind(mixed, tmp_path, capsys):
     assert "all pages are back" in capsys.readouterr().out
     (file,) = tmp_path.iterdir()
     found = json.loads(file.read_text())["found"]
-    assert {*found["kinds"]} == {"text", "schema", "long", "choices", "polite"}
+    kinds = {"text", "schema", "long", "choices", "polite"}
+    assert {*found["kinds"]} - {"leaves"} == kinds  # who leaves may have had its answer before
     assert found["left"] and found["tokens"] and not found["rejected"]
 
 

@@ -170,7 +170,7 @@ def test_what_is_not_there(folder, name, distribution, words):
 def test_names_that_are_none(wrong):
     with pytest.raises(ArgumentError, match="argument `distribution`: got .*, expected"):
         fi_ffi.module("own", distribution=wrong)
-    with pytest.raises(TypeError, match="argument `name`: got PosixPath"):
+    with pytest.raises(TypeError, match="argument `name`: got pathlib.PosixPath"):
         fi_ffi.module(Path("own"), distribution="some-kernels")
 
 

@@ -71,7 +71,7 @@ def test_every_variable_of_others_is_told():
         for node in ast.walk(tree):
             text = ast.unparse(node) if isinstance(node, (ast.Call, ast.Subscript)) else ""
             asked = None
-            if re.match(r"os\.(environ\.get|getenv|environ\.pop)\(", text):
+            if re.match(r"os\.(environ\.get|getenv|environ\.pop)\(|is_on\(", text):
                 assert isinstance(node, ast.Call)
                 asked = node.args[0]
             elif re.match(r"os\.environ\[", text):
@@ -84,11 +84,14 @@ def test_every_variable_of_others_is_told():
             elif isinstance(asked, (ast.Name, ast.Attribute)):
                 read.add(known.get(getattr(asked, "id", getattr(asked, "attr", "")), f"? {path}"))
     told = tables()
-    # `fi-ffi build` takes compilers' search paths over, and tells FlashInfer not to fetch and
-    # CuTe DSL for which GPU it compiles.
-    compilers = "? " + str(ROOT / "fi_ffi_build/environment.py")
+    # `is_on` reads those that it is given. `fi-ffi build` takes compilers' search paths over, and
+    # tells FlashInfer not to fetch and CuTe DSL for which GPU it compiles.
+    given = {
+        f"? {ROOT / path}"
+        for path in ("fi_ffi/loader/permission.py", "fi_ffi_build/environment.py")
+    }
     written = {"FLASHINFER_NO_DOWNLOAD", "CUTE_DSL_ARCH"}
-    assert read - {compilers} - written <= told[0] | told[1]
+    assert read - given - written <= told[0] | told[1]
     elsewhere = {"REQUESTS_CA_BUNDLE", "NETRC", "XDG_CACHE_HOME"}
     assert told[1] - elsewhere <= read
 
