@@ -45,8 +45,8 @@ from tests.llm.test_logits import FAULTS
 from tests.llm.test_processors import log_softmax
 
 serve, served = conftest.serve, test_serve.served
-servers, server, client = test_client.servers, test_client.server, test_client.client
-attacked, target, own = test_hostile.attacked, test_hostile.target, test_hostile.own
+servers, server, client = conftest.servers, test_client.server, test_client.client
+target, own = test_hostile.target, test_hostile.own
 hosted, hosts = test_host.hosted, test_host.hosts
 test_texts_with_and_without_preemption = test_scheduling.test_texts_with_and_without_preemption
 structured, asks = test_structured.structured, test_structured.asks

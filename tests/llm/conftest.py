@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.llm.process import ServerProcess
 from tests.llm.serving import Serving
 
 
 @pytest.fixture
 def where() -> str:
     return "cpu"
+
+
+@pytest.fixture(scope="module")
+def servers() -> Iterator[Any]:
+    """`servers(name, where, start)` is one server for all tests, started by the first."""
+    made: dict[tuple[str, str], ServerProcess] = {}
+
+    def one(name: str, where: str, start: Callable[[], ServerProcess]) -> ServerProcess:
+        if (name, where) not in made:
+            made[name, where] = start()
+        return made[name, where]
+
+    yield one
+    for server in made.values():
+        assert server.end(signal.SIGTERM) in (0, -signal.SIGTERM)
 
 
 @pytest.fixture

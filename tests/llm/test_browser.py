@@ -44,22 +44,16 @@ def browser() -> Iterator[Browser]:
     browser.end()
 
 
-@pytest.fixture(scope="module")
-def servers() -> Iterator[dict[str, ServerProcess]]:
-    made: dict[str, ServerProcess] = {}
-    yield made
-    for server in made.values():
-        server.end(15)
-
-
 @pytest.fixture
-def server(servers: dict[str, ServerProcess], where: str, tmp_path: Path) -> ServerProcess:
+def server(servers: Any, where: str, tmp_path: Path) -> ServerProcess:
     """Of a model that never ends a text."""
-    if where not in servers:
+
+    def start() -> ServerProcess:
         model = make_tiny(tmp_path / "m", "llama", num_hidden_layers=1, eos_token_id=[])
         flags = "--model", str(model), "--api-key", KEY, "--allowed-host", NAME
-        servers[where] = ServerProcess(where, *flags)
-    return servers[where]
+        return ServerProcess(where, *flags)
+
+    return servers("of a page", where, start)
 
 
 def asked(tab: Tab, tokens: int, key: str = KEY, text: str = "Hello") -> None:

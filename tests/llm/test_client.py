@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator
 from typing import Any
 
 import openai
@@ -16,20 +14,9 @@ KEY = "sk-of-a-test"
 HELLO = [{"role": "user", "content": "Hello"}]
 
 
-@pytest.fixture(scope="module")
-def servers() -> Iterator[dict[str, ServerProcess]]:
-    """By where they run: one for all tests."""
-    made: dict[str, ServerProcess] = {}
-    yield made
-    for server in made.values():
-        assert server.end(signal.SIGTERM) in (0, -signal.SIGTERM)
-
-
 @pytest.fixture
-def server(servers: dict[str, ServerProcess], where: str) -> ServerProcess:
-    if where not in servers:
-        servers[where] = ServerProcess(where, "--api-key", KEY)
-    return servers[where]
+def server(servers: Any, where: str) -> ServerProcess:
+    return servers("of a key", where, lambda: ServerProcess(where, "--api-key", KEY))
 
 
 @pytest.fixture

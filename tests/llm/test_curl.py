@@ -6,9 +6,7 @@ import gzip
 import json
 import re
 import shutil
-import signal
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,25 +32,16 @@ class Told(NamedTuple):
         return json.loads(self.body)
 
 
-@pytest.fixture(scope="module")
-def servers() -> Iterator[dict[str, ServerProcess]]:
-    made: dict[str, ServerProcess] = {}
-    yield made
-    for server in made.values():
-        assert server.end(signal.SIGTERM) in (0, -signal.SIGTERM)
-
-
 @pytest.fixture
-def curl(servers: dict[str, ServerProcess], where: str, tmp_path: Path) -> Any:
+def curl(servers: Any, where: str, tmp_path: Path) -> Any:
     """`curl(path, *arguments, body=…)` asks one server, which all tests share; several bodies on
     one connection, as curl has it.
     """
-    if where not in servers:
-        servers[where] = ServerProcess(where)
+    server = servers("plain", where, lambda: ServerProcess(where))
 
     def ask(path: str, *words: str, body: bytes | list[bytes] | None = None) -> Told:
         bodies = body if isinstance(body, list) else [] if body is None else [body]
-        head, url, line = tmp_path / "head", servers[where].address + path, ["curl"]
+        head, url, line = tmp_path / "head", server.address + path, ["curl"]
         for n, each in enumerate(bodies or [None]):
             line += ["--next"] * (n > 0)
             line += ["--silent", "--show-error", "--max-time", "60", "--dump-header", str(head)]

@@ -45,21 +45,16 @@ PYTHON = re.compile(
 )
 
 
-@pytest.fixture(scope="module")
-def attacked() -> Iterator[dict[str, ServerProcess]]:
-    made: dict[str, ServerProcess] = {}
-    yield made
-    for server in made.values():
-        assert server.end(signal.SIGTERM) in (0, -signal.SIGTERM)
-
-
 @pytest.fixture
-def target(attacked: dict[str, ServerProcess], where: str) -> ServerProcess:
+def target(servers: Any, where: str) -> ServerProcess:
     """One server for all attacks, each of which must leave it as it was."""
-    if where not in attacked:
-        attacked[where] = ServerProcess(where, "--body-seconds", "2", "--max-queue", "2000")
-        attacked[where].post()  # what is loaded by the first request
-    return attacked[where]
+
+    def start() -> ServerProcess:
+        server = ServerProcess(where, "--body-seconds", "2", "--max-queue", "2000")
+        server.post()  # what is loaded by the first request
+        return server
+
+    return servers("attacked", where, start)
 
 
 @pytest.fixture

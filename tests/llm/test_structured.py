@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import signal
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -52,22 +50,16 @@ def check_pet(text: str) -> None:
     assert len(pet["tags"]) <= 3 and all(type(tag) is bool for tag in pet["tags"])
 
 
-@pytest.fixture(scope="module")
-def structured() -> Iterator[dict[str, ServerProcess]]:
-    made: dict[str, ServerProcess] = {}
-    yield made
-    for server in made.values():
-        server.end(signal.SIGTERM)
+@pytest.fixture
+def structured(servers: Any, where: str) -> ServerProcess:
+    """A server that has xgrammar."""
+    flags = "--xgrammar", str(grammars.package())
+    return servers("of schemas", where, lambda: ServerProcess(where, *flags, program=HASTY))
 
 
 @pytest.fixture
-def asks(structured: dict[str, ServerProcess], where: str) -> Any:
-    """The client, of a server that has xgrammar."""
-    if where not in structured:
-        folder = str(grammars.package())
-        structured[where] = ServerProcess(where, "--xgrammar", folder, program=HASTY)
-    url = structured[where].url
-    return openai.OpenAI(base_url=url, api_key="-", max_retries=0, timeout=120)
+def asks(structured: ServerProcess) -> Any:
+    return openai.OpenAI(base_url=structured.url, api_key="-", max_retries=0, timeout=120)
 
 
 def test_json_by_a_schema(asks):
@@ -86,13 +78,13 @@ def test_json_by_a_schema(asks):
     check_pet(text)
 
 
-def test_only_the_engine_opens_the_gpu(asks, structured, where):
+def test_only_the_engine_opens_the_gpu(asks, structured):
     """Schemas are tried in a process that imports the same file, with bounded addresses."""
     answer = asks.completions.create(
         model="tiny", prompt="A pet", max_tokens=200, extra_body={"response_format": FORMAT}
     )
     check_pet(answer.choices[0].text)
-    (process,) = children(structured[where].child.pid)
+    (process,) = children(structured.child.pid)
     trials, maps = children(process), ""
     end = time.monotonic() + 60
     for trial in trials:
