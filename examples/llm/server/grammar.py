@@ -10,6 +10,7 @@ import json
 import resource
 import time
 from collections import namedtuple
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,6 @@ import fi_ffi
 from .schema import MOST_SCHEMA, Refused
 
 LIBRARY = "xgrammar/libxgrammar_bindings.so"
-CACHE = 64 << 20  # bytes of compiled grammars that are kept
 QUICK = 0.5  # seconds in which a schema has to compile while others wait
 KEPT, KEPT_SECONDS = 256, 600  # schemas of which is known what they are; refusals for so long
 MEMORY = 8 << 30  # bytes of addresses that a process which tries schemas may have
@@ -46,7 +46,7 @@ def _type(name):
 def compiler(path, kind, words, vocab, eos):
     fi_ffi.module(path)
     info = _type("TokenizerInfo")(words, kind, vocab, eos, False)
-    return _type("GrammarCompiler")(info, 1, True, CACHE)
+    return _type("GrammarCompiler")(info, 1, False, -1)  # its cache grows past its limit
 
 
 def compiled(compiler, text, is_strict):
@@ -111,16 +111,16 @@ class Grammars:
     """Compiles schemas, each within `seconds`, on one thread; without a library it refuses them."""
 
     def __init__(self, path, tokenizer, vocab, eos, seconds=5.0):
-        self.compiler, self.seconds, self.has_end = None, seconds, bool(eos)
+        self.compiled, self.seconds, self.has_end = None, seconds, bool(eos)
         self.bits = 1, -(-vocab // 32)  # the shape of a mask
         if path is None:
             return
         parts = (str(path), *vocabulary(tokenizer, vocab), vocab, [*eos])
-        self.compiler, self.matcher = compiler(*parts), _type("GrammarMatcher")
-        self.trial, self.known = Trial(parts), {}  # by schema: why it is refused, and until when
+        self.compiled = lru_cache(KEPT)(partial(compiled, compiler(*parts)))
+        self.matcher, self.trial, self.known = _type("GrammarMatcher"), Trial(parts), {}
 
     def _try_out(self, text, is_strict, is_patient):
-        """Why a schema is refused, or None; TimeoutError where it needs more patience."""
+        """Why a schema is refused, or None, as `known` for a time; TimeoutError for impatience."""
         wrong, until = self.known.get(text, (None, 0))
         if time.monotonic() < until:
             return wrong
@@ -139,7 +139,7 @@ class Grammars:
 
     def __call__(self, schema, param, is_patient=True):
         """A grammar's state; None is any JSON object.  TimeoutError where it needs patience."""
-        if self.compiler is None:
+        if self.compiled is None:
             raise Refused(f"{param}: this server has no xgrammar, which that needs", param=param)
         if not self.has_end:
             raise Refused(f"{param}: the model has no token that ends a text", param=param)
@@ -149,7 +149,7 @@ class Grammars:
             raise Refused(f"{param}: a schema has {MOST_SCHEMA} bytes at most", param=param)
         if wrong := self._try_out(text, is_strict, is_patient):
             raise Refused(f"{param}: {wrong}", param=param)
-        made = compiled(self.compiler, text, is_strict)
+        made = self.compiled(text, is_strict)
         state, bits = self.matcher(made, None, False, -1, None), np.zeros(self.bits, "i4")
         grammar = Grammar(
             fill=lambda bits, row: state.fill_next_token_bitmask(bits, row, False),
