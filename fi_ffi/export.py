@@ -48,13 +48,13 @@ class Exported:
     @property
     def __array_interface__(self) -> dict[str, Any]:
         """numpy's array interface, for memory that the host can read."""
-        return _interface(self._to_export()[0], _HOST)
+        return _interface(self._to_export()[0], _HOST, _NOWHERE)
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
         """CUDA array interface, version 3; `stream` is the stream that writes the elements."""
         desc, _, stream = self._to_export()
-        interface = _interface(desc, _GPU)
+        interface = _interface(desc, _GPU, 0)
         return interface | {"stream": None if stream is None else stream or _LEGACY}
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> numpy.ndarray[Any, Any]:
@@ -114,11 +114,11 @@ class Exported:
         return _capsule(desc, owner, max_version)
 
 
-def _interface(desc: TensorDesc, devices: tuple[str, ...]) -> dict[str, Any]:
+def _interface(desc: TensorDesc, devices: tuple[str, ...], empty: int) -> dict[str, Any]:
     typestr = _typestr(desc.dtype)
     if desc.device.type not in devices or typestr is None:
         raise AttributeError(f"no array interface of this kind has {desc.layout}")
-    return _described(desc, typestr, _NOWHERE if devices is _HOST else 0)
+    return _described(desc, typestr, empty)
 
 
 def _described(desc: TensorDesc, typestr: str, empty: int) -> dict[str, Any]:

@@ -88,17 +88,14 @@ def test_only_the_engine_opens_the_gpu(asks, structured):
     )
     check_pet(answer.choices[0].text)
     (process,) = children(structured.child.pid)
-    trials, maps = children(process), ""
-    end = time.monotonic() + 60
-    for trial in trials:
-        while (
-            "libxgrammar" not in maps and time.monotonic() < end
-        ):  # one may be a spare that begins
-            maps = Path(f"/proc/{trial}/maps").read_text()
-            time.sleep(0.1)
-        assert "libxgrammar" in maps and "libcuda.so" not in maps
-        maps = ""
+    trials = [Path(f"/proc/{trial}/maps") for trial in children(process)]
     assert trials
+    end = time.monotonic() + 60
+    for maps in trials:
+        while "libxgrammar" not in maps.read_text():  # one may be a spare, which begins
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        assert "libcuda.so" not in maps.read_text()
 
 
 def test_new_schemas_leave_no_memory():
