@@ -245,14 +245,14 @@ class Frame:
         self._arrays: list[Array] = []
         # Each object's reference count, and how many of the references are this frame's own.
         self._references: list[tuple[memoryview, int]] = []
-        # Owned by the callers: the variant and the launch target that the frame was made for, where
-        # a plan keeps it between calls, and the plan's placement and schedule that it was last
-        # written for.
+        # Owned by the callers: the variant and the launch target that the frame was made for, what
+        # puts it back into its pool after a call, and the plan's placement and schedule that it was
+        # last written for.
         self.variant: Any = None
         self.target: Any = None
-        self.pool: Any = None
+        self.give_back: Any = None
         self.version: object = None
-        self.sources: object = None
+        self.state: object = None
         for i, slot in enumerate(slots):
             self._fill(i, slot)
         for i, slot in enumerate(slots):

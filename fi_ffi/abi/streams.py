@@ -61,11 +61,15 @@ def _handle_of(stream: Any) -> object:
     return None
 
 
+def _set(device: Device, stream: Any, before: Any = ffi.NULL) -> None:
+    """Make a stream this thread's on `device`; the previous one is written to `before`."""
+    check(library.lib.TVMFFIEnvSetStream(device.type_code, device.index, stream, before), "stream")
+
+
 def swap(device: Device, handle: int) -> int:
     """Make `handle` this thread's stream on `device` and return the previous one."""
     before = ffi.new("TVMFFIStreamHandle *")
-    pointer = ffi.cast("void *", handle)
-    check(library.lib.TVMFFIEnvSetStream(device.type_code, device.index, pointer, before), "stream")
+    _set(device, ffi.cast("void *", handle), before)
     return library.address_of(before[0])
 
 
@@ -76,15 +80,16 @@ def current_handle(device: Device) -> int:
 
 class _Thread(threading.local):
     def __init__(self) -> None:
-        # For each device: the scope whose stream is set on this thread, and the stream that was
-        # current before any scope.
+        # For each device: the scope whose stream is set on this thread, and a cell with the stream
+        # that was current before any scope, `_NOT_YET` before that is set.
         self.scopes: dict[Device, stream] = {}
-        self.replaced: dict[Device, int] = {}
+        self.replaced: dict[Device, Any] = {}
         # Devices of the streams checked so far, by handle.
         self.checked: dict[int, Device] = {}
 
 
 thread = _Thread()
+_NOT_YET = ffi.cast("void *", 2**64 - 1)
 _MAX_CHECKED = 64
 
 # Returns the index of a stream's device. Set once the process is known to have several GPUs.
@@ -127,7 +132,8 @@ class stream:  # lower case: a context manager reads as a verb
     __slots__ = ("_open", "_outer", "_source", "_thread", "device", "handle")
 
     def __init__(self, stream: object) -> None:
-        self.handle = stream_handle(stream)
+        is_plain = type(stream) is int and 0 <= stream < 2**64
+        self.handle: int = stream if is_plain else stream_handle(stream)  # type: ignore[assignment]
         self.device: Device | None = None
         self._outer: Any = None
         self._thread = 0
@@ -169,10 +175,12 @@ class stream:  # lower case: a context manager reads as a verb
         if device is None or thread.scopes.get(device) is not self:
             return
         if outer is not None and outer.device is device and outer._thread == self._thread:
-            swap(device, outer.handle)
+            _set(device, ffi.cast("void *", outer.handle))
             thread.scopes[device] = outer
         else:
-            swap(device, thread.replaced[device])
+            before = thread.replaced[device][0]
+            if before != _NOT_YET:
+                _set(device, before)
             del thread.scopes[device], thread.replaced[device]
 
     def make_current(self, device: Device) -> bool:
@@ -185,10 +193,11 @@ class stream:  # lower case: a context manager reads as a verb
         if self._thread != threading.get_ident():
             return False
         if thread.scopes.get(device) is not self:
-            thread.replaced.setdefault(device, current_handle(device))
-            # before swap: if an exception comes between, the stream is still restored
+            cell = thread.replaced.setdefault(device, ffi.new("TVMFFIStreamHandle *", _NOT_YET))
+            # before the stream is set: if an exception comes between, it is still restored
             thread.scopes[device] = self
-            swap(device, self.handle)
+            before = cell if cell[0] == _NOT_YET else ffi.NULL
+            _set(device, ffi.cast("void *", self.handle), before)
         return True
 
 

@@ -132,7 +132,7 @@ class Device:
     type: str
     index: int
 
-    @property
+    @functools.cached_property
     def type_code(self) -> int:
         return DEVICE_TYPES[self.type]
 

@@ -278,7 +278,7 @@ def test_a_tensor_of_a_frame_kept_by_a_callee(
         assert not frame.is_referred_to
         kept.append((frame.call(), ptr))
         assert frame.is_referred_to
-        frames.append(frame)  # whoever has such a frame keeps it: `Variant.give_back`
+        frames.append(frame)  # whoever has such a frame keeps it: `Frame.give_back`
     gc.collect()
     for array, ptr in kept:
         assert repr(read_back(array, callback)) == repr(desc.at(ptr))

@@ -301,11 +301,11 @@ def test_the_code_of_setting_is_looked_at() -> None:
 @pytest.mark.parametrize("when", ["entering", "leaving", "inside"])
 def test_interrupts_of_a_scope(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """An exception from setting a stream: what was before is back, and the scope is closed."""
-    before = streams.swap
+    before = streams._set
 
-    def interrupted(device: Device, handle: int) -> int:
-        result = before(device, handle)
-        raise KeyboardInterrupt(result)
+    def interrupted(*given: object) -> None:
+        before(*given)
+        raise KeyboardInterrupt
 
     with stream(0x40):
         assert launched_on() == 0x40
@@ -314,16 +314,16 @@ def test_interrupts_of_a_scope(when: str, monkeypatch: pytest.MonkeyPatch) -> No
         def work() -> None:
             with scope:
                 if when == "entering":
-                    monkeypatch.setattr(streams, "swap", interrupted)
+                    monkeypatch.setattr(streams, "_set", interrupted)
                 launched_on()
                 if when == "leaving":
-                    monkeypatch.setattr(streams, "swap", interrupted)
+                    monkeypatch.setattr(streams, "_set", interrupted)
                 else:
                     raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
             work()
-        monkeypatch.setattr(streams, "swap", before)
+        monkeypatch.setattr(streams, "_set", before)
         assert current_scope() is not scope
         assert launched_on() == 0x40
         with scope:  # it is closed, and may be opened again

@@ -14,7 +14,6 @@ import pytest
 import fi_ffi
 from fi_ffi import TensorDesc
 from fi_ffi.ops.attention.run import Packing
-from fi_ffi.ops.call.compiled import Variant
 
 from tests.helpers.plan_calls import DIM, KINDS, KV_HEADS, Case
 
@@ -76,18 +75,16 @@ def outcome(run: Callable[..., None], given: dict[str, Any], layout: str) -> Any
     if frame is None:
         return None
     addresses = [frame.addresses[at] for at in frame.layout.tensors.values()]
-    packing.bound.give_back(frame)
+    frame.give_back(frame)
     return bytes(frame.dims), addresses
-
-
-def variants(plan: Any) -> list[Variant]:
-    return [one for bound in plan._runs.bound.values() for one in bound.compiled.variants.values()]
 
 
 def forget(plan: Any) -> None:
     """Have the next run check everything."""
-    for variant in variants(plan):
-        variant.memo_of_pack = variant.memo_of_plan = (None,)
+    for bound in plan._runs.bound.values():
+        bound.memo = (None,)
+        for variant in bound.compiled.variants.values():
+            variant.memo_of_plan = (None,)
 
 
 @pytest.mark.parametrize(("kind", "layout"), LAYOUTS, ids=map(" ".join, LAYOUTS))
@@ -124,11 +121,11 @@ def test_it_keeps_what_no_batch_changes(kind, rng):
     packing = Packing()
     one.run_of(plan)(**descs_of(one, "NHD"), stream=packing)
     assert packing.frame is not None
-    variant = packing.frame.variant
-    kept, last = variant.memo_of_plan, variant.memo_of_pack
+    variant, bound = packing.frame.variant, packing.bound
+    kept, last = variant.memo_of_plan, bound.memo
     other.replan(plan)
     outcome(other.run_of(plan), descs_of(other, "NHD"), "NHD")
-    assert variant.memo_of_plan is kept and variant.memo_of_pack is not last
+    assert variant.memo_of_plan is kept and bound.memo is not last
     apart = descs_of(other, "NHD")
     name, desc = next(iter(apart.items()))
     strides = (2 * desc.strides[0], *desc.strides[1:])

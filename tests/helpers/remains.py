@@ -476,4 +476,6 @@ def _packed_call(call: PackedCall) -> dict[str, Any]:
 
 def _bound_row(row: BoundRow) -> dict[str, Any]:
     free = _Pool(sum(map(len, row._free.values())))
-    return {**vars(row), "_free": free, "words": repr(row.words), "version": id(row.version)}
+    parts = {**vars(row), "_free": free, "words": repr(row.words), "version": id(row.version)}
+    del parts["memo"]  # as a variant's
+    return parts | {"state": id(row.state)}

@@ -226,9 +226,9 @@ def test_a_frame_whose_tensor_a_callee_keeps_serves_no_other_call(recording, rng
     frame, kept = variant.frames.pop(), []
     monkeypatch.setattr(memory, "keep", kept.append)
     with make_array([next(iter(frame._objects.values()))]):  # as a callee might
-        variant.give_back(frame)
+        frame.give_back(frame)
         assert (kept, variant.frames) == ([frame], [])
-    variant.give_back(frame)
+    frame.give_back(frame)
     assert (kept, variant.frames) == ([frame], [frame])
 
 

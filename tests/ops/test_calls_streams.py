@@ -287,6 +287,7 @@ def test_who_asks_for_the_current_device(gpu, monkeypatch):
 def test_the_callers_device_after_a_first_call(name, gpu):
     """With or without a guard of its own: each new stream, scope and thread begins with it."""
     gpu.with_devices(2)
+    launch._thread.pointers.clear()  # of other tests, which gave this thread a context
     op, values, _kept = given_on_gpu(name)
     gpu.runtime.device = 1
     for handle in (0x51, 0x61, 0):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
+from types import FunctionType
 from typing import Any, NamedTuple
 
 from fi_ffi.abi.function import Frame
@@ -12,7 +13,7 @@ from fi_ffi.abi.tensor import Device, TensorDesc, TensorKind
 from fi_ffi.ops.attention.arrays import Arrays, Batch
 from fi_ffi.ops.attention.values import Values, compiled_row
 from fi_ffi.ops.attention.workspace import Workspace
-from fi_ffi.ops.call.compiled import CompiledRow, Variant
+from fi_ffi.ops.call.compiled import CompiledRow, Variant, giving_back
 from fi_ffi.ops.call.notation import parse_axis
 from fi_ffi.ops.call.row import Row, Scalar, Tensor
 
@@ -39,7 +40,8 @@ class BoundRow:
     """
 
     def __init__(self, compiled: CompiledRow, template: Values) -> None:
-        self.compiled, self.template, self.pack = compiled, template, compiled.pack
+        self.compiled, self.template = compiled, template
+        self.pack: Callable[..., Any] = compiled.pack  # a frame, or None
         self.sizes: Sequence[int] = ()
         self.memory: Sequence[int] = (0, 0, 0, 0, 0, 0)
         self._places = {arg.name: (i, arg) for i, arg in enumerate(compiled.row.args)}
@@ -50,8 +52,9 @@ class BoundRow:
         self.changing: Sequence[tuple[int, int, int]] = ()
         # Each is replaced when words change: a frame of earlier ones is written again.
         self.sources: tuple[int, ...] = ()
-        self.version = object()
-        self.rest: tuple[Any, ...] = ()
+        self.state = self.version = object()
+        # The layouts of the last run that passed, and what was computed from them.
+        self.memo: tuple[Any, ...] = (None,)
         # Of the known axes: a getter of the sizes that each batch changes, and the fixed sizes.
         self.batch_sizes: Callable[[Any], tuple[int, ...]]
         self.own_sizes: tuple[int, ...] = ()
@@ -75,17 +78,33 @@ class BoundRow:
             word = struct.unpack("Q", struct.pack("d", value))[0] if is_float else int(value)
             words = [(layout.value(i), word & _MASK)]
         self.words[name] = words
-        self.version = object()
+        self.state = self.version = object()
+
+    def set_defaults(self, first: Sequence[str]) -> None:
+        """Give `pack` the template's values as defaults of its arguments after the first."""
+        pack: Any = self.pack
+        count = len([name for name in first if name in self.template.index])
+        values = tuple(self.template.values[count:])
+        self.pack = FunctionType(pack.__code__, pack.__globals__, pack.__name__, values)
+
+    def follow(self, sources: tuple[int, ...], batch: Batch) -> None:
+        """Take the sources and sizes of another batch."""
+        self.sizes = (*self.batch_sizes(batch), *self.own_sizes)
+        self.sources = self.state = sources
+
+    def frames_of(self, variant: Variant) -> list[Frame]:
+        """Return the pool of a variant's frames."""
+        return self._free.setdefault(variant, [])
 
     def new_frame(self, variant: Variant) -> Frame:
         """Make a frame, which is given back to the pool."""
         frame = variant.new_frame()
-        frame.pool = self._free.setdefault(variant, [])
+        frame.give_back = giving_back(frame, self.frames_of(variant))
         return frame
 
     def write(self, frame: Frame) -> None:
         """Write the bound arguments into a frame that has others', or none."""
-        addresses, sources = frame.addresses, self.sources
+        state, addresses, sources = self.state, frame.addresses, self.sources
         if frame.version is not self.version:
             for words in self.words.values():
                 for word, value in words:
@@ -93,14 +112,7 @@ class BoundRow:
             frame.version = self.version
         for word, of, more in self.changing:
             addresses[word] = sources[of] + more
-        frame.sources = sources
-
-    def give_back(self, frame: Frame) -> None:
-        """Return a frame to the pool."""
-        if frame.has_objects and frame.is_referred_to:
-            frame.variant.give_back(frame)
-        else:
-            frame.pool.append(frame)
+        frame.state = state
 
 
 class Binder(NamedTuple):
@@ -165,8 +177,7 @@ class BoundRuns:
             self._move(workspace, placed, batch)
         sources = self._sources = info, batch.size
         for bound in self.bound.values():
-            bound.sources = sources
-            bound.sizes = (*bound.batch_sizes(batch), *bound.own_sizes)
+            bound.follow(sources, batch)
 
     def _move(self, workspace: Workspace, placed: Arrays, batch: Batch) -> None:
         """Bind the runs to the addresses of another placement or workspace."""
@@ -220,6 +231,5 @@ class BoundRuns:
         bound.own_sizes = tuple(facts[axis] for axis in own)
         bound.put(names.info, 0)
         self._place(bound)
-        bound.sources = self._sources
-        bound.sizes = (*bound.batch_sizes(batch), *bound.own_sizes)
+        bound.follow(self._sources, batch)
         return bound

@@ -90,6 +90,7 @@ class BatchDecodePlan(Plan):
         if self._is_of_any_lengths:
             self._run_names = self._run_names._replace(arrays={})  # runs pass all
         super().__init__((indptr, indices, last_page_len), device, workspace, stream, options)
+        self._needs_slopes = self.options.pos_encoding_mode == "ALIBI"
 
     def replan(
         self,
@@ -157,7 +158,6 @@ class BatchDecodePlan(Plan):
         bound = self._runs.current.get((0, paged_kv_indices is None))
         if bound is None:
             bound = self._bound_run(0, self._check_indices("paged_kv_indices", paged_kv_indices))
-        rest = bound.rest
         if (
             sm_scale is not None
             or q_scale is not None
@@ -168,7 +168,7 @@ class BatchDecodePlan(Plan):
             or paged_kv_indices is not None
             or paged_kv_indptr is not None
             or paged_kv_last_page_len is not None
-            or self.options.pos_encoding_mode == "ALIBI"
+            or self._needs_slopes
         ):
             values = bound.template.fresh()
             values.scales(self.options.head_dim, sm_scale, q_scale, k_scale)
@@ -182,9 +182,15 @@ class BatchDecodePlan(Plan):
                 if array is not None and not self._is_of_any_lengths:
                     raise self._refuse(name, shown(array), "None: the plan has it")
             values.put(paged_kv_indices=paged_kv_indices, **lengths)
-            rest = tuple(values.values[len(self._first) :])
-        arguments = q, paged_k_cache, paged_v_cache, o, lse, kv_layout, enable_pdl, *rest
-        self._run_packed(bound, arguments, stream)
+            rest = values.values[len(self._first) :]
+            frame = bound.pack(
+                bound, q, paged_k_cache, paged_v_cache, o, lse, kv_layout, enable_pdl, *rest
+            )
+        else:
+            frame = bound.pack(
+                bound, q, paged_k_cache, paged_v_cache, o, lse, kv_layout, enable_pdl
+            )
+        self._run_packed(bound, frame, stream)
 
     def _fill_defaults(self, values: Values) -> None:
         if self.options.pos_encoding_mode != "ALIBI":  # with which every run passes slopes

@@ -135,7 +135,7 @@ class BatchMlaPlan(Plan):
         values.put(kv_indices=kv_indices, maybe_lse=lse, return_lse_base_on_e=return_lse_base_on_e)
         if self._is_fp8 or not (ckv_scale is None and ckv_scale_arr is None and kpe_scale is None):
             self._put_scales(values, ckv_scale, ckv_scale_arr, kpe_scale)
-        self._run_packed(bound, values.values, stream)
+        self._run_packed(bound, bound.pack(bound, *values.values), stream)
 
     def _put_scales(self, values: Values, ckv_scale: Any, array: Any, kpe_scale: Any) -> None:
         scales = {"ckv_scale": ckv_scale, "ckv_scale_arr": array, "kpe_scale": kpe_scale}

@@ -14,7 +14,7 @@ from fi_ffi.abi.function import Frame, array_values
 from fi_ffi.abi.objects import Array
 from fi_ffi.abi.streams import current_scope, handle_for
 from fi_ffi.abi.tensor import Device, TensorDesc, parse_device
-from fi_ffi.errors import ArgumentTypeError
+from fi_ffi.errors import ArgumentError, ArgumentTypeError
 from fi_ffi.loader import machine
 from fi_ffi.ops.attention.arrays import Arrays, Batch
 from fi_ffi.ops.attention.backends import Target, multiprocessors, release_for
@@ -367,9 +367,12 @@ class Plan:
         """Raise unless the workspace still holds this plan."""
         workspace = self.workspace
         if workspace is None or workspace._generation != self._generation:
-            got = "a stale plan: its workspace holds another, or a replan failed"
-            raise self._refuse("self", got, "replan(...) first, or a workspace for each plan")
+            raise self._stale()
         return workspace
+
+    def _stale(self) -> ArgumentError:
+        got = "a stale plan: its workspace holds another, or a replan failed"
+        return self._refuse("self", got, "replan(...) first, or a workspace for each plan")
 
     def _bound_run(self, kind: int, has_indices: bool, module: str = "") -> BoundRow:
         """Return a run's row with the plan's arguments bound to the schedule in force. A run's kind
@@ -380,30 +383,30 @@ class Plan:
         if bound is None:
             bound = runs.bind(key, self._other_rows(kind), self._batch)
             self._fill_defaults(bound.template)
-            # The arguments after the first, for a run without options.
-            bound.rest = tuple(bound.template.values[len(self._run_names.first) :])
+            bound.set_defaults(self._run_names.first)
+            if self.options.enable_cuda_graph:
+                bound.pack = self._captured.recording(bound.pack)
             runs.bound[key] = bound
         runs.current[kind, has_indices] = bound
         return bound
 
-    def _run_packed(self, bound: BoundRow, values: Sequence[Any], stream: object) -> None:
-        """Pack a run and launch it, unless there is nothing to launch; for a `Packing` as stream,
-        pass it the frame."""
-        _, frame = bound.pack(bound, *values)
-        if self.options.enable_cuda_graph:
-            self._captured.record_sizes(bound, values)
-        if type(stream) is Packing:
+    def _run_packed(self, bound: BoundRow, frame: Frame | None, stream: object) -> None:
+        """Launch a packed run, unless there is nothing to launch; for a `Packing` as stream, pass
+        it the frame."""
+        if stream is not None and type(stream) is Packing:
             stream.bound, stream.frame = bound, frame
         elif frame is not None:
             try:
                 self._launch_frame(frame, stream)
             finally:
-                bound.give_back(frame)
+                frame.give_back(frame)
 
     def _launch_frame(self, frame: Frame, stream: object) -> None:
         """Launch a packed run after the plan's copies and before the next plan in the workspace, on
         whichever streams these are."""
-        workspace, device, event = self._check_current(), self.device, None
+        workspace, device, event = self.workspace, self.device, None
+        if workspace is None or workspace._generation != self._generation:
+            raise self._stale()
         if device.is_cuda and (type(stream) is not int or stream != workspace._stream):
             scope = current_scope() if stream is None else None
             if scope is not None and scope.device is device:

@@ -16,6 +16,7 @@ from fi_ffi.ops.attention.backends import release_for
 from fi_ffi.ops.attention.bind import BoundRow, RunNames
 from fi_ffi.ops.attention.options import PrefillKeywords, PrefillOptions, check_keywords
 from fi_ffi.ops.attention.plan import Plan
+from fi_ffi.ops.attention.rows import FP4
 from fi_ffi.ops.attention.values import OWN_STRIDES, Values, block_scales
 from fi_ffi.ops.attention.workspace import Workspace
 from fi_ffi.ops.call.arguments import check_int, shown
@@ -108,7 +109,10 @@ class BatchPrefillPlan(Plan):
     op = "BatchPrefillPlan"
     _options_class = PrefillOptions
     _run_methods: Sequence[str] = ("ragged_run", "paged_run")
-    _run_names = RunNames(_RAGGED_NAMES | PAGES | {"maybe_mask_indptr": "mask_indptr"})
+    _run_names = RunNames(
+        _RAGGED_NAMES | PAGES | {"maybe_mask_indptr": "mask_indptr"},
+        first=("q", "k", "v", "paged_k_cache", "paged_v_cache", "o", "maybe_lse", "kv_layout"),
+    )
 
     def __init__(
         self,
@@ -145,8 +149,8 @@ class BatchPrefillPlan(Plan):
         is refused and changes nothing: another number of requests, more queries or pages than
         reserved, or more keys or mask bytes than captured runs were given.
         """
-        paged = paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len
-        self._replan_batch((qo_indptr, kv_indptr, *paged), stream, others)
+        arrays = qo_indptr, kv_indptr, paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len
+        self._replan_batch(arrays, stream, others)
 
     def _other_rows(self, kind: int) -> Mapping[str, Row]:
         return {backend: rows[1 + kind] for backend, rows in self.options.rows.items()}
@@ -258,11 +262,15 @@ class BatchPrefillPlan(Plan):
         if self.options.use_multi_item_scoring:
             raise self._refuse("self", "ragged_run", "paged_run: only that has multi-item scoring")
         bound = self._bound_run(_RAGGED, False)
-        values = self._values(bound, q, o, lse, kv_layout, options)
-        dtype = self.options.kv_data_type
-        block_scales(values, dtype, {"k": k, "v": v}, k_cache_sf, v_cache_sf)
-        values.put(k=k, v=v)
-        self._run_packed(bound, values.values, stream)
+        if self._needs_options or options or not k_cache_sf is v_cache_sf is None:
+            values = self._values(bound, q, o, lse, kv_layout, options)
+            dtype = self.options.kv_data_type
+            block_scales(values, dtype, {"k": k, "v": v}, k_cache_sf, v_cache_sf)
+            values.put(k=k, v=v)
+            frame = bound.pack(bound, *values.values)
+        else:
+            frame = bound.pack(bound, q, k, v, o, lse, kv_layout)
+        self._run_packed(bound, frame, stream)
 
     def paged_run(
         self,
@@ -314,12 +322,17 @@ class BatchPrefillPlan(Plan):
             raise self._refuse("self", "paged_run", "ragged_run, which this was planned for")
         has_indices = self._check_indices("paged_kv_indices", paged_kv_indices)
         bound = self._bound_run(_PAGED, has_indices)
-        values = self._values(bound, q, o, lse, kv_layout, options)
-        caches = {"paged_k_cache": paged_k_cache, "paged_v_cache": paged_v_cache}
-        dtype, own = self.options.kv_data_type, self._have_own_strides
-        block_scales(values, dtype, caches, k_cache_sf, v_cache_sf, own)
-        values.put(**caches, paged_kv_indices=paged_kv_indices)
-        self._run_packed(bound, values.values, stream)
+        is_plain = has_indices and not options and k_cache_sf is v_cache_sf is None
+        if self._needs_options or not is_plain:
+            values = self._values(bound, q, o, lse, kv_layout, options)
+            caches = {"paged_k_cache": paged_k_cache, "paged_v_cache": paged_v_cache}
+            dtype, own = self.options.kv_data_type, self._have_own_strides
+            block_scales(values, dtype, caches, k_cache_sf, v_cache_sf, own)
+            values.put(**caches, paged_kv_indices=paged_kv_indices)
+            frame = bound.pack(bound, *values.values)
+        else:
+            frame = bound.pack(bound, q, paged_k_cache, paged_v_cache, o, lse, kv_layout)
+        self._run_packed(bound, frame, stream)
 
     @cached_property
     def _have_own_strides(self) -> bool:
@@ -340,7 +353,8 @@ class BatchPrefillPlan(Plan):
     def _needs_options(self) -> bool:
         """Whether the plan's options require an argument of every run."""
         planned = [getattr(self.options, option) for option, _ in _PLANNED.values()]
-        return any(planned) or self.options.pos_encoding_mode == "ALIBI"
+        has_alibi = self.options.pos_encoding_mode == "ALIBI"
+        return any(planned) or has_alibi or self.options.kv_data_type in FP4
 
     def _fill_defaults(self, values: Values) -> None:
         if not self._needs_options:

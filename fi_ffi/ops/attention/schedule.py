@@ -51,8 +51,8 @@ class Planner:
         self._bound = binder.bind(row, binder.module, kinds, {})
         for name in ("batch_size", "total_num_rows"):
             self._bound.put(name, 0)
-        # The frame that has a stage's addresses, and the stage's.
-        self._frame: Frame | None = None
+        # The frame of all calls, and the stage whose addresses it has.
+        self._frame: Any = None
         self._ptr = 0
         # The workspace and the placement that it is bound to.
         self._workspace: Workspace | None = None
@@ -66,35 +66,30 @@ class Planner:
         self, workspace: Workspace, stage: Stage, placed: Arrays, batch: Batch, stream: object
     ) -> tuple[Array, int]:
         """Call the planner on the arrays in the stage. Return the plan's info, and where it is."""
-        bound, ptr = self._bound, stage.ptr
         if self._placed is not placed or self._workspace is not workspace:
             self._bind_places(workspace, stage.desc, placed, batch)
             self._placed, self._workspace, self._ptr = placed, workspace, 0
-        _, frame = bound.pack(bound)
-        try:
-            words = frame.addresses
-            if ptr != self._ptr or frame is not self._frame:
-                for word, more in self._of_stage:
-                    words[word] = ptr + more
-                self._frame, self._ptr = frame, ptr
-                start = placed.kernel_bytes if self._has_sent else 0
-                target, count = workspace.int_buffer.ptr + start, placed.end - start
-                self.send = cuda.copying(target, ptr + start, count, self._device.is_cuda)
-            size = batch.size
-            for word, more in self._of_size:
-                words[word] = size + more
-            for word in self._of_rows:
-                words[word] = batch.room_for_rows
-            launch(frame, stream)
-            address = words[frame.layout.result + 1]
-            info = frame.take_result()
-            if not self._has_sent:
-                first = array_values(info)[0]
-                if isinstance(first, Array):  # the CPU's reference returns the info alone
-                    info, address = first, address_of(first.handle)
-            return info, address
-        finally:
-            bound.give_back(frame)
+        frame, ptr, size = self._frame, stage.ptr, batch.size
+        words = frame.addresses
+        if ptr != self._ptr:
+            for word, more in self._of_stage:
+                words[word] = ptr + more
+            self._ptr = ptr
+            start = placed.kernel_bytes if self._has_sent else 0
+            target, count = workspace.int_buffer.ptr + start, placed.end - start
+            self.send = cuda.copying(target, ptr + start, count, self._device.is_cuda)
+        for word, more in self._of_size:
+            words[word] = size + more
+        for word in self._of_rows:
+            words[word] = batch.room_for_rows
+        launch(frame, stream)
+        address = words[frame.layout.result + 1]
+        info = frame.take_result()
+        if not self._has_sent:
+            first = array_values(info)[0]
+            if isinstance(first, Array):  # the CPU's reference returns the info alone
+                info, address = first, address_of(first.handle)
+        return info, address
 
     def _bind_places(
         self, workspace: Workspace, stage: TensorDesc, placed: Arrays, batch: Batch
@@ -116,6 +111,9 @@ class Planner:
             (address, _), (length, _), *_ = words[argument]
             self._of_stage.append((address, placed.where(name)[0]))
             self._of_size.append((length, len(batch.views[name]) - batch.size))
+        if self._frame is None:
+            self._frame = bound.pack(bound)
+        bound.write(self._frame)
 
 
 class Captured:
@@ -158,11 +156,21 @@ class Captured:
             raise self._refuse("self", f"launch {launch}", f"the captured {self.launch}")
         self.launch = launch
 
-    def record_sizes(self, bound: BoundRow, values: Sequence[Any]) -> None:
-        """Record the sizes of a run's growing tensors, which a captured run cannot exceed."""
-        arguments = dict(zip(bound.template.index, values, strict=True))
+    def recording(self, pack: Callable[..., Frame | None]) -> Callable[..., Frame | None]:
+        """Return a `pack` that records the sizes of a run, which a captured run cannot exceed."""
+
+        def packed(bound: BoundRow, *values: Any) -> Frame | None:
+            frame = pack(bound, *values)
+            self._record_sizes(bound, values)
+            return frame
+
+        return packed
+
+    def _record_sizes(self, bound: BoundRow, values: Sequence[Any]) -> None:
+        """Record the sizes of a run's growing tensors; values left out are no tensors."""
+        arguments = dict(zip(bound.template.index, values, strict=False))
         for arg in bound.compiled.tensors:
-            value = arguments[arg.name]
+            value = arguments.get(arg.name)
             if value is None:
                 continue
             shape = as_desc(value, self._refuse.op, arg.name).shape

@@ -116,9 +116,9 @@ class Checks:
 
     # Tensors, their kinds and shapes.
 
-    def _kinds(self) -> list[str]:
-        """Describe the tensors, and find the variant for their kinds."""
-        lines, key = list[str](), list[str]()
+    def _read_tensors(self) -> list[str]:
+        """Read the tensors."""
+        lines = list[str]()
         for _, arg in self.tensors:
             name, caller = arg.name, self.options.names.get(arg.name, arg.name)
             fields = [f"{name}__{field}" for field in FIELDS]
@@ -140,17 +140,24 @@ class Checks:
                 present = f"{name} is not None and " if arg.may_be_none else ""
                 lines.append(f"if {present}{name}__kind.rank != 1:")
                 lines += [f"    {name} = as_vector(described({name}))", *_read_fields(name)]
-            key.append(f"{name}__kind")
+        if self.row.kv_layout is not None:
+            kv = self.row.kv_layout.name
+            lines.append(f"if type({kv}) is not str: refuse.word({kv!r}, {kv}, KV_LAYOUTS)")
+        return lines
+
+    def _key(self) -> list[str]:
+        """Return what a variant is found by: the tensors' kinds, after the layout of keys."""
+        layout = self.row.kv_layout
+        kinds = [f"{arg.name}__kind" for _, arg in self.tensors]
+        return kinds if layout is None else [layout.name, *kinds]
+
+    def _variant(self) -> list[str]:
+        """Find the variant for the tensors' kinds."""
+        key = "".join(f"{part}, " for part in self._key())
         descs = "".join(f"{arg.name}, " for _, arg in self.tensors)
-        layout, kv = self.row.kv_layout, "'NHD'"
-        if layout is not None:
-            kv = layout.name
-            wrong = f"type({kv}) is not str or {kv} not in KV_LAYOUTS"
-            lines.append(f"if {wrong}: refuse.word({kv!r}, {kv}, KV_LAYOUTS)")
-            key.insert(0, kv)
+        kv = "'NHD'" if self.row.kv_layout is None else self.row.kv_layout.name
         return [
-            *lines,
-            f"variant = variants.get(({', '.join(key)}{',' * (len(key) == 1)}))",
+            f"variant = variants.get(({key}))",
             f"if variant is None: variant = add_variant(({descs}), {kv})",
         ]
 

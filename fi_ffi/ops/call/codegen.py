@@ -38,7 +38,7 @@ class Writer(Checks):
         """Write a function of the same parameters that packs.
 
         It returns the variant, a frame (None if there is nothing to do), the scratch memory taken,
-        and the bits that new addresses must not have; with bound arguments, only the first two.
+        and the bits that new addresses must not have; with bound arguments, only the frame.
         """
         bound = f"bound_row, {', '.join(self.options.packed_names)}"
         header = f"def pack({bound if self.options.bound else parameters(self.row)}):"
@@ -119,29 +119,36 @@ class Writer(Checks):
             *(self._writes() if writes else []),
             *end(),
         ]
-        return [*self._kinds(), *self._checked(checks, after), *after]
+        return [*self._read_tensors(), *self._checked(checks, after), *after]
 
     def _checked(self, checks: Sequence[str], after: Sequence[str]) -> list[str]:
         """Skip the checks of shapes and strides if these are those of the call before.
 
         A decoder's layers, and most loops, repeat them. A call with another layout costs one more
-        comparison (docs/performance.md has both).
+        comparison (docs/performance.md has both). A plan's runs, which are of the same kinds nearly
+        always, look for no variant either.
         """
-        if not self.tensors and not self.options.known:
-            return [*checks]
+        is_bound = bool(self.options.bound)
+        if not self.tensors and not is_bound:
+            return [*self._variant(), *checks]
         text = "\n".join(after)
         scratch = tuple(f"{arg.name}__" for _, arg in self.tensors if arg.is_scratch)
         kept = {name for name in _LOCALS.findall(text) if not name.startswith(scratch)}
-        layouts = self._layouts() + "bound_row.sizes, " * bool(self.options.known)
+        layouts, names = self._layouts(), _listed(sorted(kept))
         if self.options.changing:
             checks = self._of_batch(checks, kept)
-        names = _listed(sorted(kept))
+        memo, first = f"variant.{self.memo}", self._variant()
+        if is_bound:
+            layouts += f"{_listed(self._key())}bound_row.sizes, "
+            checks = [*first, *checks, "free = bound_row.frames_of(variant)"]
+            memo, first, names = "bound_row.memo", [], f"variant, free, {names}"
         return [
+            *first,
             f"layouts = ({layouts})",
-            f"memo = variant.{self.memo}",
+            f"memo = {memo}",
             "if memo[0] != layouts:",
             *(f"    {line}" for line in checks),
-            f"    memo = variant.{self.memo} = (layouts, {names})",
+            f"    memo = {memo} = (layouts, {names})",
             f"_, {names} = memo",
         ]
 
@@ -186,11 +193,10 @@ class Writer(Checks):
         if self.options.bound:
             lines = [
                 "try:",
-                "    frame = bound_row._free[variant].pop()",
-                "except (KeyError, IndexError):",
+                "    frame = free.pop()",
+                "except IndexError:",
                 "    frame = bound_row.new_frame(variant)",
-                "is_other = frame.sources is not bound_row.sources",
-                "if is_other or frame.version is not bound_row.version: bound_row.write(frame)",
+                "if frame.state is not bound_row.state: bound_row.write(frame)",
             ]
         else:
             stream = "" if self.function == "pack" else "stream"
@@ -274,7 +280,7 @@ class Writer(Checks):
     def _packed(self, frame: str) -> str:
         """Return the expression that a packed call returns."""
         if self.options.bound:
-            return f"return variant, {frame}"
+            return f"return {frame}"
         scratch = "".join(f"described({arg.name}), " for _, arg in self.tensors if arg.is_scratch)
         masks = "".join(f"{self.masks[arg.name]}, " for _, arg in self.tensors)
         return f"return variant, {frame}, ({scratch}), ({masks})"
@@ -286,14 +292,14 @@ class Writer(Checks):
                 "try:",
                 "    return variant.run(frame, stream)",
                 "finally:",
-                "    variant.give_back(frame)",
+                "    frame.give_back(frame)",
             ]
         return [
             "try:",
             "    launch(frame, stream)",
             *(["    return frame.take_result()"] if row.result != "void" else []),
             "finally:",
-            "    variant.frames.append(frame)",
+            "    frame.give_back(frame)",
         ]
 
 

@@ -88,12 +88,12 @@ class Variant:
                 self._values.append((place(i), 0 if arg.strided else KV_LAYOUTS[layout]))
             elif isinstance(arg, Absent) and arg.abi_type in _NUMBERS:
                 self._values.append((place(i), arg.value))
-        # The layouts of the last call that passed, and what was computed from them.
+        # The layouts of the last call that passed, and what was computed from them. A plan's runs
+        # have theirs in the plan, and here the same of all that no batch changes.
         self.memo: tuple[Any, ...] = (None,)
-        # For a plan's runs, the same of all that no batch changes.
-        self.memo_of_plan: tuple[Any, ...] = (None,)
         self.memo_of_pack: tuple[Any, ...] = (None,)
         self.memo_of_check: tuple[Any, ...] = (None,)
+        self.memo_of_plan: tuple[Any, ...] = (None,)
         # Found at the first call.
         self.entry: Entry | None = None
         self.target: LaunchTarget | None = None
@@ -169,6 +169,7 @@ class Variant:
         assert self.entry is not None
         frame = Frame(self.compiled.layout, self._slots, self.entry)
         frame.variant, frame.target = self, self.target
+        frame.give_back = giving_back(frame, self.frames)
         for word, value in self._values:
             frame.words[word] = value
         return frame
@@ -183,12 +184,19 @@ class Variant:
             launch(frame, stream)
         return frame.take_result()
 
-    def give_back(self, frame: Frame) -> None:
-        """Return a frame to the pool, unless a callee kept one of its Tensor objects."""
+
+def giving_back(frame: Frame, free: list[Frame]) -> Callable[[Frame], None]:
+    """Return what puts a frame into its pool, unless a callee kept one of its Tensor objects."""
+    if not frame.has_objects:
+        return free.append
+
+    def give_back(frame: Frame) -> None:
         if frame.is_referred_to:
             memory.keep(frame)
         else:
-            self.frames.append(frame)
+            free.append(frame)
+
+    return give_back
 
 
 class CompiledRow:
@@ -284,6 +292,8 @@ class CompiledRow:
 
     def _add_variant(self, tensors: Sequence[TensorDesc | Fields | None], layout: str) -> Variant:
         """Make the variant for tensors of these kinds; raise if the row does not allow them."""
+        if self.row.kv_layout is not None and layout not in KV_LAYOUTS:
+            self.refuse.word(self.row.kv_layout.name, layout, KV_LAYOUTS)
         descs: list[TensorDesc | None] = [*map(described, tensors)]
         pairs = [*zip(self.tensors, descs, strict=True)]
         device = self._check_kinds([(arg, desc) for arg, desc in pairs if desc is not None], layout)

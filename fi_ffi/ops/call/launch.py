@@ -57,8 +57,9 @@ class LaunchTarget:
 def launch(frame: Frame, stream: object, is_watched: bool = False) -> None:
     """Call a frame on `stream`, or on the open scope's; raise the entry's error.
 
-    The frame's device is current during the call, and the caller's again after it. The entry's
-    result is left in the frame. A watcher sees the call, unless it `is_watched` already.
+    The frame's device is current during the call, and the caller's again after it, as is the
+    stream. The entry's result is left in the frame. A watcher sees the call, unless it `is_watched`
+    already.
     """
     target: LaunchTarget = frame.target
     watcher = hooks.watcher
@@ -78,7 +79,22 @@ def launch(frame: Frame, stream: object, is_watched: bool = False) -> None:
         pointer = _thread.pointers[target.index].get(stream) if type(stream) is int else None
         if pointer is None:
             pointer = _pointer(target, streams.handle_for(stream, target.device, target.op))
-        _call_on(frame, target, pointer)
+        if frame.pointer is not pointer:
+            frame.set_stream = functools.partial(target.set_stream, pointer, frame.before)
+            frame.pointer = pointer
+        words, word = frame.words, frame.before_word
+        try:
+            code = frame.set_stream() or frame.invoke()
+        finally:
+            before = words[word]
+            if before != NO_STREAM:
+                if before:
+                    target.set_stream(frame.before[0], ffi.NULL)
+                else:
+                    target.set_none()
+                words[word] = NO_STREAM
+        if code:
+            raise _error_of(frame)
     else:
         scope = _scope()
         if scope is not None and streams.thread.scopes.get(target.device) is scope:
@@ -88,32 +104,13 @@ def launch(frame: Frame, stream: object, is_watched: bool = False) -> None:
             _launch_in_scope(frame, target)
 
 
-def _call_on(frame: Frame, target: LaunchTarget, pointer: Any) -> None:
-    """Set the stream, call, and restore the previous stream in every case."""
-    if frame.pointer is not pointer:
-        frame.set_stream = functools.partial(target.set_stream, pointer, frame.before)
-        frame.pointer = pointer
-    words, word = frame.words, frame.before_word
-    try:
-        code = frame.set_stream() or frame.invoke()
-    finally:
-        before = words[word]
-        if before != NO_STREAM:
-            if before:
-                target.set_stream(frame.before[0], ffi.NULL)
-            else:
-                target.set_none()
-            words[word] = NO_STREAM
-    if code:
-        raise _error_of(frame)
-
-
 def _launch_in_scope(frame: Frame, target: LaunchTarget) -> None:
     """Make the first call in a scope, or a call on another thread than the scope's."""
     scope: Scope = streams.open_scope(target.device, target.op)
-    pointer = _pointer(target, scope.handle)
+    if scope.handle not in _thread.pointers[target.index]:
+        _pointer(target, scope.handle)  # the thread has the device's context then
     if not scope.make_current(target.device):
-        _call_on(frame, target, pointer)
+        launch(frame, scope.handle, is_watched=True)
     elif frame.invoke():
         raise _error_of(frame)
 

@@ -196,7 +196,7 @@ class BatchAttentionPlan(Plan):
         block_scales(values, dtype, caches, k_cache_sf, v_cache_sf)
         values.put(q=q, k_cache=k_cache, v_cache=v_cache, o=o, maybe_lse=lse)
         values.put(kv_layout=kv_layout, kv_indices=kv_indices)
-        self._run_packed(bound, values.values, stream)
+        self._run_packed(bound, bound.pack(bound, *values.values), stream)
 
     def _fill_defaults(self, values: Values) -> None:
         values.scales(self.options.head_dim_qk)

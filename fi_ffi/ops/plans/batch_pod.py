@@ -229,7 +229,7 @@ class BatchPodPlan(PodPlan):
         values.put(o_p=o_p, o_d=o_d, maybe_lse_p=lse_p, maybe_lse_d=lse_d)
         values.put(sm_aware_sched=self._sched, mask_mode_code_p=self.prefill.options.mask_mode)
         self._put_options(values, sm_scale_p, sm_scale_d, enable_pdl)
-        self._run_packed(bound, values.values, stream)
+        self._run_packed(bound, bound.pack(bound, *values.values), stream)
 
     def _facts(self) -> dict[str, Any]:
         return super()._facts() | {"window_left_p": self.options.window_left}

@@ -190,7 +190,7 @@ class PodPlan(BatchPrefillPlan):
         values.put(q_d=q_d, paged_kv_indices_d=paged_kv_indices, window_left_p=window)
         values.put(o_p=o_p, o_d=o_d, maybe_lse_p=lse_p, maybe_lse_d=lse_d)
         self._put_options(values, sm_scale_p, sm_scale_d, enable_pdl)
-        self._run_packed(bound, values.values, stream)
+        self._run_packed(bound, bound.pack(bound, *values.values), stream)
 
     def _other_rows(self, kind: int) -> Mapping[str, Row]:
         return {}  # there is one kernel
