@@ -27,7 +27,7 @@ _NOT_SANITIZED = {
     "test_call_log.py::test_a_kernel_that_crashes": "reads what is not there on purpose",
     "test_threads_stress.py::test_exits_with_all_alive": "takes minutes: threads launch to the end",
     "test_threads_stress.py::test_calls_release_the_gil": _AT_ONCE,
-    "test_untyped_rest.py::test_bgmv_moe_is_on_the_default_stream": _AT_ONCE,
+    "test_untyped_rest.py::test_the_stream_of_bgmv_moe": _AT_ONCE,
 }
 
 

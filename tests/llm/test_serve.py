@@ -192,7 +192,7 @@ def test_a_client_that_goes_away_gives_its_pages_back(served, stream):
      ({"max_tokens": 5000}, "max_tokens", "there is room for"),
      ({"prompt": []}, "prompt", "a string, a list"), ({"prompt": ""}, "prompt", "one token"),
      ({"prompt": [999]}, "prompt", "from 0 to 256"), ({"prompt": 5}, "prompt", "a list of tokens"),
-     ({"n": 0}, "n", "greater"), ({"best_of": 2}, "best_of", "as n"),
+     ({"n": 0}, "n", "greater"), ({"best_of": 2}, "best_of", "to equal n"),
      ({"logprobs": 21}, "logprobs", "less than or equal to 20"),
      ({"prompt": ["a", 1]}, "prompt", "a list of strings"),
      ({"temperature": "hot"}, "temperature", "number"), ({"more": 1}, "more", "no such field"),

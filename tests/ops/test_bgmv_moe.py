@@ -63,7 +63,7 @@ class Layer:
                 off[token, columns] += weight * (np.abs(up) @ (error + SUM * np.abs(middle)))
         return value, off
 
-    def run(self, machine, *, is_prepared: bool = False) -> np.ndarray:
+    def run(self, machine, *, is_prepared: bool = False, is_recorded: bool = False) -> np.ndarray:
         machine.need("bgmv_moe")
         placed = {name: machine.place(array) for name, array in self.arrays.items()}
         lists = {"lora_a_weights": self.a, "lora_b_weights": self.b}
@@ -77,6 +77,13 @@ class Layer:
             call()
             call.update(x=descs["x"])
             call()
+        elif is_recorded:  # and replayed, its output poisoned
+            fi_ffi.bgmv_moe(**descs, **options)
+            machine.synchronize()
+            replay = machine.capture(lambda: fi_ffi.bgmv_moe(**descs, **options))
+            for _ in range(2):
+                machine.poison(placed["out"], machine.stream)
+                replay()
         else:
             fi_ffi.bgmv_moe(**descs, **options)
         machine.synchronize()
@@ -112,8 +119,21 @@ def test_prepared(machine, rng):
     assert (np.abs(got - value) <= off).all()
 
 
+def test_recorded(machine, rng):
+    """In a graph, where the kernels run on the stream that they get; others are refused."""
+    layer = Layer(rng, tokens=5)
+    value, off = layer.exact()
+    if machine.is_gpu and lora.on_default_stream(fi_ffi.parse_device("cuda:0")):
+        with pytest.raises(fi_ffi.ArgumentError, match=r"before 0\.7\.2\.post1 run on") as caught:
+            layer.run(machine, is_recorded=True)
+        assert caught.value.argument == "stream"
+        return
+    got = layer.run(machine, is_recorded=True).astype(np.float64)
+    assert (np.abs(got - value) <= off).all() and np.abs(got).max() > 0
+
+
 def test_in_the_order_of_the_stream(machine, rng):
-    """The kernels run on another stream: not before what is queued on the call's, and what is
+    """The kernels may run on another stream: not before what is queued on the call's, and what is
     queued after it sees their sums."""
     machine.need("bgmv_moe")
     layer = Layer(rng, tokens=5)
@@ -136,18 +156,21 @@ def test_in_the_order_of_the_stream(machine, rng):
     assert (np.abs(got - value) <= off + 1e-30).all() and np.abs(got).max() > 0
 
 
+@pytest.mark.parametrize("release", ["0.6.13", "0.7.2", "0.7.2.post1", "0.7.3"])
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("stream", [0, 1, 0x51])
-def test_what_waits_for_the_default_stream(stream, fails, gpu):
+def test_what_waits_for_the_default_stream(stream, fails, release, gpu, put_release):
     """Launches on it come after the stream's work and before what follows, and wait for nothing
-    where the stream is the default one; a launch that fails leaves what follows in order too."""
+    where the stream is the default one, or the kernels run on the stream; a launch that fails
+    leaves what follows in order too."""
+    put_release(release)
     log, device = gpu.runtime.log, fi_ffi.parse_device("cuda:0")
     log.clear()
-    with contextlib.suppress(OSError), lora._on_default_stream(device, stream):
+    with contextlib.suppress(OSError), lora._in_order(device, stream):
         log.append(("launched",))
         if fails:
             raise OSError
-    if stream < 2:
+    if stream < 2 or release in ("0.7.2.post1", "0.7.3"):
         assert log == [("launched",)]
         return
     assert [entry[0] for entry in log] == ["record", "wait", "launched", "record", "wait"]
@@ -157,7 +180,7 @@ def test_what_waits_for_the_default_stream(stream, fails, gpu):
 
 
 def test_the_cpu_waits_for_no_stream(gpu):
-    with lora._on_default_stream(fi_ffi.parse_device("cpu"), 0x51):
+    with lora._in_order(fi_ffi.parse_device("cpu"), 0x51):
         pass
     assert not [entry for entry in gpu.runtime.log if entry[0] in ("record", "wait")]
 

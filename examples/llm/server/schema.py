@@ -161,7 +161,7 @@ class CompletionBody(Common):
     @classmethod
     def _is_n(cls, best_of, info):
         if best_of is not None and best_of != (info.data.get("n") or 1):
-            raise ValueError("here it is as n, or not given")
+            raise ValueError("has to equal n: this server ranks no choices")
         return best_of
 
     @property

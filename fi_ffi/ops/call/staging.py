@@ -36,8 +36,8 @@ class StagePool:
     """Pieces of page-locked memory, each for one copy at a time, on any stream.
 
     It allocates up to `MAX_STAGES` pieces of at least `least` bytes, or uses the given `pieces` and
-    allocates none. If the piece that was used last is free again, the next copy is from it, since it
-    is in the processor's caches. Its owner locks it.
+    allocates none. The piece that was used last is used again, if it is free: it is in the
+    processor's caches. Its owner locks it.
     """
 
     def __init__(self, device: Device, least: int = 0, pieces: Sequence[TensorDesc] = ()) -> None:

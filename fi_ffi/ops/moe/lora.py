@@ -3,7 +3,7 @@
 The kernels read tables with the addresses of each expert's matrices. The tables are made on the
 host and copied in order with the launch. Before FlashInfer 0.7.2.post1 the kernels run on the
 legacy default stream whatever stream they get (`BGMV_MOE_GET_STREAM` in
-`csrc/bgmv_moe/moe_bgmv_impl.cuh`), so that stream and the call's are made to wait for each other.
+`csrc/bgmv_moe/moe_bgmv_impl.cuh`). Theirs and the call's are made to wait for each other.
 """
 
 from __future__ import annotations
@@ -22,7 +22,13 @@ from fi_ffi.ops.call import cuda
 from fi_ffi.ops.call.arguments import INT32_MAX, Refusal
 from fi_ffi.ops.call.compiled import CompiledRow
 from fi_ffi.ops.call.op import Op
-from fi_ffi.ops.call.releases import check_available, forms_of, reference
+from fi_ffi.ops.call.releases import (
+    check_available,
+    forms_of,
+    reference,
+    release_in_force,
+    version_key,
+)
 from fi_ffi.ops.call.row import Absent, Row, Scalar, Tensor, Vector
 from fi_ffi.ops.steps.keyword_call import Launch, PreparedSteps, keyword_function
 from fi_ffi.ops.steps.memory import check_apart, staged, zero
@@ -83,6 +89,8 @@ CHECKS = Row(
 )
 # From this release on, each pair may have its own row of x and its own result: not used here.
 _LATER = "0.6.16"
+# From this release on, the kernels run on the stream that they get.
+_ON_STREAM = "0.7.2.post1"
 SHRINK = forms_of(
     Row(
         "bgmv_moe_shrink",
@@ -217,8 +225,8 @@ def bgmv_moe(
     adapter out of range makes the kernels read past the weights.
 
     Before FlashInfer 0.7.2.post1 the kernels run on the legacy default stream. It and `stream` wait
-    for each other, with any release, so a stream that records a graph is refused. Other streams are
-    not delayed if they do not wait for the default stream.
+    for each other, and a stream that records a graph is refused. Other streams are not delayed if
+    they do not wait for the default stream.
 
     Raises `ArgumentError` and `ArgumentTypeError` before anything is launched, and
     `ArchitectureError` on GPUs before SM90.
@@ -241,8 +249,9 @@ def _checked(arguments: Mapping[str, Any]) -> Launch:
         handle = handle_for(stream, device, _OP)
         if device.is_cuda:
             check_available(CHECKS, device)
-            if cuda.is_capturing(handle):
-                expected = "a stream that records no graph: the kernels run on the default stream"
+            if on_default_stream(device) and cuda.is_capturing(handle):
+                expected = "a stream that records no graph: kernels of FlashInfer before "
+                expected += f"{_ON_STREAM} run on the default stream"
                 raise _refuse("stream", f"{handle:#x}", expected)
         elif sizes["n"]:  # on the CPU, where nothing may be read past the weights
             adapters, experts = a[0].shape[:2]
@@ -275,7 +284,7 @@ def _launch(
         step_a, step_b = a[0].strides[0], b[0].strides[0]
         summed: dict[str, Any] = {"topk_weights": descs["topk_weights"], "slice_start_loc": starts}
         summed |= {"first_feat_out": feat, "lora_stride": step_b}
-        with _on_default_stream(device, stream):
+        with _in_order(device, stream):
             _shrink(middle, x, of_a, **indices, lora_stride=step_a, stream=stream)
             _expand(out, middle, of_b, **indices, **summed, stream=stream)
 
@@ -302,10 +311,15 @@ def _placed(
     return of_a, of_b, TensorDesc(address + 2 * size, (slices,), "int64", device=device)
 
 
+def on_default_stream(device: Device) -> bool:
+    """Whether the kernels in use run on the legacy default stream, whatever stream they get."""
+    return device.is_cuda and version_key(release_in_force()) < version_key(_ON_STREAM)
+
+
 @contextmanager
-def _on_default_stream(device: Device, stream: int) -> Iterator[None]:
-    """Order launches inside the block, on the legacy default stream, into `stream`."""
-    if not device.is_cuda or stream in _DEFAULT:
+def _in_order(device: Device, stream: int) -> Iterator[None]:
+    """Order launches inside the block into `stream`, on whichever stream they are."""
+    if not on_default_stream(device) or stream in _DEFAULT:
         yield
         return
     before, after = cuda.Event(), cuda.Event()
