@@ -18,6 +18,7 @@ from fi_ffi.abi.interop import TensorLike, as_desc
 from fi_ffi.abi.streams import handle_for
 from fi_ffi.abi.tensor import TensorDesc
 from fi_ffi.errors import ArgumentTypeError, printed
+from fi_ffi.loader.distributions import version_key
 from fi_ffi.ops.call import cuda
 from fi_ffi.ops.call.arguments import INT32_MAX, Refusal
 from fi_ffi.ops.call.compiled import CompiledRow
@@ -27,7 +28,6 @@ from fi_ffi.ops.call.releases import (
     forms_of,
     reference,
     release_in_force,
-    version_key,
 )
 from fi_ffi.ops.call.row import Absent, Row, Scalar, Tensor, Vector
 from fi_ffi.ops.steps.keyword_call import Launch, PreparedSteps, keyword_function
