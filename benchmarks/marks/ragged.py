@@ -67,7 +67,7 @@ class Prefill:
         self.batch.check(step, out.get()[: int(self.tables[step][-1])])
 
 
-def plan(bench: Bench, backend: str, key: str = "") -> Iterator[Line]:
+def plan(bench: Bench, backend: str, key: str) -> Iterator[Line]:
     """`replan`: prompts a token longer each time; `key` names its mark."""
     prefill = Prefill(bench, backend)
     wrapper, stream = prefill.wrapper, bench.gpu.stream
