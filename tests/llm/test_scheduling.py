@@ -183,6 +183,58 @@ def test_short_prompts_do_not_hold_a_long_one_up():
     check_empty(engine)
 
 
+def test_long_prompts_wait_without_slots():
+    """Two of like length at a time, in order: a short one finds a slot, and one half as long."""
+    engine = Simulated(num_pages=4000, max_batch=4)
+    long = [engine.submit([1 + n] * 500, greedy(2)) for n in range(6)]
+    engine.step()
+    assert [request.slot is not None for request in long] == [True] * 2 + [False] * 4
+    assert sum(len(request.pages) for request in long) <= 2 * 501 / 4 + 2
+    short, shorter = engine.submit([90] * 20, greedy(2)), engine.submit([91] * 200, greedy(2))
+    for _ in range(3):
+        engine.step()
+    assert len(short.tokens) == 2 and shorter.computed > 50
+    order, ended = [*long], []
+    while order:
+        engine.step()
+        ended += [request for request in order if request.finished]
+        order = [request for request in order if not request.finished]
+    assert ended == long
+    engine.run()
+    check_empty(engine)
+
+
+def test_a_long_prompt_that_is_in_the_cache_waits_for_no_other(monkeypatch):
+    engine = Simulated(num_pages=4000, max_batch=4)
+    told = [n % 299 for n in range(600)]
+    engine.submit(told, greedy(1))
+    engine.run()
+    for n in range(2):
+        engine.submit([5 + n] * 500, greedy(2))
+    looked, find = [], engine.pages.find
+    monkeypatch.setattr(engine.pages, "find", lambda tokens: looked.append(0) or find(tokens))
+    goes_on, other = (engine.submit(text, greedy(2)) for text in (told + [7] * 30, [9] * 700))
+    for _ in range(5):
+        engine.step()
+    assert goes_on.reused == 600 and len(goes_on.tokens) == 2
+    assert other.slot is None and len(looked) <= 5, "which is looked up once while it waits"
+    engine.run()
+    assert len(other.tokens) == 2
+    check_empty(engine)
+
+
+def test_who_goes_before_a_long_prompt():
+    """Two of no more than twice its rest; nobody where its client has seen tokens already."""
+    engine = Simulated(num_pages=4000)
+    request = engine.request([1] * 300, greedy(2))
+    assert not engine._is_late(request, [300])
+    assert not engine._is_late(request, [300, 601])
+    assert engine._is_late(request, [300, 600])
+    assert not engine._is_late(engine.request([1] * 50, greedy(2)), [51, 51])
+    request.preempted = 1
+    assert not engine._is_late(request, [300, 600])
+
+
 def test_the_same_prompts_wait_for_the_first_of_them():
     """What it has filled they find, and others go on meanwhile."""
     engine = Simulated(num_pages=200, max_batch=8)

@@ -1,9 +1,8 @@
 """A small inference engine on fi_ffi."""
 
-from . import threads  # noqa: F401  (before numpy)
-from .config import Config
+from . import threads, kinds  # noqa: F401, I001  (threads before numpy)
+from .config import KINDS, Config
 from .engine import Engine, Request, Requests
-from .kinds import KINDS
 from .ranks import Job, alone, device_count, end_process, spawned, start, watch
 from .sampling import Sampling
 from .weights import Weights, verify

@@ -202,7 +202,7 @@ class Rope(Checked):
 
 QUANTISED = {"quant_method": str | None, "weight_block_size": list[int] | None}
 Quantised = model_of("Quantised", Checked, **QUANTISED)
-KINDS = {}  # by model_type: the classes of `kinds`
+KINDS = {}  # the classes of `kinds`, by model_type
 HEAD_NORMS = "q_norm", "k_norm"
 
 
@@ -247,6 +247,9 @@ class Config(Checked):
     quantization_config: Quantised | None = None
     eos_token_id: Count | list[Count] = []
     generation: Generation = Generation()
+
+    def __init_subclass__(cls, kind=None):
+        KINDS.update({kind: cls} if kind else {})
 
     @classmethod
     def read(cls, path):

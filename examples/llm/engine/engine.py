@@ -36,6 +36,7 @@ class Request:
     pages: list = field(default_factory=list)
     passed: int = 0  # requests that went before it
     wanted: int = 0  # pages that were too few when it was last looked at
+    rest: int | None = None  # tokens of the prompt that were not in the cache, once it has waited
     preempted: int = 0  # times that it lost its pages
     echoed: int = 0  # tokens of the prompt whose followers' log probabilities are asked for
     computed: int = 0  # tokens whose keys and values are in the cache, or will be
@@ -154,12 +155,14 @@ class Engine(Requests):
         """Requests by and large in order, while there are slots, and pages for what is known.
 
         Later ones go before one that does not fit, so many times at most.  The same prompts wait
-        for the first of them, and find its pages.
+        for the first of them, and find its pages.  Long ones wait until they can soon be computed.
         """
         if not self.waiting or not self.slots:
             return
         coming, blocked = {r.prompt_key for r in self.running if self._leads(r)}, []
-        for request in [*itertools.islice(self.waiting, LOOKED_AT)]:
+        long = [r.left for r in self.running if r.is_new and r.left > self.max_tokens]
+        early = (request for request in [*self.waiting] if not self._is_late(request, long))
+        for request in itertools.islice(early, LOOKED_AT):
             if request.prompt_key in coming and not request.sampling.prompt_logprobs:
                 continue
             if self._place(request):
@@ -170,10 +173,20 @@ class Engine(Requests):
                     return
                 if self._leads(request):
                     coming.add(request.prompt_key)
+                long += [request.left] * (request.left > self.max_tokens)
             elif request.passed >= PASSED:
                 return
             else:
                 blocked.append(request)
+
+    def _is_late(self, request, long):
+        """Whether two go before it, of no more than twice its rest: `long` has those of prompts."""
+        if len(long) < 2 or len(request.prompt) <= self.max_tokens or request.preempted:
+            return False
+        if request.rest is None:
+            self.pages.give_back(found := self.pages.find(request.prompt))
+            request.rest = len(request.prompt) - len(found) * self.page_size
+        return request.rest > self.max_tokens and sum(n <= 2 * request.rest for n in long) >= 2
 
     def _leads(self, request):
         """Whether pages of its prompt will be known that are not yet."""

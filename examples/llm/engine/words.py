@@ -8,7 +8,6 @@ import re
 BYTE = re.compile("<0x([0-9A-F]{2})>")
 LONGEST = 4  # bytes of a character, and so tokens that one may be of
 
-
 # The bytes that the letters of byte-level tokenizers stand for: most are their own.
 BYTES = {chr(byte): byte for byte in (*range(33, 127), *range(161, 173), *range(174, 256))}
 OTHERS = [byte for byte in range(256) if byte not in BYTES.values()]

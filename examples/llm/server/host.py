@@ -20,7 +20,6 @@ from .schema import Refused
 # What a request gets as it goes on.
 GROWING = ("tokens", "logprobs", "prompt_logprobs")
 
-
 # How the engine is: requests that it was given so far, free slots, the seconds of the step or None;
 # of each that has `changed`: (number, {name: new values}, tokens found in the cache, why it ended).
 News = namedtuple("News", "changed submitted waiting running slots pages used_pages seconds")

@@ -166,9 +166,8 @@ class Service:
         for listener in listeners:
             listener.request.finished = listener.request.finished or "error"
         self._tell(listeners)
-        for done in [*self.compiling.values()]:
-            with contextlib.suppress(InvalidStateError):  # its client has gone
-                done.set_result(Refused(*ENDED))
+        for number in [*self.compiling]:
+            self._compiled(number, Refused(*ENDED))
         if failure is not None and self.on_failure:
             self.on_failure()
 

@@ -10,7 +10,6 @@ THINK, THOUGHT = "<think>", "</think>"  # around what a model thinks before its 
 AFTER = re.compile(rf"{THOUGHT}\s*")
 OBJECT = r"\s*(?:({)|\Z)"  # an object of JSON, or what may be one
 
-
 # `offset` is in the text.
 Logprob = namedtuple("Logprob", ("token", "value", "tokens", "values", "offset"))
 

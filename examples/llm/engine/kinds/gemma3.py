@@ -8,7 +8,7 @@ from .. import config
 from ..weights import with_one
 
 
-class Gemma3(config.WithoutExperts, config.Config):
+class Gemma3(config.WithoutExperts, config.Config, kind="gemma3_text"):
     qk_norm: ClassVar = True
     adds_one: ClassVar = True
     is_silu: ClassVar = False

@@ -8,7 +8,7 @@ from .. import config
 from ..weights import Fours, whole
 
 
-class GptOss(config.Config):
+class GptOss(config.Config, kind="gpt_oss"):
     has_sinks: ClassVar = True
     quantised: ClassVar = "mxfp4"
     norm_topk: ClassVar = True

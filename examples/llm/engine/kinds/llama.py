@@ -5,15 +5,15 @@ from typing import ClassVar, Literal
 from ..config import FULL, SLIDING, Config, WithoutExperts
 
 
-class Llama(WithoutExperts, Config):
+class Llama(WithoutExperts, Config, kind="llama"):
     pass
 
 
-class Qwen3(Llama):
+class Qwen3(Llama, kind="qwen3"):
     qk_norm: ClassVar = True
 
 
-class Qwen2(Llama):
+class Qwen2(Llama, kind="qwen2"):
     """Biases of queries, keys and values, which config.json does not tell of."""
 
     has_out_bias: ClassVar = False
@@ -31,5 +31,5 @@ class InWindow:
         return self.sliding_window
 
 
-class Mistral(InWindow, Llama):
+class Mistral(InWindow, Llama, kind="mistral"):
     pass

@@ -31,7 +31,7 @@ class Sparse(Config):
         return super().arranged(layer, i) | bias
 
 
-class Mixtral(InWindow, Sparse):
+class Mixtral(InWindow, Sparse, kind="mixtral"):
     norm_topk: ClassVar = True
 
     experts: within(1, MOST_EXPERTS) = named("num_local_experts")
@@ -44,7 +44,7 @@ class Mixtral(InWindow, Sparse):
     }
 
 
-class Qwen3Moe(Sparse):
+class Qwen3Moe(Sparse, kind="qwen3_moe"):
     qk_norm: ClassVar = True
 
     experts: within(1, MOST_EXPERTS) = named("num_experts")

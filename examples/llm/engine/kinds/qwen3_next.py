@@ -10,7 +10,7 @@ from ..weights import whole, with_one
 from .mixtral import Qwen3Moe
 
 
-class Qwen3Next(Qwen3Moe):
+class Qwen3Next(Qwen3Moe, kind="qwen3_next"):
     adds_one: ClassVar = True
     has_gate: ClassVar = True
     has_shared: ClassVar = True
