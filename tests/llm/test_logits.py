@@ -126,6 +126,16 @@ def test_states_a_token_further(serve, way, where, monkeypatch):
     assert all(serving.error(request) <= 1 for request in requests)
 
 
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3_next"])
+def test_in_bfloat16(serve, kind):
+    """As they are published: the tests' own are in float16."""
+    serving = serve(kind, torch_dtype="bfloat16")
+    engine = serving.engine()
+    requests = [engine.submit(serving.prompt(n), greedy()) for n in (1, 40, 300)]
+    engine.run()
+    assert all(serving.error(request) <= 1 for request in requests)
+
+
 def test_other_numbers_of_heads(serve):
     """Five query heads a key head: prefill's kernels decode, on tensor cores."""
     serving = serve("qwen3", num_attention_heads=5, num_key_value_heads=1)
