@@ -375,8 +375,8 @@ def test_an_error_on_its_way_up(abuse: Abuse) -> None:
 
 
 def test_recursion(abuse: Abuse, silent: None) -> None:
-    """Calls of calls: 1000 deep where Python lets them; else its limit is met anywhere inside,
-    in the function, before it, or while it is told."""
+    """Calls of calls: 1000 deep where Python lets them, which 3.12 does not for calls through C;
+    else its limit is met anywhere inside, in the function, before it, or while it is told."""
 
     def lower(depth: int) -> int:
         return 1 + abuse.call(function, depth - 1) if depth else 0
@@ -384,7 +384,8 @@ def test_recursion(abuse: Abuse, silent: None) -> None:
     function, before = lent(lower), sys.getrecursionlimit()
     sys.setrecursionlimit(20_000)
     try:
-        assert abuse.call(function, 1000) == 1000
+        deep = 100 if sys.version_info[:2] == (3, 12) else 1000
+        assert abuse.call(function, deep) == deep
     finally:
         sys.setrecursionlimit(before)
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import threading
 import traceback
 from collections.abc import Callable
+
+# filelock, where it is imported, refuses a fork beside another thread's.
+_one_at_a_time = threading.Lock()
 
 
 def fork(run: Callable[[], object]) -> int:
     """The id of a child that runs it; it exits with 1 where that raises."""
-    pid = os.fork()
+    with _one_at_a_time:
+        pid = os.fork()
     if pid:
         return pid
     code = 1

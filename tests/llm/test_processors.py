@@ -9,7 +9,7 @@ import pytest
 from engine import Sampling
 from engine.sampling import MOST_BIASES, TOP
 
-from tests.llm.serving import BOUND, KINDS, ROUNDING, check_empty
+from tests.llm.serving import BOUND, KINDS, ROUNDING, check_empty, greedy
 
 NONE = {"ignore_eos": True, "temperature": 0.0}
 
@@ -253,6 +253,24 @@ def test_masks_follow_each_token(serve):
         tokens = request.tokens
         assert tokens and all(a < b and a % 2 != b % 2 for a, b in itertools.pairwise(tokens))
         assert request.finished == ("length" if len(tokens) == 4 else "error")
+    check_empty(engine)
+
+
+def test_a_token_that_does_not_fit_is_not_told(serve):
+    """Where none does, after the greatest: the text ends before it."""
+    serving = serve("llama", vocab_size=1000)
+    engine, grammar = serving.engine(), EvenThenOdd(1000)
+    grammar.last = 996
+    request = engine.request(serving.prompt(5), greedy(9), grammar)
+    engine.waiting.append(request)
+    engine.run()
+    assert request.finished == "error" and request.tokens in ([999], [997, 998, 999])
+    engine = serving.engine()
+    grammar.last = 999
+    request = engine.request(serving.prompt(5), greedy(9), grammar)
+    engine.waiting.append(request)
+    engine.run()
+    assert (request.finished, request.tokens) == ("error", [])
     check_empty(engine)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import linecache
 import sys
+import threading
 import timeit
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -141,8 +142,10 @@ def instructions(call: Call) -> Counter[Line]:
         sys.settrace(tell)
 
     def monitor(statement: CodeType) -> None:
+        mine = threading.get_ident()
+
         def tell(code: CodeType, offset: int) -> None:
-            if not is_ours(code, statement):
+            if threading.get_ident() == mine and not is_ours(code, statement):
                 number = next(islice(code.co_positions(), offset // 2, None))[0]
                 found[Line(code.co_filename, code.co_name, number or 0)] += 1
 

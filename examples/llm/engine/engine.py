@@ -273,14 +273,14 @@ class Engine(Requests):
             changed.append(request)
             if token in self.config.eos and not request.sampling.ignore_eos:
                 self._finish(request, "stop")
-                continue
-            request.tokens.append(token)
-            if request.sampling.logprobs is not None:
-                request.logprobs.append(_asked(request, logprob))
-            if request.grammar and not request.grammar.accept(token):
+            elif request.grammar and not request.grammar.accept(token):
                 self._finish(request, "error")  # no token fits
-            elif len(request.tokens) == request.sampling.max_tokens:
-                self._finish(request, "length")
+            else:
+                request.tokens.append(token)
+                if request.sampling.logprobs is not None:
+                    request.logprobs.append(_asked(request, logprob))
+                if len(request.tokens) == request.sampling.max_tokens:
+                    self._finish(request, "length")
         for request, echoed in step.echoed:
             some = itertools.islice(logprobs, len(echoed))
             request.prompt_logprobs += [_asked(request, logprob) for logprob in some]
