@@ -404,7 +404,8 @@ class Plan:
     def _launch_frame(self, frame: Frame, stream: object) -> None:
         """Launch a packed run after the plan's copies and before the next plan in the workspace, on
         whichever streams these are."""
-        workspace, device, event = self.workspace, self.device, None
+        workspace, device = self.workspace, self.device
+        event = None
         if workspace is None or workspace._generation != self._generation:
             raise self._stale()
         if device.is_cuda and (type(stream) is not int or stream != workspace._stream):
