@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import sys
 
 import pytest
 
@@ -13,6 +12,8 @@ from fi_ffi.loader import machine
 from fi_ffi.ops.call import cuda, memory, staging
 from fi_ffi.ops.call.staging import StagePool
 from fi_ffi.ops.steps import memory as tables
+
+from tests.helpers import instructions
 
 GPU, CPU = fi_ffi.parse_device("cuda:0"), fi_ffi.parse_device("cpu")
 
@@ -186,25 +187,20 @@ def test_ctrl_c_at_any_moment_loses_no_piece():
     def interrupted(number: int) -> bool:
         left = [number]
 
-        def trace(frame, event, argument):
-            if frame.f_code.co_filename != staging.__file__:
-                return None
-            frame.f_trace_opcodes = True
-            if event == "opcode":
-                left[0] -= 1
-                if left[0] < 0:
-                    raise KeyboardInterrupt
-            return trace
+        def tell(code, line):
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
 
         pool = StagePool(GPU, pieces=[cuda._host(64).desc])
         stage = pool.take(64)
-        sys.settrace(trace)
+        stop = instructions.start(lambda code: code.co_filename == staging.__file__, tell)
         try:
             pool.record(stage, 1)
         except KeyboardInterrupt:
             return True
         finally:
-            sys.settrace(None)
+            stop()
             assert pool.last is stage
             assert pool.take(64) is stage
         return False
