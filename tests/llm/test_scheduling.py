@@ -75,6 +75,16 @@ def random_requests(engine: Engine, rng: np.random.Generator, count: int) -> lis
     return made
 
 
+def look_ups(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The lengths of the prompts whose pages are looked for from now on."""
+    looked: list[int] = []
+    find = engine.pages.find
+    monkeypatch.setattr(
+        engine.pages, "find", lambda tokens: looked.append(len(tokens)) or find(tokens)
+    )
+    return looked
+
+
 @pytest.mark.parametrize("reuse", [True, False])
 def test_loads(reuse, rng):
     """All are served with the tokens that they get alone; pages come back; nobody waits long."""
@@ -211,8 +221,7 @@ def test_a_long_prompt_that_is_in_the_cache_waits_for_no_other(monkeypatch):
     engine.run()
     for n in range(2):
         engine.submit([5 + n] * 500, greedy(2))
-    looked, find = [], engine.pages.find
-    monkeypatch.setattr(engine.pages, "find", lambda tokens: looked.append(0) or find(tokens))
+    looked = look_ups(engine, monkeypatch)
     goes_on, other = (engine.submit(text, greedy(2)) for text in (told + [7] * 30, [9] * 700))
     for _ in range(5):
         engine.step()
@@ -276,8 +285,7 @@ def test_a_long_prompt_that_waits_is_not_looked_up_again(monkeypatch):
     for _ in range(6):
         engine.step()
     waiting = engine.submit(prompt + [7] * 280, greedy(5))  # 70 pages more; 60 are there
-    looked, find = [], engine.pages.find
-    monkeypatch.setattr(engine.pages, "find", lambda tokens: looked.append(0) or find(tokens))
+    looked = look_ups(engine, monkeypatch)
     for _ in range(100):
         engine.step()
     assert waiting.slot is None and len(looked) == 1

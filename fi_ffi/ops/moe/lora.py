@@ -3,7 +3,7 @@
 The kernels read tables with the addresses of each expert's matrices. The tables are made on the
 host and copied in order with the launch. Before FlashInfer 0.7.2.post1 the kernels run on the
 legacy default stream whatever stream they get (`BGMV_MOE_GET_STREAM` in
-`csrc/bgmv_moe/moe_bgmv_impl.cuh`). Theirs and the call's are made to wait for each other.
+`csrc/bgmv_moe/moe_bgmv_impl.cuh`). That stream and the call's are made to wait for each other.
 """
 
 from __future__ import annotations
@@ -18,17 +18,12 @@ from fi_ffi.abi.interop import TensorLike, as_desc
 from fi_ffi.abi.streams import handle_for
 from fi_ffi.abi.tensor import TensorDesc
 from fi_ffi.errors import ArgumentTypeError, printed
-from fi_ffi.loader.distributions import version_key
+from fi_ffi.loader.distributions import is_in
 from fi_ffi.ops.call import cuda
 from fi_ffi.ops.call.arguments import INT32_MAX, Refusal
 from fi_ffi.ops.call.compiled import CompiledRow
 from fi_ffi.ops.call.op import Op
-from fi_ffi.ops.call.releases import (
-    check_available,
-    forms_of,
-    reference,
-    release_in_force,
-)
+from fi_ffi.ops.call.releases import check_available, forms_of, reference, release_in_force
 from fi_ffi.ops.call.row import Absent, Row, Scalar, Tensor, Vector
 from fi_ffi.ops.steps.keyword_call import Launch, PreparedSteps, keyword_function
 from fi_ffi.ops.steps.memory import check_apart, staged, zero
@@ -89,8 +84,8 @@ CHECKS = Row(
 )
 # From this release on, each pair may have its own row of x and its own result: not used here.
 _LATER = "0.6.16"
-# From this release on, the kernels run on the stream that they get.
-_ON_STREAM = "0.7.2.post1"
+# The releases whose kernels run on the legacy default stream, whatever stream they get.
+_ON_DEFAULT_STREAM = "<0.7.2.post1"
 SHRINK = forms_of(
     Row(
         "bgmv_moe_shrink",
@@ -250,8 +245,8 @@ def _checked(arguments: Mapping[str, Any]) -> Launch:
         if device.is_cuda:
             check_available(CHECKS, device)
             if on_default_stream(device) and cuda.is_capturing(handle):
-                expected = "a stream that records no graph: kernels of FlashInfer before "
-                expected += f"{_ON_STREAM} run on the default stream"
+                expected = "a stream that records no graph: kernels of FlashInfer "
+                expected += f"{_ON_DEFAULT_STREAM} run on the default stream"
                 raise _refuse("stream", f"{handle:#x}", expected)
         elif sizes["n"]:  # on the CPU, where nothing may be read past the weights
             adapters, experts = a[0].shape[:2]
@@ -313,7 +308,7 @@ def _placed(
 
 def on_default_stream(device: Device) -> bool:
     """Whether the kernels in use run on the legacy default stream, whatever stream they get."""
-    return device.is_cuda and version_key(release_in_force()) < version_key(_ON_STREAM)
+    return device.is_cuda and is_in(release_in_force(), _ON_DEFAULT_STREAM)
 
 
 @contextmanager
