@@ -56,7 +56,7 @@ _PLAIN = frozenset((int, float, complex, str, bytes, bool, type(None)))
 # Attributes of plans, modules and the tests' own cases that may have more items: memories, and
 # scratch memory made for each call.
 _GROWING = frozenset(
-    ("bound", "current", "_entries", "signatures", "_placed", "_extra", "scratch", "made")
+    ("bound", "current", "_entries", "signatures", "_placed", "_extra", "_rows", "scratch", "made")
 )
 # Attributes that are made when they are first asked for, and a group's count of its calls, in which
 # ranks count what all refuse.

@@ -153,10 +153,12 @@ def measure(call: ProfiledCall, repeats: int, stream: object) -> Profile:
     """Run and time every tactic of a call."""
     compiled, device = call.compiled, call.kernels.device
     on_stream = stream_context(stream, device, compiled.refuse.op)
+    with cuda.current(device):
+        is_recorded = cuda.is_capturing(on_stream.handle)
+    if is_recorded:
+        expected = "another: profiling waits for the stream"
+        raise Refusal(compiled.refuse.op)("stream", "a capturing stream", expected)
     with cuda.current(device), on_stream, cuda.kernel_memory().installed():
-        if cuda.is_capturing(on_stream.handle):
-            expected = "another: profiling waits for the stream"
-            raise Refusal(compiled.refuse.op)("stream", "a capturing stream", expected)
         # A new object, because it keeps the profiler's memory until it is destroyed.
         runner = call.kernels.make_runner()
         compiled.find_entry = lambda row, device: runner.entry(row.signature)
