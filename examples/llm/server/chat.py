@@ -162,7 +162,7 @@ def _call(said):
         arguments = json.dumps(arguments, ensure_ascii=False)
     # Half a character stays the escape that the model wrote.
     name, arguments = (x.encode(errors="backslashreplace").decode() for x in (name, arguments))
-    return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function",
+    return {"id": uuid.uuid4().hex[:9], "type": "function",  # Mistral's templates take no other id
             "function": {"name": name, "arguments": arguments}}  # fmt: skip
 
 
