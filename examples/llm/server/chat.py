@@ -119,9 +119,8 @@ def refuse(message):
     raise jinja2.TemplateError(str(message))
 
 
-def tojson(value, indent=None, ensure_ascii=False, separators=None, sort_keys=False):
-    return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii, separators=separators,
-                      sort_keys=sort_keys)  # fmt: skip
+def tojson(value, indent=None, **more):
+    return json.dumps(value, indent=indent, **{"ensure_ascii": False} | more)
 
 
 def calls_of(text, is_forced):
