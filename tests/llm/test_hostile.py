@@ -759,6 +759,14 @@ def test_templates_as_checkpoints_have_them(tmp_path):
     template = Template(tmp_path)
     assert template([], None, {}) == "<s>one"
     assert template([], [{}, {}], {}) == "2 tools"
+    # As newer ones have them, which come before those.
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates/tool_use.jinja").write_text("{{ tools | length }}")
+    (tmp_path / "additional_chat_templates/rag.jinja").write_text("none")
+    (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}two")
+    template = Template(tmp_path)
+    assert template([], None, {}) == "<s>two"
+    assert template([], [{}, {}], {}) == "2"
 
 
 def test_yarn_takes_mscale_only_with_mscale_all_dim():
