@@ -93,6 +93,15 @@ def test_characters_of_several_tokens():
     assert text.add([], None, "length").text == "\ufffd"
 
 
+def test_json_after_half_a_character_can_be_read():
+    """What follows in a text without a schema may be the other half."""
+    prompt, form = [*ids("é")[:1]], SimpleNamespace(type="json_object")
+    whole, _ = answered(Completion, ids("{}"), prompt=prompt, response_format=form)
+    assert [choice["text"] for choice in whole["choices"]] == ["{}", "{}"]
+    whole, _ = answered(Completion, ids("é{}")[1:], prompt=prompt)
+    assert [choice["text"] for choice in whole["choices"]] == ["é{}", "é{}"]
+
+
 class Written:
     """A grammar of one text, which so is what is drawn."""
 

@@ -132,8 +132,9 @@ def test_a_stop_string_that_is_the_first_word():
 def completion(tokenizer: Tokenizer, prompt: Any, ids: list[int]) -> Completion:
     """An answer that echoes a prompt with log probabilities."""
     body = SimpleNamespace(
-        stops=(), logprobs=2, tops=2, echo=True, n=1, prompts=[prompt], max_tokens=9
-    )
+        stops=(), logprobs=2, tops=2, echo=True, n=1, prompts=[prompt], max_tokens=9,
+        response_format=None,
+    )  # fmt: skip
     request = Request(ids, Sampling())
     request.prompt_logprobs = [(-1.0, [], []) for _ in ids[1:]]
     return Completion(None, Words(tokenizer), "tiny", body, [request])

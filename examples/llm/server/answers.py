@@ -28,6 +28,8 @@ class Answer:
 
     def _text(self, index, **more):
         prompt, tops = self.requests[index].prompt, self.body.tops
+        if (form := self.body.response_format) and form.type != "text":
+            prompt = ()  # JSON begins anew, also after half a character
         return Text(self.words, self.body.stops, prompt=prompt, tops=tops, **more)
 
     async def pieces(self):
