@@ -45,7 +45,7 @@ class Refused(Exception):
 
 
 Stop = Annotated[str, Field(min_length=1, max_length=MOST_STOP)]
-Token = Annotated[str, Field(pattern=r"^\d{1,9}$")]
+Token = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
