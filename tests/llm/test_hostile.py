@@ -807,6 +807,14 @@ def test_seeds_have_64_bits(seed):
             parsed(CompletionBody, body)
 
 
+@pytest.mark.parametrize("token", ["\uff11", "\u0663", "-1", "1.0", " 1", ""])
+def test_tokens_of_biases_are_digits(token):
+    """Of ASCII: other scripts have digits too."""
+    body = json.dumps({"prompt": "a", "logit_bias": {token: 1}})
+    with pytest.raises(Refused, match="logit_bias"):
+        parsed(CompletionBody, body.encode())
+
+
 def test_numbers_of_seeds_that_differ_in_sign():
     """Seeds 7 and -7 draw by other numbers, as the page says."""
     drawn = [Sampling(seed=seed).generator().random() for seed in (7, -7, 7)]
