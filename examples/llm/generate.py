@@ -61,12 +61,12 @@ def main():
             engine = load(model, device, num_pages=PAGES, tp=given.tp, way=way)
             drawn = engine.config.sampling | asked
             sampling = Sampling(seed=given.seed, max_tokens=given.max_tokens, **drawn)
-            tokenizer = Tokenizer.from_file(str(Path(model) / "tokenizer.json"))
-            prompts = [tokenizer.encode(text).ids for text in given.prompts]
+            words = Words(Tokenizer.from_file(str(Path(model) / "tokenizer.json")))
+            prompts = [words.tokenizer.encode(text).ids for text in given.prompts]
             requests = [engine.submit(ids, sampling) for ids in prompts]
         except (OSError, ValueError, KeyError) as wrong:
             sys.exit(f"generate.py: {wrong.args[0] if isinstance(wrong, KeyError) else wrong}")
-    ended, words, start = threading.Event(), Words(tokenizer), time.perf_counter()
+    ended, start = threading.Event(), time.perf_counter()
     said = functools.partial(print, "generate.py: a rank is lost", file=sys.stderr)
     watch(engine.runner, ended, lambda: (said(), end_process()))
     decoders = [Decoder(words, request.prompt) for request in requests]

@@ -22,9 +22,9 @@ from engine.engine import Request
 from engine.words import Words
 from server import Limits, service
 from server.answers import Answer, Chat, Completion
-from server.chat import OPEN, SHUT
+from server.chat import OPEN, SHUT, calls_of
 from server.harmony import Harmony
-from server.schema import Message
+from server.schema import Message, Tool
 from server.service import Listener, _deliver
 from server.text import Text
 from tiny import byte_tokenizer, make_tiny
@@ -91,6 +91,15 @@ def test_characters_of_several_tokens():
     pieces = [text.add([token], None, None) for token in ids("a€")[:-1]]
     assert "".join(piece.text for piece in pieces) == "a"
     assert text.add([], None, "length").text == "\ufffd"
+
+
+def test_json_after_half_a_character_can_be_read():
+    """What follows in a text without a schema may be the other half."""
+    prompt, form = [*ids("é")[:1]], SimpleNamespace(type="json_object")
+    whole, _ = answered(Completion, ids("{}"), prompt=prompt, response_format=form)
+    assert [choice["text"] for choice in whole["choices"]] == ["{}", "{}"]
+    whole, _ = answered(Completion, ids("é{}")[1:], prompt=prompt)
+    assert [choice["text"] for choice in whole["choices"]] == ["é{}", "é{}"]
 
 
 class Written:
@@ -274,6 +283,46 @@ def test_thoughts_go_to_the_template():
     message = Message(role="assistant", content="Yes.", reasoning_content="Hm.")
     assert message.for_template()["reasoning_content"] == "Hm."
     assert message.for_template()["thinking"] == "Hm."
+
+
+def test_instructions_of_a_developer_are_those_of_the_system():
+    """Qwen's and Mistral's templates leave out roles that they do not know, and others refuse."""
+    message = Message(role="developer", content="Be brief.")
+    assert message.for_template() == {"role": "system", "content": "Be brief."}
+
+
+@pytest.mark.parametrize("content", [None, "", [], [{"type": "text", "text": ""}]], ids=str)
+def test_messages_without_calls_have_none(content):
+    """Templates ask whether there is `tool_calls`, and the content of each message is a text."""
+    message = Message(role="assistant", content=content, tool_calls=[])
+    assert message.for_template() == {"role": "assistant", "content": ""}
+
+
+ARGUMENTS = [("", {}), ("null", {}), ("{}", {}), ('{"a": null}', {"a": None}), ("{", "{")]
+
+
+@pytest.mark.parametrize(("written", "told"), ARGUMENTS)
+def test_arguments_go_to_the_template_as_objects(written, told):
+    """None are an empty object; those that are no JSON stay what they are."""
+    function = {"name": "keep", "arguments": written}
+    one = {"id": "a", "type": "function", "function": function}
+    (made,) = Message(role="assistant", tool_calls=[one]).for_template()["tool_calls"]
+    assert made["function"] == {"name": "keep", "arguments": told}
+
+
+def test_tools_are_printed_in_the_usual_order():
+    """What a function is for comes before its parameters, in which null has a meaning."""
+    parameters = {"properties": {"a": {"enum": ["b", None], "default": None}}, "type": "object"}
+    function = {"name": "keep", "description": "Keeps.", "parameters": parameters}
+    tool = {"type": "function", "function": function}
+    assert json.dumps(Tool(**tool).model_dump(exclude_none=True)) == json.dumps(tool)
+
+
+def test_ids_of_calls_are_such_as_all_templates_take():
+    """Mistral's refuse all but nine letters and digits."""
+    _, calls = calls_of("".join(call("keep", age=n) for n in range(9)), False)
+    assert len({one["id"] for one in calls}) == 9
+    assert all(re.fullmatch("[a-z0-9]{9}", one["id"]) for one in calls)
 
 
 @pytest.mark.parametrize("with_usage", [False, True])

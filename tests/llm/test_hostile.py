@@ -759,6 +759,14 @@ def test_templates_as_checkpoints_have_them(tmp_path):
     template = Template(tmp_path)
     assert template([], None, {}) == "<s>one"
     assert template([], [{}, {}], {}) == "2 tools"
+    # As newer ones have them, which come before those.
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates/tool_use.jinja").write_text("{{ tools | length }}")
+    (tmp_path / "additional_chat_templates/rag.jinja").write_text("none")
+    (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}two")
+    template = Template(tmp_path)
+    assert template([], None, {}) == "<s>two"
+    assert template([], [{}, {}], {}) == "2"
 
 
 def test_yarn_takes_mscale_only_with_mscale_all_dim():
@@ -797,6 +805,14 @@ def test_seeds_have_64_bits(seed):
     else:
         with pytest.raises(Refused, match="seed"):
             parsed(CompletionBody, body)
+
+
+@pytest.mark.parametrize("token", ["\uff11", "\u0663", "-1", "1.0", " 1", ""])
+def test_tokens_of_biases_are_digits(token):
+    """Of ASCII: other scripts have digits too."""
+    body = json.dumps({"prompt": "a", "logit_bias": {token: 1}})
+    with pytest.raises(Refused, match="logit_bias"):
+        parsed(CompletionBody, body.encode())
 
 
 def test_numbers_of_seeds_that_differ_in_sign():

@@ -17,6 +17,7 @@ from tiny import byte_tokenizer
 from tests.helpers import grammars
 from tests.llm.process import ServerProcess, children
 
+PAGE = Path(__file__).parents[2] / "docs" / "llm.md"
 SCHEMA = {
     "type": "object",
     "properties": {
@@ -113,6 +114,36 @@ def test_new_schemas_leave_no_memory():
 
     before = grown(range(100))
     assert grown(range(100, 1100)) - before < 10
+
+
+WHOLE = {"type": "integer"}
+OF_A = {"type": "object", "properties": {"a": WHOLE}, "additionalProperties": False}
+PASSED_OVER = {
+    "uniqueItems": ({"type": "array", "items": WHOLE, "uniqueItems": True}, "[1, 1]"),
+    "not": (WHOLE | {"not": {"const": 1}}, "1"),
+    "contains": ({"type": "array", "items": WHOLE, "contains": {"const": 2}}, "[1]"),
+    "if": (OF_A | {"if": {"required": []}, "then": {"required": ["a"]}}, "{}"),
+    "dependentRequired": (OF_A | {"dependentRequired": {"a": ["b"]}}, '{"a": 1}'),
+    "allOf": ({"allOf": [{"minimum": 2} | WHOLE, {"maximum": 3} | WHOLE]}, "1"),
+    "anyOf": (OF_A | {"anyOf": [{"required": ["a"]}, {"required": ["b"]}]}, "1"),
+    "pattern": ({"type": "string", "pattern": "^a+$", "minLength": 3}, '"a"'),
+}
+
+
+@pytest.mark.parametrize("name", PASSED_OVER)
+def test_what_xgrammar_passes_over_is_told(name):
+    """The page names what a text by a schema may break; it is shorter once xgrammar does more."""
+    schema, written = PASSED_OVER[name]
+    tokenizer = byte_tokenizer()
+    words = grammar.vocabulary(tokenizer, 257)
+    made = grammar.compiler(str(grammar.library(grammars.package())), *words, 257, [256])
+    state = grammar._type("GrammarMatcher")(
+        grammar.compiled(made, json.dumps(schema), True), None, False, -1, None
+    )
+    assert all(state.accept_token(token, False) for token in tokenizer.encode(written).ids)
+    assert state.accept_token(256, False)
+    (row,) = re.findall(r"^\| schemas .*", PAGE.read_text(), re.MULTILINE)
+    assert f"`{name}`" in row.rsplit("|", 2)[1]
 
 
 def test_several_choices_have_a_state_each(asks):

@@ -132,8 +132,9 @@ def test_a_stop_string_that_is_the_first_word():
 def completion(tokenizer: Tokenizer, prompt: Any, ids: list[int]) -> Completion:
     """An answer that echoes a prompt with log probabilities."""
     body = SimpleNamespace(
-        stops=(), logprobs=2, tops=2, echo=True, n=1, prompts=[prompt], max_tokens=9
-    )
+        stops=(), logprobs=2, tops=2, echo=True, n=1, prompts=[prompt], max_tokens=9,
+        response_format=None,
+    )  # fmt: skip
     request = Request(ids, Sampling())
     request.prompt_logprobs = [(-1.0, [], []) for _ in ids[1:]]
     return Completion(None, Words(tokenizer), "tiny", body, [request])
@@ -161,6 +162,38 @@ def test_places_in_an_echoed_text_are_characters(kind, is_text):
         assert told.pop(0) == 0  # <s>
     assert told == PLACES[kind]
     assert answer.echo(0) == written
+
+
+def test_special_tokens_that_a_text_has_are_in_its_echo():
+    """As in a chat that a client has put into a prompt; the tokenizer's own before it are not."""
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens(["<s>", "<|turn|>"])
+    begin = tokenizer.token_to_id("<s>")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        "<s> $A", special_tokens=[("<s>", begin)]
+    )
+    for written in ("<|turn|>é<|turn|>b", "<s>a"):
+        for is_text in (True, False):
+            ids = tokenizer.encode(written, add_special_tokens=is_text).ids
+            answer = completion(tokenizer, written if is_text else ids, ids)
+            told = [logprob.offset for logprob in answer.echoed_logprobs(0)]
+            assert not is_text or (ids[0], told[:1]) == (begin, [0])
+            assert told[is_text:] == ([0, 8, 8, 9, 17] if "b" in written else [0, 3])
+            assert answer.echo(0) == written
+
+
+def test_all_of_a_prompt_is_read(tmp_path):
+    """Whatever a file says about the lengths that its maker trained with."""
+    made = byte_level()
+    made.enable_truncation(4)
+    made.enable_padding(length=16)
+    made.save(str(tmp_path / "tokenizer.json"))
+    words = Words(Tokenizer.from_file(str(tmp_path / "tokenizer.json")))
+    written = "once a time there was!"
+    for prompt in (written, "a"):
+        (encoded,) = words.tokenizer.encode_batch([prompt])
+        assert encoded.ids == byte_level().encode(prompt).ids
+        assert words.tokenizer.decode(encoded.ids) == prompt
 
 
 def test_tokens_with_the_same_text_have_a_name_each():

@@ -19,6 +19,8 @@ class Words:
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
+        tokenizer.no_truncation()  # a file keeps what its maker trained with
+        tokenizer.no_padding()
         decoder = json.loads(tokenizer.to_str()).get("decoder") or {}
         self.decoders = {part["type"] for part in decoder.get("decoders", [decoder]) if part}
         added = tokenizer.get_added_tokens_decoder()

@@ -28,6 +28,8 @@ class Answer:
 
     def _text(self, index, **more):
         prompt, tops = self.requests[index].prompt, self.body.tops
+        if (form := self.body.response_format) and form.type != "text":
+            prompt = ()  # JSON begins anew, also after half a character
         return Text(self.words, self.body.stops, prompt=prompt, tops=tops, **more)
 
     async def pieces(self):
@@ -132,15 +134,14 @@ class Completion(Answer):
 
     def echoed_logprobs(self, index):
         """Of the prompt's tokens, the first of which follows nothing."""
-        request, offset = self.requests[index], 0
-        # A text has no special tokens, which the tokenizer has put around it.
-        decoder = Decoder(self.words, skips=isinstance(self.prompt(index), str))
-        following = [None, *request.prompt_logprobs]
-        for token, logprob in zip(request.prompt, following, strict=False):
+        request, tops, offset = self.requests[index], self.body.logprobs, 0
+        decoder, following = Decoder(self.words, skips=False), [None, *request.prompt_logprobs]
+        is_text = isinstance(self.prompt(index), str)  # without what the tokenizer puts before it
+        added = is_text and self.words.tokenizer.num_special_tokens_to_add(False)
+        for n, (token, logprob) in enumerate(zip(request.prompt, following, strict=False)):
             value, ids, values = logprob or (None, [], [])
-            tops = self.body.logprobs
             yield Logprob(token, value, ids[:tops], values[:tops], offset)
-            offset += len(decoder.step(token))
+            offset += len(decoder.step(token)) if n >= added else 0
 
     async def pieces(self):
         body, begun = self.body, set()

@@ -23,25 +23,23 @@ OPENING, SHUT_AFTER = re.compile(rf"{OPEN}\s*"), re.compile(rf"\s*{SHUT}")
 
 
 class Template:
-    """`chat_template.jinja`, or `chat_template` of tokenizer_config.json."""
+    """`chat_template.jinja` and those beside it, or `chat_template` of tokenizer_config.json."""
 
     def __init__(self, path):
         path, config = Path(path), {}
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
             if (path / name).exists():
                 config |= given(read_object(path / name))
-        source = config.get("chat_template")
-        if (path / "chat_template.jinja").exists():
-            source = (path / "chat_template.jinja").read_text()
-        self.template, for_tools = None, source
+        files = [*path.glob("chat_template.jinja"), *path.glob("additional_chat_templates/*.jinja")]
+        read = [{"name": file.stem, "template": file.read_text()} for file in files]
+        source, self.template = read or config.get("chat_template") or [], None
         try:
-            if isinstance(source, list):
-                named = {one["name"]: one["template"] for one in source}
-                source = named.get("default") or next(iter(named.values()))
-                for_tools = named.get("tool_use", source)
-            if source:
-                made = Sandbox().from_string
-                self.template, self.for_tools = made(str(source)), made(str(for_tools))
+            if not isinstance(source, list):
+                source = [{"name": "default", "template": source}]
+            if named := {one["name"]: one["template"] for one in source}:
+                plain = named.get("default") or next(iter(named.values()))
+                both = plain, named.get("tool_use", plain)
+                self.template, self.for_tools = map(Sandbox().from_string, map(str, both))
         except (jinja2.TemplateError, LookupError, TypeError, RecursionError, StopIteration) as bad:
             raise ValueError(f"{path}: the chat template: {bad}") from None
         self.words = {
@@ -119,9 +117,8 @@ def refuse(message):
     raise jinja2.TemplateError(str(message))
 
 
-def tojson(value, indent=None, ensure_ascii=False, separators=None, sort_keys=False):
-    return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii, separators=separators,
-                      sort_keys=sort_keys)  # fmt: skip
+def tojson(value, indent=None, **more):
+    return json.dumps(value, indent=indent, **{"ensure_ascii": False} | more)
 
 
 def calls_of(text, is_forced):
@@ -162,7 +159,7 @@ def _call(said):
         arguments = json.dumps(arguments, ensure_ascii=False)
     # Half a character stays the escape that the model wrote.
     name, arguments = (x.encode(errors="backslashreplace").decode() for x in (name, arguments))
-    return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function",
+    return {"id": uuid.uuid4().hex[:9], "type": "function",  # Mistral's templates take no other id
             "function": {"name": name, "arguments": arguments}}  # fmt: skip
 
 

@@ -4,6 +4,7 @@ A field that is wrong, or that there is none of, is named; null stands for a fie
 given, as in OpenAI's interface.
 """
 
+import contextlib
 import json
 from typing import Annotated, Any, Literal
 
@@ -44,7 +45,7 @@ class Refused(Exception):
 
 
 Stop = Annotated[str, Field(min_length=1, max_length=MOST_STOP)]
-Token = Annotated[str, Field(pattern=r"^\d{1,9}$")]
+Token = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
@@ -64,11 +65,11 @@ OPTIONS = {"include_usage": bool | None, "include_obfuscation": bool | None}
 StreamOptions = model_of("StreamOptions", Strict, **OPTIONS)
 Schema = Annotated[dict[str, Any], Field(alias="schema")]
 Called, Name = Annotated[str, Field(max_length=64)], Annotated[str, Field(pattern=NAME)]
-ABOUT = {"description": str | None, "strict": bool | None}
+ABOUT = {"description": str | None, "strict": bool | None}  # in the order that templates print
 JsonSchema = model_of("JsonSchema", Strict, name=Called, schema_=Schema, **ABOUT)
 Form = Literal["text", "json_object", "json_schema"]
 ResponseFormat = model_of("ResponseFormat", Strict, type=Form, json_schema=JsonSchema | None)
-Function = model_of("Function", Strict, name=Name, parameters=dict[str, Any] | None, **ABOUT)
+Function = model_of("Function", Strict, name=Name, **ABOUT, parameters=dict[str, Any] | None)
 ChosenFunction = model_of("ChosenFunction", Strict, name=str)
 CalledFunction = model_of("CalledFunction", ChosenFunction, arguments=str)
 Choice = model_of("Choice", Strict, type=Literal["function"], function=ChosenFunction)
@@ -195,18 +196,17 @@ class Message(Strict):
 
     def for_template(self):
         """As templates of checkpoints read it: text, and arguments as objects."""
-        message = self.model_dump(exclude_none=True)
+        role = "system" if self.role == "developer" else self.role  # few templates have the other
+        given = {name: value for name, value in self.model_dump(exclude_none=True).items() if value}
+        message = {"content": ""} | given | {"role": role}
         if isinstance(self.content, list):
             message["content"] = "".join(part.text for part in self.content)
-        message.setdefault("content", "")
         if self.reasoning_content:  # as gpt-oss' template has it
             message["thinking"] = self.reasoning_content
         for call in message.get("tool_calls", ()):
-            try:
-                arguments = json.loads(call["function"]["arguments"])
-            except (ValueError, RecursionError):
-                continue  # a text then
-            call["function"]["arguments"] = arguments
+            called = call["function"]
+            with contextlib.suppress(ValueError, RecursionError):  # a text then
+                called["arguments"] = json.loads(called["arguments"] or "null") or {}
         return message
 
 
