@@ -56,12 +56,11 @@ class Split:
 
     def __call__(self, name):
         whole, key = self.weights(name), key_of(name)
-        if whole.dtype.itemsize > 1 and "_scale" not in name:
-            whole = whole.astype(self.config.dtype, copy=False)
+        kind = whole.dtype if whole.dtype.itemsize == 1 or "_scale" in name else self.config.dtype
         if key in ONCE and self.rank:
-            return np.zeros_like(whole)
+            return np.zeros_like(whole, kind)
         if key not in DIMENSIONS or whole.size == 1 or self.size == 1:
-            return whole
+            return whole.astype(kind, copy=False)
         rank, size, axis = self.rank, self.size, DIMENSIONS[key]
         if key[:6] in ("k_proj", "v_proj") and self.config.kv_heads < size:  # some ranks share one
             rank, size = rank * self.config.kv_heads // size, self.config.kv_heads
@@ -77,4 +76,5 @@ class Split:
             parts.append(part if is_one else part[(slice(None),) * axis + (at,)])
         if key in PADDED and len(parts[0]) < width:
             parts.append(np.zeros((width - len(parts[0]), *whole.shape[1:]), whole.dtype))
-        return np.ascontiguousarray(parts[0]) if len(parts) == 1 else np.concatenate(parts, axis)
+        part = np.ascontiguousarray(parts[0]) if len(parts) == 1 else np.concatenate(parts, axis)
+        return part.astype(kind, copy=False)
