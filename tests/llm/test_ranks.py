@@ -489,7 +489,7 @@ def test_a_rank_reads_its_rows_of_the_file(tmp_path, rng):
     name = "model.layers.0.mlp.up_proj.weight"
     weight = rng.standard_normal((8192, 1024), np.float32).astype(ml_dtypes.bfloat16)
     save_file({name: weight}, tmp_path / "model.safetensors")
-    config = Config.read(make_tiny(tmp_path / "tiny", "llama", rng))
+    config = Config.read(make_tiny(tmp_path / "tiny", "llama", rng, torch_dtype="bfloat16"))
     part = Split(Weights(tmp_path), config, 2, 4)(name)
     assert np.array_equal(part, weight[4096:6144])
     mapped, is_file = 0, False

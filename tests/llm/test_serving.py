@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from types import SimpleNamespace
 
+import ml_dtypes
 import numpy as np
 import pytest
 from engine import Config, Request, Sampling, load
@@ -15,6 +16,7 @@ from engine.sampling import columns_of, keep, uniform
 from engine.weights import Weights, of_layer
 from tiny import make_tiny
 
+from tests.llm.forward import Forward
 from tests.llm.serving import KINDS, check_empty, greedy, texts
 
 
@@ -309,6 +311,9 @@ def test_requests_that_can_never_be_run(serve):
     ("change", "words"),
     [({"model_type": "gpt2"}, "gpt2"), ({"rope_scaling": {"rope_type": "linear"}}, "linear"),
      ({"attention_bias": True}, "attention_bias"),
+     ({"use_sliding_window": True, "sliding_window": 9}, "use_sliding_window is True"),
+     ({"use_qk_norm": False}, "use_qk_norm is False"),
+     ({"model_type": "llama", "use_qk_norm": True}, "which nothing here computes"),
      ({"quantization_config": {"bits": 4}}, "quantization_config"),
      ({"quantization_config": {"quant_method": "fp8"}}, "with bfloat16"),
      ({"shared_expert_intermediate_size": 128}, "shared_expert_intermediate_size differs"),
@@ -345,6 +350,81 @@ def test_one_file_and_shards(serve, tmp_path):
     assert texts(engine, [prompt], greedy())[0] == sharded
     with pytest.raises(KeyError, match="no tensor model.nothing"):
         Weights(one)("model.nothing")
+
+
+def test_a_file_beside_an_index_of_others(serve, where):
+    """Of both, model.safetensors is read, as transformers does: the index may be left behind."""
+    from safetensors.numpy import load_file, save_file
+
+    serving = serve("qwen3")
+    prompt, tensors = serving.prompt(9), {}
+    sharded = texts(serving.engine(), [prompt], greedy())[0]
+    for shard in serving.path.glob("*.safetensors"):
+        tensors |= load_file(shard)
+        shard.unlink()
+    save_file(tensors, serving.path / "model.safetensors")
+    assert (serving.path / "model.safetensors.index.json").exists()
+    assert texts(serving.engine(), [prompt], greedy())[0] == sharded
+
+
+EACH = ("", "norm", "embed", "q_proj", "down_proj")
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("llama", name) for name in (*EACH, "lm_head")]
+    + [("gpt_oss", name) for name in (*EACH, "router", "sinks")]
+    + [("qwen3_next", name) for name in (*EACH, "A_log", "mlp.gate")]
+    + [("qwen3_fp8", name) for name in EACH[:3]],
+)
+def test_tensors_of_other_dtypes(serve, kind, name, tp):
+    """They become what config.json says: kernels would read their bytes as others."""
+    from safetensors.numpy import save_file
+
+    serving = serve(kind, intermediate_size=512)
+    weights, tensors, changed = Weights(serving.path), {}, 0
+    other = ml_dtypes.bfloat16 if (kind, name) == ("llama", "") else np.float32
+    for each in weights.files:
+        tensors[each] = np.array(weights(each))
+        if name in each and tensors[each].dtype.itemsize == 2 and "_scale" not in each:
+            tensors[each], changed = tensors[each].astype(other), changed + 1
+    save_file(tensors, serving.path / "model.safetensors")
+    assert changed
+    serving.forward = Forward(serving.path)
+    engine = serving.engine(tp=tp, way="threads") if tp > 1 else serving.engine()
+    request = engine.submit(serving.prompt(30), greedy(3))
+    engine.run()
+    assert serving.error(request) <= 1
+
+
+# What files of the hub have, by kind: of an older or newer transformers, or of one model alone.
+AS_PUBLISHED = [
+    ("llama", {"num_key_value_heads": None, "torch_dtype": "float16"}, ("kv_heads", 4)),
+    ("llama", {"rope_theta": None}, ("rope.rope_theta", 10000.0)),
+    ("gemma3_text", {"rope_theta": None}, ("rope.rope_theta", 1e6)),
+    ("gemma3_text", {"rope_theta": None}, ("local_theta", 1000.0)),
+    ("mixtral", {"rope_theta": None}, ("rope.rope_theta", 1e6)),
+    ("gpt_oss", {"rope_theta": None}, ("rope.rope_theta", 150000.0)),
+    ("qwen3_next", {"partial_rotary_factor": None}, ("rope.partial_rotary_factor", 0.25)),
+    ("qwen3_moe", {"num_experts": None, "num_local_experts": 8}, ("experts", 8)),
+    ("qwen3_next", {"num_experts": None, "num_local_experts": 8}, ("experts", 8)),
+    ("qwen3_moe", {"use_qk_norm": True, "qkv_bias": False, "shared_expert_intermediate_size": 0},
+     ("qk_norm", True)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "change", "expected"), AS_PUBLISHED, ids=str)
+def test_fields_as_published(tmp_path, kind, change, expected):
+    """Each default is that of the kind's class in transformers."""
+    path = make_tiny(tmp_path, kind)
+    raw = json.loads((path / "config.json").read_text()) | change
+    raw = {name: value for name, value in raw.items() if value is not None}
+    (path / "config.json").write_text(json.dumps(raw))
+    found = Config.read(path)
+    for name in expected[0].split("."):
+        found = getattr(found, name)
+    assert found == expected[1]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from engine import Config
 from tiny import make_tiny
 
 from tests.llm.forward import Forward
@@ -28,3 +29,20 @@ def test_logits(kind, tmp_path, rng):
         got = model(torch.from_numpy(tokens[None])).logits[0].double().numpy()
     expected = Forward(path)(tokens)
     np.testing.assert_allclose(got, expected, atol=1e-4 * np.abs(expected).max(), rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_config_as_transformers_writes_it(kind, tmp_path, rng):
+    """In the words of its release, config.json says the same."""
+    transformers = pytest.importorskip("transformers")
+    path = make_tiny(tmp_path, kind, rng, **LAYERS.get(kind, FEW))
+    transformers.AutoConfig.from_pretrained(path).save_pretrained(tmp_path / "saved")
+    ours, theirs = Config.read(path), Config.read(tmp_path / "saved")
+    assert (theirs.layers, theirs.windows, theirs.eos) == (ours.layers, ours.windows, ours.eos)
+    for attention in ours.windows:
+        assert theirs.rope_of(attention) == ours.rope_of(attention)
+    words = {"layer_types", "full_attention_interval", "pattern", "rope", "local_theta"}
+    assert theirs.model_dump(exclude=words) == ours.model_dump(exclude=words)
+    assert [theirs.table(i) for i in range(ours.count)] == [
+        ours.table(i) for i in range(ours.count)
+    ]

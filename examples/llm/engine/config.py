@@ -216,7 +216,7 @@ class Config(Checked):
     has_sinks: ClassVar = False
     has_out_bias: ClassVar = True  # with `has_biases`
     is_silu: ClassVar = True  # else GELU
-    partial: ClassVar = 1.0  # how much of a head turns, where the file does not say
+    turns: ClassVar = {}  # what RoPE is where the file does not say
     quantised: ClassVar = "fp8"  # the quant_method that there may be
     embedding_scale: ClassVar = None  # what embeddings are multiplied with
     sm_scale: ClassVar = None  # of scores; else 1 / sqrt(head_dim)
@@ -228,7 +228,7 @@ class Config(Checked):
     intermediate: Size = named("intermediate_size")
     count: within(1, MOST_LAYERS) = named("num_hidden_layers")
     heads: Size = named("num_attention_heads")
-    kv_heads: Size = named("num_key_value_heads")
+    kv_heads: Size = named("num_key_value_heads", default_factory=lambda told: told["heads"])
     head_dim: Size = Field(
         default_factory=lambda told: told["hidden"] // told["heads"], validate_default=True
     )
@@ -258,8 +258,7 @@ class Config(Checked):
         drawn = Path(path) / "generation_config.json"
         drawn = checked(Generation, read_object(drawn) if drawn.exists() else {}, drawn.name)
         if (of := raw.get("model_type")) not in [*KINDS]:
-            known = " or ".join(KINDS)
-            raise ValueError(f"config.json: model_type is {of!r:.100}; here it is {known}")
+            raise ValueError(f"config.json: model_type is {of!r:.100}; here: {', '.join(KINDS)}")
         return checked(KINDS[of], raw | {"generation": drawn}, "config.json")
 
     @model_validator(mode="before")
@@ -275,8 +274,7 @@ class Config(Checked):
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         if isinstance(rope, dict):
             names = ("rope_theta", "partial_rotary_factor")
-            rope = given(rope) | {name: raw[name] for name in names if name in raw}
-            rope.setdefault("partial_rotary_factor", cls.partial)
+            rope = cls.turns | given(rope) | {name: raw[name] for name in names if name in raw}
             if any(isinstance(value, dict) for value in rope.values()):
                 raise ValueError("rope_parameters differ by kind of layer, which they may not here")
         return raw | {"rope_scaling": rope}

@@ -43,20 +43,17 @@ class Job:
 
 def runner_of(job, ranks=None, followers=(), index=None):
     """What runs steps on one rank; without an `index` GPUs are a machine's from rank 0's on."""
-    config, weights = job.config, job.weights
+    config, (rank, size) = job.config, (ranks.rank, ranks.size) if ranks else (0, 1)
     if job.device == "cpu":
         device = Cpu(config.dtype)
     else:
-        here = int(job.device[5:] or 0) + (ranks.rank % job.gpus if ranks else 0)
+        here = int(job.device[5:] or 0) + rank % job.gpus
         device = Gpu(config.dtype, here if index is None else index)
-    group = None
     with device.scope():
-        if ranks:
-            group = group_of(job, ranks, device)
-            weights = Split(weights, config, ranks.rank, ranks.size)
-            config = of_rank(config, ranks.size)
+        group = group_of(job, ranks, device) if ranks else None
+        weights = Split(job.weights, config, rank, size)
         with device.loading():
-            model = Model(device, config, weights, job, group)
+            model = Model(device, of_rank(config, size), weights, job, group)
         model.experts.arrange(model.layers)
     if ranks:
         ranks.barrier()  # a kernel waits for the others, but not for as long as they may load

@@ -25,8 +25,6 @@ ONCE = ("o_proj.bias", "down_proj_bias")  # what is added to a sum: rank 0 has i
 
 def of_rank(config, size):
     """One rank's config, with the vocabulary as it was; ValueError for what does not divide."""
-    if size == 1:
-        return config
     fields, parts = type(config).model_fields, {}
     for name in (name for name in SHARED if name in fields):
         whole = getattr(config, name)
@@ -48,7 +46,7 @@ def key_of(name):
 
 
 class Split:
-    """One rank's part of each weight of a whole model; what is not its part is not read."""
+    """One rank's part of each weight, in the model's dtype; what is not its part is not read."""
 
     def __init__(self, weights, config, rank, size):
         self.weights, self.config, self.rank, self.size = weights, config, rank, size
@@ -58,16 +56,16 @@ class Split:
 
     def __call__(self, name):
         whole, key = self.weights(name), key_of(name)
+        kind = whole.dtype if whole.dtype.itemsize == 1 or "_scale" in name else self.config.dtype
         if key in ONCE and self.rank:
-            return np.zeros_like(whole)
-        if key not in DIMENSIONS or whole.size == 1:
-            return whole
+            return np.zeros_like(whole, kind)
+        if key not in DIMENSIONS or whole.size == 1 or self.size == 1:
+            return whole.astype(kind, copy=False)
         rank, size, axis = self.rank, self.size, DIMENSIONS[key]
         if key[:6] in ("k_proj", "v_proj") and self.config.kv_heads < size:  # some ranks share one
             rank, size = rank * self.config.kv_heads // size, self.config.kv_heads
-        sections = [whole.shape[axis]]
-        if key == "conv1d":  # of q, k and v, each of which is split
-            sections = self.config.linear_sizes
+        # A convolution is of q, k and v, each of which is split.
+        sections = self.config.linear_sizes if key == "conv1d" else [whole.shape[axis]]
         if key not in PADDED and any(section > 1 and section % size for section in sections):
             raise ValueError(f"{name} has {whole.shape}, which {size} ranks cannot share")
         parts = []
@@ -78,4 +76,5 @@ class Split:
             parts.append(part if is_one else part[(slice(None),) * axis + (at,)])
         if key in PADDED and len(parts[0]) < width:
             parts.append(np.zeros((width - len(parts[0]), *whole.shape[1:]), whole.dtype))
-        return np.ascontiguousarray(parts[0]) if len(parts) == 1 else np.concatenate(parts, axis)
+        part = np.ascontiguousarray(parts[0]) if len(parts) == 1 else np.concatenate(parts, axis)
+        return part.astype(kind, copy=False)

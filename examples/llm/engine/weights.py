@@ -65,8 +65,8 @@ class Weights:
 
     def __init__(self, path):
         path = Path(path)
-        index, whole = path / "model.safetensors.index.json", "model.safetensors"
-        if index.exists():
+        index, whole = path / "model.safetensors.index.json", path / "model.safetensors"
+        if index.exists() and not whole.exists():  # or it is of other files, left behind
             files = read_object(index).get("weight_map")
             if not isinstance(files, dict):
                 raise ValueError(f"{index} has no weight_map")
@@ -74,7 +74,7 @@ class Weights:
                 if not isinstance(file, str) or file != Path(file).name or file == "..":
                     raise ValueError(f"{index} names {file!r}, which is no name of a file")
         else:
-            files = dict.fromkeys(mapped(path / whole)[0], whole)
+            files = dict.fromkeys(mapped(whole)[0], whole.name)
         self.path, self.files, self.opened = path, files, {}
 
     def __reduce__(self):

@@ -12,6 +12,7 @@ class Gemma3(config.WithoutExperts, config.Config, kind="gemma3_text"):
     qk_norm: ClassVar = True
     adds_one: ClassVar = True
     is_silu: ClassVar = False
+    turns: ClassVar = {"rope_theta": 1e6}
     quantised: ClassVar = None
 
     tied: bool = config.named("tie_word_embeddings", default=True)

@@ -10,6 +10,7 @@ from ..weights import Fours, whole
 
 class GptOss(config.Config, kind="gpt_oss"):
     has_sinks: ClassVar = True
+    turns: ClassVar = {"rope_theta": 150000.0}
     quantised: ClassVar = "mxfp4"
     norm_topk: ClassVar = True
 

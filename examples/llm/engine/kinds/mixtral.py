@@ -1,6 +1,6 @@
 """Mixtures of experts, each of which is an MLP."""
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -33,6 +33,7 @@ class Sparse(Config):
 
 class Mixtral(InWindow, Sparse, kind="mixtral"):
     norm_topk: ClassVar = True
+    turns: ClassVar = {"rope_theta": 1e6}
 
     experts: within(1, MOST_EXPERTS) = named("num_local_experts")
     expert_intermediate: Size = named("intermediate_size")
@@ -47,10 +48,12 @@ class Mixtral(InWindow, Sparse, kind="mixtral"):
 class Qwen3Moe(Sparse, kind="qwen3_moe"):
     qk_norm: ClassVar = True
 
-    experts: within(1, MOST_EXPERTS) = named("num_experts")
+    experts: within(1, MOST_EXPERTS) = named("num_experts", "num_local_experts")
     norm_topk: bool = named("norm_topk_prob", default=False)
     decoder_sparse_step: Size = 1
     mlp_only_layers: list[Count] = Field([])
+    use_qk_norm: Literal[True] = named("use_qk_norm", default=True)
+    use_sliding_window: Literal[False] = False
 
     def is_sparse(self, i):
         return (i + 1) % self.decoder_sparse_step == 0 and i not in self.mlp_only_layers

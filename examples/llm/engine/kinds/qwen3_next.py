@@ -14,11 +14,11 @@ class Qwen3Next(Qwen3Moe, kind="qwen3_next"):
     adds_one: ClassVar = True
     has_gate: ClassVar = True
     has_shared: ClassVar = True
-    partial: ClassVar = 0.25
+    turns: ClassVar = {"partial_rotary_factor": 0.25}
     quantised: ClassVar = None
 
     # One less: the last is of all tokens.
-    experts: within(1, MOST_EXPERTS - 1) = named("num_experts")
+    experts: within(1, MOST_EXPERTS - 1) = named("num_experts", "num_local_experts")
     norm_topk: bool = named("norm_topk_prob", default=True)
     shared: Size = named("shared_expert_intermediate_size")
     decoder_sparse_step: Literal[1] = 1
