@@ -22,7 +22,7 @@ from engine.engine import Request
 from engine.words import Words
 from server import Limits, service
 from server.answers import Answer, Chat, Completion
-from server.chat import OPEN, SHUT, calls_of
+from server.chat import OPEN, SHUT, Template, calls_of
 from server.harmony import Harmony
 from server.schema import Message, Tool
 from server.service import Listener, _deliver
@@ -70,6 +70,16 @@ def test_nothing_of_a_tool_call_is_told_as_text(written, open_text, whole):
     assert "".join(piece.text for piece in told(text, written)) == open_text
     assert (text.held_from is None) == whole
     assert text.text == written
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 9])
+def test_a_text_ends_at_the_same_place_however_its_tokens_come(at_once):
+    """At the first stop string that is whole, and with the tokens that it took."""
+    text, tokens, told = Text(WORDS, ["abcd", "c"]), ids("xabcde"), ""
+    for at in range(0, len(tokens), at_once):
+        if text.finished is None:
+            told += text.add(tokens[at : at + at_once], None, None).text
+    assert (told, text.finished, len(text.tokens)) == ("xab", "stop", 4)
 
 
 def test_log_probabilities_are_of_the_text_that_is_told():
@@ -183,7 +193,8 @@ THOUGHTS = [
     (f"<think>{OPEN}{{}} or</think> {OPEN}{{}}", False, f"{OPEN}{{}} or", ""),
     ("<think>Hm</think>  ", False, "Hm", ""), ("<think></think>", False, "", ""),
     ("Yes", None, "", "Yes"), ("<think>Hm</think>", None, "", "<think>Hm</think>"),
-    ("<think>a stop", False, "a ", ""),
+    ("<think>a stop", False, "a ", ""), ("\n<think>Hm</think>Yes", True, "Hm", "Yes"),
+    ("<thin", True, "<thin", ""), ("</think> <think>", True, "", "<think>"),
     (f"<think>{OPEN}{{}}</think>Yes", False, f"{OPEN}{{}}", "Yes"),
 ]  # fmt: skip
 
@@ -241,6 +252,22 @@ HARMONY = [
     ("<|channel|>final<|message|>One.", "", "One.", []),
     ("<|channel|>analysis<|message|>Hm", "Hm", "", []),
     ("<|channel|>fin", "", "", []),
+    ('<|channel|>commentary to=functions.keep<|constrain|>json<|message|>{"age": 3}<|call|>', "",
+     None, [("keep", {"age": 3})]),
+    ("<|channel|>commentary to=functions.keep to=functions.keep<|message|>{}", "", None,
+     [("keep", {})]),
+    ("<|channel|>analysis<|message|>Hm. <|end|><|start|>assistant<|channel|>commentary to=python "
+     "code<|message|>print(1)<|call|>", "Hm. print(1)", "", []),
+    ("<|channel|>analysis <|constrain|>text<|message|>A </think> ends it.<|end|><|start|>assistant"
+     '<|channel|>final<|message|><tool_call>{"name": "x"}</tool_call> <think>',
+     "A </think> ends it.", '<tool_call>{"name": "x"}</tool_call> <think>', []),
+    ("<|channel|>analysis<|message|>One. <|end|><|start|>assistant<|channel|>commentary<|message|>"
+     "I look.<|end|><|start|>assistant<|channel|>analysis<|message|>Two.<|end|><|start|>assistant"
+     "<|channel|>commentary to=functions.keep<|message|>{}<|channel|>final<|message|> So.",
+     "One. Two.", "I look. So.", [("keep", {})]),
+    ("<|channel|>analysis<|message|>Hm.<|end|>final<|message|>Hi", "Hm.", "Hi", []),
+    ("Hello!", "", "Hello!", []), ("<|channel|>analysis<|message|>Hm.<|end|>Hi", "Hm.", "Hi", []),
+    ("<|channel|>final<|message|>Hi<|end|><|start|>assistant", "", "Hi", []),
 ]  # fmt: skip
 
 
@@ -268,6 +295,43 @@ def test_harmony(written, thought, content, calls):
     assert whole["choices"][0]["message"]["content"] == "{}"
 
 
+@pytest.mark.parametrize("tools", [None, [SimpleNamespace()]])
+@pytest.mark.parametrize(
+    ("written", "told"),
+    [("", "{}"), ("foo", "foo"), ('{"place": "To', '{"place": "To'),
+     ('{\n"a": "\\u00e9é"}', '{\n"a": "\\u00e9é"}')],
+    ids=["nothing", "no object", "cut", "escapes"],
+)  # fmt: skip
+def test_arguments_of_harmony_are_told_as_written(written, told, tools):
+    """No text that the model has not written, also where a stop string is like its heads."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens(["<|channel|>", "<|message|>", "<|start|>", "<|call|>"])
+    head = "<|channel|>commentary to=functions.keep json<|message|>"
+    drawn = tokenizer.encode(f"{head}{written}<|call|>").ids
+    more = {"tools": tools, "stops": ["<", '"', "c"]}
+    whole, chunks = answered(Chat, drawn, Words(tokenizer), tokenizer.encode("a").ids, **more)
+    message = whole["choices"][0]["message"]
+    (made,) = message["tool_calls"]
+    assert message["content"] is None and message.get("reasoning_content") is None
+    assert made["function"] == {"name": "keep", "arguments": told}
+    assert re.fullmatch("[a-zA-Z0-9]{9}", made["id"])  # Mistral's template refuses others
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+    streamed = [call for delta in deltas for call in delta.get("tool_calls", ())]
+    assert [call["function"] for call in streamed] == [made["function"]] * 2
+    assert not any(delta.get("content") for delta in deltas)
+
+
+def test_log_probabilities_of_thoughts_come_with_them():
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens(["<|channel|>", "<|message|>"])
+    words, thought = Words(tokenizer), "<|channel|>analysis<|message|>Hm"
+    text, pieces = Text(words, tops=0, decoder=Harmony), []
+    for token in tokenizer.encode(thought).ids:
+        pieces.append(text.add([token], [(-1.0, [], [])], None))
+    assert [piece.thought for piece in pieces if piece.logprobs] == ["H", "m"]
+    assert sum(len(piece.logprobs) for piece in pieces) == len(pieces)
+
+
 def test_harmony_token_by_token():
     """Each character as soon as it is there."""
     tokenizer = byte_tokenizer()
@@ -283,12 +347,53 @@ def test_thoughts_go_to_the_template():
     message = Message(role="assistant", content="Yes.", reasoning_content="Hm.")
     assert message.for_template()["reasoning_content"] == "Hm."
     assert message.for_template()["thinking"] == "Hm."
+    # gpt-oss' template refuses content and thinking beside calls.
+    made = {"id": "1", "type": "function", "function": {"name": "keep", "arguments": "{}"}}
+    for content, keys in (("I look.", {"content", "reasoning_content"}),
+                          (None, {"content", "reasoning_content", "thinking"})):  # fmt: skip
+        message = Message(
+            role="assistant", content=content, reasoning_content="Hm.", tool_calls=[made]
+        )
+        assert {*message.for_template()} - {"role", "tool_calls"} == keys
 
 
-def test_instructions_of_a_developer_are_those_of_the_system():
-    """Qwen's and Mistral's templates leave out roles that they do not know, and others refuse."""
-    message = Message(role="developer", content="Be brief.")
-    assert message.for_template() == {"role": "system", "content": "Be brief."}
+@pytest.mark.parametrize(
+    ("written", "told"),
+    [("", {}), (" \n", {}), ("null", {}), ('{"a": null}', {"a": None}), ('{"a": "To', '{"a": "To')],
+)
+def test_arguments_go_to_the_template_as_objects(written, told):
+    """Also where a model wrote none; what is no JSON stays text."""
+    made = {"id": "1", "type": "function", "function": {"name": "keep", "arguments": written}}
+    (call,) = Message(role="assistant", tool_calls=[made]).for_template()["tool_calls"]
+    assert call["function"] == {"name": "keep", "arguments": told}
+
+
+def test_messages_for_templates_that_know_less(tmp_path):
+    """Llama's asks for one call where there are calls at all; Qwen's drops a developer's words."""
+    written = [
+        Message(role="developer", content="Be brief."),
+        Message(role="assistant", content="Yes.", tool_calls=[]),
+    ]
+    messages = [message.for_template() for message in written]
+    (tmp_path / "chat_template.jinja").write_text(
+        "{% for m in messages %}{% if 'tool_calls' in m %}{{ raise_exception('calls') }}{% elif "
+        "m.role in ['system', 'assistant'] %}{{ m.role }}: {{ m.content }} {% endif %}{% endfor %}"
+    )
+    text = Template(tmp_path)(messages, None, {})
+    assert text == "system: Be brief. assistant: Yes. "
+
+
+def test_tools_are_in_a_prompt_as_models_have_seen_them():
+    """The name first, then what it is for, and then the parameters, nulls of which stay."""
+    function = {
+        "name": "keep", "description": "Keeps.",
+        "parameters": {"type": "object", "properties": {"age": {"default": None}}}, "strict": True,
+    }  # fmt: skip
+    made = Tool.model_validate(
+        {"function": {**dict(reversed(function.items()))}, "type": "function"}
+    )
+    told = made.model_dump(exclude_none=True)
+    assert json.dumps(told) == json.dumps({"type": "function", "function": function})
 
 
 @pytest.mark.parametrize("content", [None, "", [], [{"type": "text", "text": ""}]], ids=str)
@@ -296,26 +401,6 @@ def test_messages_without_calls_have_none(content):
     """Templates ask whether there is `tool_calls`, and the content of each message is a text."""
     message = Message(role="assistant", content=content, tool_calls=[])
     assert message.for_template() == {"role": "assistant", "content": ""}
-
-
-ARGUMENTS = [("", {}), ("null", {}), ("{}", {}), ('{"a": null}', {"a": None}), ("{", "{")]
-
-
-@pytest.mark.parametrize(("written", "told"), ARGUMENTS)
-def test_arguments_go_to_the_template_as_objects(written, told):
-    """None are an empty object; those that are no JSON stay what they are."""
-    function = {"name": "keep", "arguments": written}
-    one = {"id": "a", "type": "function", "function": function}
-    (made,) = Message(role="assistant", tool_calls=[one]).for_template()["tool_calls"]
-    assert made["function"] == {"name": "keep", "arguments": told}
-
-
-def test_tools_are_printed_in_the_usual_order():
-    """What a function is for comes before its parameters, in which null has a meaning."""
-    parameters = {"properties": {"a": {"enum": ["b", None], "default": None}}, "type": "object"}
-    function = {"name": "keep", "description": "Keeps.", "parameters": parameters}
-    tool = {"type": "function", "function": function}
-    assert json.dumps(Tool(**tool).model_dump(exclude_none=True)) == json.dumps(tool)
 
 
 def test_ids_of_calls_are_such_as_all_templates_take():
@@ -393,6 +478,11 @@ CALLS = [
     (f"One {call('keep')} and {call('sleep')} done", "One  and  done",
      [("keep", {}), ("sleep", {})]),
     (f'{OPEN}\n{{"name": "keep", "arguments": null}}', None, [("keep", {})]),
+    (f'{OPEN}{{"name": null}}{SHUT}', f'{OPEN}{{"name": null}}{SHUT}', []),
+    (f'{OPEN}{{"name": "keep", "arguments": {{"age": NaN}}}}',
+     f'{OPEN}{{"name": "keep", "arguments": {{"age": NaN}}}}', []),
+    (f'{OPEN}{{"name": "keep", "arguments": {{"x": "a\n\tb"}}}}{SHUT}', None,
+     [("keep", {"x": "a\n\tb"})]),
     ("a < b", "a < b", []),
     ("a  ", "a  ", []),
 ]  # fmt: skip

@@ -348,6 +348,7 @@ def test_a_name_of_another_site(target):
     for host, status in (
         ("evil.example", 403), (f"evil.example:{port}", 403), ("127.0.0.1.evil.example", 403),
         ("", 403), (f"localhost:{port}", 200), ("LOCALHOST", 200), (f"[::1]:{port}", 200),
+        ("[", 403), ("1234:5678::1:8080", 403), ("a@localhost", 403), ("127.0.0.1", 200),
     ):  # fmt: skip
         headers = {"Host": host}
         if status == 403:

@@ -190,6 +190,33 @@ def test_tools_that_must_be_called(asks, choice):
     assert again.usage.completion_tokens <= 3
 
 
+def test_references_within_the_parameters_of_tools(asks):
+    """As pydantic writes them: they are of each tool's own definitions, and may go to the whole."""
+    tools = []
+    for name, value in (("one", {"const": 1}), ("two", {"const": 2})):
+        parameters = {
+            "$defs": {"Item": value},
+            "type": "object",
+            "properties": {"of": {"$ref": "#/$defs/Item"}, "more": {"anyOf": [{"$ref": "#"}]}},
+            "required": ["of"],
+            "additionalProperties": False,
+        }
+        tools.append({"type": "function", "function": {"name": name, "parameters": parameters}})
+    seen = set()
+    for seed in range(30):
+        answer = asks.chat.completions.create(
+            model="tiny", messages=HELLO, tools=tools, tool_choice="required", seed=seed,
+            max_tokens=200, temperature=5.0,
+        ).choices[0]  # fmt: skip
+        if answer.finish_reason != "tool_calls":
+            continue  # it went deeper than it had tokens for
+        (call,) = answer.message.tool_calls
+        arguments = json.loads(call.function.arguments)
+        assert arguments["of"] == ("one", "two").index(call.function.name) + 1
+        seen.add(call.function.name)
+    assert seen == {"one", "two"}
+
+
 def test_any_object(asks):
     answer = asks.chat.completions.create(
         model="tiny", messages=HELLO, response_format={"type": "json_object"}, max_tokens=30

@@ -20,7 +20,7 @@ DIMENSIONS = {
 # The sizes of which each rank has a part.
 SHARED = ("heads", "intermediate", "key_heads", "value_heads", "expert_intermediate")
 PADDED = ("embed_tokens", "lm_head")  # the last rank's rows are filled up with zeros
-KEPT = ("_scale", "A_log", "dt_bias")  # as they are: what is computed in float32
+KEPT = ("_scale", "_scale_inv", "A_log", "dt_bias")  # as they are: what is computed in float32
 ONCE = ("o_proj.bias", "down_proj_bias")  # what is added to a sum: rank 0 has it, others zeros
 
 
@@ -57,8 +57,7 @@ class Split:
 
     def __call__(self, name):
         whole, key = self.weights(name), key_of(name)
-        is_kept = whole.dtype.itemsize == 1 or any(part in name for part in KEPT)
-        kind = whole.dtype if is_kept else self.config.dtype
+        kind = whole.dtype if whole.dtype.itemsize == 1 or name.endswith(KEPT) else self.config.dtype
         if key in ONCE and self.rank:
             return np.zeros_like(whole, kind)
         if key not in DIMENSIONS or whole.size == 1 or self.size == 1:

@@ -70,6 +70,7 @@ class Decoder:
 
     def __init__(self, words, prompt=(), skips=True):
         self.words, self.skips = words, skips
+        self.thought, self.calls = "", []  # what a format tells apart
         self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         plain = [token for token in prompt[-LONGEST:] if token not in words.special]
         self.is_first = not plain and words.special.issuperset(prompt)

@@ -8,7 +8,7 @@ from functools import partial
 
 from engine.words import Decoder
 
-from .chat import OPEN, calls_of
+from .chat import OPEN, call_of, calls_of
 from .harmony import CHANNEL, Harmony
 from .schema import Refused
 from .service import Listener
@@ -196,11 +196,8 @@ class Chat(Answer):
         body = self.body
         held = "" if body.forced else OPEN if body.tools and body.tool_choice != "none" else None
         if self._is_free and self.words.tokenizer.token_to_id(CHANNEL) is not None:
-            return super()._text(index, held=held, thinks=False, decoder=Harmony)
-        text = super()._text(index, held=held, thinks=self._thinks(index))
-        if held == "":  # all of it is a call
-            text.held_from, text.is_held = 0, True
-        return text
+            return super()._text(index, decoder=Harmony)
+        return super()._text(index, held=held, thinks=self._thinks(index))
 
     @property
     def _is_free(self):
@@ -229,18 +226,18 @@ class Chat(Answer):
                    for x in piece.logprobs]  # fmt: skip
         return {"content": content, "refusal": None}
 
-    def _ending(self, index, told, finished):
+    def _ending(self, index, finished):
         """At the end: text that was held back, tool calls in it, and why there is no more."""
         text = self.texts[index]
-        if text.held_from is None:
-            return "", [], finished
-        before, calls = calls_of(text.text[text.begin :], bool(self.body.forced))
-        if calls and self.body.parallel_tool_calls is False:
-            calls = calls[:1]
-        return before[told:], calls, "tool_calls" if calls and finished == "stop" else finished
+        before, calls = "", [call_of(call) for call in text.decoder.calls]
+        if text.held_from is not None:
+            before, calls = calls_of(text.text[text.begin :], bool(self.body.forced))
+        calls = calls[:1] if self.body.parallel_tool_calls is False else calls
+        finished = "tool_calls" if calls and finished == "stop" else finished
+        return before[text.told - text.begin :], calls, finished
 
     def choice(self, index, piece):
-        rest, calls, reason = self._ending(index, len(piece.text), piece.finished)
+        rest, calls, reason = self._ending(index, piece.finished)
         content = piece.text + rest
         message = {"role": "assistant", "content": content, "refusal": None}
         if piece.thought:
@@ -261,8 +258,7 @@ class Chat(Answer):
             yield self.told(index, "delta", parts, self._logprobs(piece))
         if not piece.finished:
             return
-        told = self.texts[index].told - self.texts[index].begin
-        rest, calls, reason = self._ending(index, told, piece.finished)
+        rest, calls, reason = self._ending(index, piece.finished)
         if rest:
             yield self.told(index, "delta", {"content": rest}, None)
         if calls:

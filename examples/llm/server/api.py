@@ -7,11 +7,11 @@ import functools
 import hmac
 import itertools
 import logging
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from engine.words import Words
 from prometheus_client import generate_latest
@@ -33,6 +33,7 @@ MOST_LOGPROBS = 1 << 19  # of an answer, which is held until its last token
 # Tokens of an answer where the client does not say: OpenAI's for completions; of a chat, a
 # number that a small cache has room for.
 MAX_TOKENS = {CompletionBody: 16, ChatBody: 1024}
+PORT = re.compile(r":\d*$")
 ERRORS = {404: "there is no such path", 405: "the path has other methods"}
 
 
@@ -233,12 +234,12 @@ class Api:
 
         async def checked(http):
             # A page whose name leads to this machine would be its own server's.
-            hosts, name = self.limits.hosts, urlsplit(f"//{http.headers.get('host')}").hostname
-            if hosts is not None and name not in hosts:
+            hosts, host = self.limits.hosts, http.headers.get("host", "")
+            if hosts is not None and PORT.sub("", host).strip("[]").lower() not in hosts:
                 raise Refused("this server has other names: see --allowed-host", 403)
             # A browser sends a page's origin along; a page of another site may not use the GPU.
             origin = http.headers.get("origin")
-            if origin is not None and origin.partition("://")[2] != http.headers.get("host"):
+            if origin is not None and origin.partition("://")[2] != host:
                 raise Refused("a page of another site asks", 403)
             if self.limits.api_key is not None:
                 kind, _, key = http.headers.get("authorization", "").partition(" ")

@@ -19,7 +19,7 @@ from .schema import Refused
 OPEN, SHUT = "<tool_call>", "</tool_call>"
 SECONDS = 5  # in which a template has to be rendered
 MOST_POWER = 64  # of `**`, which no time limit stops
-OPENING, SHUT_AFTER = re.compile(rf"{OPEN}\s*"), re.compile(rf"\s*{SHUT}")
+OPENING, SHUT_AFTER = re.compile(rf"{OPEN}\s*"), re.compile(rf"(?:\s*{SHUT})?")
 
 
 class Template:
@@ -137,8 +137,7 @@ def calls_of(text, is_forced):
         if call:
             kept.append(text[begin : found.start()])
             calls.append(call)
-            shut = SHUT_AFTER.match(text, end)
-            begin = shut.end() if shut else end
+            begin = SHUT_AFTER.match(text, end).end()
         found = OPENING.search(text, begin if call else found.end())
     return "".join([*kept, text[begin:]]), calls
 
@@ -146,29 +145,30 @@ def calls_of(text, is_forced):
 def _read(text, at):
     """A call that begins there, or None, and where it ends."""
     try:
-        said, end = json.JSONDecoder().raw_decode(text, at)
-        return _call(said), end
-    except (ValueError, KeyError, TypeError, RecursionError):
+        said, end = json.JSONDecoder(strict=False).raw_decode(text, at)
+        return call_of(said), end
+    except (AttributeError, ValueError, KeyError, TypeError, RecursionError):
         return None, at
 
 
-def _call(said):
-    name, arguments = str(said["name"]), said.get("arguments", said.get("parameters"))
-    arguments = {} if arguments is None else arguments
+def call_of(said):
+    """A call as clients have it; templates of Mistral want nine letters and digits of an id."""
+    name, arguments = said["name"], said.get("arguments", said.get("parameters")) or {}
     if not isinstance(arguments, str):
-        arguments = json.dumps(arguments, ensure_ascii=False)
+        arguments = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
     # Half a character stays the escape that the model wrote.
     name, arguments = (x.encode(errors="backslashreplace").decode() for x in (name, arguments))
-    return {"id": uuid.uuid4().hex[:9], "type": "function",  # Mistral's templates take no other id
+    return {"id": uuid.uuid4().hex[:9], "type": "function",
             "function": {"name": name, "arguments": arguments}}  # fmt: skip
 
 
 def schema_of(tools):
-    """The JSON schema of a call of one of the tools."""
-    each = [
-        {"type": "object", "required": ["name", "arguments"], "additionalProperties": False,
-         "properties": {"name": {"const": tool.function.name},
-                        "arguments": tool.function.parameters or {"type": "object"}}}
-        for tool in tools
-    ]  # fmt: skip
-    return each[0] if len(each) == 1 else {"anyOf": each}
+    """The JSON schema of a call of one of the tools, whose references stay within its own."""
+    of, each = {}, []
+    for n, tool in enumerate(tools):
+        text, at = json.dumps(tool.function.parameters or {"type": "object"}), f"#/$defs/{n}"
+        of[f"{n}"] = json.loads(text.replace('"$ref": "#', f'"$ref": "{at}'))
+        named = {"name": {"const": tool.function.name}, "arguments": {"$ref": at}}
+        each.append({"type": "object", "properties": named, "required": [*named],
+                     "additionalProperties": False})  # fmt: skip
+    return {"$defs": of, "anyOf": each}

@@ -1,51 +1,48 @@
-"""OpenAI's harmony format, which gpt-oss writes, in the words that `Text` and `calls_of` read.
+"""OpenAI's harmony format, which gpt-oss writes: content, thoughts, and calls of functions.
 
 A message has a head of special tokens: its channel, and to whom it is.  What is on the channel
-`analysis` is a thought; what is to a function are the arguments of a call.
+`analysis`, or to a tool of the model's own, is a thought.
 """
 
-import json
 import re
 
 from engine.words import Decoder
 
-from .chat import OPEN, SHUT
-from .text import THINK, THOUGHT
-
 MARKS = START, CHANNEL, MESSAGE, END = "<|start|>", "<|channel|>", "<|message|>", "<|end|>"
-RECIPIENT = re.compile(r"to=functions\.([\w.-]+)")
+RECIPIENT = re.compile(r"to=(functions\.)?([\w.-]+)")
+ANALYSIS = re.compile(r"^\s*analysis", re.MULTILINE)
 
 
 class Harmony(Decoder):
     def __init__(self, words, prompt=()):
         super().__init__(words, prompt)
         self.marks = {words.tokenizer.token_to_id(name): name for name in MARKS}
-        self.head, self.is_thought, self.shut = "", False, ""  # `head`: None in a message
+        self.head, self.kind = "", None  # `head`: None in a message
 
     def step(self, token):
         mark, text = self.marks.get(token), super().step(token)
-        if mark is None and self.head is None:
-            return text
-        if mark in (END, START):
-            text, self.head, self.shut = self.shut, "", ""
-            return text
-        if mark == MESSAGE:
-            return self._begun()
-        self.head = (self.head or "") + ("\n" if mark else text)
+        if mark == MESSAGE:  # of the kind that its head says
+            head, self.head = self.head or "", None
+            to, is_analysis = RECIPIENT.search(head), ANALYSIS.search(head)
+            self.kind = "call" if to and to[1] else "thought" if to or is_analysis else None
+            if self.kind == "call":
+                self.calls.append({"name": to[2], "arguments": ""})
+        elif mark in (START, END) or (mark and self.head is None):
+            self.head = "" if mark == END else "\n"
+        elif self.head is not None:
+            self.head += "\n" if token in self.words.special else text
+        else:
+            return self._told(text)
         return ""
 
-    def _begun(self):
-        """What stands for the head of a message that begins."""
-        head, self.head = self.head or "", None
-        called = RECIPIENT.search(head)
-        if head.rpartition("\n")[2].split()[:1] == ["analysis"] and not called:
-            before, self.is_thought = "" if self.is_thought else THINK, True
-            return before
-        before, self.is_thought = THOUGHT if self.is_thought else "", False
-        if called:
-            self.shut = "}" + SHUT
-            return f'{before}{OPEN}{{"name": {json.dumps(called[1])}, "arguments": '
-        return before
+    def _told(self, text):
+        """What of it is content."""
+        if self.kind == "call":
+            self.calls[-1]["arguments"] += text
+        elif self.kind == "thought":
+            self.thought += text
+        return "" if self.kind else text
 
     def rest(self):
-        return super().rest() + self.shut
+        """At the end also what has no head."""
+        return self._told(super().rest()) + ("" if "\n" in (self.head or "") else self.head or "")

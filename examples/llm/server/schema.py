@@ -65,11 +65,11 @@ OPTIONS = {"include_usage": bool | None, "include_obfuscation": bool | None}
 StreamOptions = model_of("StreamOptions", Strict, **OPTIONS)
 Schema = Annotated[dict[str, Any], Field(alias="schema")]
 Called, Name = Annotated[str, Field(max_length=64)], Annotated[str, Field(pattern=NAME)]
-ABOUT = {"description": str | None, "strict": bool | None}  # in the order that templates print
-JsonSchema = model_of("JsonSchema", Strict, name=Called, schema_=Schema, **ABOUT)
+Described = model_of("Described", Strict, name=Name, description=str | None)  # as prompts have it
+JsonSchema = model_of("JsonSchema", Described, name=Called, schema_=Schema, strict=bool | None)
 Form = Literal["text", "json_object", "json_schema"]
 ResponseFormat = model_of("ResponseFormat", Strict, type=Form, json_schema=JsonSchema | None)
-Function = model_of("Function", Strict, name=Name, **ABOUT, parameters=dict[str, Any] | None)
+Function = model_of("Function", Described, parameters=dict[str, Any] | None, strict=bool | None)
 ChosenFunction = model_of("ChosenFunction", Strict, name=str)
 CalledFunction = model_of("CalledFunction", ChosenFunction, arguments=str)
 Choice = model_of("Choice", Strict, type=Literal["function"], function=ChosenFunction)
@@ -196,17 +196,19 @@ class Message(Strict):
 
     def for_template(self):
         """As templates of checkpoints read it: text, and arguments as objects."""
-        role = "system" if self.role == "developer" else self.role  # few templates have the other
-        given = {name: value for name, value in self.model_dump(exclude_none=True).items() if value}
-        message = {"content": ""} | given | {"role": role}
+        given = self.model_dump(exclude_none=True).items()
+        message = {"content": ""} | {name: value for name, value in given if value != []}
         if isinstance(self.content, list):
             message["content"] = "".join(part.text for part in self.content)
-        if self.reasoning_content:  # as gpt-oss' template has it
+        if self.role == "developer":  # which many leave out
+            message["role"] = "system"
+        # As gpt-oss' template has it, which refuses both beside calls.
+        if self.reasoning_content and not (self.tool_calls and message["content"]):
             message["thinking"] = self.reasoning_content
         for call in message.get("tool_calls", ()):
-            called = call["function"]
-            with contextlib.suppress(ValueError, RecursionError):  # a text then
-                called["arguments"] = json.loads(called["arguments"] or "null") or {}
+            with contextlib.suppress(ValueError, RecursionError):  # else a text
+                said = call["function"]["arguments"].strip() or "{}"
+                call["function"]["arguments"] = json.loads(said) or {}
         return message
 
 

@@ -37,8 +37,8 @@ class Text:
 
     Args:
         stops: strings before the first of which the text ends.
-        held: a string from which on nothing is told if an object of JSON follows; all of it is in
-            `text` in the end.
+        held: a string from which on nothing is told if an object of JSON follows, or "" for all;
+            it is in `text` in the end.
         tops: None for no logprobs.
         offset: where the text begins, of what was told before it.
         thinks: whether it begins within a thought, or may begin with one; None for neither.
@@ -50,46 +50,49 @@ class Text:
         self.decoder = decoder(words, prompt)
         self.text, self.told, self.offset, self.tokens, self.waiting = "", 0, offset, [], []
         self.longest = max(map(len, (*stops, held or "")), default=0)
-        self.held_from, self.is_held = None, False
+        self.held_from, self.is_held = (0, True) if held == "" else (None, False)
         self.finished, self.thinks, self.begin = None, thinks, 0  # `begin`: after a thought
 
     def add(self, tokens, logprobs, finished):
         """The next piece, of tokens that have come, and of why no more will."""
-        seen = len(self.text)
-        logprobs = logprobs or [None] * len(tokens)
-        for token, logprob in zip(tokens, logprobs, strict=True):
+        begin, ends = max(len(self.text) - self.longest, 0), False
+        for token, logprob in zip(tokens, logprobs or [None] * len(tokens), strict=True):
             if self.tops is not None:
-                offset = self.offset + len(self.text)
-                self.waiting.append(Logprob(token, *logprob, offset))
-            self.text += self.decoder.step(token)
-        self.tokens += tokens
-        if finished:
-            self.text += self.decoder.rest()
-        begin = max(seen - self.longest, 0)
-        ends = [at for stop in self.stops if (at := self.text.find(stop, begin)) >= 0]
-        if ends:
-            self.text, finished = self.text[: min(ends)], "stop"
-        self.finished = finished
-        thought = "" if self.thinks is None else self._think()
+                self.waiting.append(Logprob(token, *logprob, self.offset + len(self.text)))
+            self.tokens.append(token)
+            if ends := self._ends(self.decoder.step(token)):
+                break
+        ends = ends or (finished and self._ends(self.decoder.rest()))
+        self.finished = finished = "stop" if ends else finished
+        apart, self.decoder.thought = self.decoder.thought, ""
+        thought = apart if self.thinks is None else apart + self._think()
         end = self._end(max(begin, self.begin)) if self.thinks is None else self.told
         piece = Piece(self.text[self.told : end], [], finished, thought)
         self.told = max(end, self.told)
         if self.tops is not None:  # of a token whose text has begun
             ready = [x for x in self.waiting if x.offset - self.offset < self.told]
-            if finished and not ends:
+            if apart or (finished and not ends):
                 ready = self.waiting
             self.waiting = self.waiting[len(ready) :]
             piece.logprobs = ready
         return piece
 
+    def _ends(self, more):
+        """Whether a stop string ends the text with these characters."""
+        begin, self.text = max(len(self.text) - self.longest, 0), self.text + more
+        ends = [at for stop in self.stops if (at := self.text.find(stop, begin)) >= 0]
+        self.text = self.text[: min(ends, default=None)]
+        return bool(ends)
+
     def _think(self):
         """What has come of a thought; the text that is told is what follows."""
-        if not self.thinks:
+        if not self.told:  # a model may begin one once more
             start = self.text.lstrip()
             if start.startswith(THINK):
                 self.thinks, self.told = True, len(self.text) - len(start) + len(THINK)
-            elif self.finished or not THINK.startswith(start):
-                self.thinks = None
+            elif not self.finished and THINK.startswith(start):
+                return ""
+            self.thinks = self.thinks or None
         if not self.thinks:
             return ""
         text, told, found = self.text, self.told, AFTER.search(self.text, self.told)
