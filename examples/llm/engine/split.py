@@ -57,7 +57,7 @@ class Split:
 
     def __call__(self, name):
         whole, key = self.weights(name), key_of(name)
-        kind = whole.dtype if whole.dtype.itemsize == 1 or name.endswith(KEPT) else self.config.dtype
+        kind = whole.dtype if whole.itemsize == 1 or name.endswith(KEPT) else self.config.dtype
         if key in ONCE and self.rank:
             return np.zeros_like(whole, kind)
         if key not in DIMENSIONS or whole.size == 1 or self.size == 1:
