@@ -12,7 +12,7 @@ import pytest
 
 import fi_ffi
 
-from tests.helpers import batch_pod_calls, pod_calls
+from tests.helpers import batch_pod_calls, instructions, pod_calls
 from tests.helpers.plan_calls import DIM, HEADS, KINDS, KV_HEADS, PAGE, PAGES, RUN_INDICES, Case
 
 Run = tuple[Callable[..., None], dict[str, np.ndarray]]
@@ -93,3 +93,51 @@ def test_options_and_arrays_are_of_one_run(name):
         other = results(run, arrays, **{option: value})
         assert other != plain, f"{option} is nothing to it"
         assert results(run, arrays) == plain, f"{option} is still there"
+
+
+def many() -> Case:
+    """More requests than the placement of a few has room for, with pages in common."""
+    case = Case("decode", kv_lens=[1 + i % PAGE for i in range(70)])
+    case.indices = case.rng.integers(0, PAGES, 70).astype(np.int32)
+    return case
+
+
+@pytest.mark.parametrize(("batch", "is_own", "stride"), [("few", False, 7), ("many", True, 40)])
+def test_ctrl_c_at_any_moment_of_a_replan(batch, is_own, stride):
+    """The plan holds one of the two batches or is refused, and the next replan is right."""
+    before, after = Case("decode"), Case("decode", kv_lens=(5, 9, 1))
+    between = many() if batch == "many" else Case("decode", kv_lens=(12, 3))
+
+    def interrupted(number: int) -> bool:
+        left, plan = [number], before.plan(**{"workspace": None} if is_own else {})
+
+        def tell(code, line):
+            left[0] -= 1
+            if left[0] == -1:
+                raise KeyboardInterrupt
+
+        before.run(plan)  # its frame is there to be taken again
+        stop = instructions.start(lambda code: "/ops/attention/" in code.co_filename, tell)
+        try:
+            between.replan(plan)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            stop()
+        for case in (before, between):
+            case.memory["o"].fill(np.nan)
+            try:
+                case.run(plan)
+            except fi_ffi.ArgumentError:
+                continue
+            case.check()
+        after.memory["o"].fill(np.nan)
+        after.replan(plan)
+        after.run(plan)
+        after.check()
+        return left[0] < 0
+
+    moments = int(np.random.default_rng().integers(stride))
+    while interrupted(moments):
+        moments += stride
+    assert moments > 200

@@ -173,8 +173,9 @@ class BoundRuns:
     def follow(self, workspace: Workspace, placed: Arrays, batch: Batch, info: int) -> None:
         """Bind the runs to another schedule, whose info is there."""
         if self._placed is not placed or self._workspace is not workspace:
-            self._placed, self._workspace = placed, workspace
+            self._placed = None  # until all have moved: an interrupt may end this
             self._move(workspace, placed, batch)
+            self._placed, self._workspace = placed, workspace
         sources = self._sources = info, batch.size
         for bound in self.bound.values():
             bound.follow(sources, batch)

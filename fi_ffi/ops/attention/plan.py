@@ -14,7 +14,7 @@ from fi_ffi.abi.function import Frame, array_values
 from fi_ffi.abi.objects import Array
 from fi_ffi.abi.streams import current_scope, handle_for
 from fi_ffi.abi.tensor import Device, TensorDesc, parse_device
-from fi_ffi.errors import ArgumentError, ArgumentTypeError
+from fi_ffi.errors import ArgumentError, ArgumentTypeError, KernelError, LoaderError
 from fi_ffi.loader import machine
 from fi_ffi.ops.attention.arrays import Arrays, Batch
 from fi_ffi.ops.attention.backends import Target, multiprocessors, release_for
@@ -308,7 +308,6 @@ class Plan:
             else:
                 with cuda.current(device), hooks.running(self):
                     self._fill(workspace, need, placed, batch, stream)
-        self._needs, self._placed, self._batch = need, placed, batch
 
     def _fill(
         self, workspace: Workspace, need: Need, placed: Arrays, batch: Batch, stream: object
@@ -328,10 +327,15 @@ class Plan:
         placed.write(stage.words, batch.views)
         if queue is not None:
             workspace._take(queue)
-        info, address = self._planner.plan(workspace, stage, placed, batch, stream)
+        # Whatever raises from here on, an interrupt too: neither the old plan nor the new is valid,
+        # unless the planner fails, which writes nothing then.
+        workspace._generation += 1
+        try:
+            info, address = self._planner.plan(workspace, stage, placed, batch, stream)
+        except (KernelError, LoaderError):
+            workspace._generation -= 1
+            raise
         if has_graphs:
-            # If a check raises, neither the old plan nor the new one is valid.
-            workspace._generation += 1
             launch = array_values(info)
             self._captured.check_launch(launch)
             self._check_launch(launch, stage.desc, batch)
@@ -341,9 +345,9 @@ class Plan:
         stages.record(stage, queue and queue.pointer)
         if queue is not None and replayed is not None:
             cuda.synchronize(self.device)
-        workspace._generation += 1
-        self._generation, self._info = workspace._generation, info
         self._runs.follow(workspace, placed, batch, address)
+        self._needs, self._placed, self._batch, self._info = need, placed, batch, info
+        self._generation = workspace._generation
 
     def _workspace(self, float_bytes: int, int_bytes: int) -> Workspace:
         """Return the workspace; replace the plan's own if it is too small and not captured."""
@@ -351,7 +355,7 @@ class Plan:
         if workspace is None or not workspace._has(float_bytes, int_bytes):
             if workspace is None or (self._owns_workspace and not self._captured.launch):
                 workspace = allocate(self._refuse, self.device, float_bytes, int_bytes)
-                self.workspace = workspace
+                self.workspace, self._generation = workspace, -1
             workspace._require(self.op, float_bytes, int_bytes)
         return workspace
 

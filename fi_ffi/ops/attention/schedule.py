@@ -67,17 +67,18 @@ class Planner:
     ) -> tuple[Array, int]:
         """Call the planner on the arrays in the stage. Return the plan's info, and where it is."""
         if self._placed is not placed or self._workspace is not workspace:
+            self._placed, self._ptr = None, 0  # until all is bound: an interrupt may end this
             self._bind_places(workspace, stage.desc, placed, batch)
-            self._placed, self._workspace, self._ptr = placed, workspace, 0
+            self._placed, self._workspace = placed, workspace
         frame, ptr, size = self._frame, stage.ptr, batch.size
         words = frame.addresses
         if ptr != self._ptr:
             for word, more in self._of_stage:
                 words[word] = ptr + more
-            self._ptr = ptr
             start = placed.kernel_bytes if self._has_sent else 0
             target, count = workspace.int_buffer.ptr + start, placed.end - start
             self.send = cuda.copying(target, ptr + start, count, self._device.is_cuda)
+            self._ptr = ptr
         for word, more in self._of_size:
             words[word] = size + more
         for word in self._of_rows:
