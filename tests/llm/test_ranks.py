@@ -36,6 +36,7 @@ from fi_ffi import comm
 from fi_ffi.abi.streams import current_scope
 from fi_ffi.errors import ArgumentError, HangError, LoaderError
 
+from tests.llm.forward import Forward
 from tests.llm.process import ServerProcess, children
 from tests.llm.serving import KINDS, MORE, Serving, check_empty, greedy, texts
 from tests.llm.test_processors import EvenThenOdd, adjusted, log_softmax
@@ -98,6 +99,36 @@ def test_logits_and_greedy_tokens(split, kind, size, where):
         got.append(requests)
     for one, other in zip(*got, strict=True):
         check_same(serving, one, other)
+
+
+EACH = ("", "norm", "embed", "q_proj", "down_proj")
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("llama", name) for name in (*EACH, "lm_head")]
+    + [("gpt_oss", name) for name in (*EACH, "router", "sinks")]
+    + [("qwen3_next", name) for name in (*EACH, "A_log", "mlp.gate")]
+    + [("qwen3_fp8", name) for name in EACH[:3]],
+)
+def test_tensors_of_other_dtypes(request, serve, kind, name, tp, where):
+    """They become what config.json says: kernels would read their bytes as others."""
+    make = serve if tp == 1 else request.getfixturevalue("split")
+    serving = make(kind, intermediate_size=512)
+    weights, tensors, changed = Weights(serving.path), {}, 0
+    other = ml_dtypes.bfloat16 if (kind, name) == ("llama", "") else np.float32
+    for each in weights.files:
+        tensors[each] = np.array(weights(each))
+        if name in each and tensors[each].dtype.itemsize == 2 and "_scale" not in each:
+            tensors[each], changed = tensors[each].astype(other), changed + 1
+    save_file(tensors, serving.path / "model.safetensors")
+    assert changed
+    serving.forward = Forward(serving.path)
+    engine = serving.engine(tp=tp, way=way_on(where)) if tp > 1 else serving.engine()
+    asked = engine.submit(serving.prompt(30), greedy(3))
+    engine.run()
+    assert serving.error(asked) <= 1
 
 
 def test_penalties_and_log_probabilities(split, where):

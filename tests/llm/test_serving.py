@@ -6,7 +6,6 @@ import json
 from collections import Counter
 from types import SimpleNamespace
 
-import ml_dtypes
 import numpy as np
 import pytest
 from engine import Config, Request, Sampling, load
@@ -16,7 +15,6 @@ from engine.sampling import columns_of, keep, uniform
 from engine.weights import Weights, of_layer
 from tiny import make_tiny
 
-from tests.llm.forward import Forward
 from tests.llm.serving import KINDS, check_empty, greedy, texts
 
 
@@ -271,7 +269,8 @@ def test_temperature_0_takes_the_greatest(serve):
     serving = serve("qwen3")
     engine = serving.engine()
     request = engine.submit(serving.prompt(7), greedy(10))
-    other = engine.submit(serving.prompt(7), Sampling(seed=1, max_tokens=10, ignore_eos=True))
+    drawn = Sampling(seed=1, temperature=100, max_tokens=10, ignore_eos=True)  # all alike
+    other = engine.submit(serving.prompt(7), drawn)
     engine.run()
     assert request.tokens == [int(row.argmax()) for row in serving.logits[request][:10]]
     assert other.tokens != [int(row.argmax()) for row in serving.logits[other][:10]]
@@ -365,37 +364,6 @@ def test_a_file_beside_an_index_of_others(serve, where):
     save_file(tensors, serving.path / "model.safetensors")
     assert (serving.path / "model.safetensors.index.json").exists()
     assert texts(serving.engine(), [prompt], greedy())[0] == sharded
-
-
-EACH = ("", "norm", "embed", "q_proj", "down_proj")
-
-
-@pytest.mark.parametrize("tp", [1, 2])
-@pytest.mark.parametrize(
-    ("kind", "name"),
-    [("llama", name) for name in (*EACH, "lm_head")]
-    + [("gpt_oss", name) for name in (*EACH, "router", "sinks")]
-    + [("qwen3_next", name) for name in (*EACH, "A_log", "mlp.gate")]
-    + [("qwen3_fp8", name) for name in EACH[:3]],
-)
-def test_tensors_of_other_dtypes(serve, kind, name, tp):
-    """They become what config.json says: kernels would read their bytes as others."""
-    from safetensors.numpy import save_file
-
-    serving = serve(kind, intermediate_size=512)
-    weights, tensors, changed = Weights(serving.path), {}, 0
-    other = ml_dtypes.bfloat16 if (kind, name) == ("llama", "") else np.float32
-    for each in weights.files:
-        tensors[each] = np.array(weights(each))
-        if name in each and tensors[each].dtype.itemsize == 2 and "_scale" not in each:
-            tensors[each], changed = tensors[each].astype(other), changed + 1
-    save_file(tensors, serving.path / "model.safetensors")
-    assert changed
-    serving.forward = Forward(serving.path)
-    engine = serving.engine(tp=tp, way="threads") if tp > 1 else serving.engine()
-    request = engine.submit(serving.prompt(30), greedy(3))
-    engine.run()
-    assert serving.error(request) <= 1
 
 
 # What files of the hub have, by kind: of an older or newer transformers, or of one model alone.
