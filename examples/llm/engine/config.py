@@ -265,7 +265,7 @@ class Config(Checked):
     @classmethod
     def _has_no_other(cls, raw):
         aliases = (field.validation_alias for field in cls.model_fields.values())
-        own = {name for alias in aliases if alias for name in alias.choices}
+        own = {name for alias in aliases if alias for name in alias.choices} | {*cls.model_fields}
         for name in [name for name in OTHERS if name not in own]:
             value = raw.get(name)
             if value is True or value not in NEUTRAL:

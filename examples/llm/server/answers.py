@@ -26,11 +26,16 @@ class Answer:
         self.id, self.created = f"{self.prefix}-{uuid.uuid4().hex}", int(time.time())
         self.texts = [self._text(index) for index in range(len(requests))]
 
+    @property
+    def _is_free(self):
+        """Whether no schema says what is written."""
+        form = self.body.response_format
+        return not getattr(self.body, "forced", None) and (form is None or form.type == "text")
+
     def _text(self, index, **more):
-        prompt, tops = self.requests[index].prompt, self.body.tops
-        if (form := self.body.response_format) and form.type != "text":
-            prompt = ()  # JSON begins anew, also after half a character
-        return Text(self.words, self.body.stops, prompt=prompt, tops=tops, **more)
+        # JSON begins anew, also after half a character.
+        prompt = self.requests[index].prompt if self._is_free else ()
+        return Text(self.words, self.body.stops, prompt=prompt, tops=self.body.tops, **more)
 
     async def pieces(self):
         """(choice, Piece) as they come; the last of each choice has its `finished`."""
@@ -198,12 +203,6 @@ class Chat(Answer):
         if self._is_free and self.words.tokenizer.token_to_id(CHANNEL) is not None:
             return super()._text(index, decoder=Harmony)
         return super()._text(index, held=held, thinks=self._thinks(index))
-
-    @property
-    def _is_free(self):
-        """Whether no schema says what is written."""
-        form = self.body.response_format
-        return not self.body.forced and (form is None or form.type == "text")
 
     def _thinks(self, index):
         """As `Text` has it; what follows a schema does not think."""

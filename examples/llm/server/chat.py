@@ -40,7 +40,7 @@ class Template:
                 plain = named.get("default") or next(iter(named.values()))
                 both = plain, named.get("tool_use", plain)
                 self.template, self.for_tools = map(Sandbox().from_string, map(str, both))
-        except (jinja2.TemplateError, LookupError, TypeError, RecursionError, StopIteration) as bad:
+        except (jinja2.TemplateError, LookupError, TypeError, RecursionError) as bad:
             raise ValueError(f"{path}: the chat template: {bad}") from None
         self.words = {
             name: value.get("content") if isinstance(value, dict) else value

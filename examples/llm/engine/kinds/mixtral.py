@@ -52,7 +52,7 @@ class Qwen3Moe(Sparse, kind="qwen3_moe"):
     norm_topk: bool = named("norm_topk_prob", default=False)
     decoder_sparse_step: Size = 1
     mlp_only_layers: list[Count] = Field([])
-    use_qk_norm: Literal[True] = named("use_qk_norm", default=True)
+    use_qk_norm: Literal[True] = True
     use_sliding_window: Literal[False] = False
 
     def is_sparse(self, i):
